@@ -1,0 +1,37 @@
+# One environment in .venv; every target makes it if it is missing. Another Python: make PYTHON=python3.12 test
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test slow style quality env clean
+
+demo: $(STAMP)  ## detect on the sample radiographs with the shipped model
+	$(BIN)/cxr-diffusers detect cxr_diffusers/samples --out demo
+	@echo "pictures: demo/*.png    scores: demo/results.csv"
+	@echo "yours:    $(BIN)/cxr-diffusers detect YOUR_IMAGES --out maps"
+
+test: $(STAMP)  ## the whole suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+slow: $(STAMP)  ## full-size checks, minutes each
+	$(BIN)/python -m pytest -m slow
+
+style: $(STAMP)  ## format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+quality: $(STAMP)  ## check the format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+env: $(STAMP)
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch setuptools wheel
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,quality]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info

@@ -1,0 +1,43 @@
+"""See where a chest X-ray is abnormal, from image-level labels alone: the table of contents."""
+
+import importlib
+from pathlib import Path
+
+from .version import __version__
+
+# In a checkout `pipelines/` lies beside this folder, installed it lies inside: it is cxr_diffusers.pipelines either way.
+if not Path(__file__).with_name("pipelines").is_dir():
+    __path__.append(str(Path(__file__).resolve().parent.parent))
+
+# name -> module; imported when first asked for, since torch and diffusers take seconds to import
+_HOME = {
+    "AnomalyOutput": "pipelines",
+    "CFGAnomalyPipeline": "pipelines",
+    "build_dataset": "data",
+    "load_chexpert": "data",
+    "load_folder": "data",
+    "load_nih": "data",
+    "load_phantom": "data",
+    "load_table": "data",
+    "read_image": "data",
+    "convert_checkpoint": "convert",
+    "default_checkpoint": "hub",
+    "denoising_loss": "losses",
+    "evaluate": "evaluation",
+    "load_recipe": "recipe",
+    "publish": "hub",
+    "save_with_code": "hub",
+    "train": "training_loop",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__():
+    return sorted(__all__)

@@ -1,0 +1,314 @@
+"""The command line: cxr-diffusers detect | evaluate | prepare | publish | convert."""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from .version import __version__
+
+# Imports of torch and diffusers take seconds, so each command imports what it needs when it runs.
+
+PROCESSES = """\
+several GPUs, or several processes on a CPU:
+  accelerate launch --multi_gpu --num_processes 2 -m cxr_diffusers.cli {command} ...
+"""
+DETECT = f"""\
+examples:
+  cxr-diffusers detect chest.png --out maps
+  cxr-diffusers detect /data/dicom --out maps --model runs/chexpert_cfg_256 --noise-level 500
+
+{PROCESSES.format(command="detect")}"""
+EVALUATE = f"""\
+DATA is a folder of images (healthy/ and diseased/, masks or boxes beside them), or NAME:key=value,... where NAME is
+chexpert, folder, hub, nih, phantom or table and the keys are those of the loader load_NAME in cxr_diffusers.data.
+
+examples:
+  cxr-diffusers evaluate /data/testing --healthy /data/validation/healthy --out report
+  cxr-diffusers evaluate table:csv=val_implants.csv,mask=mask,patient=patient,label=diseased \\
+      --healthy chexpert:root=/data/CheXpert-v1.0-small,split=valid,classes=[] --out report
+
+{PROCESSES.format(command="evaluate")}"""
+PUBLISH = """\
+examples:
+  cxr-diffusers publish runs/chexpert_cfg_256 me/chexpert-cfg
+  cxr-diffusers publish model me/model --training "Trained on ..., licence ..., 50,000 steps, seed 0." --evaluation report
+"""
+CONVERT = """\
+example (flags as in the original's README; those of training and sampling may stay, they are not needed):
+  cxr-diffusers convert model.pt converted --image_size 256 --num_channels 128 --class_cond True --num_classes 2 \\
+      --num_res_blocks 2 --num_heads 1 --learn_sigma True --use_scale_shift_norm False --attention_resolutions 16
+"""
+# the originals' flags that do not change what a checkpoint computes
+NOT_NEEDED = (
+    "batch_size data_dir dataset ema_rate fp16_scale_growth guidance_scale log_interval lr lr_anneal_steps microbatch "
+    "model_path noise_level num_samples p_uncond rescale_learned_sigmas resume_checkpoint save_interval "
+    "schedule_sampler timestep_respacing use_checkpoint use_ddim use_fp16 use_kl weight_decay"
+).split()
+CALL = (
+    "guidance_scale noise_level num_inference_steps negative_label source_label num_refinements compare_with smoothing"
+).split()
+
+
+def main(arguments=None):
+    """Run a command; the exit code: 0 done, 1 done except for some files, 2 not done."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if not hasattr(options, "run"):
+        parser.print_help()
+        return 2
+    try:
+        return options.run(options) or 0
+    except (ValueError, OSError) as error:
+        # what a user can mend is a line, not a traceback
+        print(f"cxr-diffusers {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"cxr-diffusers {options.command}: stopped", file=sys.stderr)
+        return 130
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(
+        prog="cxr-diffusers", description="See where a chest X-ray is abnormal. Research use only, not for diagnosis."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    detect = add_command(commands, "detect", run_detect, "an anomaly map for each image of a file or folder", DETECT)
+    detect.add_argument("images", nargs="+", type=Path, help="png, jpg, tif, npy or DICOM files, or folders of them")
+    detect.add_argument("--out", type=Path, required=True, help="folder for pictures, maps and results.csv")
+    detect.add_argument("--map-format", choices=["png", "npy"], default="png", help="16-bit PNG or float32 npy")
+    detect.add_argument("--save-counterfactual", action="store_true", help="keep it as a PNG, at the model's resolution")
+    detect.add_argument("--vmax", type=float, help="map value of the last colour (default: 3 x the model's threshold)")
+    add_pipeline_options(detect)
+
+    text = "figures with 95 %% intervals on images with masks or boxes"
+    evaluate = add_command(commands, "evaluate", run_evaluate, text, EVALUATE)
+    evaluate.add_argument("data", metavar="DATA", help="the data set, see below")
+    evaluate.add_argument("--healthy", metavar="DATA", help="healthy validation images: they give the threshold")
+    evaluate.add_argument("--out", type=Path, required=True, help="folder for tables, pictures and maps")
+    evaluate.add_argument("--bootstrap", type=int, default=1000, help="replicates over patients (default: 1000)")
+    evaluate.add_argument("--strata", nargs="*", default=[], help="columns to report separately, e.g. source")
+    add_pipeline_options(evaluate)
+
+    text = "a small grey copy of a data set, paths in its CSVs rewritten"
+    prepare = add_command(commands, "prepare", run_prepare, text)
+    prepare.add_argument("source", type=Path, help="CheXpert or ChestX-ray14 as downloaded, or any folder")
+    prepare.add_argument("output", type=Path)
+    prepare.add_argument("--size", type=int, default=256, help="side, in pixels (default: 256)")
+    prepare.add_argument("--aspect", choices=["pad", "crop", "squash"], default="pad", help="default: pad, nothing lost")
+    prepare.add_argument("--equalize", action="store_true", help="histogram equalisation, as the original did")
+    prepare.add_argument("--format", choices=["png", "jpg"], default="png")
+    prepare.add_argument("--frontal-only", action="store_true", help="leave lateral views out")
+    prepare.add_argument("--workers", type=int, default=None, help="processes (default: one for each CPU)")
+    prepare.add_argument("--overwrite", action="store_true", help="make the copies anew")
+
+    publish = add_command(
+        commands, "publish", run_publish, "a trained model, with its code and card, to the Hub", PUBLISH
+    )
+    publish.add_argument("folder", type=Path, help="a run or pipeline folder")
+    publish.add_argument("name", help="USER/NAME")
+    publish.add_argument("--private", action="store_true", default=None)
+    card = publish.add_argument_group("to write a new card")
+    card.add_argument("--training", help="Markdown: the data, its licence, how the model was trained")
+    card.add_argument("--evaluation", type=Path, help="a folder written by `evaluate`")
+    card.add_argument("--evaluated-on", default="validation images", help="what its images are")
+    card.add_argument("--license", default="apache-2.0", help="of the weights (default: apache-2.0)")
+    card.add_argument("--picture", help="name of a PNG in the folder")
+
+    text = "a guided-diffusion checkpoint to a diffusers folder"
+    convert = add_command(commands, "convert", run_convert, text, CONVERT)
+    convert.add_argument("checkpoint", type=Path, help=".pt or .safetensors")
+    convert.add_argument("output", type=Path)
+    convert.add_argument("--overwrite", action="store_true", help="replace the output folder")
+    add_conversion_flags(convert)
+    return parser
+
+
+def add_command(commands, name, run, text, epilog=None):
+    command = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def add_pipeline_options(parser):
+    parser.add_argument("--model", help="pipeline folder or Hub name (default: the shipped model)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that a Hub model brings along")
+    parser.add_argument("--batch-size", type=int, default=8, help="images at once, in each process (default: 8)")
+    parser.add_argument("--device", help="cuda, mps, cpu (default: the best there is)")
+    call = parser.add_argument_group("of the pipeline (default: the model's own)")
+    call.add_argument("--guidance-scale", type=float, help="w of (1 + w) target - w negative")
+    call.add_argument("--noise-level", type=int, help="timestep where inversion stops; more may change more")
+    call.add_argument("--num-inference-steps", type=int, help="of the whole chain")
+    call.add_argument("--negative-label", help="class to be pushed away from: a name, an id, or null")
+    call.add_argument("--source-label", help="class named while inverting")
+    call.add_argument("--num-refinements", type=int, help="fixed-point iterations of each inversion step")
+    call.add_argument("--compare-with", choices=["image", "reconstruction"])
+    call.add_argument("--smoothing", type=float, help="sigma, in pixels of the model's resolution")
+
+
+def call_kwargs(options):
+    """The pipeline's arguments that were given; a label that is a number is an id, else a name."""
+    given = {name: getattr(options, name) for name in CALL if getattr(options, name) is not None}
+    return {k: int(v) if k.endswith("_label") and v.isdigit() else v for k, v in given.items()}
+
+
+def open_pipeline(options):
+    """The model of `--model` on the device of this process."""
+    from datetime import timedelta
+
+    from accelerate import PartialState
+    from diffusers.utils.torch_utils import get_device
+
+    from .hub import default_checkpoint, load_pipeline
+
+    if options.batch_size < 1:
+        raise ValueError(f"expected --batch-size of 1 or more, got {options.batch_size}")
+    # accelerate joins processes without a GPU only when told that they are to run on the CPU; the first asked decides.
+    # A process that is done waits for the others as long as it takes.
+    cpu = (options.device or get_device()) == "cpu"
+    state = PartialState(cpu=cpu, timeout=timedelta(days=7))
+    pipeline = load_pipeline(options.model or default_checkpoint(), options.trust_remote_code)
+    on_terminal = state.is_main_process and sys.stderr.isatty()
+    pipeline.set_progress_bar_config(disable=not on_terminal, leave=False, position=1)
+    return pipeline.to(options.device or state.device)
+
+
+def run_detect(options):
+    from .detection import detect
+
+    summary = detect(
+        open_pipeline(options),
+        options.images,
+        options.out,
+        batch_size=options.batch_size,
+        map_format=options.map_format,
+        save_counterfactual=options.save_counterfactual,
+        vmax=options.vmax,
+        call_kwargs=call_kwargs(options),
+    )
+    if summary is None:  # not the main process
+        return 0
+    computed, failed, seconds = summary["computed"], summary["failed"], summary["seconds_per_image"]
+    there = summary["images"] - computed - len(failed)
+    print(
+        f"{summary['images']} images: {computed} computed{f' ({seconds:.2g} s each)' if computed else ''}, "
+        f"{there} were there, {len(failed)} failed. See {options.out / 'results.csv'}"
+    )
+    for error in failed.values():
+        print(f"failed: {error}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def run_evaluate(options):
+    from .evaluation import evaluate, summary_table
+
+    pipeline = open_pipeline(options)
+    result = evaluate(
+        pipeline,
+        open_data(options.data),
+        healthy=open_data(options.healthy) if options.healthy else None,
+        output_dir=options.out,
+        batch_size=options.batch_size,
+        n_bootstrap=options.bootstrap,
+        strata=tuple(options.strata),
+        call_kwargs=call_kwargs(options),
+    )
+    if result is not None:  # the main process
+        print(f"{summary_table(result)}\nSee {options.out / 'summary.md'} and {options.out / 'contact_sheet.png'}")
+
+
+def open_data(text):
+    """A folder, or "name:key=value,key=value" with values read as YAML (lists in brackets) -> data set."""
+    import yaml
+
+    from .data import LOADERS, build_dataset
+
+    if Path(text).is_dir():
+        return build_dataset("folder", root=text)
+    name, _, rest = text.partition(":")
+    if name not in LOADERS:
+        raise ValueError(f"expected a folder or NAME:key=value,... with NAME of {', '.join(LOADERS)}, got {text!r}")
+    kwargs = {}
+    for item in re.split(r",(?![^\[]*\])", rest) if rest else []:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"expected a data set as name:key=value,..., got {item!r} in {text!r}")
+        try:
+            kwargs[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            kwargs[key] = value
+    return build_dataset(name, **kwargs)
+
+
+def run_prepare(options):
+    from .data.preparation import prepare
+
+    prepare(
+        options.source,
+        options.output,
+        size=options.size,
+        aspect=options.aspect,
+        equalize=options.equalize,
+        image_format=options.format,
+        frontal_only=options.frontal_only,
+        num_workers=options.workers,
+        overwrite=options.overwrite,
+    )
+
+
+def run_publish(options):
+    from .hub import publish, write_model_card
+
+    if options.training:
+        write_model_card(
+            options.folder,
+            training=options.training,
+            evaluation=options.evaluation,
+            evaluated_on=options.evaluated_on,
+            name=options.name,
+            license=options.license,
+            picture=options.picture,
+        )
+    elif options.evaluation or options.picture:
+        raise ValueError("expected --training beside it: a new card names the data, its licence and the training")
+    elif options.folder.is_dir() and not (options.folder / "README.md").is_file():
+        raise ValueError(f"no card (README.md) in {options.folder}: give --training TEXT to write one")
+    print(publish(options.folder, options.name, private=options.private))
+
+
+def add_conversion_flags(parser):
+    """The originals' flags, in their own spelling."""
+    from dataclasses import fields
+
+    from .convert.flags import ConversionFlags
+
+    group = parser.add_argument_group("the flags that the checkpoint was trained with")
+    for field in fields(ConversionFlags):
+        text = field.metadata["help"] + (f" (default: {field.default})" if field.default is not None else "")
+        group.add_argument(f"--{field.name}", metavar="VALUE", help=text)
+    for name in NOT_NEEDED:
+        group.add_argument(f"--{name}", help=argparse.SUPPRESS)
+
+
+def run_convert(options):
+    from dataclasses import fields
+
+    from .convert import ConversionFlags, convert_checkpoint, parse_flag
+
+    given = {field.name: getattr(options, field.name) for field in fields(ConversionFlags)}
+    flags = {name: parse_flag(name, text) for name, text in given.items() if text is not None}
+    info = convert_checkpoint(options.checkpoint, options.output, overwrite=options.overwrite, **flags)
+    what = info["pipeline"] or "unet/ and scheduler/ (no classes, hence no pipeline)"
+    print(f"{options.output}: {what}. What was read from the tensors: {options.output / 'conversion.json'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

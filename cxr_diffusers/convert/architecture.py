@@ -1,0 +1,112 @@
+"""What the tensors' names and shapes say about the network that they belong to."""
+
+import re
+from dataclasses import dataclass
+
+from .flags import CHANNEL_MULT, V2_REFUSED
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A guided-diffusion UNet.
+
+    block_out_channels: channels of each level, the finest first.
+    attention_levels: those of them, counted from 0, that have attention (the middle block always has).
+    num_classes: None without labels.  class_mlp: the class vector passes an MLP (the CFG fork, `clf_free`).
+    """
+
+    image_size: int
+    in_channels: int
+    out_channels: int
+    model_channels: int
+    block_out_channels: tuple
+    layers_per_block: int
+    attention_levels: tuple
+    updown: bool
+    scale_shift: bool
+    num_classes: int | None
+    class_mlp: bool
+
+
+def read_architecture(state_dict, image_size=None):
+    """{name: tensor} -> `Architecture`.
+
+    Raises:
+        ValueError: a tensor that says something about the architecture is missing, an encoder classifier, the CFG
+            fork's v2, or a first level narrower or wider than the base channels (512 px).
+    """
+    if any(".encoder_kv." in name for name in state_dict):
+        raise ValueError(V2_REFUSED)
+    if not any(name.startswith("output_blocks.") for name in state_dict):
+        raise ValueError(
+            "expected the state_dict of a guided-diffusion UNet, found no tensor output_blocks.*"
+            + (
+                ": this looks like an encoder classifier, which is not convertible yet"
+                if "out.0.weight" in state_dict
+                else ""
+            )
+        )
+    updown, layers, levels = read_decoder(state_dict)
+    first = [1 + level * (layers + 1) for level in range(levels)]
+    channels = tuple(shape(state_dict, f"input_blocks.{k}.0.out_layers.3.weight", 4)[0] for k in first)
+    model_channels = shape(state_dict, "time_embed.0.weight", 2)[1]
+    if channels[0] != model_channels:
+        raise ValueError(
+            f"the first level has {channels[0]} channels (input_blocks.1.0.out_layers.3.weight) and the time embedding "
+            f"{model_channels} (time_embed.0.weight), as with channel_mult {channels[0] / model_channels:g},... (the "
+            "default at 512 px): UNet2DModel takes both from one number, so this is not convertible"
+        )
+    return Architecture(
+        image_size=image_size or usual_image_size(channels, model_channels),
+        in_channels=shape(state_dict, "input_blocks.0.0.weight", 4)[1],
+        out_channels=shape(state_dict, "out.2.weight", 4)[0],
+        model_channels=model_channels,
+        block_out_channels=channels,
+        layers_per_block=layers,
+        attention_levels=tuple(i for i, k in enumerate(first) if has_attention(state_dict, range(k, k + layers))),
+        updown=updown,
+        scale_shift=shape(state_dict, "input_blocks.1.0.emb_layers.1.weight", 2)[0] == 2 * channels[0],
+        num_classes=shape(state_dict, "label_emb.weight", 2)[0] if "label_emb.weight" in state_dict else None,
+        class_mlp=any(name.startswith("cond_embed.") for name in state_dict),
+    )
+
+
+def read_decoder(state_dict):
+    """(whether residual blocks resample, residual blocks per encoder level, number of levels).
+
+    Read off the decoder, because it shows where a level ends: the last block of each but the finest has an upsampler, a
+    `conv` or a second residual block. The encoder's resampling residual blocks look like all others.
+    """
+    blocks = {int(match[1]) for match in map(re.compile(r"output_blocks\.(\d+)\.").match, state_dict) if match}
+    upsampler = re.compile(r"output_blocks\.(\d+)\.[12]\.(conv|in_layers)\.")
+    found = [match for match in map(upsampler.match, state_dict) if match]
+    levels = len({match[1] for match in found}) + 1
+    if (max(blocks) + 1) % levels:
+        raise ValueError(
+            f"expected as many output_blocks on each of {levels} levels, found {max(blocks) + 1} output_blocks: "
+            f"tensors after output_blocks.{max(blocks)} or of an upsampler are missing"
+        )
+    return any(match[2] == "in_layers" for match in found), (max(blocks) + 1) // levels - 1, levels
+
+
+def has_attention(state_dict, blocks):
+    prefixes = tuple(f"input_blocks.{k}.1." for k in blocks)
+    return any(name.startswith(prefixes) for name in state_dict)
+
+
+def shape(state_dict, name, dimensions):
+    if name not in state_dict:
+        raise ValueError(f"missing tensor {name}")
+    found = tuple(state_dict[name].shape)
+    if len(found) != dimensions:
+        raise ValueError(f"expected tensor {name} with {dimensions} dimensions, got shape {found}")
+    return found
+
+
+def usual_image_size(channels, model_channels):
+    """The picture's side is not in the tensors; the originals' default multipliers tell it."""
+    multipliers = tuple(c / model_channels for c in channels)
+    for size, usual in CHANNEL_MULT.items():
+        if multipliers == usual:
+            return size
+    raise ValueError(f"image_size cannot be told from the channels {list(channels)}: hand over the flag image_size")

@@ -1,0 +1,142 @@
+"""The originals' command-line flags, as far as they decide what a checkpoint computes."""
+
+import logging
+from dataclasses import dataclass, field, fields
+from typing import get_args
+
+logger = logging.getLogger(__name__)
+
+# side of the picture -> the originals' channel multipliers, when --channel_mult is not given
+CHANNEL_MULT = {
+    512: (0.5, 1, 1, 2, 2, 4, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    128: (1, 1, 2, 3, 4),
+    64: (1, 2, 3, 4),
+    32: (1, 2, 2, 2),
+}
+# how each family prepared its pictures: what the converted pipeline has to do
+SOURCES = {
+    "cfg-fork": {"data_range": [0.0, 1.0], "scaling": "minmax", "aspect": "squash"},
+    "wolleb": {"data_range": [0.0, 1.0], "scaling": "minmax", "aspect": "squash"},
+    "openai": {"data_range": [-1.0, 1.0], "scaling": "dtype", "aspect": "crop"},
+}
+
+
+def flag(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class ConversionFlags:
+    """The flags of `image_train.py`, under their own names: hand over those that the checkpoint was trained with.
+
+    The first group cannot be read from the tensors and has the originals' defaults. The second group can; a value
+    given there is checked against the tensors. Each field's `metadata["help"]` says what it means.
+    """
+
+    # not in the tensors
+    num_heads: int = flag(4, "attention heads of every attention block")
+    num_head_channels: int = flag(-1, "channels of one attention head; overrules num_heads, -1 leaves it")
+    num_heads_upsample: int = flag(-1, "attention heads of the decoder, -1: as num_heads")
+    use_new_attention_order: bool = flag(False, "rows of the qkv tensors: [all Q, K, V] instead of [q, k, v] per head")
+    noise_schedule: str = flag("linear", "linear or cosine")
+    diffusion_steps: int = flag(1000, "length of the training chain")
+    predict_xstart: bool = flag(False, "the network predicts the picture, not the noise")
+    rescale_timesteps: bool = flag(False, "timesteps were scaled to 0..1000 (no effect with 1000 diffusion steps)")
+    dropout: float = flag(0.0, "dropout of the residual blocks in further training")
+    source: str | None = flag(None, f"whose data preparation: {', '.join(SOURCES)} (default: told from the tensors)")
+    class_names: tuple | None = flag(None, "a name for each class, in the order of its label")
+
+    # in the tensors; checked if given
+    image_size: int | None = flag(None, "side of the picture (told from the channels where they are the defaults)")
+    in_channels: int | None = flag(None, "channels of the picture")
+    num_channels: int | None = flag(None, "base channels")
+    channel_mult: str | None = flag(None, "channel multipliers, as '1,1,2,2'")
+    num_res_blocks: int | None = flag(None, "residual blocks per level")
+    attention_resolutions: str | None = flag(None, "sides of the feature maps with attention, as '32,16'")
+    learn_sigma: bool | None = flag(None, "the variance is learned: twice as many output channels")
+    use_scale_shift_norm: bool | None = flag(None, "the time embedding scales and shifts")
+    resblock_updown: bool | None = flag(None, "residual blocks resample")
+    class_cond: bool | None = flag(None, "the network takes class labels")
+    num_classes: int | None = flag(None, "how many")
+    clf_free: bool | None = flag(None, "the CFG fork's class MLP, trained with dropped labels")
+    unet_version: str | None = flag(None, "v1 or v2 of the CFG fork (v2 is refused)")
+
+
+def read_flags(values):
+    """{flag: value} -> `ConversionFlags`; a flag that is None counts as not given, one that is unknown is an error."""
+    known = {f.name for f in fields(ConversionFlags)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise TypeError(f"unknown flag {', '.join(unknown)}: expected some of {', '.join(sorted(known))}")
+    flags = ConversionFlags(**{name: value for name, value in values.items() if value is not None})
+    if flags.noise_schedule not in ("linear", "cosine"):
+        raise ValueError(f"expected noise_schedule linear or cosine, got {flags.noise_schedule!r}")
+    if flags.source is not None and flags.source not in SOURCES:
+        raise ValueError(f"expected source {', '.join(SOURCES)}, got {flags.source!r}")
+    if flags.rescale_timesteps and flags.diffusion_steps != 1000:
+        raise ValueError(
+            f"rescale_timesteps with {flags.diffusion_steps} diffusion steps feeds the network timesteps that a "
+            "diffusers scheduler cannot give: not convertible"
+        )
+    if flags.unet_version not in (None, "v1", "v2"):
+        raise ValueError(f"expected unet_version v1 or v2, got {flags.unet_version!r}")
+    if flags.unet_version == "v2":
+        raise ValueError(V2_REFUSED)
+    return flags
+
+
+V2_REFUSED = (
+    "unet_version v2 puts a class matrix in front of the keys and values of every attention block (encoder_kv), which "
+    "UNet2DModel has no place for: not convertible. v1, the version of the fork's README, is."
+)
+
+
+def parse_flag(name, text):
+    """A flag as it is written on a command line, "True" and "False" included -> its value; class_names by commas."""
+    (annotation,) = [f.type for f in fields(ConversionFlags) if f.name == name]
+    kinds = {kind for kind in (bool, tuple, int, float, str) if kind in (annotation, *get_args(annotation))}
+    if bool in kinds:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"expected {name} True or False, got {text!r}")
+        return text.lower() == "true"
+    if tuple in kinds:
+        return tuple(part.strip() for part in text.split(","))
+    return kinds.pop()(text)
+
+
+def flags_in_tensors(architecture):
+    """{flag: value}, the originals' flags as the tensors show them."""
+    a = architecture
+    return {
+        "image_size": a.image_size,
+        "in_channels": a.in_channels,
+        "num_channels": a.model_channels,
+        "channel_mult": ",".join(f"{c / a.model_channels:g}" for c in a.block_out_channels),
+        "num_res_blocks": a.layers_per_block,
+        "attention_resolutions": ",".join(str(a.image_size // 2**level) for level in a.attention_levels),
+        "learn_sigma": a.out_channels == 2 * a.in_channels,
+        "use_scale_shift_norm": a.scale_shift,
+        "resblock_updown": a.updown,
+        "class_cond": a.num_classes is not None,
+        "num_classes": a.num_classes,
+        "clf_free": a.class_mlp,
+        "unet_version": "v1",
+    }
+
+
+def check_flags(flags, architecture):
+    """Raise ValueError, naming the flag, where a flag that was given and the tensors disagree."""
+    # lists may be written in several ways, and resolutions that the network never reaches have no effect
+    sides = {str(architecture.image_size // 2**level) for level in range(len(architecture.block_out_channels))}
+    same = {
+        "channel_mult": lambda text: [float(m) for m in str(text).split(",") if m],
+        "attention_resolutions": lambda text: {side.strip() for side in str(text).split(",")} & sides,
+    }
+    for name, found in flags_in_tensors(architecture).items():
+        given = getattr(flags, name)
+        if given in (None, "") or (architecture.num_classes is None and name in ("num_classes", "clf_free")):
+            continue  # not given, or of no effect
+        as_written = same.get(name, lambda value: value)
+        if as_written(given) != as_written(found):
+            raise ValueError(f"the flag {name} is {given!r}, but the tensors say {found!r}")

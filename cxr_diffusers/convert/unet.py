@@ -1,0 +1,164 @@
+"""A guided-diffusion UNet as `UNet2DModel` and `DDIMScheduler`."""
+
+from dataclasses import asdict
+
+import torch
+from diffusers import DDIMScheduler, UNet2DModel
+
+from .architecture import read_architecture
+from .flags import SOURCES, check_flags, flags_in_tensors, logger, read_flags
+from .weights import convert_weights
+
+# what decides the result, is not in the tensors, and therefore deserves a word when nobody said it
+DECISIVE = ("num_heads", "noise_schedule", "source")
+
+
+def convert_state_dict(state_dict, **flags):
+    """The tensors of a guided-diffusion UNet as diffusers' classes, exact but for float32 rounding.
+
+    Args:
+        state_dict: {name: tensor}, as the `image_train.py` of OpenAI, Wolleb and the CFG fork writes it (model or EMA).
+        flags: fields of `ConversionFlags`, under the originals' names.
+
+    Returns:
+        (unet, scheduler, info): a `UNet2DModel` in evaluation mode, float32; a `DDIMScheduler` with the schedule of
+        the training chain (`clip_sample` off: `run_as_original` clips by itself); and a dict with
+
+        null_label: whether the last class embedding means "no class named". Only the CFG fork's models know one: its
+            class MLP is folded into the table and a row of zeros added. The label embeddings of Wolleb's and OpenAI's
+            models keep their rows: a row of zeros would be an input that those networks have never seen.
+        source, data_range, scaling, aspect: whose, and how pictures have to be prepared (see `prepare_image`).
+        class_names: a list, or None.
+        flags: every flag as it was understood. assumed: the decisive ones that nobody said and no tensor shows.
+        num_parameters: of the UNet.
+
+    Raises:
+        ValueError: names the tensor that is missing, left over, of the wrong shape or not finite; the flag that the
+            tensors contradict; or the feature that UNet2DModel cannot express.
+        TypeError: an unknown flag.
+    """
+    given = {name for name, value in flags.items() if value is not None}
+    flags = read_flags(flags)
+    architecture = read_architecture(state_dict, flags.image_size)
+    check_flags(flags, architecture)
+    with torch.device("meta"):
+        unet = UNet2DModel(**unet_config(architecture, flags))
+    unet.load_state_dict(convert_weights(state_dict, unet, architecture, flags.use_new_attention_order), assign=True)
+    source = flags.source or guess_source(architecture)
+    info = {
+        "null_label": architecture.class_mlp,
+        "source": source,
+        **SOURCES[source],
+        "class_names": class_names(flags, architecture),
+        "flags": {**asdict(flags), **flags_in_tensors(architecture), "source": source},
+        "assumed": [name for name in DECISIVE if name not in given and not superseded(name, flags)],
+        "num_parameters": sum(p.numel() for p in unet.parameters()),
+    }
+    if "num_heads" in info["assumed"]:
+        logger.warning("neither num_heads nor num_head_channels was given: assuming %s heads", flags.num_heads)
+    return unet.eval(), build_scheduler(flags), info
+
+
+def superseded(name, flags):
+    return name == "num_heads" and flags.num_head_channels != -1
+
+
+def guess_source(architecture):
+    """The class MLP is the fork's alone; Wolleb's pictures have one or four channels, OpenAI's three."""
+    if architecture.class_mlp:
+        return "cfg-fork"
+    return "openai" if architecture.in_channels == 3 else "wolleb"
+
+
+def class_names(flags, architecture):
+    """The names handed over; those of the fork's two classes are known: its loaders number healthy 0, diseased 1."""
+    if flags.class_names is None:
+        return ["healthy", "diseased"] if architecture.class_mlp and architecture.num_classes == 2 else None
+    if len(flags.class_names) != (architecture.num_classes or 0):
+        raise ValueError(
+            f"expected a class name for each of {architecture.num_classes or 0} classes, got {list(flags.class_names)}"
+        )
+    return list(flags.class_names)
+
+
+def unet_config(architecture, flags):
+    """Keyword arguments of `UNet2DModel`."""
+    a = architecture
+    if a.out_channels not in (a.in_channels, 2 * a.in_channels):
+        raise ValueError(
+            f"expected {a.in_channels} or {2 * a.in_channels} output channels for {a.in_channels} input channels, "
+            f"got {a.out_channels} (out.2.weight)"
+        )
+    levels = range(len(a.block_out_channels))
+    down = "ResnetDownsampleBlock2D" if a.updown else "DownBlock2D"
+    up = "ResnetUpsampleBlock2D" if a.updown else "UpBlock2D"
+    return {
+        "sample_size": a.image_size,
+        "in_channels": a.in_channels,
+        "out_channels": a.out_channels,
+        "block_out_channels": a.block_out_channels,
+        "layers_per_block": a.layers_per_block,
+        "down_block_types": tuple("AttnDownBlock2D" if i in a.attention_levels else down for i in levels),
+        "up_block_types": tuple("AttnUpBlock2D" if i in a.attention_levels else up for i in reversed(levels)),
+        "downsample_type": "resnet" if a.updown else "conv",
+        "upsample_type": "resnet" if a.updown else "conv",
+        "downsample_padding": 1,
+        "resnet_time_scale_shift": "scale_shift" if a.scale_shift else "default",
+        "attention_head_dim": attention_head_dim(a, flags),
+        # without it the middle attention has no norm when the time embedding scales and shifts
+        "attn_norm_num_groups": 32,
+        "norm_num_groups": 32,
+        "norm_eps": 1e-5,
+        "dropout": flags.dropout,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "num_class_embeds": None if a.num_classes is None else a.num_classes + a.class_mlp,
+    }
+
+
+def attention_head_dim(architecture, flags):
+    """The channels of one head: UNet2DModel knows one number for the whole network (None: one head everywhere)."""
+    widths = {architecture.block_out_channels[i] for i in (*architecture.attention_levels, -1)}
+    if flags.num_head_channels != -1:
+        bad = [w for w in sorted(widths) if w % flags.num_head_channels]
+        if bad:
+            raise ValueError(
+                f"num_head_channels {flags.num_head_channels} does not divide the {bad} attention channels"
+            )
+        return flags.num_head_channels
+    if flags.num_heads_upsample not in (-1, flags.num_heads):
+        raise ValueError(
+            f"num_heads_upsample {flags.num_heads_upsample} differs from num_heads {flags.num_heads}: UNet2DModel has "
+            "one head width for the whole network, so this is not convertible"
+        )
+    if flags.num_heads == 1:
+        return None
+    if len(widths) > 1:
+        raise ValueError(
+            f"num_heads {flags.num_heads} with attention at several widths ({sorted(widths)} channels): UNet2DModel "
+            "has one head width for the whole network, so this is not convertible. (num_heads 1 and num_head_channels "
+            "are.)" + (" num_heads was not given: 4 is the originals' default." if flags.num_heads == 4 else "")
+        )
+    (width,) = widths
+    if width % flags.num_heads:
+        raise ValueError(f"num_heads {flags.num_heads} does not divide the {width} attention channels")
+    return width // flags.num_heads
+
+
+def build_scheduler(flags):
+    """The training chain; `timestep_spacing` as the originals' `ddimN`."""
+    steps = flags.diffusion_steps
+    betas = (
+        {"beta_schedule": "linear", "beta_start": 0.1 / steps, "beta_end": 20 / steps}
+        if flags.noise_schedule == "linear"
+        else {"beta_schedule": "squaredcos_cap_v2"}
+    )
+    return DDIMScheduler(
+        num_train_timesteps=steps,
+        **betas,
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=0,
+        timestep_spacing="leading",
+        prediction_type="sample" if flags.predict_xstart else "epsilon",
+    )

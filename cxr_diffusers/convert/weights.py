@@ -1,0 +1,166 @@
+"""The tensors' names there and here."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+RESIDUAL_BLOCK = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+ENDS = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
+
+
+@torch.no_grad()
+def convert_weights(state_dict, unet, architecture, new_order):
+    """{original name: tensor} -> {diffusers name: float32 tensor} for `unet`, which may lie on the meta device.
+
+    `new_order`: whether the rows of the qkv tensors are [all Q, K, V], or [q, k, v] head by head.
+    Raises ValueError naming every tensor that is missing, left over, of the wrong shape, or not finite.
+    """
+    moves = [*plain_moves(unet, architecture), *attention_moves(unet, architecture, new_order)]
+    expected = {old: shape for old, shape, _ in moves}
+    expected |= class_shapes(architecture)
+    check_tensors(state_dict, expected)
+    converted = {}
+    for old, _, targets in moves:
+        for new, change in targets.items():
+            converted[new] = change(state_dict[old].float()).contiguous()
+    if architecture.num_classes is not None:
+        converted["class_embedding.weight"] = class_table(state_dict, architecture)
+    return converted
+
+
+def check_tensors(state_dict, expected):
+    """Raise ValueError unless the state_dict has exactly the tensors {name: shape} of `expected`, all finite."""
+    wrong = [f"missing {name} {list(expected[name])}" for name in sorted(set(expected) - set(state_dict))]
+    wrong += [f"left over {name} {list(state_dict[name].shape)}" for name in sorted(set(state_dict) - set(expected))]
+    for name in sorted(set(expected) & set(state_dict)):
+        if tuple(state_dict[name].shape) != tuple(expected[name]):
+            wrong.append(f"{name}: expected shape {list(expected[name])}, got {list(state_dict[name].shape)}")
+        elif not torch.isfinite(state_dict[name]).all():
+            wrong.append(f"{name} holds NaN or infinity")
+    if wrong:
+        rest = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise ValueError(f"{len(wrong)} tensors do not fit: {'; '.join(wrong[:8])}{rest}")
+
+
+def same(tensor):
+    return tensor
+
+
+def plain_moves(unet, architecture):
+    """Tensors that only change their name: (original name, shape, {diffusers name: change})."""
+    modules = dict(ENDS)
+    residual = dict(residual_blocks(architecture))
+    (residual if architecture.updown else modules).update(resamplers(architecture))
+    for old, new in residual.items():
+        modules |= {f"{old}.{a}": f"{new}.{b}" for a, b in RESIDUAL_BLOCK.items()}
+    wanted = unet.state_dict()
+    for old, new in modules.items():
+        for kind in ("weight", "bias"):
+            if f"{new}.{kind}" in wanted:  # a conv_shortcut is only where the channels change
+                yield f"{old}.{kind}", wanted[f"{new}.{kind}"].shape, {f"{new}.{kind}": same}
+
+
+def attention_moves(unet, architecture, new_order):
+    """The same for attention: its 1x1 convolutions over the flattened picture become linear layers."""
+    modules = dict(unet.named_modules())
+    for old, new in attention_blocks(architecture):
+        if new not in modules:
+            continue
+        channels, heads = modules[new].to_q.in_features, modules[new].heads
+        for kind, tail in (("weight", (channels, 1)), ("bias", ())):
+            yield f"{old}.norm.{kind}", (channels,), {f"{new}.group_norm.{kind}": same}
+            yield f"{old}.proj_out.{kind}", (channels, *tail), {f"{new}.to_out.0.{kind}": as_linear}
+            thirds = {
+                f"{new}.to_{name}.{kind}": partial(third, index=i, heads=heads, new_order=new_order)
+                for i, name in enumerate("qkv")
+            }
+            yield f"{old}.qkv.{kind}", (3 * channels, *tail), thirds
+
+
+def as_linear(tensor):
+    """(rows, columns, 1) -> (rows, columns); a bias stays as it is."""
+    return tensor.squeeze(2) if tensor.ndim == 3 else tensor
+
+
+def third(tensor, index, heads, new_order):
+    """The rows of q, k or v (`index` 0, 1, 2) of a qkv tensor, head after head."""
+    tensor = as_linear(tensor)
+    if new_order:
+        return tensor.chunk(3)[index]
+    return tensor.unflatten(0, (heads, 3, -1))[:, index].flatten(0, 1)
+
+
+def residual_blocks(architecture):
+    """(original prefix, diffusers prefix) of each residual block, those that resample left out."""
+    yield "middle_block.0", "mid_block.resnets.0"
+    yield "middle_block.2", "mid_block.resnets.1"
+    for old, new in places(architecture):
+        yield f"{old}.0", new.format("resnets")
+
+
+def attention_blocks(architecture):
+    """(original prefix, diffusers prefix) of each place where attention may be."""
+    yield "middle_block.1", "mid_block.attentions.0"
+    for old, new in places(architecture):
+        yield f"{old}.1", new.format("attentions")
+
+
+def places(architecture):
+    """Where the blocks of the levels lie: each level is followed by a downsampler in one list of the original."""
+    n = architecture.layers_per_block
+    for i in range(len(architecture.block_out_channels)):
+        for j in range(n):
+            yield f"input_blocks.{1 + i * (n + 1) + j}", f"down_blocks.{i}.{{}}.{j}"
+        for j in range(n + 1):
+            yield f"output_blocks.{i * (n + 1) + j}", f"up_blocks.{i}.{{}}.{j}"
+
+
+def resamplers(architecture):
+    """(original prefix, diffusers prefix) of what lies between two levels: a convolution or a residual block."""
+    n, levels = architecture.layers_per_block, len(architecture.block_out_channels)
+    op, conv = ("", "") if architecture.updown else (".op", ".conv")
+    for i in range(levels - 1):
+        yield f"input_blocks.{(i + 1) * (n + 1)}.0{op}", f"down_blocks.{i}.downsamplers.0{conv}"
+        # the decoder counts from the coarsest level; its upsampler follows the last block's attention, if there is any
+        index = 2 if levels - 1 - i in architecture.attention_levels else 1
+        yield f"output_blocks.{i * (n + 1) + n}.{index}{conv}", f"up_blocks.{i}.upsamplers.0{conv}"
+
+
+def class_shapes(architecture):
+    if architecture.num_classes is None:
+        return {}
+    narrow, wide = architecture.model_channels, 4 * architecture.model_channels
+    if not architecture.class_mlp:
+        return {"label_emb.weight": (architecture.num_classes, wide)}
+    return {
+        "label_emb.weight": (architecture.num_classes, narrow),
+        "cond_embed.0.weight": (wide, narrow),
+        "cond_embed.0.bias": (wide,),
+        "cond_embed.2.weight": (wide, wide),
+        "cond_embed.2.bias": (wide,),
+    }
+
+
+def class_table(state_dict, architecture):
+    """The rows of the class embedding; for the fork, what its class MLP makes of them, and zeros: the null label."""
+    table = state_dict["label_emb.weight"].float()
+    if not architecture.class_mlp:
+        return table
+    mlp = [state_dict[f"cond_embed.{layer}.{kind}"].float() for layer in (0, 2) for kind in ("weight", "bias")]
+    hidden = F.silu(F.linear(table, mlp[0], mlp[1]))
+    rows = F.linear(hidden, mlp[2], mlp[3])
+    return torch.cat([rows, torch.zeros(1, rows.shape[1])])

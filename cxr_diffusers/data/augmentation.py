@@ -1,0 +1,40 @@
+"""Small random changes of posture and exposure that leave a chest a chest."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def augment(images, degrees=0.0, zoom=0.0, shift=0.0, gamma=0.0, data_range=(-1.0, 1.0)):
+    """(B, C, H, W) in `data_range` -> the same, each image turned, zoomed, shifted and exposed a little differently.
+
+    There is no mirroring: the heart is on the left, and a mirrored chest is a rare finding (situs inversus), not a
+    healthy one.
+
+    Args:
+        degrees: rotation, uniform in +- degrees.
+        zoom: scale, uniform in 1 +- zoom.
+        shift: translation along each axis, uniform in +- shift of the side. What comes in repeats the border.
+        gamma: exposure, v -> v ** exp(u) on [0, 1] with u uniform in +- gamma.
+    """
+    batch, device = len(images), images.device
+
+    def uniform(limit):
+        return (torch.rand(batch, device=device) * 2 - 1) * limit
+
+    angle, scale = uniform(math.radians(degrees)), 1 + uniform(zoom)
+    # affine_grid maps [-1, 1], so a shift by the whole side is 2
+    x, y = uniform(2 * shift), uniform(2 * shift)
+    rows = (
+        torch.stack([scale * angle.cos(), -scale * angle.sin(), x]),
+        torch.stack([scale * angle.sin(), scale * angle.cos(), y]),
+    )
+    theta = torch.stack(rows).permute(2, 0, 1)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    images = F.grid_sample(images, grid.to(images.dtype), padding_mode="border", align_corners=False)
+    if gamma:
+        low, high = data_range
+        exponent = uniform(gamma).exp()[:, None, None, None]
+        images = ((images - low) / (high - low)).clamp(0, 1) ** exponent * (high - low) + low
+    return images

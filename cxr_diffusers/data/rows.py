@@ -1,0 +1,112 @@
+"""Rows of a loader -> `datasets.Dataset`, with the columns that every data set here has."""
+
+import io
+from pathlib import Path
+
+import PIL.Image
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
+from tqdm.auto import tqdm
+
+from .images import binary_mask, read_image
+
+# what stays a path until it is looked at; the rest is decoded now, because `datasets.Image` cannot
+LAZY_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
+
+
+def to_dataset(rows, class_names):
+    """Rows -> data set with columns image, label, patient, view, path, and boxes and mask where any row has one.
+
+    Args:
+        rows: dicts with image (path or PIL image), label (class id, -1 unlabelled), and optionally patient, view, path,
+            boxes (list of [x, y, w, h] in pixels; [] where there are none or none are known), mask (PIL image or None).
+        class_names: names of the class ids, healthy first.
+
+    Raises:
+        ValueError: no rows.
+    """
+    if not rows:
+        raise ValueError("the data set is empty: no row is left after the filters that were asked for")
+    features = {
+        "image": Image(),
+        "label": ClassLabel(names=list(class_names)),
+        "patient": Value("string"),
+        "view": Value("string"),
+        "path": Value("string"),
+    }
+    eager = sum(not isinstance(row["image"], PIL.Image.Image) and not _is_lazy(row["image"]) for row in rows)
+    with tqdm(total=eager, desc="reading", unit="image", disable=eager < 20, leave=False) as bar:
+        columns = {"image": [_image_cell(row["image"], bar) for row in rows]}
+    columns["label"] = [int(row["label"]) for row in rows]
+    for name in ("patient", "view", "path"):
+        columns[name] = [str(row.get(name) or "") for row in rows]
+    if any(row.get("boxes") is not None for row in rows):
+        features["boxes"] = List(List(Value("float32"), length=4))
+        columns["boxes"] = [[list(map(float, box)) for box in row.get("boxes") or []] for row in rows]
+    if any(row.get("mask") is not None for row in rows):
+        features["mask"] = Image()
+        columns["mask"] = [_png_cell(row["mask"]) if row.get("mask") is not None else None for row in rows]
+    return Dataset.from_dict(columns, features=Features(features))
+
+
+def read_mask(path, image_path):
+    """The mask of an image as PIL "L", 0 / 255; ValueError unless it is as large as its image."""
+    mask, size = binary_mask(read_image(path)), image_size(image_path)
+    if mask.size != size:
+        raise ValueError(
+            f"{path}: expected a mask of {size[0]} x {size[1]}, as its image {image_path}, got {mask.size}"
+        )
+    return mask
+
+
+def image_size(path):
+    """(width, height) of an image file, from its header where PIL can read one."""
+    if Path(path).suffix.lower() in (".png", ".bmp"):
+        with PIL.Image.open(path) as image:
+            return image.size
+    return read_image(path).size
+
+
+def parse_boxes(text, where):
+    """ "x y w h" a line (or separated by ";"), in pixels -> [[x, y, w, h]]; ValueError naming `where`."""
+    boxes = []
+    for line in str(text).replace(";", "\n").splitlines():
+        numbers = line.replace(",", " ").split()
+        if not numbers:
+            continue
+        try:
+            box = [float(n) for n in numbers]
+        except ValueError:
+            box = []
+        if len(box) != 4 or min(box[2:]) <= 0:
+            raise ValueError(f"{where}: expected boxes as `x y w h` in pixels, one a line, got {line!r}")
+        boxes.append(box)
+    return boxes
+
+
+def missing_columns(expected, found, where):
+    """Raise ValueError naming the columns that `where` lacks, and those it has."""
+    missing = [name for name in expected if name not in found]
+    if missing:
+        raise ValueError(
+            f"{where}: expected column {', '.join(map(repr, missing))}, found {', '.join(map(str, found))}"
+        )
+
+
+def _is_lazy(path):
+    return Path(path).suffix.lower() in LAZY_SUFFIXES
+
+
+def _image_cell(image, bar):
+    if isinstance(image, PIL.Image.Image):
+        return _png_cell(image)
+    if _is_lazy(image):
+        return {"path": str(image), "bytes": None}
+    bar.update()
+    return _png_cell(read_image(image))
+
+
+def _png_cell(image):
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", compress_level=1)  # quick: it stays in memory
+    # no path: where the file exists, `datasets` would keep the path and drop the bytes
+    return {"path": None, "bytes": buffer.getvalue()}

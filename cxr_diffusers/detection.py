@@ -1,0 +1,242 @@
+"""Images in a folder -> a picture and a map each, and a row in results.csv."""
+
+import csv
+import hashlib
+import io
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from PIL import Image
+from tqdm.auto import tqdm
+
+from .data.images import SUFFIXES, list_images, read_image
+from .evaluation import fingerprint
+from .pipelines.cxr_anomaly import frame, prepare_image, restore_map
+from .visualization import save_map, save_png, side_by_side, write_file
+
+FIELDS = ["image", "name", "anomaly_score", "abnormal_fraction", "map_max", "height", "width", "seconds"]
+SHOWN = 512  # longer side of a panel: sharp enough to read the chest, three of them fit on a screen
+
+
+def detect(
+    pipeline,
+    images,
+    output_dir,
+    *,
+    batch_size=8,
+    map_format="png",
+    save_counterfactual=False,
+    vmax=None,
+    call_kwargs=None,
+    progress=True,
+):
+    """Run an anomaly pipeline over files and folders.
+
+    Written for every image, under a name made of its path below the folder:
+
+        NAME.png                  input | counterfactual | map over the input, with its colour bar
+        maps/NAME.png (or .npy)   the raw map at the input's own resolution: 16 bits, value / 65535 (or float32)
+        counterfactuals/NAME.png  with `save_counterfactual`: as the model made it, at its resolution
+        rows/NAME.json            the row of results.csv; written last, so it says that the image is done
+
+    and at the end results.csv, most abnormal first, and failed.csv, if files could not be read. Run it again and it goes
+    on where it stopped, kill -9 included: only files that are new, changed, or were broken before are computed. Under
+    `accelerate launch` each process takes its share (place the pipeline on its device first).
+
+    Columns: `anomaly_score`, see `AnomalyOutput`; `abnormal_fraction`, of the pixels above the model's threshold from
+    healthy images (empty if it has none); `map_max`; `height` and `width` of the input; `seconds`, of the model alone.
+
+    Args:
+        pipeline: answers `pipeline(list of PIL images, output_type="np")` with an `AnomalyOutput`.
+        images: files and folders; a folder is searched for png, jpg, bmp, tif, npy and DICOM files.
+        output_dir: created if need be.
+        batch_size: images a call.
+        map_format: "png" or "npy".
+        vmax: the map value of the last colour. None: three times the model's threshold, so all its pictures have one
+            scale; for a model without threshold each picture's own 99.5 % quantile.
+        call_kwargs: arguments of the pipeline's call.
+
+    Returns:
+        {"images", "computed", "failed": {path: error}, "seconds_per_image" (None if nothing was computed)} on the main
+        process, None on the others.
+
+    Raises:
+        FileNotFoundError: no such file or folder, or no image in it.
+        FileExistsError: `output_dir` holds results of another model or other settings.
+        ValueError: `output_dir` is where the images are, or an unknown `map_format`.
+    """
+    if map_format not in ("png", "npy"):
+        raise ValueError(f"expected `map_format` png or npy, got {map_format!r}")
+    state, output_dir = PartialState(), Path(output_dir)
+    threshold = pipeline.config.get("map_threshold")
+    vmax = vmax or (3 * threshold if threshold else None)
+    found = find_images(images, output_dir)
+    keep_settings(
+        output_dir,
+        {
+            "model": str(pipeline.config.get("_name_or_path") or type(pipeline).__name__),
+            "weights": fingerprint(pipeline, {}, 0),
+            "call": call_kwargs or {},
+            "map_format": map_format,
+            "save_counterfactual": save_counterfactual,
+            "map_threshold": threshold,
+            "vmax": vmax,
+        },
+    )
+    rows = read_rows(output_dir)
+    files = name_files(found, rows)
+    todo = [(name, path) for name, path in files.items() if name not in rows or rows[name]["file"] != stamp(path)]
+    state.wait_for_everyone()  # all have looked before the first writes, or they would share out different lists
+
+    share, failed, seconds = todo[state.process_index :: state.num_processes], {}, []
+    bar = tqdm(total=len(share), desc="detect", unit="image", disable=not (progress and state.is_main_process))
+    try:
+        for first in range(0, len(share), batch_size):
+            batch = []
+            for name, path in share[first : first + batch_size]:
+                try:
+                    batch.append((name, path, read_image(path)))
+                except (ValueError, OSError) as error:
+                    failed[str(path)] = str(error)
+                    row_file(output_dir, name).unlink(missing_ok=True)  # of the file that was here before
+                    bar.update()
+            if not batch:
+                continue
+            start = time.perf_counter()
+            output = pipeline([picture for *_, picture in batch], output_type="np", **(call_kwargs or {}))
+            seconds += [(time.perf_counter() - start) / len(batch)] * len(batch)
+            for i, (name, path, picture) in enumerate(batch):
+                answer = (output.counterfactual[i], output.anomaly_map[i], float(output.anomaly_score[i]))
+                row = write_answer(output_dir, name, path, picture, answer, pipeline.config, map_format, vmax)
+                if save_counterfactual:
+                    save_png(to_8_bit(answer[0]), output_dir / "counterfactuals" / f"{name}.png")
+                row |= {"seconds": round(seconds[-1], 4), "file": stamp(path)}
+                write_file(row_file(output_dir, name), json.dumps(row).encode())
+                bar.update()
+        failed, seconds = dict(gather_object(list(failed.items()))), gather_object(seconds)
+    finally:  # stopped or failed, what is done is in the tables
+        bar.close()
+        if state.is_main_process:
+            rows = sorted(read_rows(output_dir).values(), key=lambda row: -row["anomaly_score"])
+            write_csv(output_dir / "results.csv", FIELDS, rows)
+            write_csv(output_dir / "failed.csv", ["image", "error"], [dict(image=k, error=failed[k]) for k in failed])
+    if not state.is_main_process:
+        return None
+    mean = float(np.mean(seconds)) if seconds else None
+    return {"images": len(files), "computed": len(seconds), "failed": failed, "seconds_per_image": mean}
+
+
+def find_images(images, output_dir):
+    """Files and folders -> [(path that names it, path)]; not what lies in `output_dir`."""
+    output, found = output_dir.resolve(), []
+    for item in map(Path, images):
+        if not item.exists():
+            raise FileNotFoundError(f"no such file or folder: {item}")
+        home = item.resolve() if item.is_dir() else item.resolve().parent
+        if home in (output, output / "maps", output / "counterfactuals"):
+            raise ValueError(f"expected an output folder of its own, got {output_dir}, where the images are")
+        inside = [path for path in list_images(item) if output not in path.resolve().parents] if item.is_dir() else []
+        if item.is_dir() and not inside:
+            raise FileNotFoundError(f"no png, jpg, bmp, tif, npy or DICOM image in {item}")
+        found += [(path.relative_to(item), path) for path in inside] if item.is_dir() else [(Path(item.name), item)]
+    return found
+
+
+def name_files(found, rows):
+    """-> {name: path}: "study/a.png" is "study__a". Two files that would share a name get a hash of their path; a file
+    that has a row keeps its name, whatever has come beside it."""
+    taken = {name: row["file"][0] for name, row in rows.items()}
+    name_of = {source: name for name, source in taken.items()}
+    files = {}
+    for relative, path in found:
+        source = stamp(path)[0]
+        if source not in name_of:
+            # what follows the last dot of a DICOM file without extension is part of its UID
+            plain = relative.with_suffix("") if relative.suffix.lower() in SUFFIXES else relative
+            name = "__".join(plain.parts)[-150:]
+            if name in taken:
+                name += "-" + hashlib.sha256(source.encode()).hexdigest()[:6]
+            name_of[source], taken[name] = name, source
+        files[name_of[source]] = path
+    return files
+
+
+def stamp(path):
+    """What tells a file and its content from another: [absolute path, bytes, time of change in ns]."""
+    status = path.stat()
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
+
+
+def keep_settings(output_dir, settings):
+    """Note in a new folder what makes its results; refuse one that something else made."""
+    path = output_dir / "settings.json"
+    if path.exists():
+        old = json.loads(path.read_text())
+        differing = [key for key in settings if key != "model" and old.get(key) != settings[key]]
+        if differing:
+            what = ", ".join(f"{key} {old.get(key)!r} there, {settings[key]!r} now" for key in differing)
+            raise FileExistsError(f"{output_dir} holds results of other settings ({what}): give another folder")
+    else:
+        write_file(path, json.dumps(settings, indent=2).encode())
+
+
+def row_file(output_dir, name):
+    return output_dir / "rows" / f"{name}.json"
+
+
+def read_rows(output_dir):
+    """{name: row} of all images that are done."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted((output_dir / "rows").glob("*.json"))}
+
+
+def write_answer(output_dir, name, path, picture, answer, config, map_format, vmax):
+    """Write the map and the picture of one image; return its row."""
+    counterfactual, anomaly_map, score = answer
+    aspect, threshold = config["aspect"], config.get("map_threshold")
+    own = restore_map(anomaly_map, picture.height, picture.width, aspect)
+    fraction = float(np.mean(own > threshold)) if threshold else None
+    save_map(own, output_dir / "maps" / f"{name}.{map_format}")
+
+    shown = in_model_greys(picture, anomaly_map.shape[-1], config["scaling"], aspect)
+    counterfactual, small = (restore_map(x, *shown.shape, aspect) for x in (counterfactual.mean(-1), anomaly_map))
+    title = f"{path.name}    score {score:.3f}"
+    title += f"    {fraction:.1%} of the picture above the threshold" if threshold else ""
+    strip = side_by_side(shown, counterfactual, small, vmax=vmax, title=title, panel_size=SHOWN)
+    save_png(strip, output_dir / f"{name}.png")
+    values = (str(path), name, score, fraction, float(own.max()), picture.height, picture.width)
+    return dict(zip(FIELDS, values, strict=False))
+
+
+def in_model_greys(picture, size, scaling, aspect):
+    """PIL picture -> (h, w) float32 in [0, 1], the longer side SHOWN pixels: the radiograph at its own sharpness, black
+    and white where the model that works at `size` pixels has them, so that it can be compared with its counterfactual."""
+    scale = SHOWN / max(picture.size)
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    shown = Image.fromarray(np.asarray(picture, np.float32)).resize((width, height), Image.Resampling.BICUBIC)
+    shown = np.asarray(shown) / (255 if picture.mode == "L" else 65535)
+    if scaling == "minmax":
+        top, left, h, w = frame(picture.height, picture.width, size, aspect)
+        seen = prepare_image(picture, size, "dtype", aspect, (0.0, 1.0))[0, 0]
+        seen = seen[max(top, 0) : max(top, 0) + h, max(left, 0) : max(left, 0) + w].numpy()  # without the bars
+        shown = (shown - seen.min()) / max(np.ptp(seen), 1e-12)
+    return shown.clip(0, 1)
+
+
+def to_8_bit(image):
+    """(H, W, C) in [0, 1] -> grey PIL image."""
+    return Image.fromarray((image.mean(-1) * 255).round().astype(np.uint8))
+
+
+def write_csv(path, fields, rows):
+    """A table, under its name only when complete; no rows, no file."""
+    if not rows:
+        return path.unlink(missing_ok=True)
+    with io.StringIO(newline="") as text:
+        writer = csv.DictWriter(text, fields, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_file(path, text.getvalue().encode())

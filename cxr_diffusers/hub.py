@@ -1,0 +1,235 @@
+"""Finished models: the one that is shipped, opening them, their cards, and publishing them."""
+
+import json
+import re
+from pathlib import Path
+
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, hf_hub_download
+
+from .visualization import write_file
+
+# the numbers of an evaluation that go into a card: its table and its YAML
+HEADLINES = {
+    "pixel_ap": "pixel AP",
+    "pixel_auroc": "pixel AUROC",
+    "hit_rate": "hit rate",
+    "dice": "Dice",
+    "image_auroc": "image AUROC",
+}
+
+CARD = """---
+{metadata}
+---
+
+# {title}
+
+{picture}
+Where is this chest X-ray abnormal? A class-conditional diffusion model, trained on image-level labels alone, turns a
+radiograph into the same chest as if healthy; the anomaly map is what had to change. Made with `cxr_diffusers`.
+
+**Research use only.** Not a medical device; not for diagnosis, triage or any decision about a patient. It marks what
+looks unusual to it and misses much; what is known about how much holds for the data named below, and no other.
+
+## How to use
+
+```python
+from diffusers import DiffusionPipeline
+from PIL import Image
+pipeline = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
+pipeline(Image.open("chest.png")).anomaly_map[0].save("map.png")  # 16 bit, value / 65535
+```
+
+The answer also has `image`, `counterfactual` (the chest as if healthy) and `anomaly_score`, one number for each image.
+Classes: {classes}. Defaults of the call: {settings}.
+
+## Training
+
+{training}
+
+## Evaluation
+
+{evaluation}
+"""
+
+
+def default_checkpoint():
+    """The folder of the shipped model: `CFGAnomalyPipeline.from_pretrained(default_checkpoint())`."""
+    return str(Path(__file__).parent / "checkpoints" / "cxr_cfg_64")
+
+
+def load_unet(folder):
+    """The UNet of a pipeline folder or Hub name, to train on from its weights."""
+    from diffusers import UNet2DModel
+
+    return UNet2DModel.from_pretrained(folder, subfolder="unet")
+
+
+def load_pipeline(name, trust_remote_code=False):
+    """Open a folder or a Hub name by the class that it names, whichever of ours that is.
+
+    Args:
+        name: a pipeline folder, or USER/NAME.
+        trust_remote_code: run the code that it brings along, where its class is none of ours.
+
+    Raises:
+        FileNotFoundError: no such folder, or nothing was saved there. ValueError: none of our classes.
+    """
+    from diffusers import DiffusionPipeline
+
+    from . import pipelines
+
+    index = Path(name) / "model_index.json"
+    if not index.is_file():
+        if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+            raise FileNotFoundError(f"expected a folder with a model_index.json or a Hub name USER/NAME, got {name}")
+        index = Path(hf_hub_download(str(name), "model_index.json"))
+    found = json.loads(index.read_text())["_class_name"]
+    found = found[-1] if isinstance(found, list) else found
+    if found in pipelines.__all__:
+        return getattr(pipelines, found).from_pretrained(name)
+    if trust_remote_code:
+        return DiffusionPipeline.from_pretrained(name, trust_remote_code=True)
+    known = [known for known in pipelines.__all__ if known.endswith("Pipeline")]
+    raise ValueError(f"expected a {' or '.join(known)} in {name}, got a {found}, whose code has to be trusted first")
+
+
+def write_model_card(
+    folder,
+    *,
+    training,
+    evaluation=None,
+    evaluated_on="validation images",
+    name=None,
+    license="apache-2.0",
+    datasets=(),
+    picture=None,
+):
+    """Write `README.md` into a pipeline folder.
+
+    Args:
+        folder: has a `model_index.json`.
+        training: Markdown: the data, its licence, steps, seed.
+        evaluation: a folder written by `evaluate`, or its summary as a dict: the main figures as a table, and for the
+            YAML's `model-index`.
+        evaluated_on: the name of the data of `evaluation`.
+        name: what a reader will load, USER/NAME; None: the folder's name. (`publish` puts its own in.)
+        license: of the weights, by its identifier on the Hub.
+        datasets: names on the Hub.
+        picture: name of a picture in the folder.
+
+    Raises:
+        FileNotFoundError: no `model_index.json`, no summary.json, or no such picture.
+    """
+    folder = Path(folder)
+    index = read_index(folder)
+    if picture and not (folder / picture).is_file():
+        raise FileNotFoundError(f"expected the card's picture in the folder, no file {folder / picture}")
+    name = name or folder.resolve().name
+    summary = evaluation
+    if evaluation is not None and not isinstance(evaluation, dict):
+        summary = json.loads((Path(evaluation) / "summary.json").read_text())
+    results = eval_results(summary, evaluated_on) if summary else None
+    metadata = ModelCardData(
+        language="en",
+        license=license,
+        library_name="diffusers",
+        pipeline_tag="image-to-image",
+        tags=["chest-x-ray", "radiology", "anomaly-detection", "weakly-supervised", "counterfactual", "cxr_diffusers"],
+        datasets=list(datasets) or None,
+        model_name=name.split("/")[-1] if results else None,
+        eval_results=results or None,
+    )
+    text = CARD.format(
+        metadata=metadata.to_yaml(),
+        title=name.split("/")[-1],
+        picture=f"![input, counterfactual, anomaly map]({picture})\n" if picture else "",
+        name=name,
+        classes=", ".join((index.get("class_names") or {}).values()) or "not named",
+        settings=", ".join(f"`{key}={value!r}`" for key, value in (index.get("settings") or {}).items())
+        or "those of the original procedure",
+        training=training.strip(),
+        evaluation=describe_evaluation(summary, evaluated_on) if summary else "Not evaluated yet.",
+    )
+    write_file(folder / "README.md", str(ModelCard(text)).encode())
+
+
+def describe_evaluation(summary, evaluated_on):
+    """`evaluate`'s summary -> Markdown: on what, and the main figures of the model and of its controls."""
+    from .evaluation import summary_table
+
+    return (
+        f"On {evaluated_on}: {summary['n_images']} images of {summary['n_patients']} patients, "
+        f"{summary['n_with_region']} of them with a known abnormal region, and {summary['n_healthy']} healthy images "
+        "beside them. Brackets: 95 % bootstrap intervals over patients. The rows below the first are controls, which do "
+        f"not know the answer.\n\n{summary_table(summary, HEADLINES)}"
+    ).strip()
+
+
+def eval_results(summary, evaluated_on):
+    """`evaluate`'s summary -> the entries of the card's `model-index`, of the main figures that are defined."""
+    found = {metric: (summary["method"].get(metric) or {}).get("value") for metric in HEADLINES}
+    return [
+        EvalResult(
+            task_type="image-segmentation",
+            task_name="weakly supervised anomaly localisation",
+            dataset_type=re.sub(r"\W+", "-", evaluated_on.lower()).strip("-"),
+            dataset_name=evaluated_on,
+            metric_type=metric,
+            metric_name=HEADLINES[metric],
+            metric_value=round(value, 4),
+        )
+        for metric, value in found.items()
+        if value is not None and value == value
+    ]
+
+
+def publish(folder, repo_id, *, private=None, token=None, create_pr=False):
+    """Upload a finished pipeline folder (a training run's, too) to the Hub.
+
+    Only the model is uploaded: the index, the components, code, card and the pictures beside it. A run's checkpoints,
+    logs and validation pictures stay at home. The name in the card's example becomes `repo_id`.
+
+    Args:
+        repo_id: USER/NAME, or NAME for your own; made if there is none.
+        private: of a new repository; None: as your account has it.
+
+    Returns:
+        the address of the commit.
+
+    Raises:
+        FileNotFoundError: `folder` has no `model_index.json` (nothing was saved there), or no card.
+    """
+    folder = Path(folder)
+    index = read_index(folder)
+    if not (folder / "README.md").is_file():
+        raise FileNotFoundError(f"no README.md in {folder}: a model goes out with its card, see write_model_card")
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    card = (folder / "README.md").read_text()
+    named = re.sub(r'(DiffusionPipeline\.from_pretrained\(")[^"]*', rf"\g<1>{repo_id}", card)
+    if named != card:
+        write_file(folder / "README.md", named.encode())
+    return api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        allow_patterns=finished_files(folder, index),
+        commit_message=f"Upload {index['_class_name'][-1] if isinstance(index['_class_name'], list) else 'model'}",
+        create_pr=create_pr,
+    ).commit_url
+
+
+def read_index(folder):
+    """`model_index.json` of a pipeline folder; FileNotFoundError where there is none."""
+    path = Path(folder) / "model_index.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a pipeline folder with a model_index.json, got {folder}")
+    return json.loads(path.read_text())
+
+
+def finished_files(folder, index):
+    """The files of a pipeline folder that belong to the model, as paths below it."""
+    beside = [path for pattern in ("*.json", "*.py", "*.md", "*.png", "LICENSE*") for path in folder.glob(pattern)]
+    components = [folder / name for name, value in index.items() if isinstance(value, list)]
+    inside = [path for component in components if component.is_dir() for path in component.rglob("*") if path.is_file()]
+    shown = [path.relative_to(folder) for path in beside + inside if path.suffix != ".tmp"]
+    return sorted(path.as_posix() for path in shown if not any(part.startswith(".") for part in path.parts))

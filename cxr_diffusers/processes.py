@@ -1,0 +1,18 @@
+"""Which of the processes of `accelerate launch` or `torchrun` this one is."""
+
+import os
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+
+
+def process_state():
+    """accelerate's `PartialState`, which knows this process's index, their number, and its device.
+
+    Ask here, not `PartialState()`: on a machine without an accelerator that one takes each of several processes for
+    the only one, and all of them would do all of the work.
+    """
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not (alone or torch.accelerator.is_available())
+    return PartialState(cpu=cpu)

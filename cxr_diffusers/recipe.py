@@ -1,0 +1,150 @@
+"""A recipe is a YAML file whose sections are keyword arguments; see configs/."""
+
+import types
+import typing
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+
+
+@dataclass
+class TrainConfig:
+    """How a run is trained; the `train:` section of a recipe."""
+
+    output_dir: str
+    max_steps: int = 50_000  # optimizer updates
+    batch_size: int = 4  # per process
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-4
+    lr_scheduler: str = "constant_with_warmup"  # a name of diffusers.optimization.get_scheduler
+    lr_warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    mixed_precision: str = "no"  # no, fp16, bf16
+    ema_decay: float = 0.9999  # reached slowly: EMAModel's warm-up
+    p_uncond: float = 0.1  # how often a label is dropped; 0 trains no null label
+    snr_gamma: float | None = None  # min-SNR weighting; 5 is the paper's
+    logit_normal: list | None = None  # [mean, std] of logit(t / T) of the training timesteps; None: uniform
+    vlb_weight: float = 1.0  # of the variational bound, for models with learned variance
+    augment: dict | None = None  # keyword arguments of losses.augment; None: none
+    init_from: str | None = None  # a pipeline folder or Hub name whose UNet weights the run starts from
+    save_every: int = 5_000  # steps between checkpoints
+    checkpoints_total_limit: int = 2  # older ones are deleted; 0 keeps all
+    validate_every: int = 5_000  # steps between pictures
+    validation_images: int = 4
+    dataloader_num_workers: int = 0
+    seed: int = 0
+    report_to: str | None = None  # tensorboard, wandb, trackio, ... or all
+    tracker_project_name: str = "cxr_diffusers"
+    push_to_hub: bool = False  # publish the finished model
+    hub_model_id: str | None = None  # USER/NAME; None: the name of output_dir
+    hub_private: bool = False
+
+
+@dataclass
+class Recipe:
+    """One result: what it is learned from, by which model, and how."""
+
+    data: dict  # `name` of a loader in cxr_diffusers.data, and its keyword arguments
+    unet: dict  # keyword arguments of diffusers.UNet2DModel
+    scheduler: dict  # keyword arguments of diffusers.DDIMScheduler
+    train: TrainConfig
+    images: dict = field(default_factory=dict)  # scaling, aspect, data_range: of prepare_image, kept by the pipeline
+    validation: dict = field(default_factory=dict)  # keys of `data` that differ for the pictures shown while training
+    pipeline: dict = field(default_factory=dict)  # the pipeline's `settings`: defaults of its call
+
+
+def load_recipe(path, overrides=()):
+    """Read a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: `section.key=value` strings, as given on the command line; the value is read as YAML, a deeper key
+            (`train.augment.degrees=3`) reaches inside.
+
+    Raises:
+        ValueError: an unknown section or key (named, with the known ones), a value of the wrong type, or a value still
+            `???`, which means "yours to give".
+    """
+    try:
+        sections = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from None
+    if not isinstance(sections, dict):
+        raise ValueError(f"{path}: expected sections {[f.name for f in fields(Recipe)]}, got {sections!r}")
+    for override in overrides:
+        override_value(sections, override)
+    for section, values in sections.items():
+        for key, value in (values or {}).items():
+            if value == "???":
+                raise ValueError(f"{path}: give {section}.{key}, for example: {section}.{key}=/data/CheXpert-v1.0")
+    if isinstance(sections.get("train"), dict):
+        sections["train"] = build(TrainConfig, sections["train"], f"{path}: train")
+    return build(Recipe, sections, str(path))
+
+
+def override_value(sections, override):
+    """Put one `section.key=value` into the nested dict `sections`."""
+    dotted, equals, value = override.partition("=")
+    *parents, key = dotted.removeprefix("--").split(".")
+    if not equals or not parents:
+        raise ValueError(f"expected an override of the form section.key=value, got {override!r}")
+    target = sections
+    for parent in parents:
+        if target.get(parent) is None:
+            target[parent] = {}
+        target = target[parent]
+        if not isinstance(target, dict):
+            raise ValueError(f"{override!r}: {parent!r} has no keys, it is {target!r}")
+    target[key] = yaml.safe_load(value)
+
+
+def build(cls, values, where):
+    """`cls(**values)`, naming the place and the offending key when a key is unknown, missing or of the wrong type."""
+    known = {f.name: f for f in fields(cls)}
+    for key, value in values.items():
+        if key not in known:
+            raise ValueError(f"{where}: unknown key {key!r}, expected one of {sorted(known)}")
+        values[key] = checked(value, known[key].type, f"{where}: {key}")
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def checked(value, kind, where):
+    """`value` if it is of the annotated type (an int will do for a float), else ValueError."""
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if isinstance(value, int) and not isinstance(value, bool) and float in kinds:
+        return float(value)
+    if isinstance(value, bool) and bool not in kinds or not isinstance(value, kinds):
+        hint = " (YAML reads 1e-4 as text, 1.0e-4 as a number)" if float in kinds and isinstance(value, str) else ""
+        names = " or ".join(k.__name__ for k in kinds)
+        raise ValueError(f"{where} must be {names}, got {value!r}{hint}")
+    return value
+
+
+def parse_command_line(arguments, default_recipe):
+    """[RECIPE.yaml] [section.key=value ...] [--train_field[=value] ...] -> Recipe.
+
+    `--name value`, `--name=value` and a bare `--name` (true) set `train.name`, as in diffusers' own training scripts.
+    """
+    arguments = list(arguments)
+    path = arguments.pop(0) if arguments and arguments[0].endswith((".yaml", ".yml")) else default_recipe
+    if not Path(path).is_file():
+        raise ValueError(f"expected a recipe file, got {path}: see configs/")
+    overrides = []
+    while arguments:
+        argument = arguments.pop(0)
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            if not equals:
+                value = (
+                    arguments.pop(0)
+                    if arguments and not arguments[0].startswith("--") and "=" not in arguments[0]
+                    else "true"
+                )
+            argument = f"{name if '.' in name else 'train.' + name}={value}"
+        overrides.append(argument)
+    return load_recipe(path, overrides)

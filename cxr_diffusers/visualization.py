@@ -1,0 +1,390 @@
+"""Pictures for people: overlays, panels and contact sheets, on one colour scale that is written beside them."""
+
+import io
+import os
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+COLORMAP = "inferno"  # perceptually uniform, also in grey print
+TRUTH = (0, 229, 255)  # cyan: neither in the colour map nor in a radiograph
+INK, PAPER, MUTED = (20, 20, 20), (255, 255, 255), (110, 110, 110)
+GAP = 6  # pixels between panels
+
+
+def overlay(image, anomaly_map, vmax=1.0, opacity=0.8):
+    """A radiograph with its anomaly map over it: the more abnormal, the more colour covers the picture.
+
+    Args:
+        image: PIL image or array, see `to_grey`.
+        anomaly_map: (H, W) in [0, 1], of the picture's size.
+        vmax: the map value that gets the last colour; higher values look the same.
+        opacity: of the last colour, 0 to 1.
+
+    Returns:
+        RGB PIL image, of the picture's size.
+
+    Raises:
+        ValueError: sizes that differ, a `vmax` of 0 or less, an `opacity` outside [0, 1].
+    """
+    grey, anomaly_map = to_grey(image), np.asarray(anomaly_map, np.float32)
+    if anomaly_map.shape != grey.size[::-1]:
+        raise ValueError(f"expected a map of the picture's size {grey.size[::-1]}, got {anomaly_map.shape}")
+    if not vmax > 0:
+        raise ValueError(f"expected a `vmax` greater than 0, got {vmax}")
+    if not 0 <= opacity <= 1:
+        raise ValueError(f"expected an `opacity` from 0 to 1, got {opacity}")
+    return Image.fromarray(_cover(np.asarray(grey, np.float32), np.clip(anomaly_map / vmax, 0, 1), opacity))
+
+
+def side_by_side(
+    image, counterfactual, anomaly_map, *, mask=None, boxes=None, vmax=None, title=None, panel_size=320, opacity=0.8
+):
+    """Input | counterfactual | overlay with its colour bar, in one picture.
+
+    Args:
+        image, counterfactual: PIL images or arrays of one size, see `to_grey`.
+        anomaly_map: (H, W) in [0, 1], of that size.
+        mask: (H, W) booleans, the true region, drawn as an outline; None: unknown.
+        boxes: true boxes [x, y, w, h] in pixels of `image`; None: unknown.
+        vmax: the map value of the last colour. None takes the map's own 99.5 % quantile, and the picture says so.
+        title: a line above.
+        panel_size: longer side of a panel, in pixels.
+        opacity: of the last colour.
+
+    Returns:
+        RGB PIL image.
+    """
+    scale = "fixed colour scale"
+    if vmax is None:
+        vmax, scale = common_vmax([anomaly_map]), "colour scale of this image alone (its 99.5 % quantile)"
+    cells = [
+        _panel(to_grey(image), panel_size, mask, boxes),
+        _panel(to_grey(counterfactual), panel_size),
+        _panel(overlay(image, anomaly_map, vmax, opacity), panel_size, mask, boxes),
+    ]
+    truth_known = mask is not None or boxes is not None
+    return _grid(
+        [cells],
+        ["input", "counterfactual", "anomaly map"],
+        None,
+        {2: vmax},
+        title,
+        _note(truth_known, scale),
+        panel_size,
+        opacity,
+    )
+
+
+def validation_strip(
+    images, counterfactuals, anomaly_maps, *, titles=None, vmax=None, title=None, panel_size=128, opacity=0.8
+):
+    """Rows of input | counterfactual | overlay on one colour scale, to watch a training run.
+
+    Args:
+        images, counterfactuals: lists of PIL images or arrays, see `to_grey`.
+        anomaly_maps: list of (H, W) in [0, 1].
+        titles: a few letters beside each row.
+        vmax: the map value of the last colour, None: `common_vmax` of the maps. Give it to compare two strips.
+        title, panel_size, opacity: as in `side_by_side`.
+    """
+    shared = vmax or common_vmax(anomaly_maps)
+    cells = [
+        [
+            _panel(to_grey(x), panel_size),
+            _panel(to_grey(y), panel_size),
+            _panel(overlay(x, m, shared, opacity), panel_size),
+        ]
+        for x, y, m in zip(images, counterfactuals, anomaly_maps, strict=True)
+    ]
+    note = "fixed colour scale" if vmax else "one colour scale for all rows (99.5 % quantile of these maps)"
+    return _grid(
+        cells, ["input", "counterfactual", "anomaly map"], titles, {2: shared}, title, note, panel_size, opacity
+    )
+
+
+def contact_sheet(rows, columns, *, vmax=None, title=None, panel_size=160, opacity=0.8):
+    """Rows = patients, columns = input, truth (where any is known), and one overlay a method.
+
+    Args:
+        rows: a dict each: "image" (PIL image or array), "maps" {column: (H, W) map or None, in [0, 1]} and, where
+            known, "mask" (H, W) booleans, "boxes" [[x, y, w, h], ...] and "title".
+        columns: the names of the maps to show, left to right.
+        vmax: the value of the last colour, a number for all columns or {column: number}. None: each column gets its
+            own `common_vmax` over all rows, which its colour bar says. It is never one picture's own.
+        title, panel_size, opacity: as in `side_by_side`.
+
+    Raises:
+        ValueError: no row.
+    """
+    if not rows:
+        raise ValueError("expected at least one row, got none")
+    given = vmax if isinstance(vmax, dict) else {name: vmax for name in columns}
+    known = [row.get("mask") is not None or row.get("boxes") is not None for row in rows]
+    scales = {name: given.get(name) or common_vmax([row["maps"].get(name) for row in rows]) for name in columns}
+    cells = []
+    for row in rows:
+        grey, truth = to_grey(row["image"]), (row.get("mask"), row.get("boxes"))
+        line = [_panel(grey, panel_size)]
+        if any(known):
+            line.append(_panel(grey, panel_size, *truth))
+        for name in columns:
+            found = row["maps"].get(name)
+            line.append(
+                None if found is None else _panel(overlay(grey, found, scales[name], opacity), panel_size, *truth)
+            )
+        cells.append(line)
+    first = 2 if any(known) else 1
+    how = "fixed" if all(given.get(name) for name in columns) else "99.5 % quantile of its maps"
+    return _grid(
+        cells,
+        ["input", "truth"][:first] + list(columns),
+        [row.get("title") or "" for row in rows],
+        {first + i: scales[name] for i, name in enumerate(columns)},
+        title,
+        _note(any(known), f"one colour scale a column ({how})"),
+        panel_size,
+        opacity,
+    )
+
+
+def common_vmax(maps, quantile=0.995):
+    """One end of the colour scale for many maps: the given quantile of all their pixels, and never 0.
+
+    Args:
+        maps: (H, W) arrays; None among them is skipped.
+    """
+    pixels = [np.asarray(m, np.float32).ravel() for m in maps if m is not None]
+    value = float(np.quantile(np.concatenate(pixels), quantile)) if pixels else 0.0
+    return value if value > 0 else 1.0
+
+
+def to_grey(image):
+    """A picture to look at: PIL image or array -> PIL image of mode L.
+
+    8-bit pictures and floats in [0, 1] keep their exposure; deeper ones (12 or 16 bits in a file of 16) are stretched
+    from their darkest to their brightest value, as a viewer does. Arrays are (H, W) or (H, W, 1).
+    """
+    if isinstance(image, Image.Image) and not image.mode.startswith(("I", "F")):
+        return image.convert("L")
+    array = np.asarray(image)
+    array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
+    if array.ndim != 2:
+        raise ValueError(f"expected a grey picture (H, W) or (H, W, 1), got shape {array.shape}")
+    if array.dtype == np.uint8:
+        return Image.fromarray(array)
+    array = array.astype(np.float32)
+    if np.issubdtype(np.asarray(image).dtype, np.integer) or array.min() < 0 or array.max() > 1:
+        array = (array - array.min()) / max(np.ptp(array), 1e-12)
+    return Image.fromarray((array * 255).round().astype(np.uint8))
+
+
+def save_png(image, path):
+    """Write a PIL image or a matplotlib figure as PNG, under its name only when complete."""
+    with io.BytesIO() as buffer:
+        if isinstance(image, Image.Image):
+            image.save(buffer, format="png")
+        else:
+            image.savefig(buffer, format="png", dpi=150)
+        write_file(path, buffer.getvalue())
+
+
+def save_map(anomaly_map, path):
+    """Write an (H, W) map in [0, 1], under its name only when complete: .png (16 bits, value * 65535) or .npy (exact).
+
+    Raises:
+        ValueError: another ending, another shape, or values outside [0, 1].
+    """
+    anomaly_map = np.asarray(anomaly_map, np.float32)
+    if anomaly_map.ndim != 2 or not (anomaly_map.min() >= 0 and anomaly_map.max() <= 1):
+        low, high = anomaly_map.min(), anomaly_map.max()
+        raise ValueError(f"expected an (H, W) map in [0, 1], got {anomaly_map.shape} from {low:g} to {high:g}")
+    with io.BytesIO() as buffer:
+        if _ending(path) == ".npy":
+            np.save(buffer, anomaly_map)
+        else:
+            Image.fromarray((anomaly_map * 65535).round().astype(np.uint16)).save(buffer, format="png")
+        write_file(path, buffer.getvalue())
+
+
+def write_file(path, content):
+    """Write bytes under a temporary name in the same folder, then rename: nobody ever reads half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def load_map(path):
+    """What `save_map` wrote -> (H, W) float32 in [0, 1]; a PNG is exact to 1 / 131070."""
+    if _ending(path) == ".npy":
+        return np.load(path)
+    with Image.open(path) as image:
+        if not image.mode.startswith("I"):
+            raise ValueError(f"expected a 16-bit map, got a PNG of mode {image.mode}: {path}")
+        return np.asarray(image).astype(np.float32) / 65535
+
+
+def precision_recall_figure(rankings, *, title=None):
+    """Precision against recall, one curve a method.
+
+    Args:
+        rankings: {name: `metrics.Ranking`}, all of the same truth.
+
+    Returns:
+        matplotlib `Figure`, for `save_png`; legend entries carry the average precision. The dotted line is chance.
+    """
+    figure, axes = _axes("recall", "precision", title)
+    for (name, ranking), style in zip(rankings.items(), _styles(), strict=False):
+        recall, precision, _ = ranking.curve()
+        axes.step(recall, precision, where="pre", label=f"{name}  AP {ranking.average_precision():.3f}", **style)
+    axes.axhline(ranking.prevalence, color="0.5", linestyle=":", label=f"chance  AP {ranking.prevalence:.3f}")
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def roc_figure(rankings, *, title=None):
+    """True-positive rate against false-positive rate; arguments and result as in `precision_recall_figure`."""
+    figure, axes = _axes("false-positive rate", "true-positive rate", title)
+    for (name, ranking), style in zip(rankings.items(), _styles(), strict=False):
+        true, _, false = ranking.curve()
+        label = f"{name}  AUROC {ranking.auroc():.3f}"
+        axes.plot(np.r_[0, false, 1], np.r_[0, true, 1], label=label, **style)
+    axes.plot([0, 1], [0, 1], color="0.5", linestyle=":", label="chance  AUROC 0.500")
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    return figure
+
+
+def _styles():
+    """Line styles without end: colours that the colour-blind tell apart (Okabe & Ito 2008), then other dashes."""
+    for dash in ("-", "--", "-.") * 100:
+        for colour in ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"):
+            yield {"color": colour, "linestyle": dash, "linewidth": 1.4}
+
+
+def _axes(xlabel, ylabel, title):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)  # drawn without pyplot's global state
+    axes = figure.add_subplot(xlim=(0, 1), ylim=(0, 1.02), xlabel=xlabel, ylabel=ylabel, title=title or "")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _cover(grey, level, opacity):
+    """(H, W) grey 0..255, (H, W) level 0..1 -> (H, W, 3) uint8; nothing is laid over level 0, so the anatomy stays."""
+    alpha = (opacity * level**0.8)[..., None]
+    colours = _colours()[(level * 255).round().astype(np.uint8)]
+    return (grey[..., None] * (1 - alpha) + colours * alpha).astype(np.uint8)
+
+
+@cache
+def _colours():
+    import matplotlib
+
+    return (matplotlib.colormaps[COLORMAP](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
+
+
+@cache
+def _font(size):
+    import matplotlib
+
+    # it comes with matplotlib and knows most letters that a patient's or a method's name may have
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
+
+
+def _panel(picture, size, mask=None, boxes=None):
+    """A picture scaled to a longer side of `size`, RGB, with the true region drawn around its edge."""
+    scale = size / max(picture.size)
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    panel = picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    line = max(1, round(size / 160))
+    if mask is not None and np.any(mask):
+        region = Image.fromarray(np.asarray(mask, bool).astype(np.uint8) * 255).resize((width, height))
+        region = region.point(lambda v: 255 * (v > 127))
+        grown = region.filter(ImageFilter.MaxFilter(2 * line + 1))
+        # the line runs outside the region, so it hides none of it
+        edge = Image.fromarray(np.asarray(grown) & ~np.asarray(region))
+        panel.paste(TRUTH, mask=edge)
+    for x, y, w, h in boxes if boxes is not None else ():
+        ImageDraw.Draw(panel).rectangle(
+            [x * scale, y * scale, (x + w) * scale, (y + h) * scale], outline=TRUTH, width=line
+        )
+    return panel
+
+
+def _grid(cells, column_titles, row_titles, bars, title, note, size, opacity):
+    """Panels in rows and columns with captions above, names at the left, colour bars under the columns in `bars`."""
+    text = max(11, round(size / 18))
+    widths = [max((row[i].width for row in cells if row[i]), default=size) for i in range(len(column_titles))]
+    heights = [max(panel.height for panel in row if panel) for row in cells]
+    left = GAP + (text + GAP if row_titles and any(row_titles) else 0)
+    top = GAP + (text + 2 * GAP if title else 0) + text + GAP
+    bar = max(8, round(0.7 * text))
+    foot = bar + 3 * text + 2 * GAP
+    page = Image.new(
+        "RGB", (left + sum(widths) + GAP * len(widths), top + sum(heights) + GAP * len(heights) + foot), PAPER
+    )
+    draw = ImageDraw.Draw(page)
+    if title:
+        _write(draw, (left, GAP), title, text + 2, INK, page.width - left - GAP)
+    x = left
+    for i, (caption, width) in enumerate(zip(column_titles, widths, strict=True)):
+        _write(draw, (x + width / 2, top - GAP), caption, text, INK, width, anchor="ms")
+        y = top
+        for row, height in zip(cells, heights, strict=True):
+            if row[i]:
+                page.paste(row[i], (x + (width - row[i].width) // 2, y + (height - row[i].height) // 2))
+            y += height + GAP
+        if i in bars:
+            _colour_bar(page, x, y, width, bars[i], text, bar, opacity)
+        x += width + GAP
+    y = top
+    for name, height in zip(row_titles or [], heights, strict=False):
+        _write_upright(page, name, (GAP, y), text, height)
+        y += height + GAP
+    _write(draw, (left, page.height - GAP), note, max(10, text - 2), MUTED, page.width - left - GAP, anchor="ls")
+    return page
+
+
+def _colour_bar(page, x, y, width, vmax, text, height, opacity):
+    """A horizontal scale from 0 to `vmax`, as it looks over middle grey, with three numbers under it."""
+    level = np.tile(np.linspace(0, 1, width, dtype=np.float32), (height, 1))
+    page.paste(Image.fromarray(_cover(np.full_like(level, 128), level, opacity)), (x, y))
+    draw = ImageDraw.Draw(page)
+    for share, anchor in ((0, "lt"), (0.5, "mt"), (1, "rt")):
+        label = f"{share * vmax:.2g}" if share < 1 else f"\u2265 {vmax:.2g}"
+        _write(draw, (x + share * (width - 1), y + height + 3), label, max(10, text - 2), INK, width, anchor)
+
+
+def _write(draw, position, words, size, colour, width, anchor="la"):
+    """Words in a font small enough for `width`, and cut with dots if they do not fit at 9 pixels."""
+    while size > 9 and draw.textlength(words, _font(size)) > width:
+        size -= 1
+    if draw.textlength(words, _font(size)) > width:
+        while words and draw.textlength(words + "...", _font(size)) > width:
+            words = words[:-1]
+        words += "..."
+    draw.text(position, words, colour, _font(size), anchor)
+
+
+def _write_upright(page, words, position, size, length):
+    strip = Image.new("RGB", (length, size + GAP), PAPER)
+    _write(ImageDraw.Draw(strip), (length / 2, size // 2 + GAP // 2), words, size, INK, length, anchor="mm")
+    page.paste(strip.rotate(90, expand=True), (position[0] - GAP // 2, position[1]))
+
+
+def _note(truth_known, scale):
+    return f"{'cyan: true region; ' if truth_known else ''}{scale}"
+
+
+def _ending(path):
+    ending = Path(path).suffix.lower()
+    if ending not in (".png", ".npy"):
+        raise ValueError(f"expected a map file that ends in .png or .npy, got {path}")
+    return ending

@@ -1,0 +1,6 @@
+"""The part that travels: one file per way of using a trained model, torch and diffusers only."""
+
+from .cxr_anomaly import AnomalyOutput
+from .pipeline_cfg_anomaly import CFGAnomalyPipeline
+
+__all__ = ["AnomalyOutput", "CFGAnomalyPipeline"]

@@ -1,0 +1,227 @@
+"""What every anomaly pipeline here takes and returns."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from diffusers.utils import BaseOutput
+
+
+@dataclass
+class AnomalyOutput(BaseOutput):
+    """The answer of every detector here: the picture, the same chest as if healthy, and what had to change.
+
+    With `output_type` "pil" | "np" | "pt":
+
+    image: the input as the model saw it (scaled, resized, square), values in [0, 1].
+        list of PIL images (mode L) | (B, H, W, C) array | (B, C, H, W) tensor
+    counterfactual: the same chest as if healthy, in the same scale as `image`.
+        likewise
+    anomaly_map: how much each pixel had to change, in [0, 1]: 0 nothing, 1 from black to white.
+        list of PIL images (mode I;16, value / 65535) | (B, H, W) array | (B, H, W) tensor
+    anomaly_score: one number an image, higher is more abnormal: the mean of the map's highest 5 % of pixels.
+        (B,) array | (B,) array | (B,) tensor
+    """
+
+    image: list | np.ndarray | torch.Tensor
+    counterfactual: list | np.ndarray | torch.Tensor
+    anomaly_map: list | np.ndarray | torch.Tensor
+    anomaly_score: np.ndarray | torch.Tensor
+
+
+def prepare_image(image, size, scaling="minmax", aspect="pad", data_range=(-1.0, 1.0), num_channels=1):
+    """Any picture(s) -> (B, num_channels, size, size) float32 in `data_range`, ready for a model.
+
+    Args:
+        image: a PIL image, an array or a tensor, or a list of them (sizes and depths may differ). Arrays are (H, W),
+            (H, W, C) or (B, H, W, C), tensors (H, W), (C, H, W) or (B, C, H, W).
+        size: side of the model's square, in pixels.
+        scaling: "minmax" stretches each picture's own darkest and brightest value to the range, after resizing and
+            inside the frame, so that neither a hot pixel nor the padding decides. "dtype" maps the range of the type
+            (0..255, 0..65535; floats: [0, 1] or, if any value is negative, [-1, 1]) and keeps exposure as it is.
+        aspect: "pad" (bars in the darkest value, nothing lost), "crop" (centre square), or "squash" (the sides are
+            stretched to a square, as guided-diffusion's CheXpert scripts do).
+        data_range: the darkest and the brightest value that the model knows.
+        num_channels: channels of the model; colour pictures become grey for one channel.
+
+    Raises:
+        TypeError: neither PIL image, array nor tensor (a path, say).
+        ValueError: a shape, a value (NaN) or an option that is not as said above.
+    """
+    if aspect not in ("pad", "crop", "squash"):
+        raise ValueError(f"expected `aspect` pad, crop or squash, got {aspect!r}")
+    if scaling not in ("minmax", "dtype"):
+        raise ValueError(f"expected `scaling` minmax or dtype, got {scaling!r}")
+    pictures = [_one_picture(p, size, scaling, aspect, num_channels) for p in _each_picture(image, num_channels)]
+    low, high = data_range
+    return torch.stack(pictures) * (high - low) + low
+
+
+def frame(height, width, size, aspect):
+    """Where a picture of `height` x `width` lies in the model's square: (top, left, height, width), in its pixels.
+
+    "crop" answers with a frame larger than the square and a negative corner.
+    """
+    if aspect == "squash":
+        return 0, 0, size, size
+    fit = max if aspect == "pad" else min
+    scale = size / fit(height, width)
+    h, w = max(1, round(height * scale)), max(1, round(width * scale))
+    return (size - h) // 2, (size - w) // 2, h, w
+
+
+def restore_map(anomaly_map, height, width, aspect="pad"):
+    """(size, size) map of the model's square -> (height, width) float32 array, the picture's own resolution.
+
+    Bars are cut away; what was cropped away comes back as 0.
+    """
+    tensor = torch.as_tensor(np.asarray(anomaly_map, dtype=np.float32))
+    size = tensor.shape[-1]
+    top, left, h, w = frame(height, width, size, aspect)
+    inside = tensor[max(top, 0) : max(top, 0) + min(h, size), max(left, 0) : max(left, 0) + min(w, size)]
+    # the part of the picture that the model saw, in the picture's own pixels
+    y, x = (round(max(-corner, 0) * side / shown) for corner, side, shown in ((top, height, h), (left, width, w)))
+    seen_h, seen_w = round(inside.shape[0] * height / h), round(inside.shape[1] * width / w)
+    restored = torch.zeros(height, width)
+    restored[y : y + seen_h, x : x + seen_w] = _resize(inside[None], seen_h, seen_w)[0].clamp(0, 1)
+    return restored.numpy()
+
+
+def difference_map(reference, counterfactual, data_range=(-1.0, 1.0), direction="both"):
+    """(B, C, H, W) x (B, C, H, W) in `data_range` -> (B, H, W) in [0, 1]: what changed, averaged over channels.
+
+    Neither picture is normalised on its own before they are subtracted.
+
+    Args:
+        direction: "both" takes |reference - counterfactual|. "bright" counts only where the reference is the brighter:
+            fluid, consolidation, masses. "dark" only where it is the darker: air where there should be none.
+    """
+    difference = reference - counterfactual
+    changed = {"both": difference.abs(), "bright": difference.clamp(min=0), "dark": (-difference).clamp(min=0)}
+    return changed[direction].mean(dim=1) / (data_range[1] - data_range[0])
+
+
+def smooth_map(anomaly_map, sigma):
+    """(B, H, W) -> (B, H, W): Gaussian smoothing, `sigma` in pixels of the map; 0 leaves it as it is."""
+    if not sigma:
+        return anomaly_map
+    radius = max(1, round(3 * sigma))
+    x = torch.arange(-radius, radius + 1, dtype=anomaly_map.dtype, device=anomaly_map.device)
+    kernel = torch.exp(-(x**2) / (2 * sigma**2))
+    kernel = kernel / kernel.sum()
+    maps = F.pad(anomaly_map[:, None], (radius,) * 4, mode="replicate")
+    return F.conv2d(F.conv2d(maps, kernel[None, None, None]), kernel[None, None, :, None])[:, 0]
+
+
+def score_map(anomaly_map, fraction=0.05):
+    """(B, H, W) -> (B,): the mean of each map's highest `fraction` of pixels."""
+    flat = anomaly_map.flatten(1)
+    return flat.topk(max(1, round(fraction * flat.shape[1])), dim=1).values.mean(dim=1)
+
+
+def anomaly_output(image, counterfactual, anomaly_map, data_range, output_type):
+    """Tensors in the model's range -> `AnomalyOutput` in the documented range and `output_type`."""
+    low, high = data_range
+    image, counterfactual = (((x.float() - low) / (high - low)).clamp(0, 1) for x in (image, counterfactual))
+    anomaly_map = anomaly_map.float().clamp(0, 1)
+    score = score_map(anomaly_map)
+    if output_type == "pt":
+        return AnomalyOutput(image, counterfactual, anomaly_map, score)
+    image, counterfactual = (x.permute(0, 2, 3, 1).cpu().numpy() for x in (image, counterfactual))
+    anomaly_map, score = anomaly_map.cpu().numpy(), score.cpu().numpy()
+    if output_type == "np":
+        return AnomalyOutput(image, counterfactual, anomaly_map, score)
+    return AnomalyOutput(
+        image=[_to_pil(x) for x in image],
+        counterfactual=[_to_pil(x) for x in counterfactual],
+        anomaly_map=[PIL.Image.fromarray((x * 65535).round().astype(np.uint16)) for x in anomaly_map],
+        anomaly_score=score,
+    )
+
+
+def _to_pil(array):
+    """(H, W, C) in [0, 1] -> PIL, grey for one channel; of more than three channels (MRI) the first is shown."""
+    array = (array * 255).round().astype(np.uint8)
+    return PIL.Image.fromarray(array if array.shape[-1] == 3 else array[..., 0])
+
+
+def _each_picture(image, num_channels):
+    """Whatever was handed in -> a list of (C, H, W) arrays or tensors, each in its own type."""
+    if isinstance(image, (list, tuple)):
+        if not image:
+            raise ValueError("expected at least one image, got an empty list")
+        return [picture for item in image for picture in _each_picture(item, num_channels)]
+    if isinstance(image, PIL.Image.Image):
+        return [_from_pil(image, num_channels)]
+    if isinstance(image, np.ndarray):
+        if image.ndim == 2:
+            return [image[None]]
+        if image.ndim in (3, 4) and image.shape[-1] in (1, 3, 4, num_channels):
+            return list(np.moveaxis(image, -1, -3).reshape(-1, image.shape[-1], *image.shape[-3:-1]))
+        raise ValueError(f"expected arrays of shape (H, W), (H, W, C) or (B, H, W, C), got {image.shape}")
+    if torch.is_tensor(image):
+        if image.ndim == 2:
+            return [image[None]]
+        if image.ndim in (3, 4) and image.shape[-3] in (1, 3, 4, num_channels):
+            return list(image.reshape(-1, *image.shape[-3:]))
+        raise ValueError(f"expected tensors of shape (H, W), (C, H, W) or (B, C, H, W), got {tuple(image.shape)}")
+    raise TypeError(f"expected a PIL image, an array, a tensor or a list of them, got {type(image).__name__}")
+
+
+def _from_pil(image, num_channels):
+    if num_channels == 3:
+        return np.moveaxis(np.asarray(image.convert("RGB")), -1, 0)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        array = np.asarray(image)
+        # mode I is what PIL makes of many 16-bit files
+        return (array.astype(np.uint16) if image.mode == "I" and array.min() >= 0 and array.max() < 65536 else array)[
+            None
+        ]
+    return np.asarray(image.convert("L"))[None]
+
+
+def _one_picture(picture, size, scaling, aspect, num_channels):
+    """(C, H, W) of any type -> (num_channels, size, size) float32 in [0, 1]."""
+    tensor = picture.detach().cpu() if torch.is_tensor(picture) else torch.from_numpy(np.array(picture))
+    floating, kind = tensor.is_floating_point(), tensor.dtype
+    tensor = tensor.float()
+    if not torch.isfinite(tensor).all():
+        raise ValueError("expected finite pixel values, got NaN or infinity")
+    if len(tensor) != num_channels:
+        if num_channels != 1:
+            raise ValueError(f"expected images of {num_channels} channels, got {len(tensor)}")
+        # the weights of PIL's convert("L"); a fourth channel is alpha
+        tensor = (tensor[:3] * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True)
+    top, left, h, w = frame(*tensor.shape[1:], size, aspect)
+    if scaling == "dtype":
+        tensor = _scale_by_type(tensor, floating, kind)
+    tensor = _resize(tensor, h, w)
+    tensor = tensor[:, max(-top, 0) : max(-top, 0) + size, max(-left, 0) : max(-left, 0) + size]
+    if scaling == "minmax":
+        low, high = tensor.amin(dim=(1, 2), keepdim=True), tensor.amax(dim=(1, 2), keepdim=True)
+        tensor = (tensor - low) / (high - low).clamp(min=1e-12)
+    top, left = max(top, 0), max(left, 0)
+    return F.pad(tensor.clamp(0, 1), (left, size - tensor.shape[2] - left, top, size - tensor.shape[1] - top))
+
+
+def _scale_by_type(tensor, floating, kind):
+    if floating:
+        low, high = tensor.min().item(), tensor.max().item()
+        if low < -1 or high > 1:
+            raise ValueError(f"expected float images in [0, 1] or [-1, 1], got values from {low:g} to {high:g}")
+        return (tensor + 1) / 2 if low < 0 else tensor
+    if tensor.min() < 0:
+        raise ValueError(f"expected integer images of 0 and more, got {int(tensor.min())}: use `scaling='minmax'`")
+    return tensor / {torch.uint8: 255, torch.bool: 1}.get(kind, 65535)
+
+
+def _resize(tensor, height, width):
+    """(C, H, W) -> (C, height, width): area means along a side that shrinks, bilinear along one that grows."""
+    pictures = []
+    for channel in tensor.numpy():
+        picture = PIL.Image.fromarray(channel)
+        picture = picture.resize((min(width, picture.width), min(height, picture.height)), PIL.Image.Resampling.BOX)
+        pictures.append(np.asarray(picture.resize((width, height), PIL.Image.Resampling.BILINEAR)))
+    return torch.from_numpy(np.stack(pictures))

@@ -1,0 +1,108 @@
+"""Deterministic DDIM inversion: an image back to a noise level, and to the image again."""
+
+import torch
+
+# Swaps for DDIM that share its latents (variance preserving, no scaling of the input) and can be run without noise.
+DETERMINISTIC_SCHEDULERS = (
+    "DDIMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+)
+
+
+def check_scheduler(scheduler):
+    """Raise ValueError unless `scheduler` can decode what DDIM inversion encoded."""
+    name, config = type(scheduler).__name__, scheduler.config
+    if name not in DETERMINISTIC_SCHEDULERS:
+        raise ValueError(
+            f"expected a deterministic scheduler that shares DDIM's latents, one of {list(DETERMINISTIC_SCHEDULERS)}, "
+            f"got {name}"
+        )
+    if str(config.get("algorithm_type", "")).startswith("sde"):
+        raise ValueError(f"expected a deterministic `algorithm_type`, got {config.algorithm_type!r}")
+    if config.prediction_type not in ("epsilon", "v_prediction", "sample"):
+        raise ValueError(f"expected `prediction_type` epsilon, v_prediction or sample, got {config.prediction_type!r}")
+    for option in (
+        "use_karras_sigmas",
+        "use_exponential_sigmas",
+        "use_beta_sigmas",
+        "use_flow_sigmas",
+        "use_lu_lambdas",
+    ):
+        if config.get(option):
+            raise ValueError(f"expected a scheduler on the training timesteps, got `{option}=True`")
+
+
+def timesteps_below(scheduler, noise_level, num_inference_steps, device=None):
+    """The timesteps between the image and `noise_level`, descending: those of the scheduler's own that are smaller.
+
+    Args:
+        noise_level: a timestep of the training chain, 1..T, whatever `num_inference_steps` is.
+        num_inference_steps: steps of the whole chain; about `num_inference_steps * noise_level / T` of them are used.
+    """
+    scheduler.set_timesteps(num_inference_steps, device=device)
+    timesteps = scheduler.timesteps[scheduler.timesteps < noise_level]
+    if len(timesteps) == 0:
+        raise ValueError(
+            f"expected at least one of the {num_inference_steps} steps below `noise_level`, got noise level "
+            f"{noise_level}: take more steps or a higher level"
+        )
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(len(scheduler.timesteps) - len(timesteps))
+    return timesteps
+
+
+def noise_from_output(output, x, alpha, prediction_type):
+    """What a network predicts (epsilon, v or x_0) at signal level `alpha` (alpha bar) -> the noise in `x`."""
+    if prediction_type == "epsilon":
+        return output
+    if prediction_type == "v_prediction":
+        return alpha**0.5 * output + (1 - alpha) ** 0.5 * x
+    return (x - alpha**0.5 * output) / (1 - alpha) ** 0.5
+
+
+def move(x, noise, alpha, new_alpha):
+    """The DDIM update without randomness (Song et al. 2021, https://arxiv.org/abs/2010.02502, eq. 12 with sigma = 0).
+
+    It goes either way: from alpha bar `alpha` to a smaller one (towards noise) or to a larger one (towards the image).
+    """
+    x0 = (x - (1 - alpha) ** 0.5 * noise) / alpha**0.5
+    return new_alpha**0.5 * x0 + (1 - new_alpha) ** 0.5 * noise
+
+
+def invert(predict, x, timesteps, scheduler, num_refinements=0, on_step=None):
+    """Image -> latents, the exact mirror of decoding by DDIM over the same timesteps.
+
+    A decoding step takes x_t to x_s with the noise predicted at x_t. Its inverse is implicit:
+    x_t = move(x_s, eps(x_t)). The plain inversion puts x_s in place of x_t on the right; each refinement puts in the
+    x_t found so far and so solves the equation by fixed-point iteration (Pan et al. 2023,
+    https://arxiv.org/abs/2309.04907).
+
+    Args:
+        predict: `predict(x, t)` -> the network's output, the variance already split off, float32.
+        x: (B, C, H, W) images in the model's range.
+        timesteps: descending, as `timesteps_below` gives them.
+        num_refinements: evaluations per step beyond the first.
+        on_step: `on_step(i, t, x)` -> x, called after each step.
+
+    Returns:
+        (B, C, H, W) latents at the level of `timesteps[0]`.
+    """
+    alphas = scheduler.alphas_cumprod.to(x.device, torch.float32)
+    alpha = clean_alpha(scheduler).to(x.device)
+    for i, t in enumerate(timesteps.flip(0)):
+        new_alpha = alphas[t.long()]
+        new_x = x
+        for _ in range(1 + num_refinements):
+            noise = noise_from_output(predict(new_x, t), new_x, new_alpha, scheduler.config.prediction_type)
+            new_x = move(x, noise, alpha, new_alpha)
+        x, alpha = new_x, new_alpha
+        if on_step is not None:
+            x = on_step(i, t, x)
+    return x
+
+
+def clean_alpha(scheduler):
+    """alpha bar of the image itself: 1, or for DDIM with `set_alpha_to_one: false` that of the first timestep."""
+    return torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", 1.0), dtype=torch.float32)

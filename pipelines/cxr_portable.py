@@ -1,0 +1,83 @@
+"""A pipeline folder that carries its own code: it opens where only diffusers is installed."""
+
+import hashlib
+import inspect
+import json
+import os
+import re
+from pathlib import Path
+
+from diffusers.utils.dynamic_modules_utils import get_relative_imports
+
+
+class PortableMixin:
+    """Put before `DiffusionPipeline` among the bases of a pipeline class.
+
+    Whatever way it is saved (`save_pretrained`, `push_to_hub`), the folder holds the pipeline's file and the siblings
+    it imports, and opens with
+
+        DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)    where this package is not installed
+        TheClass.from_pretrained(folder)                                     where it is: the installed code runs
+
+    It leans on two hooks of diffusers, `save_config` and `_dict_from_json_file`; tests hold them in place.
+    """
+
+    def save_config(self, save_directory, push_to_hub=False, **kwargs):
+        """Write `model_index.json` and, beside it, the code; the last thing that `save_pretrained` does."""
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+        folder = Path(save_directory)
+        index = json.loads((folder / "model_index.json").read_text())
+        index["_class_name"] = [copy_code(type(self), folder), type(self).__name__]
+        for name, component in self.components.items():
+            if component is not None and is_ours(component):
+                index[name][0] = copy_code(type(component), folder / name)
+        write_atomically(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file):
+        """Asked for by its class, a folder opens with that class and without its own code."""
+        config = super()._dict_from_json_file(json_file)
+        if isinstance(config.get("_class_name"), list):
+            config["_class_name"] = cls.__name__
+        return config
+
+    def push_to_hub(self, repo_id, **kwargs):
+        """As in diffusers, and the model card of the folder that this pipeline was loaded from comes along."""
+        from huggingface_hub import HfApi
+
+        card = Path(str(self.config.get("_name_or_path") or "")) / "README.md"
+        if card.is_file():
+            api = HfApi(token=kwargs.get("token"))
+            repo_id = api.create_repo(repo_id, private=kwargs.get("private"), exist_ok=True).repo_id
+            for file in (card, *card.parent.glob("*.png")):
+                api.upload_file(path_or_fileobj=file, path_in_repo=file.name, repo_id=repo_id)
+        return super().push_to_hub(repo_id, **kwargs)
+
+
+def is_ours(component):
+    """A component whose class no library on the other machine knows."""
+    return type(component).__module__.split(".")[0] not in ("diffusers", "transformers")
+
+
+def copy_code(cls, folder):
+    """Copy the file that defines `cls`, and the siblings it imports, into `folder`; return the module's name.
+
+    diffusers loads all such files into one flat package, and a process that has loaded a sibling keeps it. So a
+    sibling's copy is named after its content: two versions never meet under one name.
+    """
+    source = Path(inspect.getsourcefile(cls))
+    code = source.read_text()
+    for name in get_relative_imports(source):
+        sibling = source.with_name(f"{name}.py").read_text()
+        plain = re.sub(r"_[0-9a-f]{8}$", "", name)  # it is stamped already when the pipeline itself came from a folder
+        stamped = f"{plain}_{hashlib.sha256(sibling.encode()).hexdigest()[:8]}"
+        write_atomically(Path(folder) / f"{stamped}.py", sibling)
+        code = code.replace(f"from .{name} import", f"from .{stamped} import")
+    write_atomically(Path(folder) / source.name, code)
+    return source.stem
+
+
+def write_atomically(path, text):
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -1,0 +1,356 @@
+"""Healthy counterfactuals by DDIM inversion and classifier-free guidance (after Sanchez et al. 2022)."""
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers.utils import replace_example_docstring
+
+from .cxr_anomaly import AnomalyOutput, anomaly_output, difference_map, prepare_image, smooth_map
+from .cxr_inversion import check_scheduler, invert, timesteps_below
+from .cxr_portable import PortableMixin
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> from PIL import Image
+        >>> from cxr_diffusers import CFGAnomalyPipeline, default_checkpoint
+
+        >>> pipeline = CFGAnomalyPipeline.from_pretrained(default_checkpoint())
+        >>> output = pipeline(Image.open("chest.png"), guidance_scale=4, noise_level=500)
+        >>> output.anomaly_map[0].save("map.png")
+        ```
+"""
+
+# what a call means when neither the caller nor the checkpoint says otherwise: the original procedure
+ORIGINAL_SETTINGS = {
+    "noise_level": 500,
+    "guidance_scale": 4.0,
+    "num_inference_steps": 1000,
+    "negative_label": "null",
+    "source_label": "null",
+    "num_refinements": 0,
+    "compare_with": "image",
+    "direction": "both",
+    "smoothing": 0.0,
+}
+
+
+class CFGAnomalyPipeline(PortableMixin, DiffusionPipeline):
+    """Take an image back to a noise level, decode it guided to the healthy class, and compare.
+
+    After Sanchez et al. 2022 (https://arxiv.org/abs/2207.12268) with the inversion of Song et al. 2021
+    (https://arxiv.org/abs/2010.02502) and the guidance of Ho & Salimans 2022 (https://arxiv.org/abs/2207.12598).
+
+    Args:
+        unet: class-conditional; its last class embedding is the null label. Learned variance is allowed and not read.
+        scheduler: DDIM, or a deterministic solver with the same latents (DPM-Solver++, UniPC, DEIS). `clip_sample`
+            should be false: clipping breaks the inversion.
+        class_names: one name a label, e.g. `["healthy", "pleural effusion"]` (kept in the config as a dict from id to
+            name: diffusers takes a list in a pipeline's config for a component).
+        data_range: the darkest and the brightest value the UNet knows.
+        scaling: "minmax" or "dtype", see `prepare_image`.
+        aspect: "pad", "crop" or "squash", see `prepare_image`.
+        settings: the checkpoint's own defaults of the call: any of noise_level, guidance_scale, num_inference_steps,
+            negative_label, source_label, num_refinements, compare_with, direction, smoothing.
+        map_threshold: the map value above which a pixel counts as abnormal, found on healthy validation images.
+        has_null_label: False for a model that was trained without dropping labels (Wolleb's, OpenAI's): all its
+            embeddings are classes.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        scheduler: DDIMScheduler,
+        class_names: list[str] | dict[str, str] | None = None,
+        data_range: list[float] = (-1.0, 1.0),
+        scaling: str = "minmax",
+        aspect: str = "pad",
+        settings: dict | None = None,
+        map_threshold: float | None = None,
+        has_null_label: bool = True,
+    ):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        unknown = set(settings or {}) - set(ORIGINAL_SETTINGS)
+        if unknown:
+            raise ValueError(f"expected `settings` among {sorted(ORIGINAL_SETTINGS)}, got {sorted(unknown)}")
+        num_classes = (unet.config.num_class_embeds or 0) - has_null_label
+        if num_classes < 1:
+            raise ValueError(
+                f"expected a UNet with class embeddings{' and one for the null label' if has_null_label else ''}, got "
+                f"`num_class_embeds={unet.config.num_class_embeds}`"
+            )
+        if isinstance(class_names, dict):
+            class_names = [class_names[str(i)] for i in range(len(class_names))]
+        if class_names is not None and len(class_names) != num_classes:
+            raise ValueError(f"expected {num_classes} class names (the null label has none), got {class_names}")
+        self.register_to_config(
+            class_names=class_names and {str(i): name for i, name in enumerate(class_names)},
+            data_range=list(data_range),
+            scaling=scaling,
+            aspect=aspect,
+            settings=settings,
+            map_threshold=map_threshold,
+            has_null_label=has_null_label,
+        )
+
+    @property
+    def null_label(self):
+        """The id of the class embedding that means "no class named": the last one. None for a model without one."""
+        return self.unet.config.num_class_embeds - 1 if self.config.has_null_label else None
+
+    @property
+    def class_names(self):
+        """The classes' names in the order of their ids, or [] where none were given."""
+        return list((self.config.class_names or {}).values())
+
+    @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(
+        self,
+        image,
+        guidance_scale: float | None = None,
+        noise_level: int | None = None,
+        num_inference_steps: int | None = None,
+        target_label: int | str = 0,
+        negative_label: int | str | None = None,
+        source_label: int | str | None = None,
+        num_refinements: int | None = None,
+        compare_with: str | None = None,
+        direction: str | None = None,
+        smoothing: float | None = None,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end=None,
+        callback_on_step_end_tensor_inputs: list[str] = ("latents",),
+    ):
+        """Where would this chest have to change to be healthy?
+
+        An argument left out takes the checkpoint's own value (`pipeline.config.settings`), or else the original
+        procedure's (noise level 500, guidance scale 4, 1000 steps, guided against the null label).
+
+        Args:
+            image: a PIL image, an array, a tensor or a list of them, any size and bit depth; see `prepare_image`.
+            guidance_scale: w of Ho & Salimans: eps = (1 + w) eps(target) - w eps(negative). -1 means no target at all,
+                0 the plain conditional model. The `guidance_scale` of other diffusers pipelines is s = 1 + w: what is
+                5 there is 4 here.
+            noise_level: the timestep of the training chain (1..1000) where inversion stops and decoding starts,
+                whatever the number of steps. More may change more.
+            num_inference_steps: steps of the whole chain, of which `noise_level / 1000` are taken, once each way.
+            target_label: the class to decode to, as an id or a name; 0 is healthy.
+            negative_label: the class that guidance pushes away from: an id, a name, or "null" for the null label.
+            source_label: the class named while inverting, likewise.
+            num_refinements: fixed-point iterations of each inversion step, one UNet evaluation each.
+            compare_with: "image": the map is |image - counterfactual|. "reconstruction": the same latents are also
+                decoded to `source_label` without guidance and the map is |reconstruction - counterfactual|, in which
+                the errors of inversion and model cancel; one more evaluation a step, and `image` is still the input.
+            direction: "both": the map is the absolute difference. "bright": only what is brighter in the picture than
+                in its counterfactual (fluid, consolidation, masses); "dark": only what is darker (air).
+            smoothing: sigma of a Gaussian applied to the map, in pixels of the model's resolution.
+            eta: of DDIM decoding: 0 deterministic, 1 ancestral; only with `DDIMScheduler`.
+            generator: for eta > 0.
+            output_type: "pil", "np" or "pt"; see `AnomalyOutput` for shapes and ranges.
+            return_dict: False returns the plain tuple.
+            callback_on_step_end: `callback(pipeline, i, t, {"latents": ...})`, called after every step of the inversion
+                (t rising) and then of the decoding (t falling); a dict it returns replaces the latents.
+            callback_on_step_end_tensor_inputs: only "latents" can be asked for.
+
+        Returns:
+            `AnomalyOutput`, or the tuple (image, counterfactual, anomaly_map, anomaly_score).
+
+        Raises:
+            TypeError: `image` is not a picture. ValueError: an argument out of its range, or a scheduler that cannot
+            decode what DDIM inversion encoded; each says what was expected.
+
+        Examples:
+        """
+        # 1. what was asked for
+        settings = self.settings(
+            guidance_scale=guidance_scale,
+            noise_level=noise_level,
+            num_inference_steps=num_inference_steps,
+            negative_label=negative_label,
+            source_label=source_label,
+            num_refinements=num_refinements,
+            compare_with=compare_with,
+            direction=direction,
+            smoothing=smoothing,
+        )
+        self.check_inputs(settings, eta, output_type, callback_on_step_end_tensor_inputs)
+        target = self.label_id(target_label, "target_label")
+        source = self.label_id(settings["source_label"], "source_label")
+        # without guidance the negative is not asked for, and need not exist
+        guided = settings["guidance_scale"] != 0
+        negative = self.label_id(settings["negative_label"], "negative_label") if guided else target
+        if target == self.null_label:
+            raise ValueError(f"expected `target_label` to be a class, got the null label {target_label!r}")
+        span = dict(noise_level=settings["noise_level"], num_inference_steps=settings["num_inference_steps"])
+        on_step = self.on_step(callback_on_step_end, callback_on_step_end_tensor_inputs)
+
+        # 2. picture -> x_0
+        config = self.unet.config
+        image = prepare_image(
+            image,
+            config.sample_size,
+            self.config.scaling,
+            self.config.aspect,
+            self.config.data_range,
+            config.in_channels,
+        ).to(self._execution_device)
+
+        # 3. x_0 -> x_L: inversion
+        latents = self.invert(image, source, num_refinements=settings["num_refinements"], on_step=on_step, **span)
+
+        # 4. x_L -> x_0': denoising, guided to the target class
+        counterfactual, reconstruction = self.decode(
+            latents,
+            target,
+            guidance_scale=settings["guidance_scale"],
+            negative_label=negative,
+            source_label=source,
+            with_reconstruction=settings["compare_with"] == "reconstruction",
+            eta=eta,
+            generator=generator,
+            on_step=on_step,
+            **span,
+        )
+
+        # 5. what had to change
+        low, high = self.config.data_range
+        reference = image if reconstruction is None else reconstruction.clamp(low, high)
+        anomaly_map = difference_map(
+            reference, counterfactual.clamp(low, high), self.config.data_range, settings["direction"]
+        )
+        anomaly_map = smooth_map(anomaly_map, settings["smoothing"])
+        output = anomaly_output(image, counterfactual, anomaly_map, self.config.data_range, output_type)
+
+        self.maybe_free_model_hooks()
+        return output if return_dict else output.to_tuple()
+
+    def settings(self, **given):
+        """The settings of a call: those given, over the checkpoint's own, over the original procedure's."""
+        given = {name: value for name, value in given.items() if value is not None}
+        return {**ORIGINAL_SETTINGS, **(self.config.settings or {}), **given}
+
+    def label_id(self, label, name="label"):
+        """A class id, a class name or "null" -> the id of its embedding."""
+        names, null, count = self.class_names, self.null_label, self.unet.config.num_class_embeds
+        if isinstance(label, str) and label in names:
+            return names.index(label)
+        if label == "null" and null is not None:
+            return null
+        if isinstance(label, int) and 0 <= label < count:
+            return label
+        known = [f"0..{count - 1}", *map(repr, names), *(["'null'"] if null is not None else [])]
+        raise ValueError(f"expected `{name}` among {', '.join(known)}, got {label!r}")
+
+    def check_inputs(self, settings, eta, output_type, tensor_inputs):
+        check_scheduler(self.scheduler)
+        chain = self.scheduler.config.num_train_timesteps
+        if not 1 <= settings["noise_level"] <= chain:
+            raise ValueError(f"expected `noise_level` to be a timestep, 1..{chain}, got {settings['noise_level']!r}")
+        if not 1 <= settings["num_inference_steps"] <= chain:
+            raise ValueError(
+                f"expected `num_inference_steps` from 1 to {chain}, got {settings['num_inference_steps']!r}"
+            )
+        if settings["compare_with"] not in ("image", "reconstruction"):
+            raise ValueError(f"expected `compare_with` image or reconstruction, got {settings['compare_with']!r}")
+        if settings["direction"] not in ("both", "bright", "dark"):
+            raise ValueError(f"expected `direction` both, bright or dark, got {settings['direction']!r}")
+        if settings["num_refinements"] < 0 or settings["smoothing"] < 0:
+            raise ValueError(
+                f"expected `num_refinements` and `smoothing` of 0 or more, got {settings['num_refinements']!r} and "
+                f"{settings['smoothing']!r}"
+            )
+        if eta and type(self.scheduler).__name__ != "DDIMScheduler":
+            raise ValueError(
+                f"expected `eta=0` with {type(self.scheduler).__name__}, got {eta!r}: only DDIM has an eta"
+            )
+        if eta and settings["compare_with"] == "reconstruction":
+            raise ValueError(f"expected `eta=0` to reconstruct the image, got {eta!r}: noise would not bring it back")
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"expected `output_type` pil, np or pt, got {output_type!r}")
+        unknown = set(tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"expected `callback_on_step_end_tensor_inputs` among {self._callback_tensor_inputs}, got "
+                f"{sorted(unknown)}"
+            )
+
+    def on_step(self, callback, tensor_inputs):
+        """diffusers' step callback as `on_step(i, t, latents) -> latents`, or None."""
+        if callback is None:
+            return None
+
+        def call(i, t, latents):
+            kwargs = {}
+            for name in tensor_inputs:
+                kwargs[name] = latents
+            return (callback(self, i, t, kwargs) or {}).get("latents", latents)
+
+        return call
+
+    def predict(self, x, t, labels):
+        """(B, C, H, W) latents, a timestep, (B,) labels -> (B, C, H, W) float32; a learned variance is split off."""
+        output = self.unet(x.to(self.unet.dtype), t, class_labels=labels).sample
+        return output[:, : x.shape[1]].float()
+
+    def label_tensor(self, labels, batch, device):
+        """[label, ...] -> (len(labels) * batch,) ids, each label `batch` times."""
+        return torch.tensor([self.label_id(x) for x in labels], device=device).repeat_interleave(batch)
+
+    def invert(self, x, source_label="null", *, noise_level, num_inference_steps, num_refinements=0, on_step=None):
+        """(B, C, H, W) image in the model's range -> (B, C, H, W) latents at `noise_level`."""
+        timesteps = timesteps_below(self.scheduler, noise_level, num_inference_steps, x.device)
+        labels = self.label_tensor([source_label], len(x), x.device)
+        with self.progress_bar(total=len(timesteps)) as bar:
+
+            def step(i, t, x):
+                bar.update()
+                return x if on_step is None else on_step(i, t, x)
+
+            return invert(lambda x, t: self.predict(x, t, labels), x, timesteps, self.scheduler, num_refinements, step)
+
+    def decode(
+        self,
+        x,
+        target_label=0,
+        *,
+        noise_level,
+        num_inference_steps,
+        guidance_scale,
+        negative_label="null",
+        source_label="null",
+        with_reconstruction=False,
+        eta=0.0,
+        generator=None,
+        on_step=None,
+    ):
+        """(B, C, H, W) latents at `noise_level` -> (counterfactual, reconstruction or None), each (B, C, H, W).
+
+        All decodings of a step share one forward of the UNet.
+        """
+        timesteps = timesteps_below(self.scheduler, noise_level, num_inference_steps, x.device)
+        batch, w = len(x), guidance_scale
+        # w = 0 needs no negative and w = -1 no target; leave out what would be multiplied by zero
+        needed = [label for label, weight in ((target_label, 1 + w), (negative_label, -w)) if weight != 0]
+        weights = [weight for weight in (1 + w, -w) if weight != 0]
+        labels = self.label_tensor(needed + [source_label] * with_reconstruction, batch, x.device)
+        extra = {"eta": eta, "generator": generator} if eta else {}
+        both = torch.cat([x, x]) if with_reconstruction else x
+        for i, t in enumerate(self.progress_bar(timesteps)):
+            inputs = torch.cat([both[:batch]] * len(needed) + [both[batch:]])
+            outputs = self.predict(inputs, t, labels).split(batch)
+            guided = sum(weight * output for weight, output in zip(weights, outputs, strict=False))
+            prediction = torch.cat([guided, *outputs[len(needed) :]])
+            both = self.scheduler.step(prediction, t, both, **extra).prev_sample
+            if on_step is not None:
+                both = torch.cat([on_step(len(timesteps) + i, t, both[:batch]), both[batch:]])
+        return both[:batch], (both[batch:] if with_reconstruction else None)
+
+
+__all__ = ["AnomalyOutput", "CFGAnomalyPipeline"]

@@ -1,0 +1,149 @@
+"""The house stands: imports point down, one package name, and every way of installing gives the same imports."""
+
+import ast
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# the floor of each module, by the longest matching prefix; what is on a floor may import what is on it or below
+FLOORS = {
+    "cxr_diffusers": 3,  # the table of contents, whose imports are lazy
+    "cxr_diffusers.version": 0,
+    "cxr_diffusers.pipelines": 1,
+    "cxr_diffusers.data": 2,
+    "cxr_diffusers.convert": 2,
+    "cxr_diffusers.losses": 2,
+    "cxr_diffusers.masks": 2,
+    "cxr_diffusers.metrics": 2,
+    "cxr_diffusers.original": 2,
+    "cxr_diffusers.recipe": 2,
+    "cxr_diffusers.visualization": 2,
+    "cxr_diffusers.training_loop": 3,
+    "cxr_diffusers.evaluation": 3,
+    "cxr_diffusers.detection": 3,
+    "cxr_diffusers.hub": 3,
+    "cxr_diffusers.cli": 4,
+    "training": 4,
+}
+
+
+def modules():
+    """{dotted name: file} of everything that is ours."""
+    found = {}
+    for folder, prefix in (("cxr_diffusers", "cxr_diffusers"), ("pipelines", "cxr_diffusers.pipelines"), ("training", "training")):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = [p for p in path.relative_to(ROOT / folder).with_suffix("").parts if p != "__init__"]
+            found[".".join([prefix, *parts])] = path
+    return found
+
+
+def floor(name):
+    while name not in FLOORS:
+        name = name.rpartition(".")[0]
+    return FLOORS[name]
+
+
+def imports(name, path):
+    """The modules of ours that a module imports, as dotted names, imports inside functions included."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parent = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parent, *([node.module] if node.module else [])])
+            if base.split(".")[0] in ("cxr_diffusers", "pipelines", "training"):
+                for alias in node.names:
+                    yield f"{base}.{alias.name}" if f"{base}.{alias.name}" in modules() else home_of(base, alias.name)
+        elif isinstance(node, ast.Import):
+            yield from (a.name for a in node.names if a.name.split(".")[0] in ("cxr_diffusers", "pipelines", "training"))
+
+
+def home_of(base, name):
+    """`from cxr_diffusers import X` means the module that X lives in."""
+    if base != "cxr_diffusers":
+        return base
+    from cxr_diffusers import _HOME
+
+    return f"cxr_diffusers.{_HOME[name]}"
+
+
+def test_imports_only_point_down():
+    arrows = [(name, target) for name, path in modules().items() for target in imports(name, path)]
+    assert len(arrows) > 40, "the walk did not walk"
+    upwards = [f"{a} -> {b}" for a, b in arrows if a != "cxr_diffusers" and floor(b) > floor(a)]
+    assert not upwards
+    assert not [f"{a} -> {b}" for a, b in arrows if b.split(".")[0] in ("pipelines", "training")], "never a second name"
+
+
+def test_what_travels_needs_nothing_of_ours():
+    """Every file of pipelines/ imports siblings only, and siblings import none: diffusers copies one level."""
+    files = {n: p for n, p in modules().items() if n.startswith("cxr_diffusers.pipelines.")}
+    assert len(files) >= 4
+    for name, path in files.items():
+        targets = list(imports(name, path))
+        assert all(t.startswith("cxr_diffusers.pipelines.cxr_") for t in targets), (name, targets)
+        if path.stem.startswith("cxr_"):
+            assert not targets, f"{name} is a sibling and imports {targets}"
+
+
+def test_every_public_name_is_there():
+    import cxr_diffusers
+
+    for name in cxr_diffusers.__all__:
+        assert getattr(cxr_diffusers, name) is not None
+    with pytest.raises(AttributeError, match="nothing"):
+        cxr_diffusers.nothing
+
+
+def run_python(code, cwd, path=""):
+    environment = {**os.environ, "PYTHONPATH": str(path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_the_package_is_cheap(tmp_path):
+    code = "import sys, cxr_diffusers; print([m for m in ('torch', 'diffusers', 'datasets', 'pandas') if m in sys.modules])"
+    assert run_python(code, tmp_path, ROOT) == "[]"
+
+
+IMPORTS = (
+    "import cxr_diffusers, cxr_diffusers.pipelines as p; from cxr_diffusers import CFGAnomalyPipeline as C; "
+    "assert C is p.CFGAnomalyPipeline and C.__module__ == 'cxr_diffusers.pipelines.pipeline_cfg_anomaly', C.__module__; "
+    "print(p.__file__)"
+)
+
+
+def test_a_bare_checkout_a_wheel_and_a_foreign_folder_called_pipelines_get_along(tmp_path):
+    (tmp_path / "pipelines").mkdir()
+    (tmp_path / "pipelines" / "__init__.py").write_text("raise RuntimeError('the folder of somebody else')")
+    assert run_python(IMPORTS, tmp_path, ROOT) == str(ROOT / "pipelines" / "__init__.py")
+
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT]
+    done = subprocess.run(build, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    wheel = next(tmp_path.glob("*.whl"))
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {t for t in tops if not t.endswith(".dist-info")} == {"cxr_diffusers"}
+    assert "cxr_diffusers/pipelines/pipeline_cfg_anomaly.py" in names
+    ours = {f"{n.replace('.', '/')}" for n in modules() if not n.startswith("training")}
+    packed = {n.removesuffix(".py").removesuffix("/__init__") for n in names if n.endswith(".py")}
+    assert not ours - packed, "setup.cfg does not list a package"
+    assert any(n.endswith("cxr_cfg_64/unet/diffusion_pytorch_model.safetensors") for n in names)
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    assert run_python(IMPORTS, tmp_path, site) == str(site / "cxr_diffusers" / "pipelines" / "__init__.py")
+
+
+def test_no_file_has_grown_out_of_hand():
+    long = {n: len(p.read_text().splitlines()) for n, p in modules().items()}
+    assert len(long) > 20
+    assert not {n: lines for n, lines in long.items() if lines > 420}

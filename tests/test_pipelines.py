@@ -1,0 +1,451 @@
+"""The contract that every anomaly pipeline keeps, and the laws of inversion and guidance."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DEISMultistepScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from PIL import Image
+
+from conftest import toy_unet
+from cxr_diffusers import CFGAnomalyPipeline
+from cxr_diffusers.pipelines.cxr_anomaly import difference_map, frame, prepare_image, restore_map, score_map, smooth_map
+from cxr_diffusers.pipelines.cxr_inversion import invert, move, noise_from_output, timesteps_below
+
+FAST = dict(num_inference_steps=10, noise_level=300)
+
+
+def test_shapes_and_ranges_are_those_of_the_documentation(pipeline, images):
+    output = pipeline(images, output_type="pt", **FAST)
+    assert output.image.shape == output.counterfactual.shape == (2, 1, 16, 16)
+    assert output.anomaly_map.shape == (2, 16, 16) and output.anomaly_score.shape == (2,)
+    for x in (output.image, output.counterfactual, output.anomaly_map):
+        assert 0 <= x.min() and x.max() <= 1
+    torch.testing.assert_close(output.image, images)
+    assert output.anomaly_map.max() > 0.01
+
+
+def test_pil_np_and_pt_are_the_same_answer(pipeline, images):
+    pt = pipeline(images, output_type="pt", **FAST)
+    array = pipeline(images, output_type="np", **FAST)
+    pil = pipeline(images, output_type="pil", **FAST)
+    np.testing.assert_array_equal(array.image[..., 0], pt.image[:, 0])
+    np.testing.assert_array_equal(array.anomaly_map, pt.anomaly_map)
+    np.testing.assert_allclose(np.stack(pil.anomaly_map) / 65535, pt.anomaly_map, atol=1 / 65535)
+    np.testing.assert_allclose(np.stack(pil.counterfactual) / 255, pt.counterfactual[:, 0], atol=0.6 / 255)
+    assert pil.image[0].mode == "L" and pil.anomaly_map[0].mode == "I;16"
+
+
+def test_a_tuple_is_the_output_in_order(pipeline, images):
+    output = pipeline(images, output_type="pt", **FAST)
+    for a, b in zip(output.to_tuple(), pipeline(images, output_type="pt", return_dict=False, **FAST), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_batch_is_its_images_one_by_one(pipeline, images):
+    batch = pipeline(images, output_type="pt", compare_with="reconstruction", **FAST).anomaly_map
+    single = [pipeline(x, output_type="pt", compare_with="reconstruction", **FAST).anomaly_map for x in images]
+    torch.testing.assert_close(batch, torch.cat(single), atol=1e-5, rtol=0)
+
+
+def test_a_saved_pipeline_gives_the_same_map_from_its_class(pipeline, images, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    again = CFGAnomalyPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert again.class_names == ["healthy", "pleural effusion"] and tuple(again.config.data_range) == (-1, 1)
+    expected = pipeline(images, output_type="pt", **FAST).anomaly_map
+    torch.testing.assert_close(again(images, output_type="pt", **FAST).anomaly_map, expected)
+
+
+def test_a_saved_folder_runs_where_this_package_is_not(pipeline, images, tmp_path):
+    """Also after a second save from there, and two versions of a sibling in one process keep apart."""
+    pipeline.save_pretrained(tmp_path / "model")
+    other = tmp_path / "other"
+    pipeline.save_pretrained(other)
+    sibling = next(other.glob("cxr_anomaly_*.py"))
+    changed = sibling.read_text().replace("return flat.topk(", "return -flat.topk(")
+    assert changed != sibling.read_text()
+    renamed = "cxr_anomaly_00000000"
+    (other / f"{renamed}.py").write_text(changed)
+    code = other / "pipeline_cfg_anomaly.py"
+    code.write_text(code.read_text().replace(sibling.stem, renamed))
+
+    torch.save((images, pipeline(images, output_type="pt", **FAST).to_tuple()), tmp_path / "expected.pt")
+    script = f"""if True:
+        import sys, torch
+        torch.set_num_threads(1)
+        sys.modules["cxr_diffusers"] = None  # importing it fails, installed or not
+        from diffusers import DiffusionPipeline
+        images, expected = torch.load("expected.pt")
+
+        def run(folder):
+            pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+            pipeline.set_progress_bar_config(disable=True)
+            return pipeline, pipeline(images, output_type="pt", **{FAST}).to_tuple()
+
+        pipeline, found = run("model")
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+        pipeline.save_pretrained("again")
+        torch.testing.assert_close(run("again")[1][2], expected[2])
+        torch.testing.assert_close(run("other")[1][3], -expected[3])
+        torch.testing.assert_close(run("model")[1][3], expected[3])
+        print("all the same")
+    """
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert "all the same" in done.stdout, done.stderr
+    assert {p.name for p in (tmp_path / "again").glob("*.py")} == {p.name for p in (tmp_path / "model").glob("*.py")}
+
+
+def test_a_folder_with_code_is_not_run_without_consent(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        DiffusionPipeline.from_pretrained(tmp_path)
+
+
+def test_no_entry_of_the_index_looks_like_a_component_that_is_none(pipeline, tmp_path):
+    """diffusers takes a list that begins with a string for [library, class] and refuses to download what it lacks."""
+    pipeline.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    lists = [k for k, v in index.items() if isinstance(v, list) and isinstance(v[0], str)]
+    assert sorted(lists) == ["_class_name", "scheduler", "unet"]
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_without_guidance_inversion_and_decoding_undo_each_other(images, prediction_type):
+    scheduler = DDIMScheduler(clip_sample=False, prediction_type=prediction_type)
+    pipeline = CFGAnomalyPipeline(toy_unet(), scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    x, errors = images * 2 - 1, []
+    for steps, refinements in ((20, 0), (80, 0), (80, 2)):
+        span = dict(noise_level=300, num_inference_steps=steps)
+        latents = pipeline.invert(x, num_refinements=refinements, **span)
+        again, _ = pipeline.decode(latents, guidance_scale=-1, **span)
+        errors.append((again - x).abs().mean().item())
+    assert errors[0] > errors[1] > errors[2], errors
+    assert errors[2] < 1e-3, errors
+
+
+def test_inversion_is_exact_when_the_noise_does_not_depend_on_the_image(scheduler, images):
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    timesteps = timesteps_below(scheduler, 500, 50)
+    x = latents = invert(lambda x, t: noise, images, timesteps, scheduler)
+    alpha = scheduler.alphas_cumprod[timesteps[0]]
+    # the closed form: every step keeps x_0 and the noise
+    torch.testing.assert_close(latents, alpha**0.5 * images + (1 - alpha) ** 0.5 * noise, atol=1e-5, rtol=0)
+    for t in timesteps:
+        x = scheduler.step(noise, t, x).prev_sample
+    torch.testing.assert_close(x, images, atol=1e-5, rtol=0)
+
+
+def test_whatever_a_network_predicts_it_is_the_same_noise(images):
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    alpha = 0.3
+    x = alpha**0.5 * images + (1 - alpha) ** 0.5 * noise
+    velocity = alpha**0.5 * noise - (1 - alpha) ** 0.5 * images
+    for kind, output in (("epsilon", noise), ("v_prediction", velocity), ("sample", images)):
+        torch.testing.assert_close(noise_from_output(output, x, alpha, kind), noise, atol=1e-5, rtol=0)
+
+
+def test_our_update_is_the_schedulers_own(scheduler, images):
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    scheduler.set_timesteps(50)
+    alphas = scheduler.alphas_cumprod
+    ours = move(images, noise, alphas[400], alphas[380])
+    torch.testing.assert_close(ours, scheduler.step(noise, 400, images).prev_sample, atol=1e-6, rtol=0)
+
+
+def test_noise_level_is_a_timestep_whatever_the_number_of_steps(scheduler):
+    for steps in (10, 50, 200, 1000):
+        timesteps = timesteps_below(scheduler, 500, steps)
+        assert len(timesteps) == steps // 2 and timesteps[0] < 500 <= timesteps[0] + 1000 // steps
+
+
+def test_guidance_is_that_of_ho_and_salimans(unet, scheduler, images):
+    """One step by hand: (1 + w) cond - w null."""
+    pipeline = CFGAnomalyPipeline(unet, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    span = dict(noise_level=50, num_inference_steps=10)
+    with torch.no_grad():
+        found, _ = pipeline.decode(images, 0, guidance_scale=3.0, negative_label=1, **span)
+        cond, negative = (unet(images, 0, class_labels=torch.tensor([k, k])).sample for k in (0, 1))
+        alpha = scheduler.alphas_cumprod[0]
+        by_hand = (images - (1 - alpha) ** 0.5 * (4 * cond - 3 * negative)) / alpha**0.5
+    torch.testing.assert_close(found, by_hand, atol=1e-5, rtol=0)
+
+
+def test_guidance_minus_one_names_no_target(pipeline, images):
+    a, b = (
+        pipeline(images, guidance_scale=-1, target_label=k, output_type="pt", **FAST).counterfactual for k in (0, 1)
+    )
+    torch.testing.assert_close(a, b)
+    c = pipeline(images, guidance_scale=0, output_type="pt", **FAST).counterfactual
+    assert (a - c).abs().max() > 1e-3
+
+
+def test_against_its_own_reconstruction_nothing_changed_when_nothing_was_asked(pipeline, images):
+    kwargs = dict(guidance_scale=-1, output_type="pt", **FAST)
+    assert pipeline(images, compare_with="reconstruction", **kwargs).anomaly_map.max() < 1e-6
+    assert pipeline(images, compare_with="image", **kwargs).anomaly_map.max() > 1e-3
+
+
+def test_labels_may_be_named(pipeline, images):
+    kwargs = dict(output_type="pt", **FAST)
+    by_name = pipeline(images, target_label="healthy", negative_label="pleural effusion", source_label="null", **kwargs)
+    by_id = pipeline(images, target_label=0, negative_label=1, source_label=2, **kwargs)
+    torch.testing.assert_close(by_name.anomaly_map, by_id.anomaly_map)
+
+
+def test_the_checkpoint_brings_its_own_settings_and_the_caller_overrules_them(unet, scheduler, images):
+    own = CFGAnomalyPipeline(unet, scheduler, settings=dict(guidance_scale=0.5, **FAST))
+    plain = CFGAnomalyPipeline(unet, scheduler)
+    for p in (own, plain):
+        p.set_progress_bar_config(disable=True)
+    expected = plain(images, guidance_scale=0.5, output_type="pt", **FAST).anomaly_map
+    torch.testing.assert_close(own(images, output_type="pt").anomaly_map, expected)
+    assert (own(images, output_type="pt", guidance_scale=3).anomaly_map - expected).abs().max() > 1e-3
+    assert plain.settings()["noise_level"] == 500 and plain.settings()["guidance_scale"] == 4
+
+
+def test_learned_variance_is_split_off(scheduler, images):
+    unet = toy_unet(out_channels=2)
+    plain = toy_unet()
+    plain.load_state_dict({k: v[:1] if k.startswith("conv_out") else v for k, v in unet.state_dict().items()})
+    maps = []
+    for model in (unet, plain):
+        pipeline = CFGAnomalyPipeline(model, scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        maps.append(pipeline(images, output_type="pt", **FAST).anomaly_map)
+    torch.testing.assert_close(*maps)
+
+
+def test_four_channels_make_one_map(scheduler):
+    pipeline = CFGAnomalyPipeline(toy_unet(in_channels=4, out_channels=4), scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    output = pipeline(torch.rand(2, 4, 16, 16), output_type="pt", **FAST)
+    assert output.counterfactual.shape == (2, 4, 16, 16) and output.anomaly_map.shape == (2, 16, 16)
+
+
+@pytest.mark.parametrize("other", [DPMSolverMultistepScheduler, UniPCMultistepScheduler, DEISMultistepScheduler])
+def test_deterministic_solvers_are_drop_in(pipeline, images, other):
+    kwargs = dict(noise_level=300, num_inference_steps=200, guidance_scale=0, output_type="pt")
+    expected = pipeline(images, **kwargs).counterfactual
+    pipeline.scheduler = other.from_config(pipeline.scheduler.config)
+    assert (pipeline(images, **kwargs).counterfactual - expected).abs().mean() < 0.01
+
+
+@pytest.mark.parametrize("other", [DDPMScheduler, EulerDiscreteScheduler])
+def test_a_scheduler_that_cannot_decode_these_latents_is_refused(pipeline, images, other):
+    pipeline.scheduler = other.from_config(pipeline.scheduler.config)
+    with pytest.raises(ValueError, match="DDIMScheduler"):
+        pipeline(images, **FAST)
+    pipeline.scheduler = DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")
+    with pytest.raises(ValueError, match="deterministic"):
+        pipeline(images, **FAST)
+
+
+def test_eta_draws_from_the_generator(pipeline, images):
+    def run(seed, eta):
+        generator = torch.Generator().manual_seed(seed)
+        return pipeline(images, eta=eta, generator=generator, output_type="pt", **FAST).anomaly_map
+
+    torch.testing.assert_close(run(0, 1.0), run(0, 1.0))
+    assert (run(0, 1.0) - run(1, 1.0)).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="eta=0"):
+        pipeline(images, eta=1.0, compare_with="reconstruction", **FAST)
+    torch.testing.assert_close(run(0, 0.0), run(1, 0.0))
+
+
+def test_the_callback_sees_every_step_and_may_change_the_latents(pipeline, images):
+    seen = []
+
+    def watch(pipe, i, t, kwargs):
+        seen.append((i, int(t)))
+        return {"latents": kwargs["latents"] * 0} if i == 5 else {}
+
+    output = pipeline(images, callback_on_step_end=watch, output_type="pt", **FAST)
+    assert [i for i, _ in seen] == list(range(6))
+    assert [t for _, t in seen] == [0, 100, 200, 200, 100, 0]
+    assert (output.counterfactual == 0.5).all()
+
+
+def test_half_precision_gives_nearly_the_same_map(unet, scheduler, images):
+    maps = []
+    for dtype in (torch.float32, torch.bfloat16):
+        pipeline = CFGAnomalyPipeline(unet.to(dtype), scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        maps.append(pipeline(images, output_type="pt", guidance_scale=1, **FAST).anomaly_map)
+    assert maps[1].dtype == torch.float32
+    assert 0 < (maps[0] - maps[1]).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(target_label=2), "target_label"),
+        (dict(target_label="null"), "target_label"),
+        (dict(negative_label="pneumonia"), "pneumonia"),
+        (dict(noise_level=0), "noise_level"),
+        (dict(noise_level=1001), "noise_level"),
+        (dict(num_inference_steps=0), "num_inference_steps"),
+        (dict(noise_level=1, num_inference_steps=3, num_refinements=-1), "num_refinements"),
+        (dict(compare_with="input"), "compare_with"),
+        (dict(direction="up"), "direction"),
+        (dict(output_type="latent"), "output_type"),
+        (dict(callback_on_step_end_tensor_inputs=["unet"]), "tensor_inputs"),
+    ],
+)
+def test_a_wrong_argument_says_what_was_expected(pipeline, images, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline(images, **{**FAST, **wrong})
+
+
+def test_a_path_is_no_picture(pipeline):
+    with pytest.raises(TypeError, match="got str"):
+        pipeline("chest.png")
+
+
+def test_without_a_null_label_every_embedding_is_a_class(scheduler, images):
+    """As in models that were trained without dropping labels."""
+    pipeline = CFGAnomalyPipeline(toy_unet(), scheduler, ["a", "b", "c"], has_null_label=False)
+    pipeline.set_progress_bar_config(disable=True)
+    output = pipeline(images, target_label="c", source_label="a", guidance_scale=0, output_type="pt", **FAST)
+    assert output.anomaly_map.max() > 0 and pipeline.null_label is None
+    pipeline(images, target_label="c", source_label="a", negative_label="b", guidance_scale=2, **FAST)
+    with pytest.raises(ValueError, match="source_label"):
+        pipeline(images, guidance_scale=0, **FAST)
+    with pytest.raises(ValueError, match="negative_label"):
+        pipeline(images, source_label="a", guidance_scale=2, **FAST)
+
+
+def test_a_model_without_classes_is_refused(scheduler):
+    with pytest.raises(ValueError, match="class embeddings"):
+        CFGAnomalyPipeline(toy_unet(num_class_embeds=None), scheduler)
+    with pytest.raises(ValueError, match="2 class names"):
+        CFGAnomalyPipeline(toy_unet(), scheduler, ["healthy"])
+    with pytest.raises(ValueError, match="guidance"):
+        CFGAnomalyPipeline(toy_unet(), scheduler, settings={"guidance": 4})
+
+
+# images in, maps out
+
+
+@pytest.mark.parametrize("aspect", ["pad", "crop", "squash"])
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40), (16, 16), (9, 23)])
+def test_a_map_comes_back_to_where_the_picture_was(aspect, shape):
+    ramp = np.add.outer(np.linspace(0, 1, shape[0]), np.linspace(0, 1, shape[1])).astype(np.float32) / 2
+    x = prepare_image(ramp, 32, scaling="dtype", aspect=aspect, data_range=(0, 1))
+    assert x.shape == (1, 1, 32, 32)
+    back = restore_map(x[0, 0], *shape, aspect)
+    assert back.shape == shape
+    seen = back > 0 if aspect == "crop" else np.ones(shape, bool)
+    assert seen.mean() > 0.39
+    assert np.abs(back - ramp)[seen].max() < 0.06
+
+
+def test_a_circle_stays_a_circle_unless_it_is_squashed():
+    y, x = np.mgrid[:60, :90]
+    disc = ((y - 30) ** 2 + (x - 45) ** 2 < 15**2).astype(np.uint8) * 255
+
+    def sides(aspect):
+        found = prepare_image(disc, 30, aspect=aspect)[0, 0] > 0
+        return int(found.any(dim=1).sum()), int(found.any(dim=0).sum())
+
+    assert sides("pad") == (10, 10) and sides("crop") == (14, 14)
+    assert sides("squash") == (14, 10)
+
+
+def test_bars_are_as_dark_as_the_darkest_pixel():
+    x = prepare_image(np.linspace(100, 200, 8 * 16).reshape(8, 16).astype(np.uint8), 16, aspect="pad")
+    top, left, height, width = frame(8, 16, 16, "pad")
+    assert (top, left, height, width) == (4, 0, 8, 16)
+    assert (x[0, 0, :4] == -1).all() and (x[0, 0, 12:] == -1).all() and x.max() == 1
+
+
+def test_shrinking_is_the_mean_of_the_area():
+    array = np.random.default_rng(0).integers(0, 256, (64, 64)).astype(np.uint8)
+    expected = array.reshape(16, 4, 16, 4).mean((1, 3)) / 255
+    x = prepare_image(array, 16, scaling="dtype", data_range=(0, 1))
+    np.testing.assert_allclose(x[0, 0], expected, atol=1e-6)
+
+
+def test_one_picture_in_many_types_is_one_picture():
+    eight = np.random.default_rng(0).integers(0, 256, (32, 32)).astype(np.uint8)
+    eight[0, 0], eight[0, 1] = 0, 255
+    sixteen = eight.astype(np.uint16) * 257
+    unit = eight.astype(np.float32) / 255
+    same = [
+        eight,
+        eight[..., None],
+        sixteen,
+        unit,
+        unit * 2 - 1,
+        torch.from_numpy(eight),
+        torch.from_numpy(unit)[None],
+        Image.fromarray(eight),
+        Image.fromarray(sixteen),
+        Image.fromarray(np.stack([eight] * 3, -1)),
+        Image.fromarray(eight).convert("RGBA"),
+    ]
+    for scaling in ("minmax", "dtype"):
+        x = prepare_image(same, 16, scaling=scaling)
+        assert len(x) == len(same)
+        assert (x - x[:1]).abs().max() < 1e-5
+
+
+def test_minmax_forgets_the_exposure_and_dtype_keeps_it():
+    dark = (np.random.default_rng(0).random((16, 16)) * 0.3 + 0.2).astype(np.float32)
+    assert prepare_image(dark, 16).min() == -1 and prepare_image(dark, 16).max() == 1
+    np.testing.assert_allclose(prepare_image(dark, 16, "dtype", data_range=(0, 1))[0, 0], dark, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [np.zeros((2, 3, 4, 5, 6)), torch.zeros(5, 4, 4), np.full((4, 4), np.nan), [], np.zeros((4, 4, 7), np.uint8)],
+)
+def test_what_is_no_picture_is_refused(wrong):
+    with pytest.raises(ValueError, match="expected"):
+        prepare_image(wrong, 16)
+
+
+def test_float_pictures_out_of_range_are_refused_when_exposure_counts():
+    with pytest.raises(ValueError, match="from 0 to 255"):
+        prepare_image(np.array([[0.0, 255.0]]), 16, scaling="dtype")
+
+
+def test_maps_are_differences_of_one_scale():
+    a, b = torch.full((1, 1, 4, 4), -1.0), torch.full((1, 1, 4, 4), 1.0)
+    assert (difference_map(a, b) == 1).all() and (difference_map(a, a) == 0).all()
+    assert (difference_map(a * 0, b, (0.0, 1.0)) == 1).all()
+
+
+def test_bright_and_dark_are_the_two_halves_of_the_difference():
+    a, b = torch.rand(2, 3, 1, 8, 8) * 2 - 1
+    both, bright, dark = (difference_map(a, b, direction=d) for d in ("both", "bright", "dark"))
+    torch.testing.assert_close(both, bright + dark)
+    assert (bright * dark == 0).all() and (difference_map(b, a, direction="dark") == bright).all()
+
+
+def test_smoothing_keeps_the_mean_and_lowers_the_peak():
+    maps = torch.zeros(1, 32, 32)
+    maps[0, 16, 16] = 1
+    smooth = smooth_map(maps, 2.0)
+    torch.testing.assert_close(smooth.sum(), maps.sum())
+    assert smooth.max() < 0.1 and smooth.argmax() == maps.argmax()
+    assert smooth_map(maps, 0) is maps
+
+
+def test_the_score_is_the_mean_of_the_highest_pixels():
+    maps = torch.arange(400).reshape(1, 20, 20) / 400
+    assert score_map(maps, fraction=0.05).item() == pytest.approx(maps.flatten()[-20:].mean().item())

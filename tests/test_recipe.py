@@ -1,0 +1,94 @@
+"""Recipes: what is a key, and what is an error."""
+
+import pytest
+import torch
+import yaml
+
+from conftest import TOY_UNET
+from cxr_diffusers.recipe import load_recipe, parse_command_line
+
+MINIMAL = {
+    "data": {"name": "phantom", "root": "???"},
+    "unet": {},
+    "scheduler": {},
+    "train": {"output_dir": "runs/x"},
+}
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    return path
+
+
+def test_overrides_reach_into_sections(path):
+    recipe = load_recipe(
+        path, ["data.root=/data", "train.batch_size=8", "train.augment.degrees=3", "pipeline.noise_level=9"]
+    )
+    assert recipe.data["root"] == "/data" and recipe.train.batch_size == 8
+    assert recipe.train.augment == {"degrees": 3} and recipe.pipeline == {"noise_level": 9}
+
+
+def test_a_whole_number_will_do_for_a_float(path):
+    assert load_recipe(path, ["data.root=/data", "train.learning_rate=1"]).train.learning_rate == 1.0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.batchsize=8", "unknown key 'batchsize'.*batch_size"),
+        ("training.batch_size=8", "unknown key 'training'.*train"),
+        ("train.learning_rate=1e-4", "1.0e-4"),
+        ("train.batch_size=2.5", "must be int"),
+        ("train.push_to_hub=1", "must be bool"),
+        ("data.seed.deep=3", None),
+        ("batch_size=8", "section.key=value"),
+        ("train.seed", "section.key=value"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(path, override, message):
+    if message is None:
+        assert load_recipe(path, ["data.root=/d", override]).data["seed"] == {"deep": 3}
+        return
+    with pytest.raises(ValueError, match=message):
+        load_recipe(path, ["data.root=/data", override])
+
+
+def test_what_the_user_must_give_is_asked_for(path):
+    with pytest.raises(ValueError, match="give data.root"):
+        load_recipe(path)
+
+
+def test_the_output_folder_is_needed(tmp_path):
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({**MINIMAL, "data": {}, "train": {}}))
+    with pytest.raises(ValueError, match="output_dir"):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_options_in_the_style_of_diffusers_are_train_keys(path):
+    line = [
+        str(path),
+        "data.root=/data",
+        "--push_to_hub",
+        "--hub_model_id",
+        "me/model",
+        "--max_steps=7",
+        "train.seed=3",
+    ]
+    recipe = parse_command_line(line, "unused.yaml")
+    assert recipe.train.push_to_hub is True and recipe.train.hub_model_id == "me/model"
+    assert recipe.train.max_steps == 7 and recipe.train.seed == 3
+
+
+def test_without_a_recipe_the_default_is_taken(path):
+    assert parse_command_line(["data.root=/d"], path).train.output_dir == "runs/x"
+    with pytest.raises(ValueError, match="nowhere.yaml"):
+        parse_command_line([], "nowhere.yaml")
+
+
+def test_the_toy_of_these_tests_is_a_unet():
+    from diffusers import UNet2DModel
+
+    with torch.device("meta"):
+        assert UNet2DModel(**TOY_UNET).config.num_class_embeds == 3

@@ -1,0 +1,82 @@
+"""Each script, started as a user starts it: it trains, resumes, and leaves something that loads."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMPipeline
+
+from cxr_diffusers import CFGAnomalyPipeline, load_phantom
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["data.n=24", "train.batch_size=4", "train.validation_images=2", "unet.block_out_channels=[8, 16, 16]"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+
+
+def launch(script, output_dir, *overrides, launcher=("accelerate.commands.launch", "--num_processes", "1")):
+    command = [sys.executable, "-m", *launcher, str(ROOT / "training" / script), *SMALL]
+    command += [f"train.output_dir={output_dir}", *overrides]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=output_dir.parent)
+
+
+def steps(output_dir):
+    return [json.loads(line) for line in (output_dir / "log.jsonl").read_text().splitlines()]
+
+
+def test_train_cfg_with_nothing_after_it_trains_resumes_and_leaves_a_pipeline_and_a_picture(tmp_path):
+    run = tmp_path / "run"
+    first = launch("train_cfg.py", run, "train.max_steps=2", "train.save_every=2", "train.report_to=tensorboard")
+    assert first.returncode == 0, first.stderr
+    assert "chexpert_cfg_256.yaml" in first.stdout and "cxr-diffusers detect" in first.stdout
+    again = launch("train_cfg.py", run, "train.max_steps=3", "train.save_every=2", "train.report_to=tensorboard")
+    assert again.returncode == 0 and "resumed from" in again.stderr, again.stderr
+    assert [line["step"] for line in steps(run)] == [1, 2, 3]
+    assert (run / "validation" / "step-0000003.png").is_file()
+    assert list((run / "logs").rglob("*tfevents*"))
+
+    pipeline = CFGAnomalyPipeline.from_pretrained(run)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.class_names == ["healthy", "pleural effusion"]
+    output = pipeline(load_phantom(n=2, seed=3)["image"][:], num_inference_steps=5, output_type="pt")
+    assert output.anomaly_map.shape == (2, 32, 32) and torch.isfinite(output.anomaly_map).all()
+    assert "phantom" in (run / "README.md").read_text()
+
+
+def test_train_unconditional_leaves_a_prior_that_diffusers_opens_by_itself(tmp_path):
+    run = tmp_path / "run"
+    done = launch("train_unconditional.py", run, "train.max_steps=1")
+    assert done.returncode == 0, done.stderr
+    assert (run / "validation" / "step-0000001.png").is_file()
+    assert DDIMPipeline.from_pretrained(run).unet.config.num_class_embeds is None
+
+
+def test_two_processes_train_one_model_on_twice_the_batch(tmp_path):
+    """One run of two processes of batch 2 sees the pictures that one process of batch 4 sees."""
+    run = tmp_path / "two"
+    two = ("torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517")
+    done = launch("train_cfg.py", run, "train.max_steps=2", "train.batch_size=2", launcher=two)
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es)" in done.stdout
+    assert [line["step"] for line in steps(run)] == [1, 2]
+    assert len(list((run / "checkpoint-0000002").glob("random_states_*"))) == 2
+    CFGAnomalyPipeline.from_pretrained(run)
+
+
+def test_starting_from_other_weights_is_not_starting_anew(tmp_path):
+    assert launch("train_cfg.py", tmp_path / "a", "train.max_steps=1").returncode == 0
+    done = launch("train_cfg.py", tmp_path / "b", "train.max_steps=1", f"train.init_from={tmp_path / 'a'}")
+    assert done.returncode == 0, done.stderr
+    assert steps(tmp_path / "a")[0]["loss"] != steps(tmp_path / "b")[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("unet.num_class_embeds=2", "num_class_embeds=3"), ("train.batchsize=2", "unknown key 'batchsize'")],
+)
+def test_a_recipe_that_cannot_work_says_why(tmp_path, override, message):
+    done = launch("train_cfg.py", tmp_path / "run", override)
+    assert done.returncode != 0 and message in done.stderr

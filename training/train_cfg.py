@@ -1,0 +1,100 @@
+"""Train the class-conditional UNet of classifier-free guidance, and save it as a `CFGAnomalyPipeline`.
+
+    accelerate launch training/train_cfg.py                                     (phantoms: minutes, any machine)
+    accelerate launch training/train_cfg.py configs/chexpert_cfg_256.yaml data.root=/data/CheXpert-v1.0
+    accelerate launch training/train_cfg.py RECIPE.yaml [section.key=value ...] [--push_to_hub] [--hub_model_id=ME/NAME]
+
+To resume, run the same command again. Several GPUs or machines: change only what stands between `accelerate launch` and
+the script, e.g. `accelerate launch --multi_gpu --num_processes 4 training/train_cfg.py ...`.
+"""
+
+import sys
+from pathlib import Path
+
+from accelerate import PartialState
+from diffusers import DDIMScheduler, UNet2DModel
+
+from cxr_diffusers import CFGAnomalyPipeline, build_dataset, denoising_loss
+from cxr_diffusers.data import TensorImages, augment
+from cxr_diffusers.hub import load_unet, publish, write_model_card
+from cxr_diffusers.recipe import parse_command_line
+from cxr_diffusers.training_loop import seeded, train
+from cxr_diffusers.visualization import save_png, validation_strip
+
+DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "phantom_cfg_32.yaml"
+
+
+def main(arguments):
+    recipe = parse_command_line(arguments, DEFAULT_RECIPE)
+    config = recipe.train
+    dataset = build_dataset(**recipe.data)
+    class_names = dataset.features["label"].names
+    images = TensorImages(dataset, recipe.unet["sample_size"], **recipe.images)
+    shown = build_dataset(**{**recipe.data, **recipe.validation})
+    shown = shown.filter(lambda label: label != 0, input_columns="label").select(range(config.validation_images))
+
+    with seeded(config.seed):
+        unet = load_unet(config.init_from) if config.init_from else UNet2DModel(**recipe.unet)
+    scheduler = DDIMScheduler(**recipe.scheduler)
+    if unet.config.num_class_embeds != len(class_names) + 1:
+        raise ValueError(
+            f"expected unet.num_class_embeds={len(class_names) + 1}: {len(class_names)} classes {class_names} and the "
+            f"null label, got {unet.config.num_class_embeds}"
+        )
+
+    def loss_fn(model, batch):
+        x = augment(batch["images"], **config.augment) if config.augment else batch["images"]
+        return denoising_loss(
+            model,
+            scheduler,
+            x,
+            batch["labels"],
+            p_uncond=config.p_uncond,
+            snr_gamma=config.snr_gamma,
+            logit_normal=config.logit_normal,
+            vlb_weight=config.vlb_weight,
+        )
+
+    def pipeline(model):
+        return CFGAnomalyPipeline(model, scheduler, class_names, settings=recipe.pipeline or None, **recipe.images)
+
+    def save(model, folder):
+        pipeline(model).save_pretrained(folder)
+        write_model_card(folder, training=describe(recipe, len(dataset)), name=config.hub_model_id)
+
+    def validate(model, step):
+        detector = pipeline(model)
+        detector.set_progress_bar_config(disable=True)
+        found = detector(shown["image"][:], output_type="np")
+        path = Path(config.output_dir) / "validation" / f"step-{step:07d}.png"
+        save_png(validation_strip(found.image, found.counterfactual, found.anomaly_map, title=f"step {step}"), path)
+        return {"validation": path}
+
+    output_dir = train(unet, loss_fn, images, config, save=save, validate=validate)
+    if PartialState().is_main_process:
+        if config.push_to_hub:
+            print(
+                "published at", publish(output_dir, config.hub_model_id or output_dir.name, private=config.hub_private)
+            )
+        print(f"model:   {output_dir}\npicture: {sorted((output_dir / 'validation').glob('*.png'))[-1]}")
+        print(f"detect:  cxr-diffusers detect YOUR_IMAGES --model {output_dir} --out maps")
+        if recipe.data["name"] == "phantom":
+            print(
+                "CheXpert: accelerate launch training/train_cfg.py configs/chexpert_cfg_256.yaml "
+                "data.root=/path/to/CheXpert-v1.0"
+            )
+
+
+def describe(recipe, num_images):
+    """What this run learns from, for the reader of its model card (Markdown)."""
+    size, config = recipe.unet["sample_size"], recipe.train
+    data = ", ".join(f"{k}={v}" for k, v in recipe.data.items() if k != "root")
+    return (
+        f"{num_images} images ({data}), {size} x {size} pixels; up to {config.max_steps} steps of batch "
+        f"{config.batch_size} per process, seed {config.seed}; averaged (EMA) weights.\n\n"
+        "Name the source and the licence of your data here before you publish."
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

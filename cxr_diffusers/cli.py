@@ -25,14 +25,15 @@ chexpert, folder, hub, nih, phantom or table and the keys are those of the loade
 
 examples:
   cxr-diffusers evaluate /data/testing --healthy /data/validation/healthy --out report
-  cxr-diffusers evaluate table:csv=val_implants.csv,mask=mask,patient=patient,label=diseased \\
+  cxr-diffusers evaluate table:csv=val_implants.csv,mask=mask,patient=patient_id,view=view,label=diseased \\
       --healthy chexpert:root=/data/CheXpert-v1.0-small,split=valid,classes=[] --out report
 
 {PROCESSES.format(command="evaluate")}"""
 PUBLISH = """\
 examples:
   cxr-diffusers publish runs/chexpert_cfg_256 me/chexpert-cfg
-  cxr-diffusers publish model me/model --training "Trained on ..., licence ..., 50,000 steps, seed 0." --evaluation report
+  cxr-diffusers publish model me/model --training "Trained on ..., licence ..., 50,000 steps, seed 0." \\
+      --evaluation report
 """
 CONVERT = """\
 example (flags as in the original's README; those of training and sampling may stay, they are not needed):
@@ -79,11 +80,11 @@ def build_parser():
     detect.add_argument("images", nargs="+", type=Path, help="png, jpg, tif, npy or DICOM files, or folders of them")
     detect.add_argument("--out", type=Path, required=True, help="folder for pictures, maps and results.csv")
     detect.add_argument("--map-format", choices=["png", "npy"], default="png", help="16-bit PNG or float32 npy")
-    detect.add_argument("--save-counterfactual", action="store_true", help="keep it as a PNG, at the model's resolution")
+    detect.add_argument("--save-counterfactual", action="store_true", help="as a PNG, at the model's resolution")
     detect.add_argument("--vmax", type=float, help="map value of the last colour (default: 3 x the model's threshold)")
     add_pipeline_options(detect)
 
-    text = "figures with 95 %% intervals on images with masks or boxes"
+    text = "figures with bootstrap intervals, on images with masks or boxes"
     evaluate = add_command(commands, "evaluate", run_evaluate, text, EVALUATE)
     evaluate.add_argument("data", metavar="DATA", help="the data set, see below")
     evaluate.add_argument("--healthy", metavar="DATA", help="healthy validation images: they give the threshold")
@@ -97,7 +98,7 @@ def build_parser():
     prepare.add_argument("source", type=Path, help="CheXpert or ChestX-ray14 as downloaded, or any folder")
     prepare.add_argument("output", type=Path)
     prepare.add_argument("--size", type=int, default=256, help="side, in pixels (default: 256)")
-    prepare.add_argument("--aspect", choices=["pad", "crop", "squash"], default="pad", help="default: pad, nothing lost")
+    prepare.add_argument("--aspect", choices=["pad", "crop", "squash"], default="pad", help="default: pad")
     prepare.add_argument("--equalize", action="store_true", help="histogram equalisation, as the original did")
     prepare.add_argument("--format", choices=["png", "jpg"], default="png")
     prepare.add_argument("--frontal-only", action="store_true", help="leave lateral views out")
@@ -162,19 +163,12 @@ def call_kwargs(options):
 
 def open_pipeline(options):
     """The model of `--model` on the device of this process."""
-    from datetime import timedelta
-
-    from accelerate import PartialState
-    from diffusers.utils.torch_utils import get_device
-
     from .hub import default_checkpoint, load_pipeline
+    from .processes import process_state
 
     if options.batch_size < 1:
         raise ValueError(f"expected --batch-size of 1 or more, got {options.batch_size}")
-    # accelerate joins processes without a GPU only when told that they are to run on the CPU; the first asked decides.
-    # A process that is done waits for the others as long as it takes.
-    cpu = (options.device or get_device()) == "cpu"
-    state = PartialState(cpu=cpu, timeout=timedelta(days=7))
+    state = process_state()
     pipeline = load_pipeline(options.model or default_checkpoint(), options.trust_remote_code)
     on_terminal = state.is_main_process and sys.stderr.isatty()
     pipeline.set_progress_bar_config(disable=not on_terminal, leave=False, position=1)
@@ -304,7 +298,12 @@ def run_convert(options):
     from .convert import ConversionFlags, convert_checkpoint, parse_flag
 
     given = {field.name: getattr(options, field.name) for field in fields(ConversionFlags)}
-    flags = {name: parse_flag(name, text) for name, text in given.items() if text is not None}
+    flags = {}
+    for name, text in given.items():
+        try:
+            flags |= {name: parse_flag(name, text)} if text is not None else {}
+        except ValueError as error:
+            raise ValueError(f"--{name} {text}: {error}") from None
     info = convert_checkpoint(options.checkpoint, options.output, overwrite=options.overwrite, **flags)
     what = info["pipeline"] or "unet/ and scheduler/ (no classes, hence no pipeline)"
     print(f"{options.output}: {what}. What was read from the tensors: {options.output / 'conversion.json'}")

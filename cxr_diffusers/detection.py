@@ -8,14 +8,14 @@ import time
 from pathlib import Path
 
 import numpy as np
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
 from .data.images import SUFFIXES, list_images, read_image
-from .evaluation import fingerprint
+from .evaluation.answers import fingerprint
 from .pipelines.cxr_anomaly import frame, prepare_image, restore_map
+from .processes import process_state
 from .visualization import save_map, save_png, side_by_side, write_file
 
 FIELDS = ["image", "name", "anomaly_score", "abnormal_fraction", "map_max", "height", "width", "seconds"]
@@ -43,9 +43,9 @@ def detect(
         counterfactuals/NAME.png  with `save_counterfactual`: as the model made it, at its resolution
         rows/NAME.json            the row of results.csv; written last, so it says that the image is done
 
-    and at the end results.csv, most abnormal first, and failed.csv, if files could not be read. Run it again and it goes
-    on where it stopped, kill -9 included: only files that are new, changed, or were broken before are computed. Under
-    `accelerate launch` each process takes its share (place the pipeline on its device first).
+    and at the end results.csv, most abnormal first, and failed.csv, if files could not be read. Run it again and it
+    goes on where it stopped, kill -9 included: only files that are new, changed, or were broken before are computed.
+    Under `accelerate launch` each process takes its share (place the pipeline on its device first).
 
     Columns: `anomaly_score`, see `AnomalyOutput`; `abnormal_fraction`, of the pixels above the model's threshold from
     healthy images (empty if it has none); `map_max`; `height` and `width` of the input; `seconds`, of the model alone.
@@ -71,7 +71,7 @@ def detect(
     """
     if map_format not in ("png", "npy"):
         raise ValueError(f"expected `map_format` png or npy, got {map_format!r}")
-    state, output_dir = PartialState(), Path(output_dir)
+    state, output_dir = process_state(), Path(output_dir)
     threshold = pipeline.config.get("map_threshold")
     vmax = vmax or (3 * threshold if threshold else None)
     found = find_images(images, output_dir)
@@ -114,7 +114,7 @@ def detect(
                 row = write_answer(output_dir, name, path, picture, answer, pipeline.config, map_format, vmax)
                 if save_counterfactual:
                     save_png(to_8_bit(answer[0]), output_dir / "counterfactuals" / f"{name}.png")
-                row |= {"seconds": round(seconds[-1], 4), "file": stamp(path)}
+                row |= {"seconds": round(seconds[-1], 4), "file": stamp(path), "process": state.process_index}
                 write_file(row_file(output_dir, name), json.dumps(row).encode())
                 bar.update()
         failed, seconds = dict(gather_object(list(failed.items()))), gather_object(seconds)
@@ -131,18 +131,23 @@ def detect(
 
 
 def find_images(images, output_dir):
-    """Files and folders -> [(path that names it, path)]; not what lies in `output_dir`."""
+    """Files and folders -> [(path that names it, path)]; without what an earlier run has written below a folder."""
     output, found = output_dir.resolve(), []
     for item in map(Path, images):
         if not item.exists():
             raise FileNotFoundError(f"no such file or folder: {item}")
-        home = item.resolve() if item.is_dir() else item.resolve().parent
-        if home in (output, output / "maps", output / "counterfactuals"):
+        folder = item if item.is_dir() else item.parent
+        if folder.resolve() in (output, output / "maps", output / "counterfactuals"):
             raise ValueError(f"expected an output folder of its own, got {output_dir}, where the images are")
-        inside = [path for path in list_images(item) if output not in path.resolve().parents] if item.is_dir() else []
-        if item.is_dir() and not inside:
+        if not item.is_dir():
+            found.append((Path(item.name), item))
+            continue
+        paths = list_images(item)
+        if item.resolve() in output.parents:
+            paths = [path for path in paths if output not in path.resolve().parents]
+        if not paths:
             raise FileNotFoundError(f"no png, jpg, bmp, tif, npy or DICOM image in {item}")
-        found += [(path.relative_to(item), path) for path in inside] if item.is_dir() else [(Path(item.name), item)]
+        found += [(path.relative_to(item), path) for path in paths]
     return found
 
 
@@ -212,8 +217,10 @@ def write_answer(output_dir, name, path, picture, answer, config, map_format, vm
 
 
 def in_model_greys(picture, size, scaling, aspect):
-    """PIL picture -> (h, w) float32 in [0, 1], the longer side SHOWN pixels: the radiograph at its own sharpness, black
-    and white where the model that works at `size` pixels has them, so that it can be compared with its counterfactual."""
+    """PIL picture -> (h, w) float32 in [0, 1], the longer side SHOWN pixels: the radiograph at its own sharpness.
+
+    It is black and white where the model that works at `size` pixels has them: comparable with the counterfactual.
+    """
     scale = SHOWN / max(picture.size)
     width, height = (max(1, round(side * scale)) for side in picture.size)
     shown = Image.fromarray(np.asarray(picture, np.float32)).resize((width, height), Image.Resampling.BICUBIC)

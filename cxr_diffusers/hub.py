@@ -160,8 +160,8 @@ def describe_evaluation(summary, evaluated_on):
     return (
         f"On {evaluated_on}: {summary['n_images']} images of {summary['n_patients']} patients, "
         f"{summary['n_with_region']} of them with a known abnormal region, and {summary['n_healthy']} healthy images "
-        "beside them. Brackets: 95 % bootstrap intervals over patients. The rows below the first are controls, which do "
-        f"not know the answer.\n\n{summary_table(summary, HEADLINES)}"
+        "beside them. Brackets: 95 % bootstrap intervals over patients. The other rows are controls, which do "
+        f"without the picture or without the model.\n\n{summary_table(summary, HEADLINES)}"
     ).strip()
 
 

@@ -1,6 +1,7 @@
 """Which of the processes of `accelerate launch` or `torchrun` this one is."""
 
 import os
+from datetime import timedelta
 
 import torch
 from accelerate import PartialState
@@ -15,4 +16,5 @@ def process_state():
     """
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not (alone or torch.accelerator.is_available())
-    return PartialState(cpu=cpu)
+    # a process that is done early waits for the others, for as long as a whole data set may take
+    return PartialState(cpu=cpu, timeout=timedelta(days=7))

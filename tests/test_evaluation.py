@@ -1,11 +1,13 @@
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from cxr_diffusers.pipelines import AnomalyOutput, CFGAnomalyPipeline
-from cxr_diffusers.pipelines.cxr_anomaly import prepare_image, restore_map, score_map
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from datasets import List as ListFeature
@@ -14,6 +16,8 @@ from PIL import Image
 
 from cxr_diffusers.evaluation import compare, evaluate, summary_table
 from cxr_diffusers.metrics import hit, pixel_average_precision
+from cxr_diffusers.pipelines import AnomalyOutput, CFGAnomalyPipeline
+from cxr_diffusers.pipelines.cxr_anomaly import prepare_image, restore_map, score_map
 
 FAST = {"num_inference_steps": 4, "noise_level": 500, "guidance_scale": 1.0}
 
@@ -229,6 +233,40 @@ def test_the_pipelines_own_progress_bar_is_left_as_it_was(pipeline):
     pipeline.set_progress_bar_config(desc="mine")
     quick(pipeline, rows(2), call_kwargs=FAST, n_bootstrap=2)
     assert pipeline._progress_bar_config == {"desc": "mine"}
+
+
+ONE_OF_TWO = """
+import json, sys
+import test_evaluation as t
+from cxr_diffusers.processes import process_state
+
+class Counting(t.BrightSpots):
+    asked = 0
+
+    def __call__(self, image, output_type="np"):
+        Counting.asked += len(image)
+        return super().__call__(image)
+
+result = t.quick(Counting(), t.rows(5), output_dir=sys.argv[1], batch_size=2)
+found = None if result is None else t.value(result, "method", "pixel_ap")
+line = json.dumps([process_state().process_index, Counting.asked, found])
+print(f"{line}\\n", end="", flush=True)
+"""
+
+
+def test_two_processes_share_the_pictures_and_find_what_one_finds(tmp_path):
+    script = tmp_path / "one_of_two.py"
+    script.write_text(ONE_OF_TWO)
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    # not `accelerate launch --cpu --num_processes 2`: without MPI that starts one (accelerate 1.15)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([*launch, script, tmp_path / "out"], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    lines = sorted(json.loads(line) for line in run.stdout.splitlines() if line.startswith("["))
+    assert [(index, asked) for index, asked, _ in lines] == [(0, 3), (1, 2)]
+    assert lines[0][2] == value(quick(BrightSpots(), rows(5)), "method", "pixel_ap") and lines[1][2] is None
 
 
 def test_views_and_other_columns_are_tabled_apart():

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -22,6 +23,7 @@ FLOORS = {
     "cxr_diffusers.masks": 2,
     "cxr_diffusers.metrics": 2,
     "cxr_diffusers.original": 2,
+    "cxr_diffusers.processes": 2,
     "cxr_diffusers.recipe": 2,
     "cxr_diffusers.visualization": 2,
     "cxr_diffusers.training_loop": 3,
@@ -36,7 +38,11 @@ FLOORS = {
 def modules():
     """{dotted name: file} of everything that is ours."""
     found = {}
-    for folder, prefix in (("cxr_diffusers", "cxr_diffusers"), ("pipelines", "cxr_diffusers.pipelines"), ("training", "training")):
+    for folder, prefix in (
+        ("cxr_diffusers", "cxr_diffusers"),
+        ("pipelines", "cxr_diffusers.pipelines"),
+        ("training", "training"),
+    ):
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = [p for p in path.relative_to(ROOT / folder).with_suffix("").parts if p != "__init__"]
             found[".".join([prefix, *parts])] = path
@@ -62,7 +68,9 @@ def imports(name, path):
                 for alias in node.names:
                     yield f"{base}.{alias.name}" if f"{base}.{alias.name}" in modules() else home_of(base, alias.name)
         elif isinstance(node, ast.Import):
-            yield from (a.name for a in node.names if a.name.split(".")[0] in ("cxr_diffusers", "pipelines", "training"))
+            yield from (
+                a.name for a in node.names if a.name.split(".")[0] in ("cxr_diffusers", "pipelines", "training")
+            )
 
 
 def home_of(base, name):
@@ -126,7 +134,13 @@ def test_a_bare_checkout_a_wheel_and_a_foreign_folder_called_pipelines_get_along
     (tmp_path / "pipelines" / "__init__.py").write_text("raise RuntimeError('the folder of somebody else')")
     assert run_python(IMPORTS, tmp_path, ROOT) == str(ROOT / "pipelines" / "__init__.py")
 
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT]
+    # built from a copy: setuptools leaves a build folder behind and packs what it finds in an old one
+    copy = tmp_path / "copy"
+    for name in ("cxr_diffusers", "pipelines"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy / name)
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, copy]
     done = subprocess.run(build, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     wheel = next(tmp_path.glob("*.whl"))

@@ -14,6 +14,7 @@ from cxr_diffusers import CFGAnomalyPipeline, load_phantom
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["data.n=24", "train.batch_size=4", "train.validation_images=2", "unet.block_out_channels=[8, 16, 16]"]
+SMALL += ["unet.attention_head_dim=8", "unet.norm_num_groups=4", "unet.attn_norm_num_groups=4"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
 
 
@@ -33,7 +34,7 @@ def test_train_cfg_with_nothing_after_it_trains_resumes_and_leaves_a_pipeline_an
     assert first.returncode == 0, first.stderr
     assert "chexpert_cfg_256.yaml" in first.stdout and "cxr-diffusers detect" in first.stdout
     again = launch("train_cfg.py", run, "train.max_steps=3", "train.save_every=2", "train.report_to=tensorboard")
-    assert again.returncode == 0 and "resumed from" in again.stderr, again.stderr
+    assert again.returncode == 0 and "resumed from" in again.stdout, again.stderr
     assert [line["step"] for line in steps(run)] == [1, 2, 3]
     assert (run / "validation" / "step-0000003.png").is_file()
     assert list((run / "logs").rglob("*tfevents*"))
@@ -67,7 +68,7 @@ def test_two_processes_train_one_model_on_twice_the_batch(tmp_path):
 
 
 def test_starting_from_other_weights_is_not_starting_anew(tmp_path):
-    assert launch("train_cfg.py", tmp_path / "a", "train.max_steps=1").returncode == 0
+    assert launch("train_cfg.py", tmp_path / "a", "train.max_steps=1", "train.lr_warmup_steps=0").returncode == 0
     done = launch("train_cfg.py", tmp_path / "b", "train.max_steps=1", f"train.init_from={tmp_path / 'a'}")
     assert done.returncode == 0, done.stderr
     assert steps(tmp_path / "a")[0]["loss"] != steps(tmp_path / "b")[0]["loss"]

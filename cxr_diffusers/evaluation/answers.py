@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from ..masks import smooth_map
@@ -59,7 +60,8 @@ def detect(method, dataset, *, folder, batch_size, seed, progress, desc):
     Each process computes its share of what is not in `folder` yet; all meet at the end. Without a folder: in memory.
     """
     state = process_state()
-    key = fingerprint(method.pipeline, method.call_kwargs, seed)
+    # all go by the main process's name for it: what has no fingerprint has another one in every process
+    [key] = broadcast_object_list([fingerprint(method.pipeline, method.call_kwargs, seed)])
     digests = [picture_digest(key, row) for row in dataset]
     if folder is None:
         kept, files = {}, None

@@ -1,0 +1,208 @@
+"""The command line, called as a user calls it: what it writes, what it says, and its exit codes."""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from goldens.original_unet import OriginalUNet
+from PIL import Image
+
+from cxr_diffusers import CFGAnomalyPipeline
+from cxr_diffusers.cli import CALL, NOT_NEEDED, main, open_data
+from cxr_diffusers.convert import ConversionFlags
+from cxr_diffusers.data import LOADERS
+
+ROOT = Path(__file__).parent.parent
+# MODEL_FLAGS, DIFFUSION_FLAGS, TRAIN_FLAGS and SAMPLE_FLAGS of the original's README, at toy size
+ORIGINAL_FLAGS = """
+    --unet_version v1 --image_size 16 --in_channels 1 --num_channels 32 --channel_mult 1,2 --num_classes 2
+    --class_cond True --num_res_blocks 1 --num_heads 1 --learn_sigma True --use_scale_shift_norm False
+    --attention_resolutions 8 --diffusion_steps 1000 --noise_schedule linear --rescale_learned_sigmas False
+    --rescale_timesteps False --lr 1e-4 --batch_size 4 --p_uncond 0.1 --dropout 0.1 --num_samples 11
+    --timestep_respacing ddim1000 --use_ddim True
+""".split()
+
+
+@pytest.fixture
+def model(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "model")
+    return ["--model", str(tmp_path / "model"), "--num-inference-steps", "20", "--noise-level", "300"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """healthy/ and diseased/, three pictures each; the diseased with a mask."""
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        home = tmp_path / "data" / ("healthy" if i < 3 else "diseased")
+        home.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (20, 16)).astype(np.uint8)).save(home / f"{i}.png")
+        if i >= 3:
+            mask = np.zeros((20, 16), np.uint8)
+            mask[5:10, 4:9] = 255
+            Image.fromarray(mask).save(home / f"{i}_mask.png")
+    return tmp_path / "data"
+
+
+def test_help_is_quick_and_imports_nothing_heavy(tmp_path):
+    code = (
+        "import sys, time, cxr_diffusers.cli as cli; cli.build_parser().format_help()\n"
+        "heavy = [m for m in ('torch', 'diffusers', 'datasets', 'pandas', 'numpy', 'PIL') if m in sys.modules]\n"
+        "print(heavy, time.process_time() < 1)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "[] True", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("command", ["detect", "evaluate", "prepare", "publish", "convert"])
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert "options:" in shown and "%%" not in shown
+
+
+def test_no_command_shows_the_help(capsys):
+    assert main([]) == 2 and "detect" in capsys.readouterr().out
+
+
+def test_help_names_what_there_is(capsys):
+    """Written by hand, so that --help need not import what it speaks of: here it is compared."""
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    assert f"{', '.join(list(LOADERS)[:-1])} or {list(LOADERS)[-1]}" in " ".join(capsys.readouterr().out.split())
+    assert set(CALL) < set(inspect.signature(CFGAnomalyPipeline.__call__).parameters)
+    assert not set(NOT_NEEDED) & set(ConversionFlags.__dataclass_fields__)
+
+
+def test_detect_writes_tells_and_resumes(model, folder, tmp_path, capsys):
+    command = ["detect", str(folder / "healthy"), "--out", str(tmp_path / "out"), *model]
+    assert main(command) == 0
+    assert "3 images: 3 computed (" in capsys.readouterr().out
+    assert len((tmp_path / "out" / "results.csv").read_text().splitlines()) == 4
+    (folder / "healthy" / "broken.png").write_bytes(b"not a picture")
+    assert main(command) == 1
+    shown = capsys.readouterr()
+    assert "4 images: 0 computed, 3 were there, 1 failed" in shown.out
+    assert shown.err.count("failed: ") == 1 and "broken.png" in shown.err
+
+
+def test_detect_hands_the_options_to_the_pipeline(model, folder, tmp_path):
+    options = ["--negative-label", "pleural effusion", "--source-label", "0", "--compare-with", "reconstruction"]
+    assert main(["detect", str(folder / "healthy" / "0.png"), "--out", str(tmp_path / "out"), *model, *options]) == 0
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert settings["call"] == {
+        "noise_level": 300,
+        "num_inference_steps": 20,
+        "negative_label": "pleural effusion",
+        "source_label": 0,
+        "compare_with": "reconstruction",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "no/such/folder"], "model_index.json or a Hub name"),
+        (["--model", "."], "model_index.json or a Hub name"),
+        (["--noise-level", "5000"], "`noise_level` to be a timestep"),
+        (["--negative-label", "pneumonia"], "got 'pneumonia'"),
+        (["--batch-size", "0"], "--batch-size of 1 or more"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_that_says_what_was_expected(model, folder, tmp_path, capsys, arguments, message):
+    assert main(["detect", str(folder), "--out", str(tmp_path / "out"), *model, *arguments]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("cxr-diffusers detect: ") and message in said
+
+
+def test_an_empty_folder_is_said_to_be_empty(model, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert main(["detect", str(tmp_path / "empty"), "--out", str(tmp_path / "out"), *model]) == 2
+    assert "DICOM image in" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_evaluate_prints_the_table_of_a_folder(model, folder, tmp_path, capsys):
+    healthy = str(folder / "healthy")
+    command = ["evaluate", str(folder), "--healthy", healthy, "--out", str(tmp_path / "out"), "--bootstrap", "20"]
+    assert main([*command, *model]) == 0
+    shown = capsys.readouterr().out
+    assert "| pixel AP |" in shown and "| method |" in shown and "| chance |" in shown
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["n_images"], summary["n_with_region"], summary["n_healthy"]) == (6, 3, 3)
+    assert (tmp_path / "out" / "contact_sheet.png").is_file()
+
+
+def test_a_data_set_is_opened_by_its_name_and_keywords(folder):
+    assert len(open_data("phantom:n=3,seed=5")) == 3
+    dataset = open_data(f"folder:root={folder},classes=[diseased,healthy]")
+    assert dataset.features["label"].names == ["diseased", "healthy"] and len(dataset) == 6
+    assert open_data(str(folder)).features["label"].names == ["healthy", "diseased"]
+
+
+def test_a_table_is_opened_as_in_the_help(tmp_path):
+    for name in ("image", "mask"):
+        Image.new("L", (8, 8), 200).save(tmp_path / f"{name}.png")
+    (tmp_path / "x.csv").write_text("file,mask,patient_id,view\nimage.png,mask.png,p7,AP\n")
+    [row] = open_data(f"table:csv={tmp_path}/x.csv,mask=mask,patient=patient_id,view=view,label=diseased")
+    assert (row["label"], row["patient"], row["view"]) == (1, "p7", "AP") and np.asarray(row["mask"]).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("/no/such/folder", "a folder or NAME:key=value"),
+        ("nothing:root=x", "with NAME of chexpert"),
+        ("phantom:n", "got 'n' in"),
+        ("phantom:colour=red", "unknown key 'colour'"),
+    ],
+)
+def test_a_data_set_that_cannot_be_opened_says_how_one_is_named(text, message):
+    with pytest.raises(ValueError, match=message):
+        open_data(text)
+
+
+def test_prepare_makes_the_small_copy_and_prints_a_summary(folder, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    assert main(["prepare", str(folder), str(copy), "--size", "12", "--equalize", "--workers", "1"]) == 0
+    assert "images" in capsys.readouterr().out
+    assert {row["image"].size for row in open_data(str(copy))} == {(12, 12)}
+
+
+def test_publish_wants_a_card(model, tmp_path, capsys):
+    folder = Path(model[1])
+    assert main(["publish", str(folder), "me/model"]) == 2
+    assert "--training" in capsys.readouterr().err
+    assert main(["publish", str(tmp_path / "nowhere"), "me/model"]) == 2
+    assert "model_index.json" in capsys.readouterr().err
+    (folder / "README.md").write_text("# a card")
+    assert main(["publish", str(folder), "me/model", "--picture", "x.png"]) == 2
+    assert "--training" in capsys.readouterr().err and (folder / "README.md").read_text() == "# a card"
+
+
+def test_convert_takes_the_originals_command_line_as_it_is(tmp_path, capsys):
+    net = OriginalUNet(mult=(1, 2), attention=(1,), classes=2, class_mlp=True)
+    net(torch.zeros(1, 1, 16, 16), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+    torch.save(net.tensors, tmp_path / "model.pt")
+    command = ["convert", str(tmp_path / "model.pt"), str(tmp_path / "out"), *ORIGINAL_FLAGS]
+    assert main([*command, "--class_names", "healthy, effusion"]) == 0
+    assert "CFGAnomalyPipeline" in capsys.readouterr().out
+    pipeline = CFGAnomalyPipeline.from_pretrained(tmp_path / "out")
+    assert pipeline.class_names == ["healthy", "effusion"] and pipeline.unet.config.dropout == 0.1
+
+    for further, message in [
+        ([], "overwrite"),
+        (["--overwrite", "--learn_sigma", "maybe"], "learn_sigma True or False, got 'maybe'"),
+        (["--overwrite", "--num_res_blocks", "2"], "the flag num_res_blocks is 2, but the tensors say 1"),
+        (["--overwrite", "--num_heads", "two"], "num_heads"),
+    ]:
+        assert main([*command, *further]) == 2
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert said.startswith("cxr-diffusers convert: ") and message in said

@@ -1,0 +1,219 @@
+"""Detection over folders: what is written, that it resumes, and that broken files and other settings are noticed."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_images import write_dicom
+
+from cxr_diffusers.detection import detect, in_model_greys
+from cxr_diffusers.pipelines.cxr_anomaly import restore_map
+from cxr_diffusers.visualization import load_map
+
+ROOT = Path(__file__).parent.parent
+FAST = {"num_inference_steps": 20, "noise_level": 300}
+
+
+def picture(seed, height=24, width=18, kind=np.uint8):
+    values = np.random.default_rng(seed).random((height // 3, width // 3))
+    return Image.fromarray((np.kron(values, np.ones((3, 3))) * np.iinfo(kind).max).astype(kind))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Five radiographs of several kinds, two of them called `a`, one in a study of its own."""
+    folder = tmp_path / "images"
+    (folder / "study").mkdir(parents=True)
+    picture(0).save(folder / "a.png")
+    picture(1, 30, 30).save(folder / "a.jpg")
+    picture(2).save(folder / "study" / "a.tif")
+    np.save(folder / "deep.npy", np.asarray(picture(3, kind=np.uint16)))
+    write_dicom(folder / "1.2.840.10008.1", np.asarray(picture(4, kind=np.uint16)) // 16, 12)
+    return folder
+
+
+def run(pipeline, images, out, **kwargs):
+    return detect(pipeline, images, out, call_kwargs=FAST, progress=False, **kwargs)
+
+
+def table(out):
+    with open(out / "results.csv", newline="") as file:
+        return {row["name"]: row for row in csv.DictReader(file)}
+
+
+def times(out):
+    return {path.name: path.stat().st_mtime_ns for path in (out / "rows").iterdir()}
+
+
+def test_every_image_gets_a_picture_a_map_and_a_row(pipeline, folder, tmp_path):
+    out = tmp_path / "out"
+    summary = run(pipeline, [folder], out, batch_size=2)
+    assert (summary["images"], summary["computed"], summary["failed"]) == (5, 5, {})
+    rows = table(out)
+    assert {"deep", "study__a", "1.2.840.10008.1", "a"} < set(rows) and len(rows) == 5
+    scores = [float(row["anomaly_score"]) for row in rows.values()]
+    assert scores == sorted(scores, reverse=True) and min(scores) > 0
+    for name, row in rows.items():
+        found = load_map(out / "maps" / f"{name}.png")
+        assert found.shape == (int(row["height"]), int(row["width"]))
+        assert found.max() == pytest.approx(float(row["map_max"]), abs=1e-5)
+        assert row["abnormal_fraction"] == ""  # this model has no threshold
+        with Image.open(out / f"{name}.png") as strip:
+            assert strip.mode == "RGB" and strip.width > 3 * 350
+    assert summary["seconds_per_image"] == pytest.approx(
+        np.mean([float(r["seconds"]) for r in rows.values()]), abs=1e-4
+    )
+
+
+def test_the_map_is_the_pipelines_own_at_the_inputs_resolution(pipeline, folder, tmp_path):
+    run(pipeline, [folder / "a.png"], tmp_path, map_format="npy")
+    output = pipeline(picture(0), output_type="np", **FAST)
+    expected = restore_map(output.anomaly_map[0], 24, 18, "pad")
+    np.testing.assert_array_equal(np.load(tmp_path / "maps" / "a.npy"), expected)
+    assert float(table(tmp_path)["a"]["anomaly_score"]) == pytest.approx(output.anomaly_score[0])
+
+
+def test_a_second_run_computes_nothing_and_a_new_or_changed_file_alone(pipeline, folder, tmp_path):
+    out = folder / "out"  # inside the folder: its own pictures are no input
+    run(pipeline, [folder], out)
+    before = times(out)
+    summary = run(pipeline, [folder], out)
+    assert (summary["images"], summary["computed"], summary["seconds_per_image"]) == (5, 0, None)
+    assert times(out) == before
+    scores = table(out)
+    picture(7, 30, 18).save(folder / "a.png")
+    picture(8).save(folder / "a.bmp")  # a third of the name `a`, first in the folder's order
+    assert run(pipeline, [folder], out)["computed"] == 2
+    now = table(out)
+    changed = {name for name in now if scores.get(name) != now[name]}
+    assert len(now) == 6 and len(changed) == 2
+    assert {Path(now[name]["image"]).name for name in changed} == {"a.png", "a.bmp"}
+
+
+def test_results_of_two_folders_stand_in_one_table(pipeline, folder, tmp_path):
+    out = tmp_path / "out"
+    run(pipeline, [folder / "a.png"], out)
+    run(pipeline, [folder / "study"], out)
+    assert {Path(row["image"]).name for row in table(out).values()} == {"a.png", "a.tif"}
+
+
+def test_a_broken_file_is_reported_and_picked_up_when_it_is_whole(pipeline, folder, tmp_path):
+    whole = (folder / "a.png").read_bytes()
+    (folder / "a.png").write_bytes(whole[:60])
+    summary = run(pipeline, [folder], tmp_path / "out")
+    assert summary["computed"] == 4 and list(summary["failed"]) == [str(folder / "a.png")]
+    assert "a.png" in (tmp_path / "out" / "failed.csv").read_text() and len(table(tmp_path / "out")) == 4
+    (folder / "a.png").write_bytes(whole)
+    summary = run(pipeline, [folder], tmp_path / "out")
+    assert summary["computed"] == 1 and not summary["failed"]
+    assert len(table(tmp_path / "out")) == 5 and not (tmp_path / "out" / "failed.csv").exists()
+
+
+def test_a_file_that_broke_has_no_row_any_more(pipeline, folder, tmp_path):
+    run(pipeline, [folder / "a.png"], tmp_path)
+    (folder / "a.png").write_bytes(b"not a picture")
+    assert list(run(pipeline, [folder / "a.png"], tmp_path)["failed"]) == [str(folder / "a.png")]
+    assert not (tmp_path / "results.csv").exists() and not times(tmp_path)
+
+
+def test_results_of_other_settings_are_not_mixed(pipeline, folder, tmp_path):
+    run(pipeline, [folder / "a.png"], tmp_path)
+    with pytest.raises(FileExistsError, match="call .*20.* there, .*30.* now"):
+        detect(pipeline, [folder], tmp_path, call_kwargs={**FAST, "num_inference_steps": 30}, progress=False)
+    pipeline.unet.conv_out.bias.data += 1
+    with pytest.raises(FileExistsError, match="weights"):
+        run(pipeline, [folder], tmp_path)
+
+
+def test_what_cannot_be_detected_on_is_refused(pipeline, folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for images, out, error, message in [
+        (tmp_path / "nowhere", "out", FileNotFoundError, "no such file or folder: .*nowhere"),
+        (tmp_path / "empty", "out", FileNotFoundError, "no png, .* image in .*empty"),
+        (folder, "images", ValueError, "an output folder of its own"),
+        (folder / "a.png", "images", ValueError, "an output folder of its own"),
+    ]:
+        with pytest.raises(error, match=message):
+            run(pipeline, [images], tmp_path / out)
+    with pytest.raises(ValueError, match="png or npy, got 'tif'"):
+        run(pipeline, [folder], tmp_path / "out", map_format="tif")
+
+
+def test_a_threshold_gives_one_colour_scale_and_a_fraction(pipeline, folder, tmp_path):
+    pipeline.register_to_config(map_threshold=0.05)
+    run(pipeline, [folder / "a.png"], tmp_path, save_counterfactual=True)
+    found = load_map(tmp_path / "maps" / "a.png")
+    assert float(table(tmp_path)["a"]["abnormal_fraction"]) == pytest.approx(np.mean(found > 0.05), abs=0.01)
+    assert json.loads((tmp_path / "settings.json").read_text())["vmax"] == pytest.approx(0.15)
+    with Image.open(tmp_path / "counterfactuals" / "a.png") as counterfactual:
+        assert (counterfactual.mode, counterfactual.size) == ("L", (16, 16))
+
+
+@pytest.mark.parametrize("scaling", ["minmax", "dtype"])
+def test_the_input_is_shown_in_the_greys_that_the_model_saw(scaling):
+    """Exposure is stretched where the model stretches it; a marker of one bright pixel decides nothing."""
+    array = np.tile(np.linspace(60, 120, 64).astype(np.uint8), (96, 1))
+    array[0, 0] = 255
+    shown = in_model_greys(Image.fromarray(array), 16, scaling, "pad")
+    assert shown.shape == (512, 341)
+    low, high = (0, 1) if scaling == "minmax" else (60 / 255, 120 / 255)
+    middle = shown[200:, 40:-40]
+    assert middle.min() == pytest.approx(low + 40 / 341 * (high - low), abs=0.07)
+    assert middle.max() == pytest.approx(high - 40 / 341 * (high - low), abs=0.07)
+
+
+def test_a_killed_run_goes_on_where_it_was(pipeline, tmp_path):
+    """kill -9 in the middle: finished images are not computed again, the rest is, and nothing half-written counts."""
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    for i in range(6):
+        picture(i).save(images / f"{i}.png")
+    pipeline.save_pretrained(tmp_path / "model")
+    slow = ["--num-inference-steps", "150", "--noise-level", "400", "--batch-size", "1", "--device", "cpu"]
+    command = [sys.executable, "-m", "cxr_diffusers.cli", "detect", images, "--model", tmp_path / "model", "--out", out]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*map(str, command), *slow], env=environment, stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(list((out / "rows").glob("*.json"))) < 2:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = times(out)
+    assert 2 <= len(done) < 6 and not (out / "results.csv").exists()
+    settings = {"num_inference_steps": 150, "noise_level": 400}
+    summary = detect(pipeline, [images], out, call_kwargs=settings, progress=False)
+    assert summary["computed"] == 6 - len([name for name in done if name.endswith(".json")])
+    assert {name: when for name, when in times(out).items() if name in done} == done
+    assert len(table(out)) == 6
+
+
+def test_processes_share_the_work_on_a_cpu(pipeline, folder, tmp_path):
+    """`accelerate launch --cpu --num_processes 2` starts ONE process; `--multi_gpu` starts two, also without a GPU."""
+    out = tmp_path / "out"
+    (folder / "broken.png").write_bytes(b"not a picture")
+    pipeline.save_pretrained(tmp_path / "model")
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    command = ["-m", "cxr_diffusers.cli", "detect", folder, "--model", tmp_path / "model", "--out", out]
+    steps = ["--num-inference-steps", "20", "--noise-level", "300"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *launch, *map(str, command), *steps], env=environment, capture_output=True, text=True
+    )
+    assert "6 images: 5 computed" in done.stdout and done.stdout.count("computed") == 1, done.stderr[-3000:]
+    assert done.returncode == 1 and "broken.png" in done.stderr  # one file failed
+    shares = [json.loads(path.read_text())["process"] for path in (out / "rows").iterdir()]
+    assert sorted(shares) in ([0, 0, 0, 1, 1], [0, 0, 1, 1, 1])
+    alone = tmp_path / "alone"
+    run(pipeline, [folder], alone)
+    together, expected = table(out), table(alone)
+    assert len(expected) == 5 and set(together) == set(expected)
+    for name in expected:
+        score = float(expected[name]["anomaly_score"])
+        assert float(together[name]["anomaly_score"]) == pytest.approx(score, abs=1e-5)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .version import __version__
 
-# In a checkout `pipelines/` lies beside this folder, installed it lies inside: it is cxr_diffusers.pipelines either way.
+# `pipelines/` lies beside this folder in a checkout, inside it when installed; its name is the same either way.
 if not Path(__file__).with_name("pipelines").is_dir():
     __path__.append(str(Path(__file__).resolve().parent.parent))
 

@@ -47,7 +47,8 @@ NOT_NEEDED = (
     "schedule_sampler timestep_respacing use_checkpoint use_ddim use_fp16 use_kl weight_decay"
 ).split()
 CALL = (
-    "guidance_scale noise_level num_inference_steps negative_label source_label num_refinements compare_with smoothing"
+    "guidance_scale noise_level num_inference_steps negative_label source_label num_refinements compare_with "
+    "direction smoothing"
 ).split()
 
 
@@ -152,6 +153,7 @@ def add_pipeline_options(parser):
     call.add_argument("--source-label", help="class named while inverting")
     call.add_argument("--num-refinements", type=int, help="fixed-point iterations of each inversion step")
     call.add_argument("--compare-with", choices=["image", "reconstruction"])
+    call.add_argument("--direction", choices=["both", "bright", "dark"])
     call.add_argument("--smoothing", type=float, help="sigma, in pixels of the model's resolution")
 
 

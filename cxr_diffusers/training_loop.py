@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from .processes import process_state
+
 
 class ShuffledForever:
     """Batches of indices without end, each a function of `seed` and its number alone: so a run resumes mid-epoch.
@@ -64,6 +66,7 @@ def train(model, loss_fn, dataset, config, *, save, validate=None):
         ValueError: the loss is no longer finite, or the data set is smaller than one batch.
     """
     output_dir = Path(config.output_dir)
+    process_state()  # before the Accelerator, which alone would not see the other processes of a CPU run
     accelerator = Accelerator(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         mixed_precision=config.mixed_precision,

@@ -96,6 +96,7 @@ def test_detect_writes_tells_and_resumes(model, folder, tmp_path, capsys):
 
 def test_detect_hands_the_options_to_the_pipeline(model, folder, tmp_path):
     options = ["--negative-label", "pleural effusion", "--source-label", "0", "--compare-with", "reconstruction"]
+    options += ["--direction", "bright"]
     assert main(["detect", str(folder / "healthy" / "0.png"), "--out", str(tmp_path / "out"), *model, *options]) == 0
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
     assert settings["call"] == {
@@ -104,6 +105,7 @@ def test_detect_hands_the_options_to_the_pipeline(model, folder, tmp_path):
         "negative_label": "pleural effusion",
         "source_label": 0,
         "compare_with": "reconstruction",
+        "direction": "bright",
     }
 
 

@@ -336,6 +336,9 @@ def test_a_table_names_files_labels_and_patients(tmp_path):
     ]
     assert rows[0]["mask"].size == (12, 10) and rows[1]["mask"] is None
     assert load_table(csv, image="f", label="healthy")["label"][:] == [0, 0]
+    assert load_table(csv, image="f", label="healthy", keep=["kind", "who"])["who"][:] == ["007", "008"]
+    with pytest.raises(ValueError, match="style"):
+        load_table(csv, image="f", label="healthy", keep=["style"])
 
 
 @pytest.mark.parametrize(

@@ -11,17 +11,18 @@ import torch
 from diffusers import DDIMPipeline
 
 from cxr_diffusers import CFGAnomalyPipeline, load_phantom
+from local_hub import local_hub
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["data.n=24", "train.batch_size=4", "train.validation_images=2", "unet.block_out_channels=[8, 16, 16]"]
 SMALL += ["unet.attention_head_dim=8", "unet.norm_num_groups=4", "unet.attn_norm_num_groups=4"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def launch(script, output_dir, *overrides, launcher=("accelerate.commands.launch", "--num_processes", "1")):
+def launch(script, output_dir, *overrides, launcher=("accelerate.commands.launch", "--num_processes", "1"), **extra):
     command = [sys.executable, "-m", *launcher, str(ROOT / "training" / script), *SMALL]
     command += [f"train.output_dir={output_dir}", *overrides]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=output_dir.parent)
+    return subprocess.run(command, capture_output=True, text=True, env={**ENVIRONMENT, **extra}, cwd=output_dir.parent)
 
 
 def steps(output_dir):
@@ -72,6 +73,18 @@ def test_starting_from_other_weights_is_not_starting_anew(tmp_path):
     done = launch("train_cfg.py", tmp_path / "b", "train.max_steps=1", f"train.init_from={tmp_path / 'a'}")
     assert done.returncode == 0, done.stderr
     assert steps(tmp_path / "a")[0]["loss"] != steps(tmp_path / "b")[0]["loss"]
+
+
+def test_a_run_can_end_on_the_hub(tmp_path):
+    run = tmp_path / "run"
+    options = ["train.max_steps=1", "--push_to_hub", "--hub_model_id", "me/trained"]
+    with local_hub() as hub:
+        done = launch("train_cfg.py", run, *options, HF_HOME=str(tmp_path / "cache"), **hub.environment)
+        assert done.returncode == 0, done.stderr
+        files = set(hub.files("me/trained"))
+    assert "published at" in done.stdout
+    assert {"model_index.json", "README.md", "pipeline_cfg_anomaly.py", "unet/config.json"} <= files
+    assert not [name for name in files if name.startswith(("checkpoint", "validation", "log"))]
 
 
 @pytest.mark.parametrize(

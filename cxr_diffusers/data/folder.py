@@ -66,6 +66,7 @@ def load_table(
     patient=None,
     view=None,
     boxes=None,
+    keep=(),
     root=None,
 ):
     """A CSV with a column of image paths -> data set.
@@ -74,6 +75,7 @@ def load_table(
         image, mask, patient, view, boxes: names of columns; all but `image` may be None. Boxes are "x,y,w,h", several
             separated by ";". Without a patient column every file is its own patient.
         label: name of a column of class names or ids, or the one class that all rows have.
+        keep: names of further columns to keep, as text, to report by (`evaluate`'s strata).
         root: what the paths are relative to; None: the CSV's folder.
 
     Raises:
@@ -85,7 +87,7 @@ def load_table(
         raise FileNotFoundError(f"no such CSV: {csv}")
     root = Path(root) if root else csv.parent
     table = pd.read_csv(csv, dtype=str, keep_default_na=False)
-    missing_columns([name for name in (image, mask, patient, view, boxes) if name], table.columns, csv)
+    missing_columns([name for name in (image, mask, patient, view, boxes, *keep) if name], table.columns, csv)
     if label not in table.columns and label not in classes:
         raise ValueError(
             f"{csv}: `label` {label!r} is neither a column ({', '.join(table.columns)}) nor one of {classes}"
@@ -106,7 +108,10 @@ def load_table(
                 "mask": read_mask(_existing(root / row[mask], where), file) if mask and row[mask] else None,
             }
         )
-    return to_dataset(rows, classes)
+    dataset = to_dataset(rows, classes)
+    for name in keep:
+        dataset = dataset.add_column(name, table[name].tolist())
+    return dataset
 
 
 def _images_and_masks(root):

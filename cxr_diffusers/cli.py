@@ -145,6 +145,11 @@ def add_pipeline_options(parser):
     parser.add_argument("--trust-remote-code", action="store_true", help="run the code that a Hub model brings along")
     parser.add_argument("--batch-size", type=int, default=8, help="images at once, in each process (default: 8)")
     parser.add_argument("--device", help="cuda, mps, cpu (default: the best there is)")
+    parser.add_argument(
+        "--as-original",
+        action="store_true",
+        help="the procedure as guided-diffusion's CFG fork ran it, offsets and clamp included (docs/faithfulness.md)",
+    )
     call = parser.add_argument_group("of the pipeline (default: the model's own)")
     call.add_argument("--guidance-scale", type=float, help="w of (1 + w) target - w negative")
     call.add_argument("--noise-level", type=int, help="timestep where inversion stops; more may change more")
@@ -174,7 +179,15 @@ def open_pipeline(options):
     pipeline = load_pipeline(options.model or default_checkpoint(), options.trust_remote_code)
     on_terminal = state.is_main_process and sys.stderr.isatty()
     pipeline.set_progress_bar_config(disable=not on_terminal, leave=False, position=1)
-    return pipeline.to(options.device or state.device)
+    pipeline = pipeline.to(options.device or state.device)
+    if not options.as_original:
+        return pipeline
+    from .original import OriginalProcedure
+
+    unknown = sorted(set(call_kwargs(options)) - {"guidance_scale", "noise_level", "num_inference_steps"})
+    if unknown:
+        raise ValueError(f"the original procedure knows no {', '.join(unknown)}: leave it out with --as-original")
+    return OriginalProcedure(pipeline)
 
 
 def run_detect(options):

@@ -95,6 +95,42 @@ def run_as_original(
     return OriginalOutput(**output, latents=latents, sample=sample, maps=original_maps(x0, sample))
 
 
+class OriginalProcedure:
+    """A pipeline, answering as the original did: for `detect` and `evaluate`, which call it as they call any other.
+
+    Args:
+        pipeline: its components and its preparation of pictures are used, its settings are not.
+
+    `num_inference_steps` is `run_as_original`'s `num_steps`, and `noise_level` an index into as many steps. Without a
+    generator the noise of the first step is that of seed 0.
+    """
+
+    def __init__(self, pipeline):
+        self.pipeline, self.config, self.components = pipeline, pipeline.config, pipeline.components
+
+    def __call__(
+        self,
+        image,
+        guidance_scale=4.0,
+        noise_level=500,
+        num_inference_steps=1000,
+        target_label=0,
+        generator=None,
+        output_type="pil",
+    ):
+        return run_as_original(
+            self.pipeline,
+            image,
+            guidance_scale=guidance_scale,
+            noise_level=noise_level,
+            num_steps=num_inference_steps,
+            target_label=target_label,
+            generator=generator or torch.Generator().manual_seed(0),
+            output_type=output_type,
+            progress=False,
+        )
+
+
 def original_maps(x0, sample):
     """(B, C, H, W) picture and counterfactual in the model's range -> {name: (B, H, W)}.
 

@@ -13,10 +13,12 @@ import torch
 from goldens.original_unet import OriginalUNet
 from PIL import Image
 
-from cxr_diffusers import CFGAnomalyPipeline
+from cxr_diffusers import CFGAnomalyPipeline, read_image, run_as_original
 from cxr_diffusers.cli import CALL, NOT_NEEDED, main, open_data
 from cxr_diffusers.convert import ConversionFlags
 from cxr_diffusers.data import LOADERS
+from cxr_diffusers.pipelines.cxr_anomaly import restore_map
+from cxr_diffusers.visualization import load_map
 
 ROOT = Path(__file__).parent.parent
 # MODEL_FLAGS, DIFFUSION_FLAGS, TRAIN_FLAGS and SAMPLE_FLAGS of the original's README, at toy size
@@ -92,6 +94,20 @@ def test_detect_writes_tells_and_resumes(model, folder, tmp_path, capsys):
     shown = capsys.readouterr()
     assert "4 images: 0 computed, 3 were there, 1 failed" in shown.out
     assert shown.err.count("failed: ") == 1 and "broken.png" in shown.err
+
+
+def test_detect_can_run_as_the_original_did(model, folder, tmp_path, capsys):
+    image, out = str(folder / "healthy" / "0.png"), tmp_path / "out"
+    own = ["--noise-level", "5", "--num-inference-steps", "50", "--guidance-scale", "1"]
+    command = ["detect", image, "--out", str(out), *model[:2], "--as-original", *own]
+    assert main(command) == 0
+    found = load_map(out / "maps" / "0.png")
+    pipeline = CFGAnomalyPipeline.from_pretrained(model[1])
+    settings = dict(noise_level=5, num_steps=50, guidance_scale=1, generator=torch.Generator().manual_seed(0))
+    expected = run_as_original(pipeline, read_image(image), output_type="np", progress=False, **settings)
+    picture = read_image(image)
+    np.testing.assert_allclose(found, restore_map(expected.anomaly_map[0], picture.height, picture.width), atol=1e-4)
+    assert main([*command, "--smoothing", "1"]) == 2 and "smoothing" in capsys.readouterr().err
 
 
 def test_detect_hands_the_options_to_the_pipeline(model, folder, tmp_path):

@@ -197,10 +197,17 @@ def publish(folder, repo_id, *, private=None, token=None, create_pr=False):
         the address of the commit.
 
     Raises:
-        FileNotFoundError: `folder` has no `model_index.json` (nothing was saved there), or no card.
+        FileNotFoundError: `folder` has no `model_index.json` (nothing was saved there), or no card. ValueError: it is
+            the shipped model's, which has no code beside it.
     """
+    from . import pipelines
+
     folder = Path(folder)
     index = read_index(folder)
+    if index["_class_name"] in pipelines.__all__:
+        raise ValueError(
+            f"expected a folder with its code beside it, got {folder}: open it and use pipeline.push_to_hub"
+        )
     if not (folder / "README.md").is_file():
         raise FileNotFoundError(f"no README.md in {folder}: a model goes out with its card, see write_model_card")
     api = HfApi(token=token)

@@ -1,0 +1,69 @@
+"""The model and the samples that come with the package."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cxr_diffusers import CFGAnomalyPipeline, default_checkpoint, evaluate, load_table, publish, read_image
+from cxr_diffusers.data import list_images
+
+SAMPLES = Path(default_checkpoint()).parent.parent / "samples"
+IMPLANTS = Path(__file__).parent.parent.parent / "shared" / "cxr" / "val_implants"
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    pipeline = CFGAnomalyPipeline.from_pretrained(default_checkpoint())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_it_is_small_and_says_what_it_is():
+    folder = Path(default_checkpoint())
+    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 24e6
+    assert not [p for p in folder.rglob("*") if p.suffix in (".bin", ".pt", ".pkl")]
+    card = " ".join((folder / "README.md").read_text().split())
+    assert "Research use only" in card and "NIH Clinical Center" in card and "model-index" in card
+
+
+def test_its_own_settings_cost_at_most_fifty_forwards_an_image(shipped):
+    count = []
+    hook = shipped.unet.register_forward_pre_hook(lambda unet, args: count.append(len(args[0])))
+    shipped(read_image(list_images(SAMPLES)[0]))
+    hook.remove()
+    assert 0 < sum(count) <= 50
+
+
+def test_the_owners_call_works(shipped):
+    output = shipped(read_image(list_images(SAMPLES)[0]), guidance_scale=4, noise_level=500)
+    assert output.anomaly_map[0].size == (64, 64)
+
+
+def test_effusions_are_taken_away(shipped):
+    """From the same latents, the lower half of the chest comes out darker as healthy than as effusion."""
+    images = [read_image(path) for path in list_images(SAMPLES)]
+    assert len(images) == 6
+    healthy = shipped(images, output_type="np")
+    ill = shipped(images, output_type="np", target_label="pleural effusion", negative_label="healthy")
+    darker = [h[32:].mean() < i[32:].mean() for h, i in zip(healthy.counterfactual, ill.counterfactual, strict=True)]
+    assert all(darker)
+    assert shipped.config.map_threshold < healthy.anomaly_map.max()
+
+
+def test_it_is_not_published_without_its_code():
+    with pytest.raises(ValueError, match="push_to_hub"):
+        publish(default_checkpoint(), "me/model")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not IMPLANTS.is_dir(), reason="the validation radiographs are not beside the project")
+def test_it_beats_chance_and_its_own_mean_map_intervals_apart(shipped):
+    torch.set_num_threads(2)
+    columns = {"patient": "patient_id", "view": "view"}
+    implants = load_table(IMPLANTS / "val_implants.csv", label="diseased", mask="mask", **columns)
+    rows = evaluate(shipped, implants).summary["rows"]
+    method = rows["method"]["pixel_ap"]
+    assert method["low"] > rows["chance"]["pixel_ap"]["high"]
+    assert method["low"] > rows["mean map"]["pixel_ap"]["high"]

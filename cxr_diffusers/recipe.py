@@ -21,13 +21,13 @@ class TrainConfig:
     lr_warmup_steps: int = 0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    mixed_precision: str = "no"  # no, fp16, bf16
+    mixed_precision: str | None = None  # no, fp16, bf16; None: what `accelerate launch --mixed_precision` says
     ema_decay: float = 0.9999  # reached slowly: EMAModel's warm-up
     p_uncond: float = 0.1  # how often a label is dropped; 0 trains no null label
     snr_gamma: float | None = None  # min-SNR weighting; 5 is the paper's
     logit_normal: list | None = None  # [mean, std] of logit(t / T) of the training timesteps; None: uniform
     vlb_weight: float = 1.0  # of the variational bound, for models with learned variance
-    augment: dict | None = None  # keyword arguments of losses.augment; None: none
+    augment: dict | None = None  # keyword arguments of data.augment; None: none
     init_from: str | None = None  # a pipeline folder or Hub name whose UNet weights the run starts from
     save_every: int = 5_000  # steps between checkpoints
     checkpoints_total_limit: int = 2  # older ones are deleted; 0 keeps all
@@ -53,6 +53,11 @@ class Recipe:
     images: dict = field(default_factory=dict)  # scaling, aspect, data_range: of prepare_image, kept by the pipeline
     validation: dict = field(default_factory=dict)  # keys of `data` that differ for the pictures shown while training
     pipeline: dict = field(default_factory=dict)  # the pipeline's `settings`: defaults of its call
+
+    def identity(self):
+        """What makes a run this run and no other, apart from `train`: a run resumes only where it is the same."""
+        data = {key: value for key, value in self.data.items() if key != "root"}  # a disk may be mounted elsewhere
+        return {"data": data, "unet": self.unet, "scheduler": self.scheduler, "images": self.images}
 
 
 def load_recipe(path, overrides=()):

@@ -48,7 +48,14 @@ class ShuffledForever:
             epoch, i = epoch + 1, 0
 
 
-def train(model, loss_fn, dataset, config, *, save, validate=None):
+# settings of a run that may change when it is taken up again
+FREE = (
+    "output_dir max_steps save_every checkpoints_total_limit validate_every validation_images dataloader_num_workers "
+    "report_to tracker_project_name push_to_hub hub_model_id hub_private mixed_precision"
+).split()
+
+
+def train(model, loss_fn, dataset, config, *, save, validate=None, identity=None):
     """Train `model` until `config.max_steps`. To resume, call it again with the same `config.output_dir`.
 
     The noise of a step is seeded by its number, so a run that was stopped anywhere (kill -9 included) and started
@@ -60,10 +67,13 @@ def train(model, loss_fn, dataset, config, *, save, validate=None):
         dataset: indexable, of tensors or dicts of tensors.
         config: a `recipe.TrainConfig`.
         save: `save(model, folder)` writes the finished thing with the averaged (EMA) weights in place.
+        identity: what else makes this run itself, as plain values; it resumes only where this and the settings that
+            decide its numbers are the same.
         validate: `validate(model, step) -> {name: picture path}` or None, every `config.validate_every` steps.
 
     Raises:
-        ValueError: the loss is no longer finite, or the data set is smaller than one batch.
+        ValueError: the loss is no longer finite, the data set is smaller than one batch, or `output_dir` holds a run of
+            other settings.
     """
     output_dir = Path(config.output_dir)
     process_state()  # before the Accelerator, which alone would not see the other processes of a CPU run
@@ -85,6 +95,10 @@ def train(model, loss_fn, dataset, config, *, save, validate=None):
     model, optimizer = accelerator.prepare(model, optimizer)
     ema.to(accelerator.device)
     step = resume(accelerator, ema, output_dir)
+    settings = {key: value for key, value in vars(config).items() if key not in FREE}
+    settings |= {**(identity or {}), "num_processes": accelerator.num_processes}
+    if accelerator.is_main_process:
+        keep_settings(output_dir / "run.json", settings, step)
     # unprepared, hence stepped once per update whatever the number of processes; its state is the step itself
     lr_scheduler = get_scheduler(
         config.lr_scheduler,
@@ -118,7 +132,7 @@ def train(model, loss_fn, dataset, config, *, save, validate=None):
     for i, batch in micro_batches:
         with accelerator.accumulate(model):
             # noise, label dropping and dropout depend on where we are, not on how we got here
-            set_seed(config.seed + i, device_specific=True)
+            set_seed(config.seed + i * accelerator.num_processes + accelerator.process_index)
             with accelerator.autocast():
                 loss = loss_fn(model, send_to_device(batch, accelerator.device))
             accelerator.backward(loss)
@@ -158,6 +172,12 @@ def train(model, loss_fn, dataset, config, *, save, validate=None):
         if last:
             break
     bar.close()
+    if micro_batches == ():  # it was stopped between its last checkpoint and its end
+        with averaged(accelerator, ema, model) as unwrapped:
+            if accelerator.is_main_process:
+                replace_into(output_dir, lambda folder: save(unwrapped, folder))
+                if validate is not None:
+                    validate(unwrapped, step)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return output_dir
@@ -212,12 +232,26 @@ def resume(accelerator, ema, output_dir):
     if not found:
         return 0
     accelerator.load_state(str(found[-1]))
-    averages = load_file(found[-1] / "ema.safetensors", device=str(accelerator.device))
+    averages = load_file(found[-1] / "ema.safetensors")
     for i, parameter in enumerate(ema.shadow_params):
         parameter.copy_(averages[str(i)])
     step = int(found[-1].name.split("-")[1])
     ema.optimization_step = step
     return step
+
+
+def keep_settings(path, settings, step):
+    """Write down what decides a run's numbers; ValueError where a run that has begun was of other settings."""
+    settings = json.loads(json.dumps(settings, default=str))
+    if step and path.exists():
+        old = json.loads(path.read_text())
+        changed = sorted(key for key in old.keys() | settings.keys() if old.get(key) != settings.get(key))
+        if changed:
+            found = ", ".join(f"{key}: {old.get(key)!r}, now {settings.get(key)!r}" for key in changed)
+            raise ValueError(f"{path.parent} holds a run of other settings ({found}): name a new train.output_dir")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(settings, indent=2) + "\n")
+    os.replace(temporary, path)
 
 
 def replace_into(folder, write):

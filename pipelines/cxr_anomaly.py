@@ -184,7 +184,11 @@ def _from_pil(image, num_channels):
 
 def _one_picture(picture, size, scaling, aspect, num_channels):
     """(C, H, W) of any type -> (num_channels, size, size) float32 in [0, 1]."""
-    tensor = picture.detach().cpu() if torch.is_tensor(picture) else torch.from_numpy(np.array(picture))
+    if not torch.is_tensor(picture):
+        picture = torch.from_numpy(np.array(picture, dtype=picture.dtype.newbyteorder("=")))  # of some TIFFs it is not
+    if picture.numel() == 0 or picture.is_complex():
+        raise ValueError(f"expected real pixels, got {picture.dtype} of shape {tuple(picture.shape)}")
+    tensor = picture.detach().cpu()
     floating, kind = tensor.is_floating_point(), tensor.dtype
     tensor = tensor.float()
     if not torch.isfinite(tensor).all():

@@ -46,7 +46,7 @@ class PortableMixin:
         from huggingface_hub import HfApi
 
         card = Path(str(self.config.get("_name_or_path") or "")) / "README.md"
-        if card.is_file():
+        if card.is_file() and not kwargs.get("create_pr"):  # which must touch nothing but its own branch
             api = HfApi(token=kwargs.get("token"))
             repo_id = api.create_repo(repo_id, private=kwargs.get("private"), exist_ok=True).repo_id
             for file in (card, *card.parent.glob("*.png")):

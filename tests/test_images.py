@@ -18,6 +18,7 @@ from cxr_diffusers.data.images import (
     list_images,
     read_image,
 )
+from cxr_diffusers.pipelines.cxr_anomaly import prepare_image
 
 
 def write_dicom(path, pixels, bits, photometric="MONOCHROME2", syntax=ExplicitVRLittleEndian, **tags):
@@ -255,3 +256,12 @@ def test_pil_equalizes_by_another_formula_so_it_does_not_do():
     image = PIL.Image.fromarray(pixels)
     difference = np.asarray(equalize(image)).astype(int) - np.asarray(PIL.ImageOps.equalize(image))
     assert np.abs(difference).max() > 50
+
+
+@pytest.mark.parametrize("aspect", ["pad", "crop", "squash"])
+def test_a_model_sees_the_same_grey_in_a_picture_and_in_its_prepared_copy(aspect):
+    y, x = np.mgrid[:300, :390]
+    picture = PIL.Image.fromarray((60 + 120 * (np.hypot(y - 150, x - 195) < 90)).astype(np.uint8))
+    raw = prepare_image(picture, 64, aspect=aspect)
+    copy = prepare_image(fit_image(picture, 256, aspect), 64, aspect=aspect)
+    assert (raw - copy).abs().mean() < 0.05

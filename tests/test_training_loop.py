@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 
@@ -152,3 +153,29 @@ def test_a_data_set_smaller_than_a_batch_is_refused():
 
 def test_the_toy_has_dropout_where_the_run_does():
     assert TOY_UNET.get("dropout") is None and toy_unet(dropout=0.1).config.dropout == 0.1
+
+
+def test_another_run_does_not_go_on_where_one_has_begun(tmp_path):
+    run(tmp_path, 2)
+    with pytest.raises(ValueError, match="seed: 0, now 1"):
+        run(tmp_path, 4, seed=1)
+    run(tmp_path, 4, save_every=1)
+
+
+def test_a_run_stopped_after_its_last_checkpoint_still_leaves_its_model(tmp_path):
+    _, weights = run(tmp_path, 4)
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    _, again = run(tmp_path, 4)
+    assert_same(weights, again)
+
+
+def test_the_precision_of_the_launcher_counts_unless_the_recipe_says_otherwise(tmp_path, monkeypatch):
+    straight, _ = run(tmp_path / "float32", 2)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    AcceleratorState._reset_state(True)
+    rounded, _ = run(tmp_path / "bf16", 2)
+    AcceleratorState._reset_state(True)
+    same, _ = run(tmp_path / "no", 2, mixed_precision="no")
+    AcceleratorState._reset_state(True)
+    assert same == straight and rounded != straight
+    assert rounded[1]["loss"] == pytest.approx(straight[1]["loss"], rel=0.05)

@@ -56,8 +56,7 @@ def test_train_unconditional_leaves_a_prior_that_diffusers_opens_by_itself(tmp_p
     assert DDIMPipeline.from_pretrained(run).unet.config.num_class_embeds is None
 
 
-def test_two_processes_train_one_model_on_twice_the_batch(tmp_path):
-    """One run of two processes of batch 2 sees the pictures that one process of batch 4 sees."""
+def test_two_processes_train_one_model_and_resume(tmp_path):
     run = tmp_path / "two"
     two = ("torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517")
     done = launch("train_cfg.py", run, "train.max_steps=2", "train.batch_size=2", launcher=two)
@@ -66,6 +65,12 @@ def test_two_processes_train_one_model_on_twice_the_batch(tmp_path):
     assert [line["step"] for line in steps(run)] == [1, 2]
     assert len(list((run / "checkpoint-0000002").glob("random_states_*"))) == 2
     CFGAnomalyPipeline.from_pretrained(run)
+
+    again = launch("train_cfg.py", run, "train.max_steps=3", "train.batch_size=2", launcher=two)
+    assert again.returncode == 0, again.stderr
+    straight = tmp_path / "straight"
+    assert launch("train_cfg.py", straight, "train.max_steps=3", "train.batch_size=2", launcher=two).returncode == 0
+    assert steps(run)[2]["loss"] == pytest.approx(steps(straight)[2]["loss"], rel=1e-5)
 
 
 def test_starting_from_other_weights_is_not_starting_anew(tmp_path):

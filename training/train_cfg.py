@@ -31,7 +31,10 @@ def main(arguments):
     class_names = dataset.features["label"].names
     images = TensorImages(dataset, recipe.unet["sample_size"], **recipe.images)
     shown = build_dataset(**{**recipe.data, **recipe.validation})
-    shown = shown.filter(lambda label: label != 0, input_columns="label").select(range(config.validation_images))
+    shown = shown.filter(lambda label: label > 0, input_columns="label")
+    if min(dataset["label"][:]) < 0 or not len(shown):
+        raise ValueError(f"expected a label for every image and diseased ones among them, got {recipe.data}")
+    shown = shown.select(range(min(config.validation_images, len(shown))))
 
     with seeded(config.seed):
         unet = load_unet(config.init_from) if config.init_from else UNet2DModel(**recipe.unet)
@@ -42,8 +45,10 @@ def main(arguments):
             f"null label, got {unet.config.num_class_embeds}"
         )
 
+    ranges = {"data_range": recipe.images["data_range"]} if "data_range" in recipe.images else {}
+
     def loss_fn(model, batch):
-        x = augment(batch["images"], **config.augment) if config.augment else batch["images"]
+        x = augment(batch["images"], **ranges, **config.augment) if config.augment else batch["images"]
         return denoising_loss(
             model,
             scheduler,
@@ -70,7 +75,8 @@ def main(arguments):
         save_png(validation_strip(found.image, found.counterfactual, found.anomaly_map, title=f"step {step}"), path)
         return {"validation": path}
 
-    output_dir = train(unet, loss_fn, images, config, save=save, validate=validate)
+    pipeline(unet)  # what is wrong with the recipe's `pipeline` or `images` is said now, not at the first checkpoint
+    output_dir = train(unet, loss_fn, images, config, save=save, validate=validate, identity=recipe.identity())
     if PartialState().is_main_process:
         if config.push_to_hub:
             print(

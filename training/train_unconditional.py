@@ -54,7 +54,9 @@ def main(arguments):
         save_png(contact_sheet(rows, [], title=f"samples at step {step}"), path)
         return {"samples": path}
 
-    output_dir = train(unet, loss_fn, images, config, save=save, validate=validate)
+    if config.push_to_hub:
+        raise ValueError("a prior is diffusers' own DDIMPipeline: open the run with it and use its push_to_hub")
+    output_dir = train(unet, loss_fn, images, config, save=save, validate=validate, identity=recipe.identity())
     if PartialState().is_main_process:
         print(f"model:   {output_dir}\npicture: {sorted((output_dir / 'validation').glob('*.png'))[-1]}")
 

@@ -104,16 +104,17 @@ def fit_image(image, size, aspect="pad"):
     Area means along a side that shrinks, bicubic along one that grows.
 
     Args:
-        aspect: "pad" (black bars, nothing lost), "crop" (the centre) or "squash" (sides stretched, as the original's
-            preparation script does).
+        aspect: "pad" (bars as dark as the picture's darkest pixel, so that a later stretch of the grey scale finds the
+            same ends as in the picture itself; nothing lost), "crop" (the centre) or "squash" (sides stretched, as the
+            original's preparation script does).
     """
-    return _fit(image, size, aspect, grow=PIL.Image.Resampling.BICUBIC, shrink=PIL.Image.Resampling.BOX)
+    return _fit(image, size, aspect, PIL.Image.Resampling.BICUBIC, PIL.Image.Resampling.BOX, fill=np.min)
 
 
 def fit_mask(mask, size, aspect="pad"):
     """PIL mask -> PIL "L" of 0 / 255, `size` x `size`, moved exactly as `fit_image` moves its image; nearest."""
     nearest = PIL.Image.Resampling.NEAREST
-    return _fit(binary_mask(mask), size, aspect, grow=nearest, shrink=nearest)
+    return _fit(binary_mask(mask), size, aspect, nearest, nearest, fill=lambda mask: 0)
 
 
 def fit_boxes(boxes, width, height, size, aspect="pad"):
@@ -157,7 +158,7 @@ def equalize(image):
     return PIL.Image.fromarray(table.clip(0, top).astype(array.dtype)[array])
 
 
-def _fit(image, size, aspect, grow, shrink):
+def _fit(image, size, aspect, grow, shrink, fill):
     from ..pipelines.cxr_anomaly import frame  # here: it imports torch, which reading a file does not need
 
     if image.mode not in ("L", "I;16"):
@@ -169,11 +170,11 @@ def _fit(image, size, aspect, grow, shrink):
     # 16 bits are resized as floats: exact, and bicubic overshoot is clipped instead of wrapped
     picture = image if kind == np.uint8 else PIL.Image.fromarray(np.asarray(image).astype(np.float32))
     picture = picture.resize((min(w, image.width), min(h, image.height)), shrink).resize((w, h), grow)
-    square = np.zeros((size, size), kind)
     resized = np.asarray(picture)[max(-top, 0) : max(-top, 0) + size, max(-left, 0) : max(-left, 0) + size]
     if kind != np.uint8:
         resized = resized.round().clip(0, 65535).astype(kind)
     top, left = max(top, 0), max(left, 0)
+    square = np.full((size, size), fill(resized), kind)
     square[top : top + resized.shape[0], left : left + resized.shape[1]] = resized
     return PIL.Image.fromarray(square)
 

@@ -17,7 +17,7 @@ def describe_row(row, i, strata):
         "path": path,
         "patient": row.get("patient") or "",
         "group": row.get("patient") or path,
-        "label": row.get("label"),
+        "label": None if row.get("label") == -1 else row.get("label"),  # -1: the folder does not say
         "view": row.get("view") or "",
         "height": height,
         "width": width,

@@ -234,8 +234,22 @@ def read_index(folder):
 
 
 def finished_files(folder, index):
-    """The files of a pipeline folder that belong to the model, as paths below it."""
-    beside = [path for pattern in ("*.json", "*.py", "*.md", "*.png", "LICENSE*") for path in folder.glob(pattern)]
+    """The files of a pipeline folder that belong to the model, as paths below it; whatever else lies there stays.
+
+    They are the index, the card and the pictures it shows, the licence, the code that the index names with the siblings
+    it imports, and the components.
+    """
+    from diffusers.utils.dynamic_modules_utils import get_relative_imports
+
+    beside = [folder / name for name in ("model_index.json", "conversion.json", "README.md")] + [
+        *folder.glob("LICENSE*")
+    ]
+    card = (folder / "README.md").read_text()
+    beside += [path for path in folder.glob("*.png") if f"({path.name})" in card]
+    if isinstance(index["_class_name"], list):
+        code = folder / f"{index['_class_name'][0]}.py"
+        beside += [code, *(folder / f"{name}.py" for name in get_relative_imports(code))]
+    beside = [path for path in beside if path.is_file()]
     components = [folder / name for name, value in index.items() if isinstance(value, list)]
     inside = [path for component in components if component.is_dir() for path in component.rglob("*") if path.is_file()]
     shown = [path.relative_to(folder) for path in beside + inside if path.suffix != ".tmp"]

@@ -49,7 +49,8 @@ class PortableMixin:
         if card.is_file() and not kwargs.get("create_pr"):  # which must touch nothing but its own branch
             api = HfApi(token=kwargs.get("token"))
             repo_id = api.create_repo(repo_id, private=kwargs.get("private"), exist_ok=True).repo_id
-            for file in (card, *card.parent.glob("*.png")):
+            shown = card.read_text()
+            for file in (card, *(p for p in card.parent.glob("*.png") if f"({p.name})" in shown)):
                 api.upload_file(path_or_fileobj=file, path_in_repo=file.name, repo_id=repo_id)
         return super().push_to_hub(repo_id, **kwargs)
 

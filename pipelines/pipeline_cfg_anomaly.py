@@ -1,5 +1,7 @@
 """Healthy counterfactuals by DDIM inversion and classifier-free guidance (after Sanchez et al. 2022)."""
 
+import math
+
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
 from diffusers.utils import replace_example_docstring
@@ -250,6 +252,14 @@ class CFGAnomalyPipeline(PortableMixin, DiffusionPipeline):
 
     def check_inputs(self, settings, eta, output_type, tensor_inputs):
         check_scheduler(self.scheduler)
+        for name in ("noise_level", "num_inference_steps", "num_refinements"):
+            if not isinstance(settings[name], int):
+                raise ValueError(f"expected `{name}` to be a whole number, got {settings[name]!r}")
+        if not math.isfinite(settings["guidance_scale"]) or not 0 <= eta <= 1:
+            raise ValueError(
+                f"expected a finite `guidance_scale` and an `eta` from 0 to 1, got {settings['guidance_scale']!r} and "
+                f"{eta!r}"
+            )
         chain = self.scheduler.config.num_train_timesteps
         if not 1 <= settings["noise_level"] <= chain:
             raise ValueError(f"expected `noise_level` to be a timestep, 1..{chain}, got {settings['noise_level']!r}")

@@ -48,6 +48,8 @@ def folder(pipeline, tmp_path):
     for name in ("checkpoint-0000010/model.safetensors", "validation/step-10.png", "logs/events", "log.jsonl"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("stays at home")
+    for name in ("run.json", "notes.md", "patient_4711.png", "own.py"):
+        (folder / name).write_text("of nobody's business")
     for name in (".saving/model_index.json", "unet/config.json.tmp", ".README.md.1.tmp"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("half-written")

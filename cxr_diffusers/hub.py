@@ -186,7 +186,7 @@ def eval_results(summary, evaluated_on):
 def publish(folder, repo_id, *, private=None, token=None, create_pr=False):
     """Upload a finished pipeline folder (a training run's, too) to the Hub.
 
-    Only the model is uploaded: the index, the components, code, card and the pictures beside it. A run's checkpoints,
+    Only the model is uploaded: the index, the components, code, card and the pictures it shows. A run's checkpoints,
     logs and validation pictures stay at home. The name in the card's example becomes `repo_id`.
 
     Args:
@@ -241,9 +241,8 @@ def finished_files(folder, index):
     """
     from diffusers.utils.dynamic_modules_utils import get_relative_imports
 
-    beside = [folder / name for name in ("model_index.json", "conversion.json", "README.md")] + [
-        *folder.glob("LICENSE*")
-    ]
+    beside = [folder / name for name in ("model_index.json", "conversion.json", "README.md")]
+    beside += folder.glob("LICENSE*")
     card = (folder / "README.md").read_text()
     beside += [path for path in folder.glob("*.png") if f"({path.name})" in card]
     if isinstance(index["_class_name"], list):

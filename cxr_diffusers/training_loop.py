@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .processes import process_state
+from .visualization import write_file
 
 
 class ShuffledForever:
@@ -86,6 +87,8 @@ def train(model, loss_fn, dataset, config, *, save, validate=None, identity=None
     )
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
+        settings = {key: value for key, value in vars(config).items() if key not in FREE}
+        keep_settings(output_dir, {**settings, **(identity or {}), "num_processes": accelerator.num_processes})
         accelerator.print(f"{accelerator.num_processes} process(es) on {accelerator.device}")
     if config.report_to is not None:
         accelerator.init_trackers(config.tracker_project_name, config=flat(vars(config)))
@@ -95,10 +98,6 @@ def train(model, loss_fn, dataset, config, *, save, validate=None, identity=None
     model, optimizer = accelerator.prepare(model, optimizer)
     ema.to(accelerator.device)
     step = resume(accelerator, ema, output_dir)
-    settings = {key: value for key, value in vars(config).items() if key not in FREE}
-    settings |= {**(identity or {}), "num_processes": accelerator.num_processes}
-    if accelerator.is_main_process:
-        keep_settings(output_dir / "run.json", settings, step)
     # unprepared, hence stepped once per update whatever the number of processes; its state is the step itself
     lr_scheduler = get_scheduler(
         config.lr_scheduler,
@@ -124,6 +123,21 @@ def train(model, loss_fn, dataset, config, *, save, validate=None, identity=None
     if accelerator.is_main_process and step:
         bar.write(f"resumed from {checkpoints(output_dir)[-1]}")
 
+    def save_average():
+        with averaged(accelerator, ema, model) as unwrapped:
+            if accelerator.is_main_process:
+                replace_into(output_dir, lambda folder: save(unwrapped, folder))
+
+    def show_average():
+        if validate is None:
+            return
+        with averaged(accelerator, ema, model) as unwrapped:
+            if accelerator.is_main_process:
+                log_pictures(accelerator, validate(unwrapped, step), step)
+
+    if step >= config.max_steps:  # it may have been stopped between its last checkpoint and its end
+        save_average()
+        show_average()
     model.train()
     running = 0.0
     micro_batches = (
@@ -161,23 +175,12 @@ def train(model, loss_fn, dataset, config, *, save, validate=None, identity=None
         last = step == config.max_steps
         if step % config.save_every == 0 or last:
             checkpoint(accelerator, ema, output_dir, step, config.checkpoints_total_limit)
-            with averaged(accelerator, ema, model) as unwrapped:
-                if accelerator.is_main_process:
-                    replace_into(output_dir, lambda folder, m=unwrapped: save(m, folder))
-        if validate is not None and (step % config.validate_every == 0 or last):
-            with averaged(accelerator, ema, model) as unwrapped:
-                if accelerator.is_main_process:
-                    pictures = validate(unwrapped, step)
-                    log_pictures(accelerator, pictures, step)
+            save_average()
+        if step % config.validate_every == 0 or last:
+            show_average()
         if last:
             break
     bar.close()
-    if micro_batches == ():  # it was stopped between its last checkpoint and its end
-        with averaged(accelerator, ema, model) as unwrapped:
-            if accelerator.is_main_process:
-                replace_into(output_dir, lambda folder: save(unwrapped, folder))
-                if validate is not None:
-                    validate(unwrapped, step)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return output_dir
@@ -240,18 +243,17 @@ def resume(accelerator, ema, output_dir):
     return step
 
 
-def keep_settings(path, settings, step):
+def keep_settings(output_dir, settings):
     """Write down what decides a run's numbers; ValueError where a run that has begun was of other settings."""
+    path = output_dir / "run.json"
     settings = json.loads(json.dumps(settings, default=str))
-    if step and path.exists():
+    if path.exists() and checkpoints(output_dir):
         old = json.loads(path.read_text())
         changed = sorted(key for key in old.keys() | settings.keys() if old.get(key) != settings.get(key))
         if changed:
             found = ", ".join(f"{key}: {old.get(key)!r}, now {settings.get(key)!r}" for key in changed)
-            raise ValueError(f"{path.parent} holds a run of other settings ({found}): name a new train.output_dir")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(settings, indent=2) + "\n")
-    os.replace(temporary, path)
+            raise ValueError(f"{output_dir} holds a run of other settings ({found}): name a new train.output_dir")
+    write_file(path, (json.dumps(settings, indent=2) + "\n").encode())
 
 
 def replace_into(folder, write):
@@ -273,11 +275,8 @@ class RunLog:
     def __init__(self, path, step):
         self.path = Path(path)
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(
-            "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
-        )
-        os.replace(temporary, self.path)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        write_file(self.path, "".join(kept).encode())
 
     def write(self, step, **values):
         with open(self.path, "a") as file:

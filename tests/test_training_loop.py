@@ -34,7 +34,7 @@ class Pictures(torch.utils.data.Dataset):
         return {"images": self.images[i], "labels": i % 2}
 
 
-def run(output_dir, steps, **changes):
+def run(output_dir, steps, identity=None, **changes):
     config = TrainConfig(output_dir=str(output_dir), max_steps=steps, **{**SETTINGS, **changes})
     scheduler = DDIMScheduler(clip_sample=False)
 
@@ -44,7 +44,7 @@ def run(output_dir, steps, **changes):
     def save(model, folder):
         model.save_pretrained(folder)
 
-    train(toy_unet(dropout=0.1), loss_fn, Pictures(), config, save=save)
+    train(toy_unet(dropout=0.1), loss_fn, Pictures(), config, save=save, identity=identity)
     return log_of(output_dir), load_file(Path(output_dir) / "diffusion_pytorch_model.safetensors")
 
 
@@ -159,6 +159,8 @@ def test_another_run_does_not_go_on_where_one_has_begun(tmp_path):
     run(tmp_path, 2)
     with pytest.raises(ValueError, match="seed: 0, now 1"):
         run(tmp_path, 4, seed=1)
+    with pytest.raises(ValueError, match="width: None, now 16"):
+        run(tmp_path, 4, identity={"width": 16})
     run(tmp_path, 4, save_every=1)
 
 

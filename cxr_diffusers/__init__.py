@@ -13,6 +13,7 @@ if not Path(__file__).with_name("pipelines").is_dir():
 _HOME = {
     "AnomalyOutput": "pipelines",
     "CFGAnomalyPipeline": "pipelines",
+    "FixedPointGANPipeline": "pipelines",
     "build_dataset": "data",
     "load_chexpert": "data",
     "load_folder": "data",
@@ -32,6 +33,7 @@ _HOME = {
     "publish": "hub",
     "run_as_original": "original",
     "train": "training_loop",
+    "train_adversarial": "adversarial_loop",
 }
 
 __all__ = ["__version__", *_HOME]

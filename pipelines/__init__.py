@@ -2,5 +2,6 @@
 
 from .cxr_anomaly import AnomalyOutput
 from .pipeline_cfg_anomaly import CFGAnomalyPipeline
+from .pipeline_fixed_point_gan import FixedPointGANPipeline
 
-__all__ = ["AnomalyOutput", "CFGAnomalyPipeline"]
+__all__ = ["AnomalyOutput", "CFGAnomalyPipeline", "FixedPointGANPipeline"]

@@ -16,7 +16,9 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     "cxr_diffusers": 3,  # the table of contents, whose imports are lazy
     "cxr_diffusers.version": 0,
+    "cxr_diffusers.models": 1,
     "cxr_diffusers.pipelines": 1,
+    "cxr_diffusers.adversarial_losses": 2,
     "cxr_diffusers.data": 2,
     "cxr_diffusers.convert": 2,
     "cxr_diffusers.losses": 2,
@@ -26,6 +28,7 @@ FLOORS = {
     "cxr_diffusers.processes": 2,
     "cxr_diffusers.recipe": 2,
     "cxr_diffusers.visualization": 2,
+    "cxr_diffusers.adversarial_loop": 3,
     "cxr_diffusers.training_loop": 3,
     "cxr_diffusers.evaluation": 3,
     "cxr_diffusers.detection": 3,

@@ -1,0 +1,130 @@
+"""What the two players of a Fixed-Point GAN minimise: plain functions of both and a batch.
+
+Siddiquee et al. 2019 (https://arxiv.org/abs/1908.06965), whose names the terms bear. A generator is a function
+`(images, labels) -> output with .sample`, a discriminator `images -> output with .score and .logits`.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def discriminator_loss(
+    generator,
+    discriminator,
+    images,
+    labels,
+    target_labels,
+    *,
+    lambda_cls=1.0,
+    lambda_gp=10.0,
+    classification="softmax",
+    alpha=None,
+):
+    """The critic's step: tell real from translated, and name the class of what is real.
+
+    Args:
+        images: (B, C, H, W) in [-1, 1].
+        labels, target_labels: (B,) class ids, or (B, K) vectors: what the images are, and what they are translated to.
+        lambda_cls, lambda_gp: weights of domain classification and gradient penalty.
+        classification: see `domain_classification_loss`.
+        alpha: see `gradient_penalty`.
+
+    Returns:
+        the loss, and {term: unweighted value}: adversarial_real, adversarial_fake, domain, gradient_penalty.
+    """
+    with torch.no_grad():
+        fake = generator(images, target_labels).sample
+    real = discriminator(images)
+    terms = {
+        "adversarial_real": -real.score.float().mean(),
+        "adversarial_fake": discriminator(fake).score.float().mean(),
+        "domain": domain_classification_loss(real.logits, labels, classification),
+        "gradient_penalty": gradient_penalty(discriminator, images, fake, alpha),
+    }
+    adversarial = terms["adversarial_real"] + terms["adversarial_fake"]
+    return adversarial + lambda_cls * terms["domain"] + lambda_gp * terms["gradient_penalty"], terms
+
+
+def generator_loss(
+    generator,
+    discriminator,
+    images,
+    labels,
+    target_labels,
+    *,
+    lambda_cls=1.0,
+    lambda_rec=10.0,
+    lambda_id=10.0,
+    classification="softmax",
+):
+    """The generator's step: translate across domains and back, and leave alone what is of the domain already.
+
+    The terms named `same_` are the fixed-point ones: an image translated to its own labels must look real, be of its
+    class, come back, and be itself (`identity`).
+
+    Args:
+        images, labels, target_labels, classification: as in `discriminator_loss`.
+        lambda_cls, lambda_rec, lambda_id: weights of domain classification, cycle consistency, conditional identity.
+
+    Returns:
+        the loss, and {term: unweighted value}: adversarial, domain, cycle, same_adversarial, same_domain, same_cycle,
+        identity.
+    """
+
+    def there_and_back(labels_there):
+        there = generator(images, labels_there).sample
+        judged = discriminator(there)
+        back = generator(there, labels).sample
+        return there, {
+            "adversarial": -judged.score.float().mean(),
+            "domain": domain_classification_loss(judged.logits, labels_there, classification),
+            "cycle": (images - back).abs().mean(),
+        }
+
+    _, across = there_and_back(target_labels)
+    same, within = there_and_back(labels)
+    terms = {
+        **across,
+        **{f"same_{name}": value for name, value in within.items()},
+        "identity": (images - same).abs().mean(),
+    }
+    loss = lambda_id * terms["identity"]
+    for name, weight in (("adversarial", 1.0), ("domain", lambda_cls), ("cycle", lambda_rec)):
+        loss = loss + weight * (terms[name] + terms[f"same_{name}"])
+    return loss, terms
+
+
+def domain_classification_loss(logits, labels, classification="softmax"):
+    """Cross-entropy of (B, K) logits, as one scalar.
+
+    Args:
+        labels: (B,) class ids, or (B, K) vectors of zeros and ones.
+        classification: "softmax", one class an image: the mean of the batch. "binary", any number of findings an image:
+            summed over the K of them, mean over the batch.
+    """
+    if classification == "softmax":
+        return F.cross_entropy(logits, labels if labels.ndim == 1 else labels.argmax(dim=1))
+    if classification == "binary":
+        vectors = F.one_hot(labels.long(), logits.shape[1]) if labels.ndim == 1 else labels
+        loss = F.binary_cross_entropy_with_logits(logits, vectors.to(logits.dtype), reduction="sum")
+        return loss / len(logits)
+    raise ValueError(f"expected `classification` softmax or binary, got {classification!r}")
+
+
+def gradient_penalty(discriminator, real, fake, alpha=None):
+    """(|grad of the critic| - 1)^2 between a real and a translated image, mean over the batch, as one scalar.
+
+    After Gulrajani et al. 2017 (https://arxiv.org/abs/1704.00028, algorithm 1). The gradient is that of the summed
+    patch scores, its norm is over all pixels of an image; always in float32, since it is differentiated once more.
+
+    Args:
+        alpha: (B, 1, 1, 1) in [0, 1], how much of the real image; None: drawn uniformly (on the CPU on any device).
+    """
+    if alpha is None:
+        alpha = torch.rand(len(real), 1, 1, 1)
+    with torch.autocast(real.device.type, enabled=False):
+        real, fake, alpha = real.float(), fake.float(), alpha.to(real.device, torch.float32)
+        between = (alpha * real + (1 - alpha) * fake).detach().requires_grad_()
+        score = discriminator(between).score
+        gradient = torch.autograd.grad(score.sum(), between, create_graph=True)[0]
+        return (gradient.flatten(1).norm(dim=1) - 1).square().mean()

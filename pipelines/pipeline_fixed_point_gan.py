@@ -1,0 +1,169 @@
+"""Healthy counterfactuals in one pass of a generator (Fixed-Point GAN, Siddiquee et al. 2019)."""
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.utils import replace_example_docstring
+
+from .cxr_anomaly import AnomalyOutput, anomaly_output, difference_map, prepare_image, smooth_map
+from .cxr_portable import PortableMixin
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> from PIL import Image
+        >>> from cxr_diffusers import FixedPointGANPipeline
+
+        >>> pipeline = FixedPointGANPipeline.from_pretrained("runs/phantom_fixed_point_gan_32")
+        >>> output = pipeline(Image.open("chest.png"), direction="bright")
+        >>> output.anomaly_map[0].save("map.png")
+        ```
+"""
+
+# what a call means when neither the caller nor the checkpoint says otherwise: the original procedure
+ORIGINAL_SETTINGS = {"direction": "both", "smoothing": 0.0}
+
+
+class FixedPointGANPipeline(PortableMixin, DiffusionPipeline):
+    """Translate an image to the healthy class in one pass, and compare.
+
+    After Siddiquee et al. 2019 (https://arxiv.org/abs/1908.06965). The method may be covered by a patent; see
+    docs/fixed_point_gan.md.
+
+    Args:
+        generator: (image in [-1, 1], class ids) -> output whose `sample` is the translated image: a
+            `FixedPointGenerator`. (Not a source of random numbers: there is no chance in this method.)
+        class_names: one name a label, e.g. `["healthy", "pleural effusion"]` (kept in the config as a dict from id to
+            name: diffusers takes a list in a pipeline's config for a component).
+        data_range: the darkest and the brightest value the generator knows; only [-1, 1], the range of its tanh.
+        scaling: "minmax" or "dtype", see `prepare_image`.
+        aspect: "pad", "crop" or "squash", see `prepare_image`.
+        settings: the checkpoint's own defaults of the call: any of direction, smoothing.
+        map_threshold: the map value above which a pixel counts as abnormal, found on healthy validation images.
+    """
+
+    model_cpu_offload_seq = "generator"
+
+    def __init__(
+        self,
+        generator: ModelMixin,
+        class_names: list[str] | dict[str, str] | None = None,
+        data_range: list[float] = (-1.0, 1.0),
+        scaling: str = "minmax",
+        aspect: str = "pad",
+        settings: dict | None = None,
+        map_threshold: float | None = None,
+    ):
+        super().__init__()
+        self.register_modules(generator=generator)
+        unknown = set(settings or {}) - set(ORIGINAL_SETTINGS)
+        if unknown:
+            raise ValueError(f"expected `settings` among {sorted(ORIGINAL_SETTINGS)}, got {sorted(unknown)}")
+        if tuple(data_range) != (-1, 1):
+            raise ValueError(f"expected `data_range` [-1, 1], where a generator's answer lies, got {data_range!r}")
+        if isinstance(class_names, dict):
+            class_names = [class_names[str(i)] for i in range(len(class_names))]
+        if class_names is not None and len(class_names) != generator.config.num_classes:
+            raise ValueError(f"expected {generator.config.num_classes} class names, got {class_names}")
+        self.register_to_config(
+            class_names=class_names and {str(i): name for i, name in enumerate(class_names)},
+            data_range=list(data_range),
+            scaling=scaling,
+            aspect=aspect,
+            settings=settings,
+            map_threshold=map_threshold,
+        )
+
+    @property
+    def class_names(self):
+        """The classes' names in the order of their ids, or [] where none were given."""
+        return list((self.config.class_names or {}).values())
+
+    @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(
+        self,
+        image,
+        target_label: int | str = 0,
+        direction: str | None = None,
+        smoothing: float | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ):
+        """Where would this chest have to change to be healthy?
+
+        An argument left out takes the checkpoint's own value (`pipeline.config.settings`), or else the original
+        procedure's (the absolute difference, not smoothed).
+
+        Args:
+            image: a PIL image, an array, a tensor or a list of them, any size and bit depth; see `prepare_image`.
+            target_label: the class to translate to, as an id or a name; 0 is healthy.
+            direction: "both": the map is the absolute difference. "bright": only what is brighter in the picture than
+                in its counterfactual (fluid, consolidation, masses); "dark": only what is darker (air).
+            smoothing: sigma of a Gaussian applied to the map, in pixels of the model's resolution.
+            output_type: "pil", "np" or "pt"; see `AnomalyOutput` for shapes and ranges.
+            return_dict: False returns the plain tuple.
+
+        Returns:
+            `AnomalyOutput`, or the tuple (image, counterfactual, anomaly_map, anomaly_score).
+
+        Raises:
+            TypeError: `image` is not a picture. ValueError: an argument out of its range; each says what was expected.
+
+        Examples:
+        """
+        # 1. what was asked for
+        settings = self.settings(direction=direction, smoothing=smoothing)
+        self.check_inputs(settings, output_type)
+        target = self.label_id(target_label, "target_label")
+
+        # 2. picture -> x
+        config = self.generator.config
+        image = prepare_image(
+            image,
+            config.sample_size,
+            self.config.scaling,
+            self.config.aspect,
+            self.config.data_range,
+            config.in_channels,
+        ).to(self._execution_device)
+
+        # 3. x -> x': translated to the target class
+        counterfactual = self.translate(image, target)
+
+        # 4. what had to change
+        anomaly_map = difference_map(image, counterfactual, self.config.data_range, settings["direction"])
+        anomaly_map = smooth_map(anomaly_map, settings["smoothing"])
+        output = anomaly_output(image, counterfactual, anomaly_map, self.config.data_range, output_type)
+
+        self.maybe_free_model_hooks()
+        return output if return_dict else output.to_tuple()
+
+    def settings(self, **given):
+        """The settings of a call: those given, over the checkpoint's own, over the original procedure's."""
+        given = {name: value for name, value in given.items() if value is not None}
+        return {**ORIGINAL_SETTINGS, **(self.config.settings or {}), **given}
+
+    def label_id(self, label, name="label"):
+        """A class id or a class name -> the class id."""
+        names, count = self.class_names, self.generator.config.num_classes
+        if isinstance(label, str) and label in names:
+            return names.index(label)
+        if isinstance(label, int) and 0 <= label < count:
+            return label
+        raise ValueError(f"expected `{name}` among {', '.join([f'0..{count - 1}', *map(repr, names)])}, got {label!r}")
+
+    def check_inputs(self, settings, output_type):
+        if settings["direction"] not in ("both", "bright", "dark"):
+            raise ValueError(f"expected `direction` both, bright or dark, got {settings['direction']!r}")
+        if settings["smoothing"] < 0:
+            raise ValueError(f"expected `smoothing` of 0 or more, got {settings['smoothing']!r}")
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"expected `output_type` pil, np or pt, got {output_type!r}")
+
+    def translate(self, x, target_label=0):
+        """(B, C, H, W) in [-1, 1] -> (B, C, H, W) float32 in [-1, 1], the same chests as if of the target class."""
+        labels = torch.full((len(x),), self.label_id(target_label), device=x.device)
+        return self.generator(x.to(self.generator.dtype), labels).sample.float()
+
+
+__all__ = ["AnomalyOutput", "FixedPointGANPipeline"]

@@ -1,0 +1,92 @@
+"""Train a Fixed-Point GAN, the one-pass baseline, and save it as a `FixedPointGANPipeline`.
+
+    accelerate launch training/train_fixed_point_gan.py                             (phantoms: minutes, any machine)
+    accelerate launch training/train_fixed_point_gan.py configs/chexpert_fixed_point_gan_256.yaml data.root=/data/CheXpert
+    accelerate launch training/train_fixed_point_gan.py RECIPE.yaml [section.key=value ...] [--push_to_hub]
+
+To resume, run the same command again. The method and what is known of it: docs/fixed_point_gan.md.
+"""
+
+import sys
+from pathlib import Path
+
+from accelerate import PartialState
+
+from cxr_diffusers import FixedPointGANPipeline, build_dataset
+from cxr_diffusers.adversarial_loop import train_adversarial
+from cxr_diffusers.data import TensorImages
+from cxr_diffusers.hub import publish, write_model_card
+from cxr_diffusers.models.fixed_point_gan import FixedPointDiscriminator, FixedPointGenerator
+from cxr_diffusers.recipe import AdversarialRecipe, parse_command_line
+from cxr_diffusers.training_loop import seeded
+from cxr_diffusers.visualization import save_png, validation_strip
+
+DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "phantom_fixed_point_gan_32.yaml"
+
+
+def main(arguments):
+    recipe = parse_command_line(arguments, DEFAULT_RECIPE, AdversarialRecipe)
+    config = recipe.train
+    dataset = build_dataset(**recipe.data)
+    class_names = dataset.features["label"].names
+    with seeded(config.seed):
+        generator, discriminator = build_players(recipe)
+    if generator.config.num_classes != len(class_names):
+        raise ValueError(
+            f"expected generator.num_classes={len(class_names)}, the classes {class_names}, got "
+            f"{generator.config.num_classes}"
+        )
+    images = TensorImages(dataset, generator.config.sample_size, **recipe.images)
+    shown = build_dataset(**{**recipe.data, **recipe.validation})
+    shown = shown.filter(lambda label: label > 0, input_columns="label")
+    if min(dataset["label"][:]) < 0 or not len(shown):
+        raise ValueError(f"expected a label for every image and diseased ones among them, got {recipe.data}")
+    shown = shown.select(range(min(config.validation_images, len(shown))))
+
+    def pipeline(model):
+        return FixedPointGANPipeline(model, class_names, settings=recipe.pipeline or None, **recipe.images)
+
+    def save(model, folder):
+        pipeline(model).save_pretrained(folder)
+        write_model_card(folder, training=describe(recipe, len(dataset)), name=config.hub_model_id)
+
+    def validate(model, step):
+        found = pipeline(model)(shown["image"][:], output_type="np")
+        path = Path(config.output_dir) / "validation" / f"step-{step:07d}.png"
+        save_png(validation_strip(found.image, found.counterfactual, found.anomaly_map, title=f"step {step}"), path)
+        return {"validation": path}
+
+    pipeline(generator)  # what is wrong with the recipe's `pipeline` or `images` is said now, not at the first checkpoint
+    output_dir = train_adversarial(
+        generator, discriminator, images, config, save=save, validate=validate, identity=recipe.identity()
+    )
+    if PartialState().is_main_process:
+        if config.push_to_hub:
+            print(
+                "published at", publish(output_dir, config.hub_model_id or output_dir.name, private=config.hub_private)
+            )
+        print(f"model:   {output_dir}\npicture: {sorted((output_dir / 'validation').glob('*.png'))[-1]}")
+        print(f"detect:  cxr-diffusers detect YOUR_IMAGES --model {output_dir} --out maps")
+
+
+def build_players(recipe):
+    """The recipe's generator and discriminator; size, channels and classes are said once, in the generator's section."""
+    generator = FixedPointGenerator(**recipe.generator)
+    shared = {key: generator.config[key] for key in ("sample_size", "in_channels", "num_classes")}
+    return generator, FixedPointDiscriminator(**shared, **recipe.discriminator)
+
+
+def describe(recipe, num_images):
+    """What this run learns from, for the reader of its model card (Markdown)."""
+    size, config = recipe.generator["sample_size"], recipe.train
+    data = ", ".join(f"{k}={v}" for k, v in recipe.data.items() if k != "root")
+    return (
+        f"{num_images} images ({data}), {size} x {size} pixels; up to {config.max_steps} updates of the discriminator, "
+        f"one of the generator in {config.n_critic} of them, batch {config.batch_size} per process, seed {config.seed}; "
+        "averaged (EMA) weights of the generator.\n\n"
+        "Name the source and the licence of your data here before you publish."
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

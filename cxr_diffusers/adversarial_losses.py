@@ -71,23 +71,14 @@ def generator_loss(
         identity.
     """
 
-    def there_and_back(labels_there):
-        there = generator(images, labels_there).sample
-        judged = discriminator(there)
-        back = generator(there, labels).sample
-        return there, {
-            "adversarial": -judged.score.float().mean(),
-            "domain": domain_classification_loss(judged.logits, labels_there, classification),
-            "cycle": (images - back).abs().mean(),
-        }
-
-    _, across = there_and_back(target_labels)
-    same, within = there_and_back(labels)
-    terms = {
-        **across,
-        **{f"same_{name}": value for name, value in within.items()},
-        "identity": (images - same).abs().mean(),
-    }
+    across, within = generator(images, target_labels).sample, generator(images, labels).sample
+    terms = {}
+    for prefix, translated, asked in (("", across, target_labels), ("same_", within, labels)):
+        judged = discriminator(translated)
+        terms[f"{prefix}adversarial"] = -judged.score.float().mean()
+        terms[f"{prefix}domain"] = domain_classification_loss(judged.logits, asked, classification)
+        terms[f"{prefix}cycle"] = (images - generator(translated, labels).sample).abs().mean()
+    terms["identity"] = (images - within).abs().mean()
     loss = lambda_id * terms["identity"]
     for name, weight in (("adversarial", 1.0), ("domain", lambda_cls), ("cycle", lambda_rec)):
         loss = loss + weight * (terms[name] + terms[f"same_{name}"])

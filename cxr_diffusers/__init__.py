@@ -13,7 +13,10 @@ if not Path(__file__).with_name("pipelines").is_dir():
 _HOME = {
     "AnomalyOutput": "pipelines",
     "CFGAnomalyPipeline": "pipelines",
+    "FixedPointDiscriminator": "models.fixed_point_gan",
     "FixedPointGANPipeline": "pipelines",
+    "FixedPointGenerator": "models.fixed_point_gan",
+    "NoisyClassifier": "models.noisy_classifier",
     "build_dataset": "data",
     "load_chexpert": "data",
     "load_folder": "data",

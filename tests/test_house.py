@@ -16,13 +16,13 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     "cxr_diffusers": 3,  # the table of contents, whose imports are lazy
     "cxr_diffusers.version": 0,
-    "cxr_diffusers.models": 1,
     "cxr_diffusers.pipelines": 1,
     "cxr_diffusers.adversarial_losses": 2,
     "cxr_diffusers.data": 2,
     "cxr_diffusers.convert": 2,
     "cxr_diffusers.losses": 2,
     "cxr_diffusers.masks": 2,
+    "cxr_diffusers.models": 1,
     "cxr_diffusers.metrics": 2,
     "cxr_diffusers.original": 2,
     "cxr_diffusers.processes": 2,

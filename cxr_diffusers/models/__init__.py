@@ -1,1 +1,1 @@
-"""Networks that diffusers has no class for; one self-contained file each, because they travel with the weights."""
+"""What diffusers has no class for, one self-contained file each (torch and diffusers only): they travel too."""

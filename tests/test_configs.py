@@ -6,9 +6,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
+from cxr_diffusers import FixedPointDiscriminator, FixedPointGenerator
 from cxr_diffusers.data import LOADERS
-from cxr_diffusers.pipelines.pipeline_cfg_anomaly import ORIGINAL_SETTINGS
-from cxr_diffusers.recipe import load_recipe
+from cxr_diffusers.pipelines import pipeline_cfg_anomaly, pipeline_fixed_point_gan
+from cxr_diffusers.recipe import AdversarialRecipe, Recipe, load_recipe
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -18,23 +19,41 @@ def open_recipe(path):
 
 
 def test_there_are_recipes():
-    assert {"chexpert_cfg_256", "cxr_cfg_64", "phantom_cfg_32"} <= {path.stem for path in CONFIGS}
+    names = {path.stem for path in CONFIGS}
+    assert {"chexpert_cfg_256", "cxr_cfg_64", "phantom_cfg_32"} <= names
+    assert {"chexpert_fixed_point_gan_256", "cxr_fixed_point_gan_64", "phantom_fixed_point_gan_32"} <= names
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_recipe_builds(path):
     recipe = open_recipe(path)
+    script, settings = BUILD[type(recipe)](recipe)
+    assert recipe.data["name"] in LOADERS
+    assert set(recipe.pipeline) <= set(settings)
+    assert recipe.train.output_dir == f"runs/{path.stem}"
+    assert f"accelerate launch training/{script}" in path.read_text()
+
+
+def build_diffusion(recipe):
+    """Its script, and the settings that its pipeline knows."""
     with torch.device("meta"):
         unet = UNet2DModel(**recipe.unet)
     scheduler = DDIMScheduler(**recipe.scheduler)
     assert scheduler.config.clip_sample is False, "clipping breaks inversion"
-    assert recipe.data["name"] in LOADERS
-    assert set(recipe.pipeline) <= set(ORIGINAL_SETTINGS)
-    assert recipe.train.output_dir == f"runs/{path.stem}"
-    assert (
-        f"accelerate launch training/train_{'unconditional' if unet.class_embedding is None else 'cfg'}.py"
-        in path.read_text()
-    )
+    kind = "unconditional" if unet.class_embedding is None else "cfg"
+    return f"train_{kind}.py", pipeline_cfg_anomaly.ORIGINAL_SETTINGS
+
+
+def build_players(recipe):
+    with torch.device("meta"):
+        generator = FixedPointGenerator(**recipe.generator)
+        shared = {key: generator.config[key] for key in ("sample_size", "in_channels", "num_classes")}
+        discriminator = FixedPointDiscriminator(**shared, **recipe.discriminator)
+    assert discriminator.config.sample_size == generator.config.sample_size
+    return "train_fixed_point_gan.py", pipeline_fixed_point_gan.ORIGINAL_SETTINGS
+
+
+BUILD = {Recipe: build_diffusion, AdversarialRecipe: build_players}
 
 
 def test_the_seeds_recipe_is_the_seeds_model():
@@ -47,3 +66,16 @@ def test_the_seeds_recipe_is_the_seeds_model():
     assert count - 3 * 512 + class_mlp == 113_998_722
     heads = {module.heads for module in unet.modules() if type(module).__name__ == "Attention"}
     assert heads == {1}
+
+
+def test_the_seeds_gan_is_the_seeds():
+    recipe = open_recipe(next(path for path in CONFIGS if path.stem == "chexpert_fixed_point_gan_256"))
+    train = recipe.train
+    assert (train.max_steps, train.batch_size, train.learning_rate, train.n_critic) == (50_000, 4, 1e-4, 5)
+    assert (train.lambda_cls, train.lambda_gp, train.lambda_id, train.lambda_rec) == (1, 10, 10, 10)
+    with torch.device("meta"):
+        as_there = {**recipe.generator, "in_channels": 3, "conditioning": "concatenate"}
+        generator = FixedPointGenerator(**as_there)
+        discriminator = FixedPointDiscriminator(256, 3, 2, **recipe.discriminator)
+    assert sum(p.numel() for p in generator.parameters()) == 71_384_576
+    assert sum(p.numel() for p in discriminator.parameters()) == 44_786_624

@@ -81,7 +81,9 @@ def test_both_players_answer_as_the_originals(golden):
     fresh = [m for m in generator.modules() if isinstance(m, torch.nn.InstanceNorm2d)]
     for norm in fresh:
         norm.reset_running_stats()
-    assert_near("generator, eval, fresh statistics", generator.eval()(x, c).residual, golden["G_eval_fresh_stats"], 2e-5)
+    assert_near(
+        "generator, eval, fresh statistics", generator.eval()(x, c).residual, golden["G_eval_fresh_stats"], 2e-5
+    )
     output = generator.train()(x, c)
     assert_near("generator", output.residual, golden["G_train"], 2e-5)
     assert_near("translated", output.sample, golden["translated"], 2e-5)

@@ -1,7 +1,7 @@
 """Train a Fixed-Point GAN, the one-pass baseline, and save it as a `FixedPointGANPipeline`.
 
-    accelerate launch training/train_fixed_point_gan.py                             (phantoms: minutes, any machine)
-    accelerate launch training/train_fixed_point_gan.py configs/chexpert_fixed_point_gan_256.yaml data.root=/data/CheXpert
+    accelerate launch training/train_fixed_point_gan.py                              (phantoms: minutes, any machine)
+    accelerate launch training/train_fixed_point_gan.py configs/chexpert_fixed_point_gan_256.yaml data.root=/data/chest
     accelerate launch training/train_fixed_point_gan.py RECIPE.yaml [section.key=value ...] [--push_to_hub]
 
 To resume, run the same command again. The method and what is known of it: docs/fixed_point_gan.md.
@@ -12,11 +12,15 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from cxr_diffusers import FixedPointGANPipeline, build_dataset
-from cxr_diffusers.adversarial_loop import train_adversarial
+from cxr_diffusers import (
+    FixedPointDiscriminator,
+    FixedPointGANPipeline,
+    FixedPointGenerator,
+    build_dataset,
+    train_adversarial,
+)
 from cxr_diffusers.data import TensorImages
 from cxr_diffusers.hub import publish, write_model_card
-from cxr_diffusers.models.fixed_point_gan import FixedPointDiscriminator, FixedPointGenerator
 from cxr_diffusers.recipe import AdversarialRecipe, parse_command_line
 from cxr_diffusers.training_loop import seeded
 from cxr_diffusers.visualization import save_png, validation_strip
@@ -56,7 +60,9 @@ def main(arguments):
         save_png(validation_strip(found.image, found.counterfactual, found.anomaly_map, title=f"step {step}"), path)
         return {"validation": path}
 
-    pipeline(generator)  # what is wrong with the recipe's `pipeline` or `images` is said now, not at the first checkpoint
+    pipeline(
+        generator
+    )  # what is wrong with the recipe's `pipeline` or `images` is said now, not at the first checkpoint
     output_dir = train_adversarial(
         generator, discriminator, images, config, save=save, validate=validate, identity=recipe.identity()
     )
@@ -70,7 +76,7 @@ def main(arguments):
 
 
 def build_players(recipe):
-    """The recipe's generator and discriminator; size, channels and classes are said once, in the generator's section."""
+    """The recipe's generator and discriminator; size, channels and classes are said once, as the generator's."""
     generator = FixedPointGenerator(**recipe.generator)
     shared = {key: generator.config[key] for key in ("sample_size", "in_channels", "num_classes")}
     return generator, FixedPointDiscriminator(**shared, **recipe.discriminator)
@@ -82,8 +88,8 @@ def describe(recipe, num_images):
     data = ", ".join(f"{k}={v}" for k, v in recipe.data.items() if k != "root")
     return (
         f"{num_images} images ({data}), {size} x {size} pixels; up to {config.max_steps} updates of the discriminator, "
-        f"one of the generator in {config.n_critic} of them, batch {config.batch_size} per process, seed {config.seed}; "
-        "averaged (EMA) weights of the generator.\n\n"
+        f"one of the generator in {config.n_critic} of them, batch {config.batch_size} per process, seed "
+        f"{config.seed}; averaged (EMA) weights of the generator.\n\n"
         "Name the source and the licence of your data here before you publish."
     )
 

@@ -183,9 +183,7 @@ class FixedPointDiscriminator(ModelMixin, ConfigMixin):
         if num_layers < 1 or sample_size % 2**num_layers:
             raise ValueError(f"expected a `sample_size` that 2 ** {num_layers} layers divide, got {sample_size}")
         channels = [in_channels, *(base_channels * 2**i for i in range(num_layers))]
-        self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, 4, 2, 1) for a, b in zip(channels[:-1], channels[1:], strict=True)
-        )
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 4, 2, 1) for a, b in zip(channels[:-1], channels[1:], strict=True))
         self.conv_score = nn.Conv2d(channels[-1], 1, 3, padding=1, bias=False)
         self.conv_class = nn.Conv2d(channels[-1], num_classes, sample_size // 2**num_layers, bias=False)
 

@@ -238,7 +238,7 @@ def precision_recall_figure(rankings, *, title=None):
         matplotlib `Figure`, for `save_png`; legend entries carry the average precision. The dotted line is chance.
     """
     figure, axes = _axes("recall", "precision", title)
-    for (name, ranking), style in zip(rankings.items(), _styles(), strict=False):
+    for (name, ranking), style in zip(rankings.items(), line_styles(), strict=False):
         recall, precision, _ = ranking.curve()
         axes.step(recall, precision, where="pre", label=f"{name}  AP {ranking.average_precision():.3f}", **style)
     axes.axhline(ranking.prevalence, color="0.5", linestyle=":", label=f"chance  AP {ranking.prevalence:.3f}")
@@ -249,7 +249,7 @@ def precision_recall_figure(rankings, *, title=None):
 def roc_figure(rankings, *, title=None):
     """True-positive rate against false-positive rate; arguments and result as in `precision_recall_figure`."""
     figure, axes = _axes("false-positive rate", "true-positive rate", title)
-    for (name, ranking), style in zip(rankings.items(), _styles(), strict=False):
+    for (name, ranking), style in zip(rankings.items(), line_styles(), strict=False):
         true, _, false = ranking.curve()
         label = f"{name}  AUROC {ranking.auroc():.3f}"
         axes.plot(np.r_[0, false, 1], np.r_[0, true, 1], label=label, **style)
@@ -258,7 +258,7 @@ def roc_figure(rankings, *, title=None):
     return figure
 
 
-def _styles():
+def line_styles():
     """Line styles without end: colours that the colour-blind tell apart (Okabe & Ito 2008), then other dashes."""
     for dash in ("-", "--", "-.") * 100:
         for colour in ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"):

@@ -21,6 +21,7 @@ from cxr_diffusers.adversarial_losses import (
     generator_loss,
     gradient_penalty,
 )
+from cxr_diffusers.loss_curves import loss_curves
 from cxr_diffusers.models.fixed_point_gan import FixedPointDiscriminatorOutput, FixedPointGeneratorOutput
 from cxr_diffusers.recipe import AdversarialConfig, load_recipe, parse_command_line
 from cxr_diffusers.training_loop import checkpoints
@@ -284,6 +285,19 @@ def test_two_processes_hold_the_same_players(tmp_path):
     assert [line["step"] for line in log_of(tmp_path / "two")] == [1, 2, 3, 4]
 
 
+def test_a_loss_curve_is_the_means_of_its_windows(tmp_path):
+    log = [{"step": i, "lr": 1e-4, "a": float(i)} | ({"b": 1.0} if i % 2 == 0 else {}) for i in range(1, 7)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    figure = loss_curves({"one": tmp_path / "log.jsonl", "two": tmp_path / "log.jsonl"}, parts=3)
+    assert [axes.get_title() for axes in figure.axes] == ["a", "b"]
+    x, y = figure.axes[0].lines[1].get_data()
+    assert x.tolist() == y.tolist() == [1.5, 3.5, 5.5]
+    assert figure.axes[1].lines[0].get_data()[1].tolist() == [1, 1, 1]
+    (tmp_path / "log.jsonl").write_text("")
+    with pytest.raises(ValueError, match="got none"):
+        loss_curves({"one": tmp_path / "log.jsonl"})
+
+
 # the script
 
 
@@ -306,7 +320,7 @@ def test_the_script_trains_resumes_and_leaves_a_pipeline_a_picture_and_a_card(tm
     main([*SMALL, f"train.output_dir={run}"])
     main([*SMALL, f"train.output_dir={run}", "train.max_steps=3"])
     assert [line["step"] for line in log_of(run)] == [1, 2, 3]
-    assert (run / "validation" / "step-0000003.png").is_file()
+    assert (run / "validation" / "step-0000003.png").is_file() and (run / "losses.png").is_file()
     assert "cxr-diffusers detect" in capsys.readouterr().out
     assert "phantom" in (run / "README.md").read_text()
     pipeline = FixedPointGANPipeline.from_pretrained(run)

@@ -21,6 +21,7 @@ FLOORS = {
     "cxr_diffusers.data": 2,
     "cxr_diffusers.convert": 2,
     "cxr_diffusers.losses": 2,
+    "cxr_diffusers.loss_curves": 2,
     "cxr_diffusers.masks": 2,
     "cxr_diffusers.models": 1,
     "cxr_diffusers.metrics": 2,

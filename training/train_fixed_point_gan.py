@@ -21,6 +21,7 @@ from cxr_diffusers import (
 )
 from cxr_diffusers.data import TensorImages
 from cxr_diffusers.hub import publish, write_model_card
+from cxr_diffusers.loss_curves import loss_curves
 from cxr_diffusers.recipe import AdversarialRecipe, parse_command_line
 from cxr_diffusers.training_loop import seeded
 from cxr_diffusers.visualization import save_png, validation_strip
@@ -58,7 +59,9 @@ def main(arguments):
         found = pipeline(model)(shown["image"][:], output_type="np")
         path = Path(config.output_dir) / "validation" / f"step-{step:07d}.png"
         save_png(validation_strip(found.image, found.counterfactual, found.anomaly_map, title=f"step {step}"), path)
-        return {"validation": path}
+        curves = path.parent.parent / "losses.png"
+        save_png(loss_curves({"losses": curves.with_name("log.jsonl")}), curves)
+        return {"validation": path, "losses": curves}
 
     pipeline(
         generator
@@ -72,6 +75,7 @@ def main(arguments):
                 "published at", publish(output_dir, config.hub_model_id or output_dir.name, private=config.hub_private)
             )
         print(f"model:   {output_dir}\npicture: {sorted((output_dir / 'validation').glob('*.png'))[-1]}")
+        print(f"losses:  {output_dir / 'losses.png'}")
         print(f"detect:  cxr-diffusers detect YOUR_IMAGES --model {output_dir} --out maps")
 
 

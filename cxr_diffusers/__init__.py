@@ -13,6 +13,8 @@ if not Path(__file__).with_name("pipelines").is_dir():
 _HOME = {
     "AnomalyOutput": "pipelines",
     "CFGAnomalyPipeline": "pipelines",
+    "ClassifierGuidedPipeline": "pipelines",
+    "GradCAMPipeline": "pipelines",
     "NoisyClassifier": "models.noisy_classifier",
     "build_dataset": "data",
     "load_chexpert": "data",

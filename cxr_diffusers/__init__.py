@@ -13,9 +13,11 @@ if not Path(__file__).with_name("pipelines").is_dir():
 _HOME = {
     "AnomalyOutput": "pipelines",
     "CFGAnomalyPipeline": "pipelines",
+    "ClassifierGuidedPipeline": "pipelines",
     "FixedPointDiscriminator": "models.fixed_point_gan",
     "FixedPointGANPipeline": "pipelines",
     "FixedPointGenerator": "models.fixed_point_gan",
+    "GradCAMPipeline": "pipelines",
     "NoisyClassifier": "models.noisy_classifier",
     "build_dataset": "data",
     "load_chexpert": "data",

@@ -10,7 +10,7 @@ import yaml
 
 @dataclass
 class TrainConfig:
-    """How a run is trained; the `train:` section of a recipe."""
+    """How a run is trained; the `train:` section of a recipe with a UNet or a classifier."""
 
     output_dir: str
     max_steps: int = 50_000  # optimizer updates
@@ -110,8 +110,30 @@ class AdversarialRecipe:
         return {"data": data, **players, "images": self.images}
 
 
+@dataclass
+class ClassifierRecipe:
+    """A classifier: of noised pictures, to guide a diffusion model with, or of pictures as they are."""
+
+    data: dict  # `name` of a loader in cxr_diffusers.data, and its keyword arguments
+    classifier: dict  # of NoisyClassifier; with a `model_type`, of that transformers config (resnet, convnext, ...)
+    train: TrainConfig
+    diffusion: dict = field(default_factory=dict)  # `model`: folder or Hub name of the pipeline that is to be guided
+    images: dict = field(default_factory=dict)  # size, scaling, aspect of the pictures, where there is no `diffusion`
+    validation: dict = field(default_factory=dict)  # keys of `data` that differ for the images measured while training
+    pipeline: dict = field(default_factory=dict)  # the pipeline's `settings`: defaults of its call
+
+    def identity(self):
+        """As `Recipe.identity`."""
+        data = {key: value for key, value in self.data.items() if key != "root"}
+        return {"data": data, "classifier": self.classifier, "diffusion": self.diffusion, "images": self.images}
+
+
+# a section that only one kind of recipe has -> the kind, and that of its `train:`
+KINDS = {"generator": (AdversarialRecipe, AdversarialConfig), "classifier": (ClassifierRecipe, TrainConfig)}
+
+
 def load_recipe(path, overrides=()):
-    """Read a recipe: a `Recipe`, or an `AdversarialRecipe` where there is a section `generator`.
+    """Read a recipe: a `Recipe`, or the kind of `KINDS` whose section it has.
 
     Args:
         path: the YAML file.
@@ -134,7 +156,7 @@ def load_recipe(path, overrides=()):
         for key, value in (values or {}).items():
             if value == "???":
                 raise ValueError(f"{path}: give {section}.{key}, for example: {section}.{key}=/data/CheXpert-v1.0")
-    kind, config = (AdversarialRecipe, AdversarialConfig) if "generator" in sections else (Recipe, TrainConfig)
+    kind, config = next((KINDS[section] for section in sections if section in KINDS), (Recipe, TrainConfig))
     if isinstance(sections.get("train"), dict):
         sections["train"] = build(config, sections["train"], f"{path}: train")
     return build(kind, sections, str(path))

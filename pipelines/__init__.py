@@ -2,6 +2,14 @@
 
 from .cxr_anomaly import AnomalyOutput
 from .pipeline_cfg_anomaly import CFGAnomalyPipeline
+from .pipeline_classifier_guided import ClassifierGuidedPipeline
 from .pipeline_fixed_point_gan import FixedPointGANPipeline
+from .pipeline_grad_cam import GradCAMPipeline
 
-__all__ = ["AnomalyOutput", "CFGAnomalyPipeline", "FixedPointGANPipeline"]
+__all__ = [
+    "AnomalyOutput",
+    "CFGAnomalyPipeline",
+    "ClassifierGuidedPipeline",
+    "FixedPointGANPipeline",
+    "GradCAMPipeline",
+]

@@ -5,6 +5,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import replace_example_docstring
 
 from .cxr_anomaly import AnomalyOutput, anomaly_output, difference_map, prepare_image, smooth_map
+from .cxr_contract import ContractMixin
 from .cxr_portable import PortableMixin
 
 EXAMPLE_DOC_STRING = """
@@ -19,11 +20,8 @@ EXAMPLE_DOC_STRING = """
         ```
 """
 
-# what a call means when neither the caller nor the checkpoint says otherwise: the original procedure
-ORIGINAL_SETTINGS = {"direction": "both", "smoothing": 0.0}
 
-
-class FixedPointGANPipeline(PortableMixin, DiffusionPipeline):
+class FixedPointGANPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
     """Translate an image to the healthy class in one pass, and compare.
 
     After Siddiquee et al. 2019 (https://arxiv.org/abs/1908.06965). The method may be covered by a patent; see
@@ -41,6 +39,8 @@ class FixedPointGANPipeline(PortableMixin, DiffusionPipeline):
         map_threshold: the map value above which a pixel counts as abnormal, found on healthy validation images.
     """
 
+    # what a call means when neither the caller nor the checkpoint says otherwise: the original procedure
+    ORIGINAL_SETTINGS = {"direction": "both", "smoothing": 0.0}
     model_cpu_offload_seq = "generator"
 
     def __init__(
@@ -55,28 +55,10 @@ class FixedPointGANPipeline(PortableMixin, DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(generator=generator)
-        unknown = set(settings or {}) - set(ORIGINAL_SETTINGS)
-        if unknown:
-            raise ValueError(f"expected `settings` among {sorted(ORIGINAL_SETTINGS)}, got {sorted(unknown)}")
         if tuple(data_range) != (-1, 1):
             raise ValueError(f"expected `data_range` [-1, 1], where a generator's answer lies, got {data_range!r}")
-        if isinstance(class_names, dict):
-            class_names = [class_names[str(i)] for i in range(len(class_names))]
-        if class_names is not None and len(class_names) != generator.config.num_classes:
-            raise ValueError(f"expected {generator.config.num_classes} class names, got {class_names}")
-        self.register_to_config(
-            class_names=class_names and {str(i): name for i, name in enumerate(class_names)},
-            data_range=list(data_range),
-            scaling=scaling,
-            aspect=aspect,
-            settings=settings,
-            map_threshold=map_threshold,
-        )
-
-    @property
-    def class_names(self):
-        """The classes' names in the order of their ids, or [] where none were given."""
-        return list((self.config.class_names or {}).values())
+        classes = generator.config.num_classes
+        self.register_contract(classes, class_names, data_range, scaling, aspect, settings, map_threshold)
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -113,8 +95,8 @@ class FixedPointGANPipeline(PortableMixin, DiffusionPipeline):
         """
         # 1. what was asked for
         settings = self.settings(direction=direction, smoothing=smoothing)
-        self.check_inputs(settings, output_type)
-        target = self.label_id(target_label, "target_label")
+        self.check_map(settings, output_type)
+        target = self.label_id(target_label)
 
         # 2. picture -> x
         config = self.generator.config
@@ -138,27 +120,9 @@ class FixedPointGANPipeline(PortableMixin, DiffusionPipeline):
         self.maybe_free_model_hooks()
         return output if return_dict else output.to_tuple()
 
-    def settings(self, **given):
-        """The settings of a call: those given, over the checkpoint's own, over the original procedure's."""
-        given = {name: value for name, value in given.items() if value is not None}
-        return {**ORIGINAL_SETTINGS, **(self.config.settings or {}), **given}
-
-    def label_id(self, label, name="label"):
+    def label_id(self, label):
         """A class id or a class name -> the class id."""
-        names, count = self.class_names, self.generator.config.num_classes
-        if isinstance(label, str) and label in names:
-            return names.index(label)
-        if isinstance(label, int) and 0 <= label < count:
-            return label
-        raise ValueError(f"expected `{name}` among {', '.join([f'0..{count - 1}', *map(repr, names)])}, got {label!r}")
-
-    def check_inputs(self, settings, output_type):
-        if settings["direction"] not in ("both", "bright", "dark"):
-            raise ValueError(f"expected `direction` both, bright or dark, got {settings['direction']!r}")
-        if settings["smoothing"] < 0:
-            raise ValueError(f"expected `smoothing` of 0 or more, got {settings['smoothing']!r}")
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"expected `output_type` pil, np or pt, got {output_type!r}")
+        return self.find_label(label, "target_label", self.generator.config.num_classes)
 
     def translate(self, x, target_label=0):
         """(B, C, H, W) in [-1, 1] -> (B, C, H, W) float32 in [-1, 1], the same chests as if of the target class."""

@@ -5,23 +5,32 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
+from transformers import AutoConfig, AutoModelForImageClassification
 
-from cxr_diffusers import FixedPointDiscriminator, FixedPointGenerator
+from cxr_diffusers import (
+    CFGAnomalyPipeline,
+    ClassifierGuidedPipeline,
+    FixedPointDiscriminator,
+    FixedPointGANPipeline,
+    FixedPointGenerator,
+    GradCAMPipeline,
+    NoisyClassifier,
+)
 from cxr_diffusers.data import LOADERS
-from cxr_diffusers.pipelines import pipeline_cfg_anomaly, pipeline_fixed_point_gan
-from cxr_diffusers.recipe import AdversarialRecipe, Recipe, load_recipe
+from cxr_diffusers.recipe import AdversarialRecipe, ClassifierRecipe, Recipe, load_recipe
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+ROOT = Path(__file__).parent.parent
+PLANS = {"evaluate"}  # what is compared on what: see test_plan.py
+CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if path.stem not in PLANS]
 
 
 def open_recipe(path):
     return load_recipe(path, ["data.root=/nowhere"] if 'root: "???"' in path.read_text() else [])
 
 
-def test_there_are_recipes():
-    names = {path.stem for path in CONFIGS}
-    assert {"chexpert_cfg_256", "cxr_cfg_64", "phantom_cfg_32"} <= names
-    assert {"chexpert_fixed_point_gan_256", "cxr_fixed_point_gan_64", "phantom_fixed_point_gan_32"} <= names
+def test_there_are_recipes_of_every_kind():
+    assert {"chexpert_cfg_256", "cxr_cfg_64", "phantom_cfg_32"} <= {path.stem for path in CONFIGS}
+    assert {type(open_recipe(path)) for path in CONFIGS} >= {Recipe, ClassifierRecipe, AdversarialRecipe}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -34,26 +43,41 @@ def test_a_recipe_builds(path):
     assert f"accelerate launch training/{script}" in path.read_text()
 
 
-def build_diffusion(recipe):
-    """Its script, and the settings that its pipeline knows."""
+def build_unet(recipe):
     with torch.device("meta"):
         unet = UNet2DModel(**recipe.unet)
-    scheduler = DDIMScheduler(**recipe.scheduler)
-    assert scheduler.config.clip_sample is False, "clipping breaks inversion"
-    kind = "unconditional" if unet.class_embedding is None else "cfg"
-    return f"train_{kind}.py", pipeline_cfg_anomaly.ORIGINAL_SETTINGS
+    assert DDIMScheduler(**recipe.scheduler).config.clip_sample is False, "clipping breaks inversion"
+    script = "train_unconditional.py" if unet.class_embedding is None else "train_cfg.py"
+    return script, CFGAnomalyPipeline.ORIGINAL_SETTINGS
+
+
+def build_classifier(recipe):
+    if "model_type" in recipe.classifier:
+        with torch.device("meta"):
+            AutoModelForImageClassification.from_config(AutoConfig.for_model(**recipe.classifier))
+        assert recipe.images["size"] and not recipe.diffusion
+        return "train_classifier.py", GradCAMPipeline.ORIGINAL_SETTINGS
+    guided = recipe.diffusion["model"]
+    if not (ROOT / guided / "unet").is_dir():  # then it is the run of another recipe
+        guided = open_recipe(ROOT / "configs" / f"{Path(guided).name}.yaml")
+        size = guided.unet["sample_size"]
+    else:
+        size = UNet2DModel.load_config(ROOT / guided, subfolder="unet")["sample_size"]
+    with torch.device("meta"):
+        NoisyClassifier(sample_size=size, **recipe.classifier)
+    return "train_classifier.py", ClassifierGuidedPipeline.ORIGINAL_SETTINGS
 
 
 def build_players(recipe):
     with torch.device("meta"):
         generator = FixedPointGenerator(**recipe.generator)
         shared = {key: generator.config[key] for key in ("sample_size", "in_channels", "num_classes")}
-        discriminator = FixedPointDiscriminator(**shared, **recipe.discriminator)
-    assert discriminator.config.sample_size == generator.config.sample_size
-    return "train_fixed_point_gan.py", pipeline_fixed_point_gan.ORIGINAL_SETTINGS
+        FixedPointDiscriminator(**shared, **recipe.discriminator)
+    return "train_fixed_point_gan.py", FixedPointGANPipeline.ORIGINAL_SETTINGS
 
 
-BUILD = {Recipe: build_diffusion, AdversarialRecipe: build_players}
+# a kind of recipe -> function(recipe) that builds its models and answers with (script, the settings of its pipeline)
+BUILD = {Recipe: build_unet, ClassifierRecipe: build_classifier, AdversarialRecipe: build_players}
 
 
 def test_the_seeds_recipe_is_the_seeds_model():

@@ -20,7 +20,7 @@ from cxr_diffusers import (
     train_adversarial,
 )
 from cxr_diffusers.data import TensorImages
-from cxr_diffusers.hub import publish, write_model_card
+from cxr_diffusers.hub import describe_training, publish, write_model_card
 from cxr_diffusers.loss_curves import loss_curves
 from cxr_diffusers.recipe import AdversarialRecipe, parse_command_line
 from cxr_diffusers.training_loop import seeded
@@ -53,7 +53,9 @@ def main(arguments):
 
     def save(model, folder):
         pipeline(model).save_pretrained(folder)
-        write_model_card(folder, training=describe(recipe, len(dataset)), name=config.hub_model_id)
+        write_model_card(
+            folder, training=describe_training(recipe, images.size, len(dataset)), name=config.hub_model_id
+        )
 
     def validate(model, step):
         found = pipeline(model)(shown["image"][:], output_type="np")
@@ -84,18 +86,6 @@ def build_players(recipe):
     generator = FixedPointGenerator(**recipe.generator)
     shared = {key: generator.config[key] for key in ("sample_size", "in_channels", "num_classes")}
     return generator, FixedPointDiscriminator(**shared, **recipe.discriminator)
-
-
-def describe(recipe, num_images):
-    """What this run learns from, for the reader of its model card (Markdown)."""
-    size, config = recipe.generator["sample_size"], recipe.train
-    data = ", ".join(f"{k}={v}" for k, v in recipe.data.items() if k != "root")
-    return (
-        f"{num_images} images ({data}), {size} x {size} pixels; up to {config.max_steps} updates of the discriminator, "
-        f"one of the generator in {config.n_critic} of them, batch {config.batch_size} per process, seed "
-        f"{config.seed}; averaged (EMA) weights of the generator.\n\n"
-        "Name the source and the licence of your data here before you publish."
-    )
 
 
 if __name__ == "__main__":

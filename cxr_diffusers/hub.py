@@ -60,8 +60,8 @@ METHODS = {
     "by classifier-free guidance; the anomaly map is what had to change.",
     "ClassifierGuidedPipeline": "A diffusion model turns a radiograph into the same chest as if healthy, along the\n"
     "gradient of a classifier; the anomaly map is what had to change.",
-    "FixedPointGANPipeline": "A Fixed-Point GAN translates a radiograph to the same chest as if healthy in one pass; the\n"
-    "anomaly map is what had to change.",
+    "FixedPointGANPipeline": "A Fixed-Point GAN translates a radiograph to the same chest as if healthy in one\n"
+    "pass; the anomaly map is what had to change.",
     "GradCAMPipeline": "The map is where an image classifier finds its evidence against healthy (Grad-CAM). There is\n"
     "no counterfactual in it: a comparison partner for methods that make one.",
 }

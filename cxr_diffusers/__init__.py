@@ -14,6 +14,7 @@ _HOME = {
     "AnomalyOutput": "pipelines",
     "CFGAnomalyPipeline": "pipelines",
     "build_dataset": "data",
+    "load_brats": "data",
     "load_chexpert": "data",
     "load_folder": "data",
     "load_hub": "data",

@@ -21,7 +21,8 @@ examples:
 {PROCESSES.format(command="detect")}"""
 EVALUATE = f"""\
 DATA is a folder of images (healthy/ and diseased/, masks or boxes beside them), or NAME:key=value,... where NAME is
-chexpert, folder, hub, nih, phantom or table and the keys are those of the loader load_NAME in cxr_diffusers.data.
+brats, chexpert, folder, hub, nih, phantom or table and the keys are those of the loader load_NAME in
+cxr_diffusers.data.
 
 examples:
   cxr-diffusers evaluate /data/testing --healthy /data/validation/healthy --out report
@@ -61,7 +62,7 @@ def main(arguments=None):
         return 2
     try:
         return options.run(options) or 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         # what a user can mend is a line, not a traceback
         print(f"cxr-diffusers {options.command}: {error}", file=sys.stderr)
         return 2
@@ -78,7 +79,7 @@ def build_parser():
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     detect = add_command(commands, "detect", run_detect, "an anomaly map for each image of a file or folder", DETECT)
-    detect.add_argument("images", nargs="+", type=Path, help="png, jpg, tif, npy or DICOM files, or folders of them")
+    detect.add_argument("images", nargs="+", type=Path, help="png, jpg, tif, npy or DICOM files, or folders")
     detect.add_argument("--out", type=Path, required=True, help="folder for pictures, maps and results.csv")
     detect.add_argument("--map-format", choices=["png", "npy"], default="png", help="16-bit PNG or float32 npy")
     detect.add_argument("--save-counterfactual", action="store_true", help="as a PNG, at the model's resolution")

@@ -208,7 +208,7 @@ def name_files(found, rows):
 
 
 def stamp(path):
-    """What tells a file, or a slice's folder, and its content from another: [absolute path, bytes, time of change, ns]."""
+    """What tells a file, or a slice's folder, and its content from another: [path, bytes, time of change in ns]."""
     found = [file.stat() for file in (path.iterdir() if path.is_dir() else [path])]
     return [str(path.resolve()), sum(s.st_size for s in found), max(s.st_mtime_ns for s in found)]
 

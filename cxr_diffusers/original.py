@@ -35,6 +35,9 @@ def run_as_original(
     guidance_scale=4.0,
     num_steps=1000,
     target_label=0,
+    classifier=None,
+    classifier_scale=100.0,
+    classifier_at="timestep",
     clip_denoised=True,
     scheduler=None,
     first_noise=None,
@@ -42,27 +45,36 @@ def run_as_original(
     output_type="pt",
     progress=True,
 ):
-    """Encode and decode as the CFG fork of guided-diffusion does (DDIM), or Wolleb's code without its classifier.
+    """Encode and decode as the CFG fork of guided-diffusion does (DDIM), or, with a classifier, as Wolleb's code does.
 
-    Differences from `CFGAnomalyPipeline`, all of them the original's: the picture is first noised at random (to the
-    level of the first timestep); encoding starts one index late and decoding two indices below where encoding ended;
-    the predicted picture is clamped to [-1, 1], even for data in [0, 1], and the noise derived anew from it.
+    Differences from our pipelines, all of them the originals': the picture is first noised at random (to the level of
+    the first timestep); encoding starts one index late and decoding two indices below where encoding ended; the
+    predicted picture is clamped to [-1, 1], even for data in [0, 1], and the noise derived anew from it.
     docs/faithfulness.md says how much each of these changes a map.
 
+    With a classifier (Wolleb et al. 2022, https://arxiv.org/abs/2203.04306, algorithm 1) both ways name the target, and
+    each step of decoding adds its gradient to the noise after the clamp: eps <- eps - sqrt(1 - abar) s grad log p.
+
     Args:
-        model: a pipeline with `unet` and `scheduler`, or a `UNet2DModel` (then the preparation is the fork's).
+        model: a pipeline with `unet` and `scheduler`, or a `UNet2DModel` (then the preparation is the fork's). A
+            pipeline's `classifier` is used.
         image: whatever `prepare_image` takes. A (B, C, size, size) tensor is taken as prepared, in the model's range.
         noise_level: an *index* into the chain of `num_steps` steps, 2..num_steps: 500 with 1000 steps is 25 with 50.
         guidance_scale: w of eps = (1 + w) eps(target) - w eps(null). -1 switches guidance off: then encoding and
             decoding are both conditional on `target_label` (with Wolleb's and OpenAI's models, which know no null
-            label, this is the only value that means something).
+            label, this is the only value that means something). Not used with a classifier.
         num_steps: steps of the whole chain, the N of `ddimN`: 1000 // stride, rounded up, for some whole stride.
         target_label: the class to decode to.
+        classifier: (x, timesteps) -> logits, for a bare UNet.
+        classifier_scale: s above.
+        classifier_at: "timestep", or "index" for what Wolleb's code does: it asks the classifier at the index into the
+            chain, which is another timestep whenever `num_steps` is not the training chain's. (Corrected in the fork.)
         clip_denoised: the clamp above.
         scheduler: the training chain's, for a bare UNet (default: linear, 1000 steps).
         first_noise: (B, C, size, size), the noise of the first step; default: drawn with `generator`.
         output_type: of `AnomalyOutput`'s fields: "pt", "np" or "pil".
-        progress: show a bar; at 1000 steps and noise level 500 there are 998 steps with 1497 evaluations a picture.
+        progress: show a bar; at 1000 steps and noise level 500 there are 998 steps with 1497 evaluations a picture
+            (with a classifier: 998, and 499 of the classifier and its gradient).
 
     Returns:
         `OriginalOutput`. Unlike the original's, the batch may be larger than 1.
@@ -71,14 +83,19 @@ def run_as_original(
         ValueError: `num_steps` without a stride, a level or label out of range, a model that predicts something else
             than the noise.
     """
-    unet, scheduler, preparation = parts(model, scheduler)
+    unet, classifier, scheduler, preparation = parts(model, classifier, scheduler)
     chain = respaced_chain(scheduler, num_steps)
-    check_inputs(unet, scheduler, noise_level, num_steps, target_label, guidance_scale)
+    guided = guidance_scale != -1 and classifier is None
+    check_inputs(unet, classifier, scheduler, noise_level, num_steps, target_label, guided)
+    if classifier_at not in ("timestep", "index"):
+        raise ValueError(f"expected `classifier_at` timestep or index, got {classifier_at!r}")
     x0 = prepare(image, unet, **preparation)
     if first_noise is None:
         first_noise = randn_tensor(x0.shape, generator=generator, device=x0.device)
-    guided = guidance_scale != -1
-    null_label = unet.config.num_class_embeds - 1
+    null_label = (unet.config.num_class_embeds or 0) - 1
+    steer = None
+    if classifier is not None:
+        steer = classifier_gradient(classifier, target_label, classifier_scale, chain, classifier_at)
 
     with tqdm(total=2 * (noise_level - 1), disable=not progress, unit="step") as bar:
         x = first_noising(x0, first_noise.to(x0), chain)
@@ -87,7 +104,7 @@ def run_as_original(
         latents = travel(source, x, chain, range(1, noise_level), +1, clip_denoised, bar.update)
         bar.set_description("decoding")
         target = guided_predictor(unet, target_label, null_label, guidance_scale) if guided else source
-        sample = travel(target, latents, chain, range(noise_level - 2, -1, -1), -1, clip_denoised, bar.update)
+        sample = travel(target, latents, chain, range(noise_level - 2, -1, -1), -1, clip_denoised, bar.update, steer)
 
     output = anomaly_output(
         x0, sample, difference_map(x0, sample, preparation["data_range"]), preparation["data_range"], output_type
@@ -101,8 +118,8 @@ class OriginalProcedure:
     Args:
         pipeline: its components and its preparation of pictures are used, its settings are not.
 
-    `num_inference_steps` is `run_as_original`'s `num_steps`, and `noise_level` an index into as many steps. Without a
-    generator the noise of the first step is that of seed 0.
+    `num_inference_steps` is `run_as_original`'s `num_steps`, and `noise_level` an index into as many steps. A pipeline
+    with a classifier runs Wolleb's procedure. Without a generator the noise of the first step is that of seed 0.
     """
 
     def __init__(self, pipeline):
@@ -115,6 +132,7 @@ class OriginalProcedure:
         noise_level=500,
         num_inference_steps=1000,
         target_label=0,
+        classifier_scale=100.0,
         generator=None,
         output_type="pil",
     ):
@@ -125,6 +143,7 @@ class OriginalProcedure:
             noise_level=noise_level,
             num_steps=num_inference_steps,
             target_label=target_label,
+            classifier_scale=classifier_scale,
             generator=generator or torch.Generator().manual_seed(0),
             output_type=output_type,
             progress=False,
@@ -203,22 +222,26 @@ def first_noising(x0, noise, chain):
     return chain.alpha(0) ** 0.5 * x0 + (1 - chain.alpha(0)) ** 0.5 * noise
 
 
-def travel(predict, x, chain, indices: Iterable[int], direction, clip, on_step=lambda: None):
+def travel(predict, x, chain, indices: Iterable[int], direction, clip, on_step=lambda: None, steer=None):
     """From index to index + `direction`, for each of `indices`: +1 encodes, -1 decodes.
 
     `predict(x, t)` -> the noise in x, (B, C, H, W), with `t` a timestep of the training chain.
+    `steer(x, index)` -> the gradient that guides, (B, C, H, W); None: nothing does.
     """
     for index in indices:
         noise = predict(x, int(chain.timesteps[index]))
-        x, _ = ddim_step(x, noise, chain.alpha(index), chain.alpha(index + direction), clip)
+        gradient = None if steer is None else steer(x, index)
+        x, _ = ddim_step(x, noise, chain.alpha(index), chain.alpha(index + direction), clip, gradient)
         on_step()
     return x
 
 
-def ddim_step(x, noise, alpha, new_alpha, clip):
+def ddim_step(x, noise, alpha, new_alpha, clip, gradient=None):
     """One deterministic DDIM step from alpha bar `alpha` to `new_alpha`: (new x, predicted picture), (B, C, H, W) each.
 
-    With `clip` the predicted picture is clamped to [-1, 1] and the noise derived anew from it.
+    With `clip` the predicted picture is clamped to [-1, 1] and the noise derived anew from it. A classifier's gradient
+    comes after that (Dhariwal & Nichol 2021, https://arxiv.org/abs/2105.05233, algorithm 2), and nothing is clamped
+    any more.
     """
     # the coefficients of x and of the noise in the picture that they predict
     a, b = (1 / alpha) ** 0.5, (1 / alpha - 1) ** 0.5
@@ -226,14 +249,17 @@ def ddim_step(x, noise, alpha, new_alpha, clip):
     if clip:
         x0 = x0.clamp(-1, 1)
     noise = (a * x - x0) / b
+    if gradient is not None:
+        noise = noise - (1 - alpha) ** 0.5 * gradient
+        x0 = a * x - b * noise
     return new_alpha**0.5 * x0 + (1 - new_alpha) ** 0.5 * noise, x0
 
 
 def noise_predictor(unet, label):
-    """`predict(x, t)` of one class; a learned variance is split off."""
+    """`predict(x, t)` of one class (of none for an unconditional UNet); a learned variance is split off."""
 
     def predict(x, t):
-        labels = torch.full((len(x),), label, device=x.device)
+        labels = torch.full((len(x),), label, device=x.device) if unet.config.num_class_embeds else None
         return unet(x.to(unet.dtype), t, class_labels=labels).sample[:, : x.shape[1]].float()
 
     return predict
@@ -251,12 +277,26 @@ def guided_predictor(unet, target_label, null_label, guidance_scale):
     return predict
 
 
-def parts(model, scheduler):
-    """(unet, scheduler, how pictures are prepared) of a pipeline or of a bare UNet."""
+def classifier_gradient(classifier, target_label, scale, chain, at="timestep"):
+    """`steer(x, index)`: s grad_x log p(target | x_t, t); `at` the "timestep", or at the "index" as Wolleb's code."""
+
+    @torch.enable_grad()
+    def steer(x, index):
+        x = x.detach().requires_grad_()
+        t = index if at == "index" else int(chain.timesteps[index])
+        logits = classifier(x, torch.full((len(x),), t, device=x.device)).float()
+        return scale * torch.autograd.grad(logits.log_softmax(-1)[:, target_label].sum(), x)[0]
+
+    return steer
+
+
+def parts(model, classifier, scheduler):
+    """(unet, classifier or None, scheduler, how pictures are prepared) of a pipeline or of a bare UNet."""
     preparation = {"data_range": (0.0, 1.0), "scaling": "minmax", "aspect": "squash"}
     if isinstance(model, UNet2DModel):
-        return model, scheduler or DDIMScheduler(), preparation
-    return model.unet, scheduler or model.scheduler, {name: model.config[name] for name in preparation}
+        return model, classifier, scheduler or DDIMScheduler(), preparation
+    preparation = {name: model.config[name] for name in preparation}
+    return model.unet, classifier or model.components.get("classifier"), scheduler or model.scheduler, preparation
 
 
 def prepare(image, unet, data_range, scaling, aspect):
@@ -266,17 +306,17 @@ def prepare(image, unet, data_range, scaling, aspect):
     return image.to(unet.device, torch.float32)
 
 
-def check_inputs(unet, scheduler, noise_level, num_steps, target_label, guidance_scale):
+def check_inputs(unet, classifier, scheduler, noise_level, num_steps, target_label, guided):
     if scheduler.config.prediction_type != "epsilon":
         raise ValueError(f"expected a model that predicts the noise, got {scheduler.config.prediction_type!r}")
     if not 2 <= noise_level <= num_steps:
         raise ValueError(
             f"expected `noise_level` to be an index into {num_steps} steps, 2..{num_steps}, got {noise_level}"
         )
-    classes = unet.config.num_class_embeds
+    classes = unet.config.num_class_embeds or (classifier is not None and classifier.config.num_classes)
     if not classes:
         raise ValueError("expected a UNet with class embeddings, got an unconditional one")
-    # the last embedding is the null label, unless guidance is off: then every one may be a class
-    last = classes - 1 if guidance_scale == -1 else classes - 2
+    # the last embedding is the null label, unless guidance is off or a classifier's: then every one may be a class
+    last = classes - 2 if guided else classes - 1
     if not 0 <= target_label <= last:
         raise ValueError(f"expected `target_label` in 0..{last}, got {target_label}")

@@ -12,7 +12,7 @@ demo: $(STAMP)  ## detect on the sample radiographs with the shipped model
 	@echo "yours:    $(BIN)/cxr-diffusers detect YOUR_IMAGES --out maps"
 
 test: $(STAMP)  ## the whole suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 slow: $(STAMP)  ## full-size checks, minutes each
 	$(BIN)/python -m pytest -m slow

@@ -1,12 +1,14 @@
 """A pipeline folder that carries its own code: it opens where only diffusers is installed."""
 
 import hashlib
+import importlib
 import inspect
 import json
 import os
 import re
 from pathlib import Path
 
+from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
 
 
@@ -19,7 +21,10 @@ class PortableMixin:
         DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)    where this package is not installed
         TheClass.from_pretrained(folder)                                     where it is: the installed code runs
 
-    It leans on two hooks of diffusers, `save_config` and `_dict_from_json_file`; tests hold them in place.
+    So do components of ours (a classifier, a generator): their file lies in the component's folder.
+
+    It leans on two hooks of diffusers, `save_config` and `_dict_from_json_file`, and on its table of loadable classes;
+    tests hold them in place.
     """
 
     def save_config(self, save_directory, push_to_hub=False, **kwargs):
@@ -35,10 +40,13 @@ class PortableMixin:
 
     @classmethod
     def _dict_from_json_file(cls, json_file):
-        """Asked for by its class, a folder opens with that class and without its own code."""
+        """Asked for by its class, a folder opens with that class and our installed ones, without its own code."""
         config = super()._dict_from_json_file(json_file)
         if isinstance(config.get("_class_name"), list):
             config["_class_name"] = cls.__name__
+        for name, value in config.items():
+            if isinstance(value, list) and len(value) == 2 and isinstance(value[1], str):
+                config[name] = installed(*value)
         return config
 
     def push_to_hub(self, repo_id, **kwargs):
@@ -53,6 +61,18 @@ class PortableMixin:
             for file in (card, *(p for p in card.parent.glob("*.png") if f"({p.name})" in shown)):
                 api.upload_file(path_or_fileobj=file, path_in_repo=file.name, repo_id=repo_id)
         return super().push_to_hub(repo_id, **kwargs)
+
+
+def installed(library, class_name):
+    """[library, class] of a component -> the same, or [this package, class] where it is installed and has the class."""
+    package = __name__.rpartition(".pipelines.")[0]  # "" in a process that knows this file from a model's folder only
+    if library in ("diffusers", "transformers") or not package:
+        return [library, class_name]
+    if not hasattr(importlib.import_module(package), class_name):
+        return [library, class_name]
+    LOADABLE_CLASSES.setdefault(package, {})[class_name] = ["save_pretrained", "from_pretrained"]
+    ALL_IMPORTABLE_CLASSES[class_name] = LOADABLE_CLASSES[package][class_name]
+    return [package, class_name]
 
 
 def is_ours(component):

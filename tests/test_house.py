@@ -21,6 +21,7 @@ FLOORS = {
     "cxr_diffusers.convert": 2,
     "cxr_diffusers.losses": 2,
     "cxr_diffusers.masks": 2,
+    "cxr_diffusers.models": 1,
     "cxr_diffusers.metrics": 2,
     "cxr_diffusers.original": 2,
     "cxr_diffusers.processes": 2,

@@ -13,6 +13,7 @@ if not Path(__file__).with_name("pipelines").is_dir():
 _HOME = {
     "AnomalyOutput": "pipelines",
     "CFGAnomalyPipeline": "pipelines",
+    "ClassMatrixUNet": "models.class_matrix_unet",
     "NoisyClassifier": "models.noisy_classifier",
     "build_dataset": "data",
     "load_brats": "data",

@@ -43,9 +43,10 @@ example (flags as in the original's README; those of training and sampling may s
 """
 # the originals' flags that do not change what a checkpoint computes
 NOT_NEEDED = (
-    "batch_size data_dir dataset ema_rate fp16_scale_growth guidance_scale log_interval lr lr_anneal_steps microbatch "
-    "model_path noise_level num_samples p_uncond rescale_learned_sigmas resume_checkpoint save_interval "
-    "schedule_sampler timestep_respacing use_checkpoint use_ddim use_fp16 use_kl weight_decay"
+    "anneal_lr batch_size classifier_scale classifier_use_fp16 data_dir dataset ema_rate eval_interval "
+    "fp16_scale_growth guidance_scale log_interval lr lr_anneal_steps microbatch model_path "
+    "noise_level num_samples p_uncond rescale_learned_sigmas resume_checkpoint save_interval schedule_sampler "
+    "timestep_respacing use_checkpoint use_ddim use_fp16 use_kl weight_decay"
 ).split()
 CALL = (
     "guidance_scale noise_level num_inference_steps negative_label source_label num_refinements compare_with "
@@ -124,6 +125,7 @@ def build_parser():
     convert = add_command(commands, "convert", run_convert, text, CONVERT)
     convert.add_argument("checkpoint", type=Path, help=".pt or .safetensors")
     convert.add_argument("output", type=Path)
+    convert.add_argument("--classifier_path", type=Path, help="checkpoint of the encoder classifier that guides it")
     convert.add_argument("--overwrite", action="store_true", help="replace the output folder")
     add_conversion_flags(convert)
     return parser
@@ -149,7 +151,8 @@ def add_pipeline_options(parser):
     parser.add_argument(
         "--as-original",
         action="store_true",
-        help="the procedure as guided-diffusion's CFG fork ran it, offsets and clamp included (docs/faithfulness.md)",
+        help="the procedure as guided-diffusion's CFG fork (or, with a classifier, Wolleb's code) ran it, offsets and "
+        "clamp included (docs/faithfulness.md)",
     )
     call = parser.add_argument_group("of the pipeline (default: the model's own)")
     call.add_argument("--guidance-scale", type=float, help="w of (1 + w) target - w negative")
@@ -185,7 +188,8 @@ def open_pipeline(options):
         return pipeline
     from .original import OriginalProcedure
 
-    unknown = sorted(set(call_kwargs(options)) - {"guidance_scale", "noise_level", "num_inference_steps"})
+    scale = "classifier_scale" if "classifier" in pipeline.components else "guidance_scale"
+    unknown = sorted(set(call_kwargs(options)) - {scale, "noise_level", "num_inference_steps"})
     if unknown:
         raise ValueError(f"the original procedure knows no {', '.join(unknown)}: leave it out with --as-original")
     return OriginalProcedure(pipeline)
@@ -320,8 +324,9 @@ def run_convert(options):
             flags |= {name: parse_flag(name, text)} if text is not None else {}
         except ValueError as error:
             raise ValueError(f"--{name} {text}: {error}") from None
-    info = convert_checkpoint(options.checkpoint, options.output, overwrite=options.overwrite, **flags)
-    what = info["pipeline"] or "unet/ and scheduler/ (no classes, hence no pipeline)"
+    more = {"classifier_path": options.classifier_path, "overwrite": options.overwrite}
+    info = convert_checkpoint(options.checkpoint, options.output, **more, **flags)
+    what = info["pipeline"] or "a network and its scheduler/ (no classes or no model to guide, hence no pipeline)"
     print(f"{options.output}: {what}. What was read from the tensors: {options.output / 'conversion.json'}")
 
 

@@ -275,7 +275,12 @@ def parts(model, classifier, scheduler):
     if isinstance(model, UNet2DModel):
         return model, classifier, scheduler or DDIMScheduler(), preparation
     preparation = {name: model.config[name] for name in preparation}
-    return model.unet, classifier or model.components.get("classifier"), scheduler or model.scheduler, preparation
+    classifier = model.components.get("classifier") if classifier is None else classifier
+    if type(classifier).__module__.startswith("transformers."):
+        raise ValueError(
+            f"expected a classifier of noised pictures, (x_t, t) -> logits, got {type(classifier).__name__}"
+        )
+    return model.unet, classifier, scheduler or model.scheduler, preparation
 
 
 def prepare(image, unet, data_range, scaling, aspect):
@@ -292,7 +297,9 @@ def check_inputs(unet, classifier, scheduler, noise_level, num_steps, target_lab
         raise ValueError(
             f"expected `noise_level` to be an index into {num_steps} steps, 2..{num_steps}, got {noise_level}"
         )
-    classes = unet.config.num_class_embeds or (classifier is not None and classifier.config.num_classes)
+    classes = unet.config.num_class_embeds
+    if classifier is not None:
+        classes = min(n for n in (classes, classifier.config.num_classes) if n)
     if not classes:
         raise ValueError("expected a UNet with class embeddings, got an unconditional one")
     # the last embedding is the null label, unless guidance is off or a classifier's: then every one may be a class

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from .flags import CHANNEL_MULT, V2_REFUSED
+from .flags import CHANNEL_MULT
 
 
 @dataclass(frozen=True)
@@ -13,6 +13,7 @@ class Architecture:
     block_out_channels: channels of each level, the finest first.
     attention_levels: those of them, counted from 0, that have attention (the middle block always has).
     num_classes: None without labels.  class_mlp: the class vector passes an MLP (the CFG fork, `clf_free`).
+    class_matrix: the CFG fork's version 2, whose attention sees the class.
     pool: of a classifier, "attention" or "adaptive"; its `out_channels` are the logits.
     """
 
@@ -27,6 +28,7 @@ class Architecture:
     scale_shift: bool
     num_classes: int | None
     class_mlp: bool
+    class_matrix: bool = False
     pool: str | None = None
 
 
@@ -34,11 +36,9 @@ def read_architecture(state_dict, image_size=None):
     """{name: tensor} -> `Architecture`.
 
     Raises:
-        ValueError: a tensor that says something about the architecture is missing, the CFG fork's v2, or a first level
-            narrower or wider than the base channels (512 px).
+        ValueError: a tensor that says something about the architecture is missing, or a first level narrower or wider
+            than the base channels (512 px).
     """
-    if any(".encoder_kv." in name for name in state_dict):
-        raise ValueError(V2_REFUSED)
     if not any(name.startswith("output_blocks.") for name in state_dict):
         raise ValueError("expected the state_dict of a guided-diffusion UNet, found no tensor output_blocks.*")
     updown, layers, levels = read_decoder(state_dict)
@@ -49,6 +49,7 @@ def read_architecture(state_dict, image_size=None):
         updown=updown,
         num_classes=shape(state_dict, "label_emb.weight", 2)[0] if "label_emb.weight" in state_dict else None,
         class_mlp=any(name.startswith("cond_embed.") for name in state_dict),
+        class_matrix=any(".encoder_kv." in name for name in state_dict),
         **encoder,
     )
 

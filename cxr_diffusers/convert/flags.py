@@ -61,7 +61,7 @@ class ConversionFlags:
     class_cond: bool | None = flag(None, "the network takes class labels")
     num_classes: int | None = flag(None, "how many")
     clf_free: bool | None = flag(None, "the CFG fork's class MLP, trained with dropped labels")
-    unet_version: str | None = flag(None, "v1 or v2 of the CFG fork (v2 is refused)")
+    unet_version: str | None = flag(None, "v1 or v2 of the CFG fork")
     classifier_width: int | None = flag(None, "a classifier's base channels")
     classifier_depth: int | None = flag(None, "its residual blocks per level")
     classifier_attention_resolutions: str | None = flag(None, "its sides of the feature maps with attention")
@@ -88,15 +88,7 @@ def read_flags(values):
         )
     if flags.unet_version not in (None, "v1", "v2"):
         raise ValueError(f"expected unet_version v1 or v2, got {flags.unet_version!r}")
-    if flags.unet_version == "v2":
-        raise ValueError(V2_REFUSED)
     return flags
-
-
-V2_REFUSED = (
-    "unet_version v2 puts a class matrix in front of the keys and values of every attention block (encoder_kv), which "
-    "UNet2DModel has no place for: not convertible. v1, the version of the fork's README, is."
-)
 
 
 def parse_flag(name, text):
@@ -140,7 +132,7 @@ def flags_in_tensors(architecture):
         "class_cond": a.num_classes is not None,
         "num_classes": a.num_classes,
         "clf_free": a.class_mlp,
-        "unet_version": "v1",
+        "unet_version": "v2" if a.class_matrix else "v1",
     }
 
 

@@ -24,7 +24,8 @@ def convert_state_dict(state_dict, **flags):
             `classifier_`, the chain's, image_size, in_channels, num_classes and class_names.
 
     Returns:
-        (unet, scheduler, info): a `UNet2DModel` in evaluation mode, float32; a `DDIMScheduler` with the schedule of
+        (unet, scheduler, info): a `UNet2DModel` (for the fork's unet_version v2 our subclass of it, `ClassMatrixUNet`)
+        in evaluation mode, float32; a `DDIMScheduler` with the schedule of
         the training chain (`clip_sample` off: `run_as_original` clips by itself); and a dict with the following.
         For a classifier a `NoisyClassifier` is in the UNet's place, and the dict has `class_names`, `flags`, `assumed`
         and `num_parameters` alone.
@@ -49,7 +50,7 @@ def convert_state_dict(state_dict, **flags):
     architecture = read_architecture(state_dict, flags.image_size)
     check_flags(flags, architecture)
     with torch.device("meta"):
-        unet = UNet2DModel(**unet_config(architecture, flags))
+        unet = unet_class(architecture, flags)(**unet_config(architecture, flags))
     unet.load_state_dict(convert_weights(state_dict, unet, architecture, flags.use_new_attention_order), assign=True)
     source = flags.source or guess_source(architecture)
     info = {
@@ -101,6 +102,19 @@ def class_names(flags, architecture):
     if len(flags.class_names) != count:
         raise ValueError(f"expected a class name for each of {count} classes, got {list(flags.class_names)}")
     return list(flags.class_names)
+
+
+def unet_class(architecture, flags):
+    if not architecture.class_matrix:
+        return UNet2DModel
+    from ..models.class_matrix_unet import ClassMatrixUNet
+
+    if not architecture.class_mlp or flags.use_new_attention_order:
+        raise ValueError(
+            "unet_version v2 (tensors encoder_kv) is known with the fork's class MLP and the legacy attention order "
+            f"alone, got clf_free {architecture.class_mlp}, use_new_attention_order {flags.use_new_attention_order}"
+        )
+    return ClassMatrixUNet
 
 
 def unet_config(architecture, flags):

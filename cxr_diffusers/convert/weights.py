@@ -88,10 +88,17 @@ def attention_moves(unet, architecture, new_order):
             yield f"{old}.norm.{kind}", (channels,), {f"{new}.group_norm.{kind}": same}
             yield f"{old}.proj_out.{kind}", (channels, *tail), {f"{new}.to_out.0.{kind}": as_linear}
             thirds = {
-                f"{new}.to_{name}.{kind}": partial(third, index=i, heads=heads, new_order=new_order)
+                f"{new}.to_{name}.{kind}": partial(part, index=i, count=3, heads=heads, new_order=new_order)
                 for i, name in enumerate("qkv")
             }
             yield f"{old}.qkv.{kind}", (3 * channels, *tail), thirds
+            if architecture.class_matrix:
+                tail = (4 * architecture.model_channels, 1) if kind == "weight" else ()
+                halves = {
+                    f"{new}.processor.to_{name}.{kind}": partial(part, index=i, count=2, heads=heads)
+                    for i, name in enumerate("kv")
+                }
+                yield f"{old}.encoder_kv.{kind}", (2 * channels, *tail), halves
 
 
 def head_moves(classifier, architecture):
@@ -115,12 +122,12 @@ def as_linear(tensor):
     return tensor.flatten(1) if tensor.ndim > 1 else tensor
 
 
-def third(tensor, index, heads, new_order):
-    """The rows of q, k or v (`index` 0, 1, 2) of a qkv tensor, head after head."""
+def part(tensor, index, count, heads, new_order=False):
+    """The rows of q, k or v (`index` 0, 1, 2) of a qkv tensor (or of k or v of two), head after head."""
     tensor = as_linear(tensor)
     if new_order:
-        return tensor.chunk(3)[index]
-    return tensor.unflatten(0, (heads, 3, -1))[:, index].flatten(0, 1)
+        return tensor.chunk(count)[index]
+    return tensor.unflatten(0, (heads, count, -1))[:, index].flatten(0, 1)
 
 
 def residual_blocks(architecture):

@@ -15,7 +15,6 @@ import torch
 from machine import describe_machine, markdown
 
 from cxr_diffusers import CFGAnomalyPipeline, default_checkpoint, load_phantom
-from cxr_diffusers.pipelines.pipeline_cfg_anomaly import ORIGINAL_SETTINGS
 
 HEADER = ["", "images a call", "forwards an image", "seconds an image", "of the original's time", "map moves by"]
 
@@ -27,7 +26,7 @@ def main(arguments=None):
     pictures = load_phantom(options.batch_size, size=256, diseased_fraction=1.0)["image"][:]
     print(f"{describe_machine(options.device)}\n{options.model}, own settings over the original's\n")
     float32, bfloat16, last = (open_pipeline(options, kind) for kind in ("float32", "bfloat16", "channels_last"))
-    original = {**ORIGINAL_SETTINGS, "num_inference_steps": options.original_steps}
+    original = {**CFGAnomalyPipeline.ORIGINAL_SETTINGS, "num_inference_steps": options.original_steps}
     rows = [
         ("original procedure", measure(float32, pictures[:1], original)),  # once: it takes long enough to be steady
         ("default", measure(float32, pictures[:1], {}, options.repeat)),

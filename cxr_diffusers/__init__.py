@@ -13,7 +13,9 @@ if not Path(__file__).with_name("pipelines").is_dir():
 _HOME = {
     "AnomalyOutput": "pipelines",
     "CFGAnomalyPipeline": "pipelines",
+    "ClassifierGuidedPipeline": "pipelines",
     "ClassMatrixUNet": "models.class_matrix_unet",
+    "GradCAMPipeline": "pipelines",
     "NoisyClassifier": "models.noisy_classifier",
     "build_dataset": "data",
     "load_brats": "data",

@@ -153,6 +153,22 @@ def write_model_card(
     write_file(folder / "README.md", str(ModelCard(text)).encode())
 
 
+def describe_training(recipe, size, num_images):
+    """What a run learns from, for the reader of its model card (Markdown).
+
+    Args:
+        recipe: a recipe of any kind.
+        size: side of its pictures, in pixels.
+        num_images: of its data set.
+    """
+    config, data = recipe.train, ", ".join(f"{k}={v}" for k, v in recipe.data.items() if k != "root")
+    return (
+        f"{num_images} images ({data}), {size} x {size} pixels; up to {config.max_steps} steps of batch "
+        f"{config.batch_size} per process, seed {config.seed}; averaged (EMA) weights.\n\n"
+        "Name the source and the licence of your data here before you publish."
+    )
+
+
 def describe_evaluation(summary, evaluated_on):
     """`evaluate`'s summary -> Markdown: on what, and the main figures of the model and of its controls."""
     from .evaluation import summary_table

@@ -49,6 +49,36 @@ def denoising_loss(
     return loss.mean()
 
 
+def noisy_classification_loss(classifier, scheduler, images, labels):
+    """Cross-entropy of p(label | x_t, t) (Dhariwal & Nichol 2021, https://arxiv.org/abs/2105.05233, section 4).
+
+    Args:
+        classifier: `classifier(x_t, t)` -> (B, K) logits.
+        scheduler: gives `add_noise`; that of the diffusion model which is to be guided.
+        images: (B, C, H, W), in the range of that model.
+        labels: (B,) class ids.
+
+    Returns:
+        (scalar, {"accuracy_q1": scalar, ... "accuracy_q4"}): the loss, and the share of right answers in each quarter
+        of the chain, q1 that of least noise; NaN where the batch had none of it.
+    """
+    timesteps = spread_timesteps(len(images), scheduler.config.num_train_timesteps).to(images.device)
+    noisy = scheduler.add_noise(images, torch.randn_like(images), timesteps)
+    logits = classifier(noisy, timesteps).float()
+    right = (logits.argmax(dim=1) == labels).float()
+    quarter = timesteps * 4 // scheduler.config.num_train_timesteps
+    return F.cross_entropy(logits, labels), {f"accuracy_q{q + 1}": right[quarter == q].mean() for q in range(4)}
+
+
+def spread_timesteps(count, num_train_timesteps):
+    """(count,) timesteps in random order, each uniform, and together one from each `count`-th part of the chain.
+
+    So the loss of a batch varies less than with independent draws (stratified sampling). Drawn on the CPU.
+    """
+    u = (torch.randperm(count) + torch.rand(count)) / count
+    return (u * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
+
+
 def draw_timesteps(count, num_train_timesteps, logit_normal=None):
     """(count,) timesteps from 0 to num_train_timesteps - 1; see `denoising_loss`. Drawn on the CPU on any device."""
     if logit_normal is None:

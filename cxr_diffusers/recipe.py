@@ -10,7 +10,7 @@ import yaml
 
 @dataclass
 class TrainConfig:
-    """How a run is trained; the `train:` section of a recipe."""
+    """How a run is trained; the `train:` section of a recipe with a UNet or a classifier."""
 
     output_dir: str
     max_steps: int = 50_000  # optimizer updates
@@ -60,8 +60,80 @@ class Recipe:
         return {"data": data, "unet": self.unet, "scheduler": self.scheduler, "images": self.images}
 
 
+@dataclass
+class AdversarialConfig:
+    """How two players are trained against each other; the `train:` section of a recipe with a generator."""
+
+    output_dir: str
+    max_steps: int = 50_000  # updates of the critic
+    n_critic: int = 5  # the generator is updated once in so many of them
+    batch_size: int = 4  # per process
+    learning_rate: float = 1e-4  # of both
+    lr_decay_steps: int = 0  # over the last so many steps the rate falls linearly to 0
+    adam_betas: list = field(default_factory=lambda: [0.5, 0.999])
+    lambda_cls: float = 1.0  # domain classification
+    lambda_rec: float = 10.0  # cycle consistency
+    lambda_id: float = 10.0  # conditional identity
+    lambda_gp: float = 10.0  # gradient penalty
+    mixed_precision: str | None = None  # no, bf16; None: what `accelerate launch --mixed_precision` says
+    ema_decay: float = 0.999  # of the generator, per update of it; reached slowly: EMAModel's warm-up
+    augment: dict | None = None  # keyword arguments of data.augment; None: none
+    save_every: int = 5_000  # steps between checkpoints
+    checkpoints_total_limit: int = 2  # older ones are deleted; 0 keeps all
+    validate_every: int = 5_000  # steps between pictures
+    validation_images: int = 4
+    dataloader_num_workers: int = 0
+    seed: int = 0
+    report_to: str | None = None  # tensorboard, wandb, trackio, ... or all
+    tracker_project_name: str = "cxr_diffusers"
+    push_to_hub: bool = False  # publish the finished model
+    hub_model_id: str | None = None  # USER/NAME; None: the name of output_dir
+    hub_private: bool = False
+
+
+@dataclass
+class AdversarialRecipe:
+    """One result of two players: what it is learned from, by which generator and discriminator, and how."""
+
+    data: dict  # `name` of a loader in cxr_diffusers.data, and its keyword arguments
+    generator: dict  # keyword arguments of models.fixed_point_gan.FixedPointGenerator
+    discriminator: dict  # keyword arguments of FixedPointDiscriminator; size, channels, classes are the generator's
+    train: AdversarialConfig
+    images: dict = field(default_factory=dict)  # scaling, aspect: of prepare_image, kept by the pipeline
+    validation: dict = field(default_factory=dict)  # keys of `data` that differ for the pictures shown while training
+    pipeline: dict = field(default_factory=dict)  # the pipeline's `settings`: defaults of its call
+
+    def identity(self):
+        """As `Recipe.identity`."""
+        data = {key: value for key, value in self.data.items() if key != "root"}
+        players = {"generator": self.generator, "discriminator": self.discriminator}
+        return {"data": data, **players, "images": self.images}
+
+
+@dataclass
+class ClassifierRecipe:
+    """A classifier: of noised pictures, to guide a diffusion model with, or of pictures as they are."""
+
+    data: dict  # `name` of a loader in cxr_diffusers.data, and its keyword arguments
+    classifier: dict  # of NoisyClassifier; with a `model_type`, of that transformers config (resnet, convnext, ...)
+    train: TrainConfig
+    diffusion: dict = field(default_factory=dict)  # `model`: folder or Hub name of the pipeline that is to be guided
+    images: dict = field(default_factory=dict)  # size, scaling, aspect of the pictures, where there is no `diffusion`
+    validation: dict = field(default_factory=dict)  # keys of `data` that differ for the images measured while training
+    pipeline: dict = field(default_factory=dict)  # the pipeline's `settings`: defaults of its call
+
+    def identity(self):
+        """As `Recipe.identity`."""
+        data = {key: value for key, value in self.data.items() if key != "root"}
+        return {"data": data, "classifier": self.classifier, "diffusion": self.diffusion, "images": self.images}
+
+
+# a section that only one kind of recipe has -> the kind, and that of its `train:`
+KINDS = {"generator": (AdversarialRecipe, AdversarialConfig), "classifier": (ClassifierRecipe, TrainConfig)}
+
+
 def load_recipe(path, overrides=()):
-    """Read a recipe.
+    """Read a recipe: a `Recipe`, or the kind of `KINDS` whose section it has.
 
     Args:
         path: the YAML file.
@@ -84,9 +156,10 @@ def load_recipe(path, overrides=()):
         for key, value in (values or {}).items():
             if value == "???":
                 raise ValueError(f"{path}: give {section}.{key}, for example: {section}.{key}=/data/CheXpert-v1.0")
+    kind, config = next((KINDS[section] for section in sections if section in KINDS), (Recipe, TrainConfig))
     if isinstance(sections.get("train"), dict):
-        sections["train"] = build(TrainConfig, sections["train"], f"{path}: train")
-    return build(Recipe, sections, str(path))
+        sections["train"] = build(config, sections["train"], f"{path}: train")
+    return build(kind, sections, str(path))
 
 
 def override_value(sections, override):
@@ -130,8 +203,8 @@ def checked(value, kind, where):
     return value
 
 
-def parse_command_line(arguments, default_recipe):
-    """[RECIPE.yaml] [section.key=value ...] [--train_field[=value] ...] -> Recipe.
+def parse_command_line(arguments, default_recipe, kind=Recipe):
+    """[RECIPE.yaml] [section.key=value ...] [--train_field[=value] ...] -> a recipe of `kind`, else ValueError.
 
     `--name value`, `--name=value` and a bare `--name` (true) set `train.name`, as in diffusers' own training scripts.
     """
@@ -152,4 +225,8 @@ def parse_command_line(arguments, default_recipe):
                 )
             argument = f"{name if '.' in name else 'train.' + name}={value}"
         overrides.append(argument)
-    return load_recipe(path, overrides)
+    recipe = load_recipe(path, overrides)
+    if not isinstance(recipe, kind):
+        sections = [f.name for f in fields(kind)]
+        raise ValueError(f"{path}: expected a recipe with the sections {sections}, got another script's")
+    return recipe

@@ -64,7 +64,8 @@ def train(model, loss_fn, dataset, config, *, save, validate=None, identity=None
 
     Args:
         model: a diffusers `ModelMixin`.
-        loss_fn: `loss_fn(model, batch) -> scalar`.
+        loss_fn: `loss_fn(model, batch)` -> scalar, or (scalar, {name: scalar}) with what else is to be logged; a NaN
+            among these counts as not measured.
         dataset: indexable, of tensors or dicts of tensors.
         config: a `recipe.TrainConfig`.
         save: `save(model, folder)` writes the finished thing with the averaged (EMA) weights in place.
@@ -148,7 +149,8 @@ def train(model, loss_fn, dataset, config, *, save, validate=None, identity=None
             # noise, label dropping and dropout depend on where we are, not on how we got here
             set_seed(config.seed + i * accelerator.num_processes + accelerator.process_index)
             with accelerator.autocast():
-                loss = loss_fn(model, send_to_device(batch, accelerator.device))
+                found = loss_fn(model, send_to_device(batch, accelerator.device))
+            loss, measured = found if isinstance(found, tuple) else (found, {})
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -165,7 +167,7 @@ def train(model, loss_fn, dataset, config, *, save, validate=None, identity=None
         running = 0.0
         if not math.isfinite(value):
             raise ValueError(f"the loss is {value} at step {step}: lower train.learning_rate or look at the data")
-        values = {"loss": value, "lr": lr_scheduler.get_last_lr()[0]}
+        values = {"loss": value, "lr": lr_scheduler.get_last_lr()[0], **over_processes(accelerator, measured)}
         accelerator.log(values, step=step)
         bar.update()
         bar.set_postfix(loss=f"{value:.4f}")
@@ -184,6 +186,15 @@ def train(model, loss_fn, dataset, config, *, save, validate=None, identity=None
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return output_dir
+
+
+def over_processes(accelerator, measured):
+    """{name: scalar tensor} of this process -> {name: float}, the mean over those that are a number in some process."""
+    if not measured:
+        return {}
+    all_of_them = accelerator.gather(torch.stack([value.detach().float() for value in measured.values()])[None])
+    means = all_of_them.nanmean(dim=0).tolist()
+    return {name: mean for name, mean in zip(measured, means, strict=True) if math.isfinite(mean)}
 
 
 @contextmanager

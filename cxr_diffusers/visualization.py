@@ -260,6 +260,24 @@ def roc_figure(rankings, *, title=None):
     return figure
 
 
+def line_figure(x, lines, xlabel, *, ylabel="", title=None, ylim=(0, 1.02)):
+    """Lines over a common axis, a marker on each value.
+
+    Args:
+        x: N numbers.
+        lines: {name: N numbers}.
+
+    Returns:
+        matplotlib `Figure`, for `save_png`.
+    """
+    figure, axes = _axes(xlabel, ylabel, title)
+    axes.set(xlim=(min(x) - 0.02 * (max(x) - min(x) or 1), max(x) + 0.02 * (max(x) - min(x) or 1)), ylim=ylim)
+    for (name, y), style in zip(lines.items(), _styles(), strict=False):
+        axes.plot(x, y, marker="o", markersize=3, label=name, **style)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
 def _styles():
     """Line styles without end: colours that the colour-blind tell apart (Okabe & Ito 2008), then other dashes."""
     for dash in ("-", "--", "-.") * 100:

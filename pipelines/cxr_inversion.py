@@ -62,6 +62,15 @@ def noise_from_output(output, x, alpha, prediction_type):
     return (x - alpha**0.5 * output) / (1 - alpha) ** 0.5
 
 
+def output_from_noise(noise, x, alpha, prediction_type):
+    """The inverse of `noise_from_output`: what the network would have said for the noise in `x` to be `noise`."""
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "v_prediction":
+        return (noise - (1 - alpha) ** 0.5 * x) / alpha**0.5
+    return (x - (1 - alpha) ** 0.5 * noise) / alpha**0.5
+
+
 def move(x, noise, alpha, new_alpha):
     """The DDIM update without randomness (Song et al. 2021, https://arxiv.org/abs/2010.02502, eq. 12 with sigma = 0).
 

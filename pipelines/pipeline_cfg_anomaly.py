@@ -7,6 +7,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
 from diffusers.utils import replace_example_docstring
 
 from .cxr_anomaly import AnomalyOutput, anomaly_output, difference_map, prepare_image, smooth_map
+from .cxr_contract import ContractMixin, check_number
 from .cxr_inversion import check_scheduler, invert, timesteps_below
 from .cxr_portable import PortableMixin
 
@@ -22,21 +23,8 @@ EXAMPLE_DOC_STRING = """
         ```
 """
 
-# what a call means when neither the caller nor the checkpoint says otherwise: the original procedure
-ORIGINAL_SETTINGS = {
-    "noise_level": 500,
-    "guidance_scale": 4.0,
-    "num_inference_steps": 1000,
-    "negative_label": "null",
-    "source_label": "null",
-    "num_refinements": 0,
-    "compare_with": "image",
-    "direction": "both",
-    "smoothing": 0.0,
-}
 
-
-class CFGAnomalyPipeline(PortableMixin, DiffusionPipeline):
+class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
     """Take an image back to a noise level, decode it guided to the healthy class, and compare.
 
     After Sanchez et al. 2022 (https://arxiv.org/abs/2207.12268) with the inversion of Song et al. 2021
@@ -58,6 +46,18 @@ class CFGAnomalyPipeline(PortableMixin, DiffusionPipeline):
             embeddings are classes.
     """
 
+    # what a call means when neither the caller nor the checkpoint says otherwise: the original procedure
+    ORIGINAL_SETTINGS = {
+        "noise_level": 500,
+        "guidance_scale": 4.0,
+        "num_inference_steps": 1000,
+        "negative_label": "null",
+        "source_label": "null",
+        "num_refinements": 0,
+        "compare_with": "image",
+        "direction": "both",
+        "smoothing": 0.0,
+    }
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ["latents"]
 
@@ -75,38 +75,19 @@ class CFGAnomalyPipeline(PortableMixin, DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
-        unknown = set(settings or {}) - set(ORIGINAL_SETTINGS)
-        if unknown:
-            raise ValueError(f"expected `settings` among {sorted(ORIGINAL_SETTINGS)}, got {sorted(unknown)}")
         num_classes = (unet.config.num_class_embeds or 0) - has_null_label
         if num_classes < 1:
             raise ValueError(
                 f"expected a UNet with class embeddings{' and one for the null label' if has_null_label else ''}, got "
                 f"`num_class_embeds={unet.config.num_class_embeds}`"
             )
-        if isinstance(class_names, dict):
-            class_names = [class_names[str(i)] for i in range(len(class_names))]
-        if class_names is not None and len(class_names) != num_classes:
-            raise ValueError(f"expected {num_classes} class names (the null label has none), got {class_names}")
-        self.register_to_config(
-            class_names=class_names and {str(i): name for i, name in enumerate(class_names)},
-            data_range=list(data_range),
-            scaling=scaling,
-            aspect=aspect,
-            settings=settings,
-            map_threshold=map_threshold,
-            has_null_label=has_null_label,
-        )
+        self.register_contract(num_classes, class_names, data_range, scaling, aspect, settings, map_threshold)
+        self.register_to_config(has_null_label=has_null_label)
 
     @property
     def null_label(self):
         """The id of the class embedding that means "no class named": the last one. None for a model without one."""
         return self.unet.config.num_class_embeds - 1 if self.config.has_null_label else None
-
-    @property
-    def class_names(self):
-        """The classes' names in the order of their ids, or [] where none were given."""
-        return list((self.config.class_names or {}).values())
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -233,76 +214,28 @@ class CFGAnomalyPipeline(PortableMixin, DiffusionPipeline):
         self.maybe_free_model_hooks()
         return output if return_dict else output.to_tuple()
 
-    def settings(self, **given):
-        """The settings of a call: those given, over the checkpoint's own, over the original procedure's."""
-        given = {name: value for name, value in given.items() if value is not None}
-        return {**ORIGINAL_SETTINGS, **(self.config.settings or {}), **given}
-
     def label_id(self, label, name="label"):
         """A class id, a class name or "null" -> the id of its embedding."""
-        names, null, count = self.class_names, self.null_label, self.unet.config.num_class_embeds
-        if isinstance(label, str) and label in names:
-            return names.index(label)
-        if label == "null" and null is not None:
-            return null
-        if isinstance(label, int) and 0 <= label < count:
-            return label
-        known = [f"0..{count - 1}", *map(repr, names), *(["'null'"] if null is not None else [])]
-        raise ValueError(f"expected `{name}` among {', '.join(known)}, got {label!r}")
+        return self.find_label(label, name, self.unet.config.num_class_embeds, self.null_label)
 
     def check_inputs(self, settings, eta, output_type, tensor_inputs):
         check_scheduler(self.scheduler)
-        for name in ("noise_level", "num_inference_steps", "num_refinements"):
-            if not isinstance(settings[name], int):
-                raise ValueError(f"expected `{name}` to be a whole number, got {settings[name]!r}")
-        if not math.isfinite(settings["guidance_scale"]) or not 0 <= eta <= 1:
+        self.check_span(settings, tensor_inputs)
+        self.check_map(settings, output_type)
+        check_number("guidance_scale", settings["guidance_scale"], low=-math.inf)
+        check_number("eta", eta, high=1.0)
+        if not isinstance(settings["num_refinements"], int) or settings["num_refinements"] < 0:
             raise ValueError(
-                f"expected a finite `guidance_scale` and an `eta` from 0 to 1, got {settings['guidance_scale']!r} and "
-                f"{eta!r}"
-            )
-        chain = self.scheduler.config.num_train_timesteps
-        if not 1 <= settings["noise_level"] <= chain:
-            raise ValueError(f"expected `noise_level` to be a timestep, 1..{chain}, got {settings['noise_level']!r}")
-        if not 1 <= settings["num_inference_steps"] <= chain:
-            raise ValueError(
-                f"expected `num_inference_steps` from 1 to {chain}, got {settings['num_inference_steps']!r}"
+                f"expected `num_refinements` to be a whole number of 0 or more, got {settings['num_refinements']!r}"
             )
         if settings["compare_with"] not in ("image", "reconstruction"):
             raise ValueError(f"expected `compare_with` image or reconstruction, got {settings['compare_with']!r}")
-        if settings["direction"] not in ("both", "bright", "dark"):
-            raise ValueError(f"expected `direction` both, bright or dark, got {settings['direction']!r}")
-        if settings["num_refinements"] < 0 or settings["smoothing"] < 0:
-            raise ValueError(
-                f"expected `num_refinements` and `smoothing` of 0 or more, got {settings['num_refinements']!r} and "
-                f"{settings['smoothing']!r}"
-            )
         if eta and type(self.scheduler).__name__ != "DDIMScheduler":
             raise ValueError(
                 f"expected `eta=0` with {type(self.scheduler).__name__}, got {eta!r}: only DDIM has an eta"
             )
         if eta and settings["compare_with"] == "reconstruction":
             raise ValueError(f"expected `eta=0` to reconstruct the image, got {eta!r}: noise would not bring it back")
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"expected `output_type` pil, np or pt, got {output_type!r}")
-        unknown = set(tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"expected `callback_on_step_end_tensor_inputs` among {self._callback_tensor_inputs}, got "
-                f"{sorted(unknown)}"
-            )
-
-    def on_step(self, callback, tensor_inputs):
-        """diffusers' step callback as `on_step(i, t, latents) -> latents`, or None."""
-        if callback is None:
-            return None
-
-        def call(i, t, latents):
-            kwargs = {}
-            for name in tensor_inputs:
-                kwargs[name] = latents
-            return (callback(self, i, t, kwargs) or {}).get("latents", latents)
-
-        return call
 
     def predict(self, x, t, labels):
         """(B, C, H, W) latents, a timestep, (B,) labels -> (B, C, H, W) float32; a learned variance is split off."""

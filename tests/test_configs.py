@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
+from cxr_diffusers import CFGAnomalyPipeline
 from cxr_diffusers.data import LOADERS
-from cxr_diffusers.pipelines.pipeline_cfg_anomaly import ORIGINAL_SETTINGS
 from cxr_diffusers.recipe import load_recipe
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -29,7 +29,7 @@ def test_a_recipe_builds(path):
     scheduler = DDIMScheduler(**recipe.scheduler)
     assert scheduler.config.clip_sample is False, "clipping breaks inversion"
     assert recipe.data["name"] in LOADERS
-    assert set(recipe.pipeline) <= set(ORIGINAL_SETTINGS)
+    assert set(recipe.pipeline) <= set(CFGAnomalyPipeline.ORIGINAL_SETTINGS)
     assert recipe.train.output_dir == f"runs/{path.stem}"
     assert (
         f"accelerate launch training/train_{'unconditional' if unet.class_embedding is None else 'cfg'}.py"

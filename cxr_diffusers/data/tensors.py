@@ -24,7 +24,7 @@ class TensorImages(torch.utils.data.Dataset):
         num_channels=1,
         cache_bytes=2 << 30,
     ):
-        self.pictures = dataset.select_columns(["image"])
+        self.size, self.pictures = size, dataset.select_columns(["image"])
         self.paths = dataset["path"][:] if "path" in dataset.column_names else [f"row {i}" for i in range(len(dataset))]
         self.labels = torch.tensor(dataset["label"][:], dtype=torch.int64)
         self.options = {"size": size, "scaling": scaling, "aspect": aspect, "data_range": tuple(data_range)}

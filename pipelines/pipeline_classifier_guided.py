@@ -1,0 +1,270 @@
+"""Healthy counterfactuals by DDIM inversion and the gradient of a classifier (after Wolleb et al. 2022)."""
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers.utils import replace_example_docstring
+
+from .cxr_anomaly import AnomalyOutput, anomaly_output, difference_map, prepare_image, smooth_map
+from .cxr_classifier import ask, is_image_classifier, names_of_classes, number_of_classes
+from .cxr_contract import ContractMixin, check_number
+from .cxr_inversion import check_scheduler, invert, noise_from_output, output_from_noise, timesteps_below
+from .cxr_portable import PortableMixin
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> from PIL import Image
+        >>> from cxr_diffusers import ClassifierGuidedPipeline
+
+        >>> pipeline = ClassifierGuidedPipeline.from_pretrained("runs/phantom_classifier_32")
+        >>> output = pipeline(Image.open("chest.png"), classifier_scale=100, noise_level=500)
+        >>> output.anomaly_map[0].save("map.png")
+        ```
+"""
+
+
+class ClassifierGuidedPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
+    """Take an image back to a noise level, decode it along a classifier's gradient to "healthy", and compare.
+
+    After Wolleb et al. 2022 (https://arxiv.org/abs/2203.04306, algorithm 1) with the gradient guidance of Dhariwal &
+    Nichol 2021 (https://arxiv.org/abs/2105.05233, algorithm 2): eps' = eps - sqrt(1 - abar) s grad log p(target | x_t).
+
+    Args:
+        unet: a diffusion model, with or without classes.
+        classifier: any module `classifier(x_t, t)` -> (B, K) logits that knows noised pictures (`NoisyClassifier`), in
+            the UNet's range; or an image classifier of `transformers`, which never saw noise: it is asked about the
+            clean picture that the UNet predicts, and the gradient goes through both (Augustin et al. 2022,
+            https://arxiv.org/abs/2210.11841, section 3), at the cost of a backward pass of the UNet a step.
+        scheduler: as of `CFGAnomalyPipeline`.
+        feature_extractor: the image processor of a `transformers` classifier, for its mean, deviation and size.
+        class_names: of the classifier's classes; None: those of a `transformers` classifier's own config.
+        data_range, scaling, aspect, map_threshold: as of `CFGAnomalyPipeline`.
+        settings: the checkpoint's own defaults of the call: any of noise_level, classifier_scale, num_inference_steps,
+            unet_label, num_refinements, direction, smoothing.
+        has_null_label: the last class embedding of the UNet means "no class named". False for models trained without
+            dropping labels (Wolleb's, OpenAI's), and of no account for one without classes.
+
+    Raises:
+        ValueError: names that are not as many as the classes.
+    """
+
+    # what a call means when neither the caller nor the checkpoint says otherwise: the figures of the paper
+    ORIGINAL_SETTINGS = {
+        "noise_level": 500,
+        "classifier_scale": 100.0,
+        "num_inference_steps": 1000,
+        "unet_label": None,
+        "num_refinements": 0,
+        "direction": "both",
+        "smoothing": 0.0,
+    }
+    model_cpu_offload_seq = "classifier->unet"
+    _optional_components = ["feature_extractor"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        classifier: torch.nn.Module,
+        scheduler: DDIMScheduler,
+        feature_extractor=None,
+        class_names: list[str] | dict[str, str] | None = None,
+        data_range: list[float] = (-1.0, 1.0),
+        scaling: str = "minmax",
+        aspect: str = "pad",
+        settings: dict | None = None,
+        map_threshold: float | None = None,
+        has_null_label: bool = True,
+    ):
+        super().__init__()
+        self.register_modules(
+            unet=unet, classifier=classifier, scheduler=scheduler, feature_extractor=feature_extractor
+        )
+        class_names = class_names or names_of_classes(classifier)
+        self.num_classes = number_of_classes(classifier, class_names)
+        self.register_contract(self.num_classes, class_names, data_range, scaling, aspect, settings, map_threshold)
+        self.register_to_config(has_null_label=has_null_label)
+
+    @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(
+        self,
+        image,
+        classifier_scale: float | None = None,
+        noise_level: int | None = None,
+        num_inference_steps: int | None = None,
+        target_label: int | str = 0,
+        unet_label: int | str | None = None,
+        num_refinements: int | None = None,
+        direction: str | None = None,
+        smoothing: float | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end=None,
+        callback_on_step_end_tensor_inputs: list[str] = ("latents",),
+    ):
+        """Where would this chest have to change for the classifier to call it healthy?
+
+        An argument left out takes the checkpoint's own value (`pipeline.config.settings`), or else that of the paper
+        (noise level 500, scale 100, 1000 steps).
+
+        Args:
+            image: a PIL image, an array, a tensor or a list of them, any size and bit depth; see `prepare_image`.
+            classifier_scale: s, what the gradient is multiplied by; 0 leaves the classifier out.
+            noise_level: the timestep of the training chain (1..1000) where inversion stops and decoding starts,
+                whatever the number of steps.
+            num_inference_steps: steps of the whole chain, of which `noise_level / 1000` are taken, once each way.
+            target_label: the class to decode to, as an id or a name of the classifier; 0 is healthy.
+            unet_label: the class named to a UNet with classes, both ways: an id, a name, "null", or "target" (as Wolleb
+                et al. do). None: "null" if the UNet has a null label, else "target".
+            num_refinements: fixed-point iterations of each inversion step, one UNet evaluation each.
+            direction: "both": the map is the absolute difference. "bright": only what is brighter in the picture than
+                in its counterfactual (fluid, consolidation, masses); "dark": only what is darker (air).
+            smoothing: sigma of a Gaussian applied to the map, in pixels of the model's resolution.
+            output_type: "pil", "np" or "pt"; see `AnomalyOutput` for shapes and ranges.
+            return_dict: False returns the plain tuple.
+            callback_on_step_end: `callback(pipeline, i, t, {"latents": ...})`, called after every step of the inversion
+                (t rising) and then of the decoding (t falling); a dict it returns replaces the latents.
+            callback_on_step_end_tensor_inputs: only "latents" can be asked for.
+
+        Returns:
+            `AnomalyOutput`, or the tuple (image, counterfactual, anomaly_map, anomaly_score).
+
+        Raises:
+            TypeError: `image` is not a picture. ValueError: an argument out of its range, or a scheduler that cannot
+            decode what DDIM inversion encoded; each says what was expected.
+
+        Examples:
+        """
+        # 1. what was asked for
+        settings = self.settings(
+            classifier_scale=classifier_scale,
+            noise_level=noise_level,
+            num_inference_steps=num_inference_steps,
+            unet_label=unet_label,
+            num_refinements=num_refinements,
+            direction=direction,
+            smoothing=smoothing,
+        )
+        self.check_inputs(settings, output_type, callback_on_step_end_tensor_inputs)
+        target = self.find_label(target_label, "target_label", self.num_classes)
+        named = self.unet_class(settings["unet_label"], target)
+        span = dict(noise_level=settings["noise_level"], num_inference_steps=settings["num_inference_steps"])
+        on_step = self.on_step(callback_on_step_end, callback_on_step_end_tensor_inputs)
+
+        # 2. picture -> x_0
+        config = self.unet.config
+        image = prepare_image(
+            image,
+            config.sample_size,
+            self.config.scaling,
+            self.config.aspect,
+            self.config.data_range,
+            config.in_channels,
+        ).to(self._execution_device)
+
+        # 3. x_0 -> x_L: inversion, without the classifier
+        latents = self.invert(image, named, num_refinements=settings["num_refinements"], on_step=on_step, **span)
+
+        # 4. x_L -> x_0': denoising along the classifier's gradient
+        scale = settings["classifier_scale"]
+        counterfactual = self.decode(latents, target, named, classifier_scale=scale, on_step=on_step, **span)
+
+        # 5. what had to change
+        low, high = self.config.data_range
+        anomaly_map = difference_map(
+            image, counterfactual.clamp(low, high), self.config.data_range, settings["direction"]
+        )
+        anomaly_map = smooth_map(anomaly_map, settings["smoothing"])
+        output = anomaly_output(image, counterfactual, anomaly_map, self.config.data_range, output_type)
+
+        self.maybe_free_model_hooks()
+        return output if return_dict else output.to_tuple()
+
+    def unet_class(self, label, target):
+        """`unet_label` of a call -> the id of the UNet's class embedding; None for a UNet without classes."""
+        count = self.unet.config.num_class_embeds
+        if not count:
+            if label not in (None, "null", "target"):
+                raise ValueError(f"expected no `unet_label` with a UNet without classes, got {label!r}")
+            return None
+        null = count - 1 if self.config.has_null_label else None
+        if label == "target" or (label is None and null is None):
+            label = target
+        return self.find_label("null" if label is None else label, "unet_label", count, null)
+
+    def check_inputs(self, settings, output_type, tensor_inputs):
+        check_scheduler(self.scheduler)
+        self.check_span(settings, tensor_inputs)
+        self.check_map(settings, output_type)
+        check_number("classifier_scale", settings["classifier_scale"])
+        if not isinstance(settings["num_refinements"], int) or settings["num_refinements"] < 0:
+            raise ValueError(
+                f"expected `num_refinements` to be a whole number of 0 or more, got {settings['num_refinements']!r}"
+            )
+
+    def predict(self, x, t, named):
+        """(B, C, H, W) latents, a timestep, a class id or None -> (B, C, H, W) float32; no learned variance."""
+        labels = None if named is None else torch.full((len(x),), named, device=x.device)
+        return self.unet(x.to(self.unet.dtype), t, class_labels=labels).sample[:, : x.shape[1]].float()
+
+    def invert(self, x, named=None, *, noise_level, num_inference_steps, num_refinements=0, on_step=None):
+        """(B, C, H, W) image in the model's range -> (B, C, H, W) latents at `noise_level`; `named` is a class id."""
+        timesteps = timesteps_below(self.scheduler, noise_level, num_inference_steps, x.device)
+        with self.progress_bar(total=len(timesteps)) as bar:
+
+            def step(i, t, x):
+                bar.update()
+                return x if on_step is None else on_step(i, t, x)
+
+            return invert(lambda x, t: self.predict(x, t, named), x, timesteps, self.scheduler, num_refinements, step)
+
+    def decode(
+        self, x, target_label=0, named=None, *, noise_level, num_inference_steps, classifier_scale, on_step=None
+    ):
+        """(B, C, H, W) latents at `noise_level` -> (B, C, H, W) counterfactual; `named` is a class id of the UNet."""
+        timesteps = timesteps_below(self.scheduler, noise_level, num_inference_steps, x.device)
+        target = self.find_label(target_label, "target_label", self.num_classes)
+        alphas = self.scheduler.alphas_cumprod.to(x.device, torch.float32)
+        kind = self.scheduler.config.prediction_type
+        for i, t in enumerate(self.progress_bar(timesteps)):
+            alpha = alphas[t.long()]
+            if classifier_scale:
+                output, gradient = self.predict_with_gradient(x, t, target, named)
+                noise = noise_from_output(output, x, alpha, kind) - (1 - alpha) ** 0.5 * classifier_scale * gradient
+                output = output_from_noise(noise, x, alpha, kind)
+            else:
+                output = self.predict(x, t, named)
+            x = self.scheduler.step(output, t, x).prev_sample
+            if on_step is not None:
+                x = on_step(len(timesteps) + i, t, x)
+        return x
+
+    def predict_with_gradient(self, x, t, target, named=None):
+        """The UNet's output, and the gradient of log p(target | x_t, t) with respect to x_t: (B, C, H, W) float32 each.
+
+        Each picture's gradient is its own, whatever else is in the batch. Under autocast the classifier stays in its
+        own precision: half precision would lose gradients of this size.
+        """
+        noised = not is_image_classifier(self.classifier)
+        output = self.predict(x, t, named) if noised else None
+        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+            x = x.detach().float().requires_grad_()
+            if noised:
+                logits = self.classifier(x.to(getattr(self.classifier, "dtype", x.dtype)), t)
+            else:
+                output = self.predict(x, t, named)
+                logits = ask(self.classifier, self.clean_picture(output, x, t), self.feature_extractor).logits
+            log_p = logits.float().log_softmax(dim=1)[:, target]
+            (gradient,) = torch.autograd.grad(log_p.sum(), x)
+        return output.detach(), gradient
+
+    def clean_picture(self, output, x, t):
+        """The UNet's output at x_t -> the clean picture that it means, scaled to [0, 1] but not clamped."""
+        alpha = self.scheduler.alphas_cumprod.to(x.device, torch.float32)[t.long()]
+        noise = noise_from_output(output, x, alpha, self.scheduler.config.prediction_type)
+        low, high = self.config.data_range
+        return ((x - (1 - alpha) ** 0.5 * noise) / alpha**0.5 - low) / (high - low)
+
+
+__all__ = ["AnomalyOutput", "ClassifierGuidedPipeline"]

@@ -1,0 +1,163 @@
+"""Where a plain classifier looks (Grad-CAM, Selvaraju et al. 2017): what every counterfactual is compared with."""
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline
+from diffusers.utils import replace_example_docstring
+
+from .cxr_anomaly import AnomalyOutput, anomaly_output, prepare_image, smooth_map
+from .cxr_classifier import ask, edge_lengths, is_image_classifier, names_of_classes, number_of_classes
+from .cxr_contract import ContractMixin
+from .cxr_portable import PortableMixin
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> from PIL import Image
+        >>> from transformers import AutoModelForImageClassification
+        >>> from cxr_diffusers import GradCAMPipeline
+
+        >>> classifier = AutoModelForImageClassification.from_pretrained("USER/CHEST-CLASSIFIER")
+        >>> output = GradCAMPipeline(classifier, sample_size=224)(Image.open("chest.png"))
+        >>> output.anomaly_map[0].save("map.png")
+        ```
+"""
+
+
+class GradCAMPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
+    """The evidence against "healthy", by the gradient of an image classifier at its last feature map.
+
+    Selvaraju et al. 2017 (https://arxiv.org/abs/1610.02391, eq. 1 and 2). There is no counterfactual in it: that of the
+    answer is the picture itself. The `anomaly_score` is the classifier's probability of not healthy.
+
+    Args:
+        classifier: an image classifier of `transformers` that can return its hidden states: feature maps (ResNet,
+            ConvNeXt, ...) or tokens of a square grid (ViT, DeiT, ...).
+        feature_extractor: its image processor, for its mean, deviation and size.
+        class_names: None: those of the classifier's own config.
+        sample_size: side of the picture in pixels; None: the image processor's, or the classifier's `image_size`.
+        scaling, aspect: see `prepare_image`.
+        settings: the checkpoint's own defaults of the call: any of explained_label, smoothing.
+        map_threshold: the map value above which a pixel counts as abnormal, found on healthy validation images.
+
+    Raises:
+        TypeError: the classifier is none of `transformers`. ValueError: nobody says the size of the picture.
+    """
+
+    # what a call means when neither the caller nor the checkpoint says otherwise
+    ORIGINAL_SETTINGS = {"explained_label": None, "smoothing": 0.0}
+    model_cpu_offload_seq = "classifier"
+    _optional_components = ["feature_extractor"]
+
+    def __init__(
+        self,
+        classifier: torch.nn.Module,
+        feature_extractor=None,
+        class_names: list[str] | dict[str, str] | None = None,
+        sample_size: int | None = None,
+        scaling: str = "minmax",
+        aspect: str = "pad",
+        settings: dict | None = None,
+        map_threshold: float | None = None,
+    ):
+        super().__init__()
+        if not is_image_classifier(classifier):
+            raise TypeError(f"expected an image classifier of `transformers`, got {type(classifier).__name__}")
+        self.register_modules(classifier=classifier, feature_extractor=feature_extractor)
+        size = edge_lengths(feature_extractor) or (getattr(classifier.config, "image_size", None),)
+        sample_size = sample_size or size[0]
+        if not sample_size:
+            raise ValueError("expected `sample_size`: neither an image processor nor the classifier's config says it")
+        class_names = class_names or names_of_classes(classifier)
+        self.num_classes = number_of_classes(classifier, class_names)
+        self.register_contract(self.num_classes, class_names, None, scaling, aspect, settings, map_threshold)
+        self.register_to_config(sample_size=sample_size)
+
+    @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(
+        self,
+        image,
+        target_label: int | str = 0,
+        explained_label: int | str | None = None,
+        smoothing: float | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ):
+        """What speaks against this chest being healthy?
+
+        Args:
+            image: a PIL image, an array, a tensor or a list of them, any size and bit depth; see `prepare_image`.
+            target_label: the class that the evidence is against, as an id or a name; 0 is healthy. What is explained is
+                the log-odds of all other classes together.
+            explained_label: instead, a class whose logit is explained (the method as published).
+            smoothing: sigma of a Gaussian applied to the map, in pixels of the model's resolution.
+            output_type: "pil", "np" or "pt"; see `AnomalyOutput` for shapes and ranges.
+            return_dict: False returns the plain tuple.
+
+        Returns:
+            `AnomalyOutput`, or the tuple (image, counterfactual, anomaly_map, anomaly_score). The map is tanh(s / 2) of
+            the local evidence s >= 0 in units of log-odds: what s alone would add to a probability of one half, doubled
+            to reach 1. It is on one scale for all pictures; none is stretched to its own maximum.
+
+        Raises:
+            TypeError: `image` is not a picture. ValueError: an argument out of its range; each says what was expected.
+
+        Examples:
+        """
+        # 1. what was asked for
+        settings = self.settings(explained_label=explained_label, smoothing=smoothing)
+        self.check_map({**settings, "direction": "both"}, output_type)
+        target = self.find_label(target_label, "target_label", self.num_classes)
+        explained = settings["explained_label"]
+        if explained is not None:
+            explained = self.find_label(explained, "explained_label", self.num_classes)
+
+        # 2. picture -> x
+        size, config = self.config.sample_size, self.config
+        image = prepare_image(image, size, config.scaling, config.aspect, (0.0, 1.0))
+        image = image.to(self._execution_device)
+
+        # 3. x -> evidence at the last feature map
+        evidence, probability = self.explain(image, target, explained)
+
+        # 4. evidence -> map
+        evidence = F.interpolate(evidence[:, None], (size, size), mode="bilinear", align_corners=False)[:, 0]
+        anomaly_map = smooth_map(torch.tanh(evidence / 2), settings["smoothing"])
+        output = anomaly_output(image, image, anomaly_map, (0.0, 1.0), output_type)
+        output["anomaly_score"] = probability if output_type == "pt" else probability.cpu().numpy()
+
+        self.maybe_free_model_hooks()
+        return output if return_dict else output.to_tuple()
+
+    def explain(self, x, target_label=0, explained_label=None):
+        """(B, 1, H, W) in [0, 1] -> (B, h, w) evidence of 0 and more, and (B,) probability of not `target_label`.
+
+        With a linear layer on the mean of the feature map, the evidence without its negative part has the log-odds (but
+        for their constant) as its mean over the map.
+        """
+        target = self.find_label(target_label, "target_label", self.num_classes)
+        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+            output = ask(self.classifier, x, self.feature_extractor, output_hidden_states=True)
+            features, logits = output.hidden_states[-1], output.logits.float()
+            others = [k for k in range(logits.shape[1]) if k != target]
+            odds = logits[:, others].logsumexp(dim=1) - logits[:, target]
+            explained = odds if explained_label is None else logits[:, explained_label]
+            if not features.requires_grad:  # frozen weights
+                raise ValueError("expected a classifier whose last hidden state has a gradient: unfreeze its weights")
+            (gradient,) = torch.autograd.grad(explained.sum(), features)
+        features, gradient = (feature_map(value.detach().float()) for value in (features, gradient))
+        weights = gradient.sum(dim=(2, 3), keepdim=True)  # the sum, not the mean: evidence in log-odds on any grid
+        return (weights * features).sum(dim=1).clamp(min=0), odds.detach().sigmoid()
+
+
+def feature_map(features):
+    """(B, C, h, w), or tokens (B, n, C) of a square grid and what stands before them -> (B, C, h, w)."""
+    if features.ndim == 4:
+        return features
+    side = int(features.shape[1] ** 0.5)
+    grid = features[:, features.shape[1] - side * side :]
+    return grid.transpose(1, 2).unflatten(2, (side, side))
+
+
+__all__ = ["AnomalyOutput", "GradCAMPipeline"]

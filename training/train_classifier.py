@@ -1,0 +1,161 @@
+"""Train a classifier: of noised pictures, to guide a UNet that is trained already, or of pictures as they are.
+
+    accelerate launch training/train_classifier.py                              (phantoms: minutes, after train_cfg.py)
+    accelerate launch training/train_classifier.py configs/chexpert_classifier_256.yaml data.root=/data/CheXpert-v1.0
+    accelerate launch training/train_classifier.py configs/cxr_grad_cam_128.yaml data.root=/data/CheXpert-v1.0-small
+
+A recipe with a `diffusion` section ends in a `ClassifierGuidedPipeline` around its UNet, one whose classifier has a
+`model_type` of transformers in a `GradCAMPipeline`. To resume, run the same command again.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from sklearn.metrics import roc_auc_score
+
+from cxr_diffusers import ClassifierGuidedPipeline, GradCAMPipeline, NoisyClassifier, build_dataset
+from cxr_diffusers.data import TensorImages, augment
+from cxr_diffusers.hub import describe_training, load_pipeline, publish, write_model_card
+from cxr_diffusers.losses import noisy_classification_loss
+from cxr_diffusers.recipe import ClassifierRecipe, parse_command_line
+from cxr_diffusers.training_loop import seeded, train
+from cxr_diffusers.visualization import line_figure, save_png, write_file
+
+DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "phantom_classifier_32.yaml"
+
+
+def main(arguments):
+    recipe = parse_command_line(arguments, DEFAULT_RECIPE, ClassifierRecipe)
+    dataset = build_dataset(**recipe.data)
+    held_out = build_dataset(**{**recipe.data, **recipe.validation})
+    class_names = dataset.features["label"].names
+    if min(dataset["label"][:]) < 0 or len(set(held_out["label"][:])) < 2:
+        raise ValueError(f"expected a label for every image and more than one class to tell apart, got {recipe.data}")
+    with seeded(recipe.train.seed):
+        task = (OfPictures if "model_type" in recipe.classifier else OfNoisedPictures)(recipe, class_names)
+    images, held_out = (TensorImages(found, task.size, **task.preparation) for found in (dataset, held_out))
+    task.pipeline(task.model)  # what is wrong with the recipe is said now, not at the first checkpoint
+
+    def loss_fn(model, batch):
+        x = batch["images"]
+        if recipe.train.augment:
+            x = augment(x, data_range=task.preparation["data_range"], **recipe.train.augment)
+        return task.loss(model, x, batch["labels"])
+
+    def save(model, folder):
+        task.pipeline(model).save_pretrained(folder)
+        write_model_card(folder, training=describe_training(recipe, task.size, len(dataset)))
+
+    def validate(model, step):
+        path = Path(recipe.train.output_dir) / "validation" / f"step-{step:07d}.png"
+        levels, found = measure(task, model, held_out)
+        write_file(path.with_suffix(".json"), json.dumps({"noise_level": levels, **found}).encode())
+        title = f"step {step}: {len(held_out)} validation images"
+        save_png(line_figure(levels, found, "noise level (timestep)", title=title), path)
+        return {"validation": path}
+
+    output_dir = train(task.model, loss_fn, images, recipe.train, save=save, validate=validate, identity=task.identity)
+    if PartialState().is_main_process:
+        if recipe.train.push_to_hub:
+            name = recipe.train.hub_model_id or output_dir.name
+            print("published at", publish(output_dir, name, private=recipe.train.hub_private))
+        print(f"model:   {output_dir}\npicture: {sorted((output_dir / 'validation').glob('*.png'))[-1]}")
+        print(f"detect:  cxr-diffusers detect YOUR_IMAGES --model {output_dir} --out maps")
+
+
+class OfNoisedPictures:
+    """p(label | x_t, t), in the range, at the size and on the noise schedule of the UNet that it is to guide."""
+
+    def __init__(self, recipe, class_names):
+        if not recipe.diffusion.get("model"):
+            raise ValueError("give diffusion.model, the pipeline to be guided, or the classifier's model_type")
+        try:
+            guided = load_pipeline(recipe.diffusion["model"])
+        except FileNotFoundError as error:
+            raise ValueError(f"diffusion.model: {error}; accelerate launch training/train_cfg.py trains one") from None
+        self.unet, self.scheduler = guided.unet.eval(), guided.scheduler
+        self.size, self.class_names, self.settings = guided.unet.config.sample_size, class_names, recipe.pipeline
+        self.preparation = {name: guided.config[name] for name in ("scaling", "aspect", "data_range")}
+        self.has_null_label = guided.config.get("has_null_label", True)
+        self.model = NoisyClassifier(
+            sample_size=self.size,
+            in_channels=guided.unet.config.in_channels,
+            num_classes=len(class_names),
+            **recipe.classifier,
+        )
+        schedule = {name: self.scheduler.config[name] for name in ("num_train_timesteps", "beta_schedule")}
+        self.identity = {**recipe.identity(), "preparation": self.preparation, "schedule": schedule}
+        self.levels = list(range(0, self.scheduler.config.num_train_timesteps, 200))
+
+    def loss(self, model, images, labels):
+        return noisy_classification_loss(model, self.scheduler, images, labels)
+
+    def logits(self, model, images, level):
+        timesteps = torch.full((len(images),), level, device=images.device)
+        noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(level)).to(images.device)
+        return model(self.scheduler.add_noise(images, noise, timesteps), timesteps)
+
+    def pipeline(self, model):
+        return ClassifierGuidedPipeline(
+            self.unet,
+            model,
+            self.scheduler,
+            class_names=self.class_names,
+            settings=self.settings or None,
+            has_null_label=self.has_null_label,
+            **self.preparation,
+        )
+
+
+class OfPictures:
+    """p(label | x) of a classifier of transformers, made by its config's name and trained from nothing."""
+
+    levels = [0]
+
+    def __init__(self, recipe, class_names):
+        from transformers import AutoConfig, AutoModelForImageClassification
+
+        options = dict(recipe.images)
+        self.size = options.pop("size", None)
+        if not self.size or recipe.diffusion:
+            raise ValueError(f"expected images.size and no diffusion section with a model_type, got {recipe.images}")
+        names = dict(enumerate(class_names))
+        config = AutoConfig.for_model(**{"num_channels": 1, **recipe.classifier}, id2label=names)
+        config.label2id = {name: i for i, name in names.items()}
+        self.model = AutoModelForImageClassification.from_config(config)
+        self.settings, self.options = recipe.pipeline, options
+        self.preparation = {**options, "data_range": (-1.0, 1.0)}
+        self.identity = recipe.identity()
+
+    def loss(self, model, images, labels):
+        logits = model(pixel_values=images).logits.float()
+        return F.cross_entropy(logits, labels), {"accuracy": (logits.argmax(dim=1) == labels).float().mean()}
+
+    def logits(self, model, images, level):
+        return model(pixel_values=images).logits
+
+    def pipeline(self, model):
+        return GradCAMPipeline(model, sample_size=self.size, settings=self.settings or None, **self.options)
+
+
+@torch.no_grad()
+def measure(task, model, dataset, batch_size=64):
+    """(noise levels, {"accuracy": [...], "AUROC healthy / not": [...]}), a value for each, of a model in eval mode."""
+    device = next(model.parameters()).device
+    loader = torch.utils.data.DataLoader(dataset, batch_size=batch_size)
+    labels = dataset.labels.numpy()
+    found = {"accuracy": [], "AUROC healthy / not": []}
+    for level in task.levels:
+        logits = torch.cat([task.logits(model, batch["images"].to(device), level) for batch in loader]).float().cpu()
+        found["accuracy"].append(float((logits.argmax(dim=1).numpy() == labels).mean()))
+        odds = logits[:, 1:].logsumexp(dim=1) - logits[:, 0]
+        found["AUROC healthy / not"].append(float(roc_auc_score(labels > 0, odds.numpy())))
+    return task.levels, found
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

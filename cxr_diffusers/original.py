@@ -8,8 +8,10 @@ from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 from tqdm.auto import tqdm
 
+from .convert.flags import SOURCES
 from .original_steps import ancestral_step, ddim_step, first_noising, noised, respaced_chain
 from .pipelines.cxr_anomaly import AnomalyOutput, anomaly_output, difference_map, prepare_image
+from .pipelines.cxr_classifier import is_image_classifier
 
 # where ancestral sampling starts, whatever the noise level: a constant of the originals
 ANCESTRAL_START = 499
@@ -271,12 +273,12 @@ def classifier_gradient(classifier, target_label, scale, chain, at="timestep"):
 
 def parts(model, classifier, scheduler):
     """(unet, classifier or None, scheduler, how pictures are prepared) of a pipeline or of a bare UNet."""
-    preparation = {"data_range": (0.0, 1.0), "scaling": "minmax", "aspect": "squash"}
     if isinstance(model, UNet2DModel):
+        preparation = SOURCES["brats" if model.config.in_channels == 4 else "cfg-fork"]
         return model, classifier, scheduler or DDIMScheduler(), preparation
-    preparation = {name: model.config[name] for name in preparation}
+    preparation = {name: model.config[name] for name in ("data_range", "scaling", "aspect")}
     classifier = model.components.get("classifier") if classifier is None else classifier
-    if type(classifier).__module__.startswith("transformers."):
+    if is_image_classifier(classifier):
         raise ValueError(
             f"expected a classifier of noised pictures, (x_t, t) -> logits, got {type(classifier).__name__}"
         )

@@ -18,6 +18,8 @@ CHANNEL_MULT = {
 SOURCES = {
     "cfg-fork": {"data_range": [0.0, 1.0], "scaling": "minmax", "aspect": "squash"},
     "wolleb": {"data_range": [0.0, 1.0], "scaling": "minmax", "aspect": "squash"},
+    # four channels: MRI slices, scaled to [0, 1] beforehand, zeros around them
+    "brats": {"data_range": [0.0, 1.0], "scaling": "dtype", "aspect": "keep"},
     "openai": {"data_range": [-1.0, 1.0], "scaling": "dtype", "aspect": "crop"},
 }
 

@@ -88,7 +88,9 @@ def superseded(name, flags):
 
 
 def guess_source(architecture):
-    """The class MLP is the fork's alone; Wolleb's pictures have one or four channels, OpenAI's three."""
+    """Four channels are BraTS, whoever trained on it; the class MLP is the fork's alone, three channels are OpenAI's."""
+    if architecture.in_channels == 4:
+        return "brats"
     if architecture.class_mlp:
         return "cfg-fork"
     return "openai" if architecture.in_channels == 3 else "wolleb"

@@ -13,7 +13,7 @@ from conftest import toy_unet
 from cxr_diffusers import CFGAnomalyPipeline, build_dataset, detect, evaluate, load_brats
 from cxr_diffusers.data import TensorImages
 from cxr_diffusers.data.brats import SEQUENCES, list_slices, read_slice
-from cxr_diffusers.original import run_as_original
+from cxr_diffusers.original import OriginalProcedure, run_as_original
 from cxr_diffusers.pipelines.cxr_anomaly import prepare_image
 
 nibabel = pytest.importorskip("nibabel")
@@ -158,6 +158,10 @@ def test_the_recipe_trains_detects_and_evaluates_four_channels(root, tmp_path):
     assert (summary["images"], summary["computed"], summary["failed"]) == (6, 6, {})
     again = detect(pipeline, [root / "000003"], tmp_path / "maps", map_format="npy", call_kwargs=FAST, progress=False)
     assert (again["images"], again["computed"]) == (1, 0)
+    # as the original ran it, too
+    steps = {"num_inference_steps": 50, "noise_level": 2}
+    detect(OriginalProcedure(pipeline), [root / "000003"], tmp_path / "theirs", call_kwargs=steps, progress=False)
+    assert (tmp_path / "theirs" / "maps" / "000003.png").is_file()
     expected = pipeline(read_slice(root / "000003"), output_type="np", **FAST).anomaly_map[0]
     np.testing.assert_allclose(np.load(tmp_path / "maps" / "maps" / "000003.npy"), expected[2:-2, 2:-2], atol=1e-6)
 

@@ -88,7 +88,7 @@ def superseded(name, flags):
 
 
 def guess_source(architecture):
-    """Four channels are BraTS, whoever trained on it; the class MLP is the fork's alone, three channels are OpenAI's."""
+    """Four channels are BraTS, whoever trained on it; a class MLP is the fork's alone, three channels are OpenAI's."""
     if architecture.in_channels == 4:
         return "brats"
     if architecture.class_mlp:

@@ -26,6 +26,8 @@ cxr_diffusers.data.
 
 examples:
   cxr-diffusers evaluate /data/testing --healthy /data/validation/healthy --out report
+  cxr-diffusers evaluate /data/testing --model default runs/mine USER/THEIRS --out report
+  cxr-diffusers evaluate --config configs/evaluate.yaml root=/data/cxr --out report
   cxr-diffusers evaluate table:csv=val_implants.csv,mask=mask,patient=patient_id,view=view,label=diseased \\
       --healthy chexpert:root=/data/CheXpert-v1.0-small,split=valid,classes=[] --out report
 
@@ -49,8 +51,8 @@ NOT_NEEDED = (
     "timestep_respacing use_checkpoint use_ddim use_fp16 use_kl weight_decay"
 ).split()
 CALL = (
-    "guidance_scale noise_level num_inference_steps negative_label source_label num_refinements compare_with "
-    "direction smoothing"
+    "guidance_scale noise_level num_inference_steps negative_label source_label classifier_scale unet_label "
+    "explained_label num_refinements compare_with direction smoothing"
 ).split()
 
 
@@ -89,12 +91,15 @@ def build_parser():
 
     text = "figures with bootstrap intervals, on images with masks or boxes"
     evaluate = add_command(commands, "evaluate", run_evaluate, text, EVALUATE)
-    evaluate.add_argument("data", metavar="DATA", help="the data set, see below")
+    evaluate.add_argument(
+        "data", metavar="DATA", nargs="*", help="the data set, see below; section.key=value of a plan"
+    )
+    evaluate.add_argument("--config", type=Path, help="a plan: several methods on several data sets, one table each")
     evaluate.add_argument("--healthy", metavar="DATA", help="healthy validation images: they give the threshold")
     evaluate.add_argument("--out", type=Path, required=True, help="folder for tables, pictures and maps")
-    evaluate.add_argument("--bootstrap", type=int, default=1000, help="replicates over patients (default: 1000)")
+    evaluate.add_argument("--bootstrap", type=int, help="replicates over patients (default: 1000)")
     evaluate.add_argument("--strata", nargs="*", default=[], help="columns to report separately, e.g. source")
-    add_pipeline_options(evaluate)
+    add_pipeline_options(evaluate, several=True)
 
     text = "a small grey copy of a data set, paths in its CSVs rewritten"
     prepare = add_command(commands, "prepare", run_prepare, text)
@@ -143,8 +148,12 @@ def add_command(commands, name, run, text, epilog=None):
     return command
 
 
-def add_pipeline_options(parser):
-    parser.add_argument("--model", help="pipeline folder or Hub name (default: the shipped model)")
+def add_pipeline_options(parser, several=False):
+    text = "pipeline folder or Hub name (default: the shipped model)"
+    if several:
+        parser.add_argument("--model", nargs="+", help=f"{text}; several make one table")
+    else:
+        parser.add_argument("--model", help=text)
     parser.add_argument("--trust-remote-code", action="store_true", help="run the code that a Hub model brings along")
     parser.add_argument("--batch-size", type=int, default=8, help="images at once, in each process (default: 8)")
     parser.add_argument("--device", help="cuda, mps, cpu (default: the best there is)")
@@ -160,6 +169,9 @@ def add_pipeline_options(parser):
     call.add_argument("--num-inference-steps", type=int, help="of the whole chain")
     call.add_argument("--negative-label", help="class to be pushed away from: a name, an id, or null")
     call.add_argument("--source-label", help="class named while inverting")
+    call.add_argument("--classifier-scale", type=float, help="s of classifier guidance")
+    call.add_argument("--unet-label", help="class named to the UNet under classifier guidance")
+    call.add_argument("--explained-label", help="class whose logit Grad-CAM explains")
     call.add_argument("--num-refinements", type=int, help="fixed-point iterations of each inversion step")
     call.add_argument("--compare-with", choices=["image", "reconstruction"])
     call.add_argument("--direction", choices=["both", "bright", "dark"])
@@ -172,20 +184,22 @@ def call_kwargs(options):
     return {k: int(v) if k.endswith("_label") and v.isdigit() else v for k, v in given.items()}
 
 
-def open_pipeline(options):
-    """The model of `--model` on the device of this process."""
+def open_pipeline(options, model=None):
+    """A model, or that of `--model`, on the device of this process; ValueError where its call lacks a given option."""
+    from .evaluation.plan import checked_call
     from .hub import default_checkpoint, load_pipeline
     from .processes import process_state
 
     if options.batch_size < 1:
         raise ValueError(f"expected --batch-size of 1 or more, got {options.batch_size}")
     state = process_state()
-    pipeline = load_pipeline(options.model or default_checkpoint(), options.trust_remote_code)
+    model = model or options.model or default_checkpoint()
+    pipeline = load_pipeline(default_checkpoint() if model == "default" else model, options.trust_remote_code)
     on_terminal = state.is_main_process and sys.stderr.isatty()
     pipeline.set_progress_bar_config(disable=not on_terminal, leave=False, position=1)
     pipeline = pipeline.to(options.device or state.device)
     if not options.as_original:
-        return pipeline
+        return checked_call(pipeline, call_kwargs(options), model)[0]
     from .original import OriginalProcedure
 
     scale = "classifier_scale" if "classifier" in pipeline.components else "guidance_scale"
@@ -222,21 +236,43 @@ def run_detect(options):
 
 
 def run_evaluate(options):
-    from .evaluation import evaluate, summary_table
+    from .evaluation import compare, load_plan, run_plan
+    from .evaluation.plan import plan_table
 
-    pipeline = open_pipeline(options)
-    result = evaluate(
-        pipeline,
-        open_data(options.data),
-        healthy=open_data(options.healthy) if options.healthy else None,
-        output_dir=options.out,
-        batch_size=options.batch_size,
-        n_bootstrap=options.bootstrap,
-        strata=tuple(options.strata),
-        call_kwargs=call_kwargs(options),
-    )
-    if result is not None:  # the main process
-        print(f"{summary_table(result)}\nSee {options.out / 'summary.md'} and {options.out / 'contact_sheet.png'}")
+    shared = {"batch_size": options.batch_size, "call_kwargs": call_kwargs(options)}
+    shared |= {"n_bootstrap": options.bootstrap} if options.bootstrap else {}
+    if options.config:
+        if options.model or options.healthy or options.strata or shared["call_kwargs"]:
+            raise ValueError("expected models, data and arguments of the call in the plan, not beside --config")
+        plan = load_plan(options.config, options.data)
+        results = run_plan(plan, lambda model: open_pipeline(options, model), options.out, **shared)
+    else:
+        if len(options.data) != 1:
+            raise ValueError(f"expected one data set, or a plan with --config, got {options.data}")
+        healthy = open_data(options.healthy) if options.healthy else None
+        result = compare(
+            open_methods(options),
+            open_data(options.data[0]),
+            healthy=healthy,
+            output_dir=options.out,
+            strata=tuple(options.strata),
+            **shared,
+        )
+        results = result and {options.out.name: result}
+    if results is not None:  # the main process
+        folders = [options.out / name for name in results] if options.config else [options.out]
+        print(plan_table(results))
+        print("See " + ", ".join(f"{folder / 'summary.md'} and {folder / 'contact_sheet.png'}" for folder in folders))
+
+
+def open_methods(options):
+    """{name: pipeline} of `--model`; a name is that of the folder, or "method" for one alone."""
+    if len(options.model or []) < 2:
+        return {"method": open_pipeline(options, options.model and options.model[0])}
+    names = [Path(model).name for model in options.model]
+    if len(set(names)) < len(names):
+        raise ValueError(f"expected models of different names, got {names}: a plan (--config) can name them")
+    return {name: open_pipeline(options, model) for name, model in zip(names, options.model, strict=True)}
 
 
 def open_data(text):

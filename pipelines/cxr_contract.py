@@ -70,12 +70,13 @@ class ContractMixin:
 
     def check_span(self, settings, tensor_inputs):
         """ValueError where there is no such part of the chain, or the callback asks for what there is not."""
-        for name in ("noise_level", "num_inference_steps"):
-            chain = self.scheduler.config.num_train_timesteps
+        chain = self.scheduler.config.num_train_timesteps
+        allowed = {"noise_level": f"to be a timestep, 1..{chain}", "num_inference_steps": f"from 1 to {chain}"}
+        for name, what in allowed.items():
             if not isinstance(settings[name], int):
                 raise ValueError(f"expected `{name}` to be a whole number, got {settings[name]!r}")
             if not 1 <= settings[name] <= chain:
-                raise ValueError(f"expected `{name}` from 1 to {chain}, got {settings[name]!r}")
+                raise ValueError(f"expected `{name}` {what}, got {settings[name]!r}")
         unknown = set(tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(

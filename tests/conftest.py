@@ -8,8 +8,9 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
+from transformers import ResNetConfig, ResNetForImageClassification
 
-from cxr_diffusers import CFGAnomalyPipeline
+from cxr_diffusers import CFGAnomalyPipeline, NoisyClassifier
 
 torch.set_num_threads(1)
 
@@ -35,6 +36,27 @@ def toy_unet(seed=0, **changes):
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.7 / parameter[0].numel() ** 0.5)
     return unet.eval()
+
+
+TOY_CLASSIFIER = dict(
+    sample_size=16,
+    block_out_channels=(8, 16),
+    down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+    norm_num_groups=4,
+    attention_head_dim=8,
+)
+
+
+def toy_classifier(seed=0, **changes):
+    """The real class, 16 x 16, a few thousand weights."""
+    torch.manual_seed(seed)
+    return NoisyClassifier(**{**TOY_CLASSIFIER, **changes}).eval()
+
+
+def toy_resnet(num_labels=2, **changes):
+    torch.manual_seed(0)
+    shape = dict(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_channels=1)
+    return ResNetForImageClassification(ResNetConfig(**{**shape, **changes}, num_labels=num_labels)).eval()
 
 
 @pytest.fixture

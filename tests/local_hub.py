@@ -3,10 +3,14 @@
 import base64
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlparse
 
 USER = "me"  # whose repository NAME without USER/ is
@@ -196,3 +200,12 @@ ROUTES = [
     (r"/lfs/(?P<digest>[0-9a-f]{64})", Request.upload),
     (rf"/{NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", Request.resolve),
 ]
+
+
+def run_script(hub, script, cwd):
+    """Run a script in a process of its own, with the Hub of `hub` and a cache of its own; its last line."""
+    environment = {**os.environ, **hub.environment, "HF_HOME": str(cwd / "cache"), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
+    done = subprocess.run([sys.executable, "-c", script], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()[-1]

@@ -4,21 +4,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import ViTConfig, ViTForImageClassification
 from transformers import ViTImageProcessorPil as ViTImageProcessor
 
-from conftest import toy_unet
+from conftest import toy_classifier, toy_resnet, toy_unet
 from cxr_diffusers import ClassifierGuidedPipeline, GradCAMPipeline
 from cxr_diffusers.pipelines.cxr_inversion import noise_from_output, output_from_noise, timesteps_below
-from test_noisy_classifier import toy_classifier
 
 FAST = dict(num_inference_steps=10, noise_level=300, output_type="pt")
-
-
-def toy_resnet(num_labels=2, **changes):
-    torch.manual_seed(0)
-    shape = dict(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_channels=1)
-    return ResNetForImageClassification(ResNetConfig(**{**shape, **changes}, num_labels=num_labels)).eval()
 
 
 def guided(classifier=None, unet=None, scheduler=None, **options):
@@ -181,7 +174,7 @@ def cam(classifier, **options):
 
 
 def test_the_evidence_of_a_linear_head_is_its_log_odds():
-    """With a linear layer on the mean of the map, unclamped evidence has the log-odds, but for the bias, as its mean."""
+    """Of a linear layer on the mean of the map: where none is negative, its mean is the log-odds without the bias."""
     classifier, x = toy_resnet(), torch.rand(2, 1, 16, 16)
     head = classifier.classifier[-1]
     with torch.no_grad():

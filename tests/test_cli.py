@@ -13,7 +13,7 @@ import torch
 from goldens.original_unet import OriginalUNet
 from PIL import Image
 
-from cxr_diffusers import CFGAnomalyPipeline, read_image, run_as_original
+from cxr_diffusers import CFGAnomalyPipeline, pipelines, read_image, run_as_original
 from cxr_diffusers.cli import CALL, NOT_NEEDED, main, open_data
 from cxr_diffusers.convert import ConversionFlags
 from cxr_diffusers.data import LOADERS
@@ -80,7 +80,8 @@ def test_help_names_what_there_is(capsys):
     with pytest.raises(SystemExit):
         main(["evaluate", "--help"])
     assert f"{', '.join(list(LOADERS)[:-1])} or {list(LOADERS)[-1]}" in " ".join(capsys.readouterr().out.split())
-    assert set(CALL) < set(inspect.signature(CFGAnomalyPipeline.__call__).parameters)
+    calls = [getattr(pipelines, name).__call__ for name in pipelines.__all__ if name.endswith("Pipeline")]
+    assert set(CALL) < {name for call in calls for name in inspect.signature(call).parameters}
     assert not set(NOT_NEEDED) & set(ConversionFlags.__dataclass_fields__)
 
 

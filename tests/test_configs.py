@@ -5,36 +5,63 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
+from transformers import AutoConfig, AutoModelForImageClassification
 
-from cxr_diffusers import CFGAnomalyPipeline
+from cxr_diffusers import CFGAnomalyPipeline, ClassifierGuidedPipeline, GradCAMPipeline, NoisyClassifier
 from cxr_diffusers.data import LOADERS
-from cxr_diffusers.recipe import load_recipe
+from cxr_diffusers.recipe import ClassifierRecipe, Recipe, load_recipe
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+ROOT = Path(__file__).parent.parent
+PLANS = {"evaluate"}  # what is compared on what: see test_plan.py
+CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if path.stem not in PLANS]
 
 
 def open_recipe(path):
     return load_recipe(path, ["data.root=/nowhere"] if 'root: "???"' in path.read_text() else [])
 
 
-def test_there_are_recipes():
+def test_there_are_recipes_of_every_kind():
     assert {"chexpert_cfg_256", "cxr_cfg_64", "phantom_cfg_32"} <= {path.stem for path in CONFIGS}
+    assert {type(open_recipe(path)) for path in CONFIGS} >= {Recipe, ClassifierRecipe}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_recipe_builds(path):
     recipe = open_recipe(path)
+    script, settings = BUILD[type(recipe)](recipe)
+    assert recipe.data["name"] in LOADERS
+    assert set(recipe.pipeline) <= set(settings)
+    assert recipe.train.output_dir == f"runs/{path.stem}"
+    assert f"accelerate launch training/{script}" in path.read_text()
+
+
+def build_unet(recipe):
     with torch.device("meta"):
         unet = UNet2DModel(**recipe.unet)
-    scheduler = DDIMScheduler(**recipe.scheduler)
-    assert scheduler.config.clip_sample is False, "clipping breaks inversion"
-    assert recipe.data["name"] in LOADERS
-    assert set(recipe.pipeline) <= set(CFGAnomalyPipeline.ORIGINAL_SETTINGS)
-    assert recipe.train.output_dir == f"runs/{path.stem}"
-    assert (
-        f"accelerate launch training/train_{'unconditional' if unet.class_embedding is None else 'cfg'}.py"
-        in path.read_text()
-    )
+    assert DDIMScheduler(**recipe.scheduler).config.clip_sample is False, "clipping breaks inversion"
+    script = "train_unconditional.py" if unet.class_embedding is None else "train_cfg.py"
+    return script, CFGAnomalyPipeline.ORIGINAL_SETTINGS
+
+
+def build_classifier(recipe):
+    if "model_type" in recipe.classifier:
+        with torch.device("meta"):
+            AutoModelForImageClassification.from_config(AutoConfig.for_model(**recipe.classifier))
+        assert recipe.images["size"] and not recipe.diffusion
+        return "train_classifier.py", GradCAMPipeline.ORIGINAL_SETTINGS
+    guided = recipe.diffusion["model"]
+    if not (ROOT / guided / "unet").is_dir():  # then it is the run of another recipe
+        guided = open_recipe(ROOT / "configs" / f"{Path(guided).name}.yaml")
+        size = guided.unet["sample_size"]
+    else:
+        size = UNet2DModel.load_config(ROOT / guided, subfolder="unet")["sample_size"]
+    with torch.device("meta"):
+        NoisyClassifier(sample_size=size, **recipe.classifier)
+    return "train_classifier.py", ClassifierGuidedPipeline.ORIGINAL_SETTINGS
+
+
+# a kind of recipe -> function(recipe) that builds its models and answers with (script, the settings of its pipeline)
+BUILD = {Recipe: build_unet, ClassifierRecipe: build_classifier}
 
 
 def test_the_seeds_recipe_is_the_seeds_model():

@@ -1,10 +1,6 @@
 """Publishing, against a stand-in Hub on 127.0.0.1, and the card that goes with a model."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +9,7 @@ from PIL import Image
 
 from cxr_diffusers import CFGAnomalyPipeline
 from cxr_diffusers.hub import load_pipeline, load_unet, publish, write_model_card
-from local_hub import local_hub
+from local_hub import local_hub, run_script
 
 FAST = dict(num_inference_steps=20, noise_level=300, guidance_scale=2.0, output_type="pt")
 TRAINING = "Phantoms, drawn by the package (Apache-2.0); 10 steps, seed 0."
@@ -57,12 +53,8 @@ def folder(pipeline, tmp_path):
 
 
 def run(hub, script, cwd):
-    """Run a script in a process of its own, with the Hub of `hub` and a cache of its own; its last line as JSON."""
-    environment = {**os.environ, **hub.environment, "HF_HOME": str(cwd / "cache"), "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
-    done = subprocess.run([sys.executable, "-c", script], cwd=cwd, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    """A script's last line, as JSON."""
+    return json.loads(run_script(hub, script, cwd))
 
 
 def test_a_published_model_runs_from_the_hub_with_and_without_this_package(pipeline, images, folder, tmp_path):

@@ -4,21 +4,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from conftest import TOY_CLASSIFIER, toy_classifier
 from cxr_diffusers import NoisyClassifier
 from cxr_diffusers.losses import noisy_classification_loss, spread_timesteps
-
-TOY = dict(
-    sample_size=16,
-    block_out_channels=(8, 16),
-    down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
-    norm_num_groups=4,
-    attention_head_dim=8,
-)
-
-
-def toy_classifier(seed=0, **changes):
-    torch.manual_seed(seed)
-    return NoisyClassifier(**{**TOY, **changes}).eval()
 
 
 @pytest.mark.parametrize("pool", ["attention", "adaptive"])
@@ -62,7 +50,7 @@ def test_it_comes_back_from_a_folder(tmp_path):
 @pytest.mark.parametrize(("wrong", "message"), [(dict(pool="spatial"), "spatial"), (dict(sample_size=15), "15")])
 def test_what_cannot_be_built_is_refused(wrong, message):
     with pytest.raises(ValueError, match=f"expected .*got '?{message}"):
-        NoisyClassifier(**{**TOY, **wrong})
+        NoisyClassifier(**{**TOY_CLASSIFIER, **wrong})
 
 
 def test_the_loss_is_cross_entropy_on_noised_pictures_and_counts_right_answers_by_quarter():

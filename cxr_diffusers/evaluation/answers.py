@@ -126,8 +126,11 @@ def fingerprint(pipeline, call_kwargs, seed):
 
 
 def config_of(part):
-    """The config of a pipeline or component without diffusers' own bookkeeping; {} for what has none."""
-    return {k: v for k, v in dict(getattr(part, "config", None) or {}).items() if not k.startswith("_")}
+    """The config of a pipeline or component without its library's own bookkeeping; {} for what has none."""
+    config = getattr(part, "config", None) or part
+    # transformers' configs and image processors have `to_dict`
+    config = config.to_dict() if hasattr(config, "to_dict") else config if isinstance(config, dict) else {}
+    return {k: v for k, v in config.items() if not k.startswith("_") and k != "transformers_version"}
 
 
 def picture_digest(key, row):

@@ -1,0 +1,125 @@
+"""Several methods on several data sets, as a YAML file names them: a table for each data set."""
+
+import inspect
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+
+from ..data import build_dataset
+from ..recipe import build, override_value
+from .comparison import compare
+from .report import COLUMNS, summary_table
+
+DEFAULT = "default"  # the name of the shipped model, in place of a folder
+
+
+@dataclass
+class DataPlan:
+    """A data set of a plan."""
+
+    images: dict  # `name` of a loader in cxr_diffusers.data, and its keyword arguments
+    healthy: dict = field(default_factory=dict)  # likewise: healthy validation images, which give the thresholds
+    strata: list = field(default_factory=list)  # columns to report separately
+
+
+@dataclass
+class Plan:
+    """What is compared on what; `configs/evaluate.yaml` is one."""
+
+    methods: dict  # name in the table -> {model: folder, Hub name or "default"; any argument of its call}
+    data: dict  # name -> `DataPlan`
+    root: str = ""  # what stands for {root} in the data's values
+    options: dict = field(default_factory=dict)  # n_bootstrap, seed, smoothing, quantile, batch_size of `compare`
+
+
+def load_plan(path, overrides=()):
+    """Read a plan.
+
+    Args:
+        path: the YAML file.
+        overrides: `section.key=value` strings, as for recipes; `root=FOLDER` needs no section.
+
+    Raises:
+        ValueError: no YAML, an unknown key (named, with the known ones), a method without a model, or a `???`, which
+            means "yours to give".
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected the sections {[f.name for f in fields(Plan)]}, got {values!r}")
+    for override in overrides:
+        if override.startswith("root="):
+            values["root"] = override.removeprefix("root=")
+        else:
+            override_value(values, override)
+    plan = build(Plan, values, str(path))
+    if plan.root == "???":
+        raise ValueError(f"{path}: give root, for example: root=/data/cxr")
+    plan.data = {
+        name: build(DataPlan, fill(data, plan.root), f"{path}: data.{name}") for name, data in plan.data.items()
+    }
+    for name, method in plan.methods.items():
+        if not isinstance(method, dict) or "model" not in method:
+            raise ValueError(f"{path}: methods.{name}: expected a `model` and arguments of its call, got {method!r}")
+    if not plan.methods or not plan.data:
+        raise ValueError(f"{path}: expected at least one method and one data set")
+    return plan
+
+
+def fill(value, root):
+    """The same value with {root} filled in, in every string of it."""
+    if isinstance(value, dict):
+        return {key: fill(item, root) for key, item in value.items()}
+    if isinstance(value, list):
+        return [fill(item, root) for item in value]
+    return value.replace("{root}", root) if isinstance(value, str) else value
+
+
+def run_plan(plan, open_model, output_dir, **options):
+    """Evaluate every method of a plan on each of its data sets.
+
+    Args:
+        plan: a `Plan`.
+        open_model: `open_model(model)` -> pipeline, placed on its device.
+        output_dir: a folder for each data set is written below it, see `evaluate`; and summary.md with all tables.
+        options: of `compare`, over those of the plan.
+
+    Returns:
+        {data set: `Evaluation`}; None in all processes but the main one.
+
+    Raises:
+        ValueError: an argument that a method's call does not have.
+    """
+    pipelines = {}
+    for name, method in plan.methods.items():
+        kwargs = {key: value for key, value in method.items() if key != "model"}
+        pipelines[name] = checked_call(open_model(method["model"]), kwargs, name)
+    # data sets are opened before anything is computed: what is wrong with the last one is said first
+    opened = {
+        name: (build_dataset(**data.images), build_dataset(**data.healthy) if data.healthy else None, data.strata)
+        for name, data in plan.data.items()
+    }
+    results = {}
+    for name, (images, healthy, strata) in opened.items():
+        folder = Path(output_dir) / name
+        settings = {**plan.options, **options}
+        results[name] = compare(pipelines, images, healthy=healthy, strata=tuple(strata), output_dir=folder, **settings)
+    return results if all(result is not None for result in results.values()) else None
+
+
+def checked_call(pipeline, kwargs, name):
+    """(pipeline, kwargs), as `compare` takes them; ValueError where its call has no such argument."""
+    known = [key for key in inspect.signature(pipeline.__call__).parameters if key not in ("self", "image")]
+    unknown = sorted(set(kwargs) - set(known))
+    if unknown and "kwargs" not in known:
+        kind = type(pipeline).__name__
+        raise ValueError(f"{name}: a {kind} has no {', '.join(unknown)}, expected some of {', '.join(known)}")
+    return pipeline, kwargs
+
+
+def plan_table(results, columns=COLUMNS):
+    """Markdown: {data set: `Evaluation`} -> a heading and a table for each."""
+    return "\n".join(f"## {name}\n\n{summary_table(result, columns)}" for name, result in results.items())

@@ -1,0 +1,172 @@
+"""The contract that every anomaly pipeline keeps: one answer, however it is asked, saved, opened and sent away."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from conftest import toy_classifier, toy_resnet, toy_unet
+from cxr_diffusers import CFGAnomalyPipeline, ClassifierGuidedPipeline, GradCAMPipeline, detect, evaluate, load_phantom
+from cxr_diffusers.hub import load_pipeline, write_model_card
+from local_hub import local_hub, run_script
+
+CLASSES = ["healthy", "pleural effusion"]
+SHORT = {"num_inference_steps": 10, "noise_level": 300, "direction": "bright"}
+
+
+def ddim():
+    return DDIMScheduler(clip_sample=False)
+
+
+# a new pipeline is a new line
+PIPELINES = {
+    "cfg": lambda: CFGAnomalyPipeline(toy_unet(), ddim(), CLASSES, settings=SHORT),
+    "classifier_guided": lambda: ClassifierGuidedPipeline(
+        toy_unet(), toy_classifier(), ddim(), class_names=CLASSES, settings=SHORT
+    ),
+    "guided_by_a_transformers_classifier": lambda: ClassifierGuidedPipeline(
+        toy_unet(), toy_resnet(), ddim(), class_names=CLASSES, settings=SHORT
+    ),
+    "grad_cam": lambda: GradCAMPipeline(toy_resnet(), class_names=CLASSES, sample_size=16, settings={"smoothing": 1.0}),
+}
+
+
+@pytest.fixture(params=PIPELINES)
+def pipeline(request):
+    pipeline = PIPELINES[request.param]()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_shapes_and_ranges_are_those_of_the_documentation(pipeline, images):
+    output = pipeline(images, output_type="pt")
+    assert output.image.shape == output.counterfactual.shape == (2, 1, 16, 16)
+    assert output.anomaly_map.shape == (2, 16, 16) and output.anomaly_score.shape == (2,)
+    for x in (output.image, output.counterfactual, output.anomaly_map):
+        assert 0 <= x.min() and x.max() <= 1
+    torch.testing.assert_close(output.image, images)
+    assert output.anomaly_map.max() > 0.01
+
+
+def test_pil_np_pt_and_a_tuple_are_the_same_answer(pipeline, images):
+    pt = pipeline(images, output_type="pt")
+    array, pil = (pipeline(images, output_type=kind) for kind in ("np", "pil"))
+    np.testing.assert_array_equal(array.counterfactual[..., 0], pt.counterfactual[:, 0])
+    np.testing.assert_array_equal(array.anomaly_map, pt.anomaly_map)
+    np.testing.assert_allclose(np.stack(pil.anomaly_map) / 65535, pt.anomaly_map, atol=1 / 65535)
+    np.testing.assert_allclose(pil.anomaly_score, pt.anomaly_score, rtol=1e-6)
+    for a, b in zip(pipeline(images, output_type="pt", return_dict=False), pt.to_tuple(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_batch_is_its_images_one_by_one(pipeline, images):
+    single = [pipeline(x, output_type="pt") for x in images]
+    both = pipeline(images, output_type="pt")
+    torch.testing.assert_close(both.anomaly_map, torch.cat([x.anomaly_map for x in single]), atol=2e-5, rtol=0)
+    torch.testing.assert_close(both.anomaly_score, torch.cat([x.anomaly_score for x in single]), atol=2e-5, rtol=0)
+
+
+def test_nobody_trains_by_detecting(pipeline, images):
+    """No gradient is left behind, and no running statistic moves."""
+    before = [tensor.clone() for part in pipeline.components.values() for tensor in state(part)]
+    output = pipeline(images, output_type="pt")
+    after = [tensor for part in pipeline.components.values() for tensor in state(part)]
+    assert len(before) > 10 and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    assert all(p.grad is None for module in modules for p in module.parameters())
+    assert not output.anomaly_map.requires_grad and not output.counterfactual.requires_grad
+
+
+def state(part):
+    return part.state_dict().values() if isinstance(part, torch.nn.Module) else []
+
+
+def test_it_comes_back_from_its_folder_by_its_class_by_its_name_and_after_a_second_save(pipeline, images, tmp_path):
+    pipeline.save_pretrained(tmp_path / "a")
+    by_class = type(pipeline).from_pretrained(tmp_path / "a")
+    by_class.save_pretrained(tmp_path / "b")
+    expected = pipeline(images, output_type="pt")
+    for again in (by_class, load_pipeline(tmp_path / "a"), load_pipeline(tmp_path / "b")):
+        assert type(again) is type(pipeline) and again.class_names == CLASSES
+        again.set_progress_bar_config(disable=True)
+        torch.testing.assert_close(again(images, output_type="pt").anomaly_map, expected.anomaly_map)
+    assert {p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*")} == {
+        p.relative_to(tmp_path / "b") for p in (tmp_path / "b").rglob("*")
+    }
+    assert not [p for p in (tmp_path / "a").rglob("*") if p.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_a_folder_without_code_opens_too(pipeline, images, tmp_path):
+    """So do the models that come with the package: nothing but a class's name stands in their index."""
+    pipeline.save_pretrained(tmp_path)
+    for code in tmp_path.rglob("*.py"):
+        code.unlink()
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "_class_name": type(pipeline).__name__}))
+    again = load_pipeline(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    expected = pipeline(images, output_type="pt").anomaly_map
+    torch.testing.assert_close(again(images, output_type="pt").anomaly_map, expected)
+
+
+def test_all_of_them_run_where_this_package_is_not_from_folders_and_from_the_hub(images, tmp_path):
+    expected = {}
+    for name, make in PIPELINES.items():
+        pipeline = make()
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.save_pretrained(tmp_path / name)
+        write_model_card(tmp_path / name, training="Random weights.")
+        expected[name] = pipeline(images, output_type="pt").anomaly_map
+    torch.save((images, expected), tmp_path / "expected.pt")
+    away = """if True:
+        import sys, torch
+        torch.set_num_threads(1)
+        sys.modules["cxr_diffusers"] = None  # importing it fails, installed or not
+        from diffusers import DiffusionPipeline
+        images, expected = torch.load("expected.pt")
+        for name, found in expected.items():
+            for place in (name, "me/" + name):
+                pipeline = DiffusionPipeline.from_pretrained(place, trust_remote_code=True)
+                pipeline.set_progress_bar_config(disable=True)
+                torch.testing.assert_close(pipeline(images, output_type="pt").anomaly_map, found)
+        print("all the same")
+    """
+    here = """if True:
+        import torch
+        from cxr_diffusers import publish
+        from cxr_diffusers.hub import load_pipeline
+        images, expected = torch.load("expected.pt")
+        for name, found in expected.items():
+            publish(name, "me/" + name)
+            pipeline = load_pipeline("me/" + name)
+            assert type(pipeline).__module__.startswith("cxr_diffusers."), type(pipeline)
+            torch.testing.assert_close(pipeline(images, output_type="pt").anomaly_map, found)
+        print("all the same")
+    """
+    with local_hub() as hub:
+        assert run_script(hub, here, tmp_path) == run_script(hub, away, tmp_path) == "all the same"
+
+
+def test_detect_and_evaluate_take_it(pipeline, tmp_path):
+    data = load_phantom(n=6, seed=3)
+    paths = []
+    for i, image in enumerate(data["image"][:2]):
+        paths.append(tmp_path / f"{i}.png")
+        image.save(paths[-1])
+    assert detect(pipeline, paths, tmp_path / "maps", progress=False)["computed"] == 2
+    assert len(list((tmp_path / "maps").glob("*.png"))) == 2
+    found = evaluate(pipeline, data, n_bootstrap=10, progress=False).summary
+    assert 0 < found["method"]["pixel_ap"]["value"] < 1 and np.isfinite(found["method"]["image_auroc"]["value"])
+
+
+def test_a_wrong_setting_of_a_checkpoint_is_named(pipeline):
+    options = {**pipeline.components, "settings": {"guidance": 4}}
+    options |= {"sample_size": 16} if "sample_size" in pipeline.config else {}
+    with pytest.raises(ValueError, match="expected `settings` among .* got .*guidance"):
+        type(pipeline)(**options)
+    with pytest.raises(ValueError, match="target_label"):
+        pipeline(np.zeros((16, 16), np.uint8), target_label="pneumonia")
+    with pytest.raises(TypeError, match="got str"):
+        pipeline("chest.png")

@@ -1,0 +1,93 @@
+"""Several methods on several data sets, from a YAML file and from the command line."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from conftest import toy_resnet
+from cxr_diffusers import GradCAMPipeline, load_phantom
+from cxr_diffusers.cli import main
+from cxr_diffusers.evaluation import load_plan, run_plan
+from cxr_diffusers.evaluation.plan import checked_call
+
+CONFIG = Path(__file__).parent.parent / "configs" / "evaluate.yaml"
+FAST = {"num_inference_steps": 4, "noise_level": 500}
+
+
+@pytest.fixture
+def models(pipeline, tmp_path):
+    """Two folders: a CFG pipeline and Grad-CAM."""
+    pipeline.save_pretrained(tmp_path / "cfg")
+    GradCAMPipeline(toy_resnet(), sample_size=16).save_pretrained(tmp_path / "cam")
+    return tmp_path
+
+
+def write_plan(folder, **changes):
+    methods = {"ours": {"model": str(folder / "cfg"), **FAST}, "Grad-CAM": {"model": str(folder / "cam")}}
+    phantoms = {"name": "phantom", "n": 6, "size": 32}
+    data = {"a": {"images": {**phantoms, "seed": 0}}, "b": {"images": {**phantoms, "seed": 1}}}
+    plan = {"methods": methods, "data": data, "options": {"n_bootstrap": 10}, **changes}
+    path = folder / "plan.yaml"
+    path.write_text(yaml.safe_dump(plan, sort_keys=False))
+    return path
+
+
+def test_one_command_puts_all_methods_into_a_table_for_each_data_set(models, capsys):
+    path = write_plan(models)
+    out = models / "out"
+    assert main(["evaluate", "--config", str(path), "data.b.images.n=8", "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "## a\n" in shown and "## b\n" in shown and shown.count("| ours - Grad-CAM |") == 2
+    for name, images in (("a", 6), ("b", 8)):
+        table = pd.read_csv(out / name / "per_image.csv")
+        assert table.groupby("method").size().to_dict() == {"ours": images, "Grad-CAM": images}
+        assert {"contact_sheet.png", "precision_recall.png", "summary.md"} <= {p.name for p in (out / name).iterdir()}
+
+
+def test_several_models_need_no_plan(models, capsys):
+    for i, image in enumerate(load_phantom(n=2, size=32)["image"]):
+        (models / "data").mkdir(exist_ok=True)
+        image.save(models / "data" / f"{i}.png")
+    command = ["evaluate", str(models / "data"), "--out", str(models / "out"), "--bootstrap", "5"]
+    assert main([*command, "--model", str(models / "cfg"), str(models / "cam")]) == 0
+    assert set(pd.read_csv(models / "out" / "per_image.csv")["method"]) == {"cfg", "cam"}
+    capsys.readouterr()
+    assert main([*command, "--model", str(models / "cfg"), str(models / "cfg")]) == 2
+    assert "different names" in capsys.readouterr().err
+    assert main([*command, "--model", str(models / "cam"), "--guidance-scale", "3"]) == 2
+    assert "GradCAMPipeline has no guidance_scale" in capsys.readouterr().err
+
+
+def test_root_is_filled_in_wherever_it_stands():
+    plan = load_plan(CONFIG, ["root=/data/cxr", "options.n_bootstrap=5"])
+    assert plan.data["implants"].images["csv"] == "/data/cxr/val_implants/val_implants.csv"
+    assert plan.data["boxes"].healthy["csv"] == "/data/cxr/val_implants/val_sources.csv"
+    assert plan.options == {"n_bootstrap": 5, "seed": 0}
+    assert len(plan.methods) >= 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(methods={"ours": {"folder": "x"}}), "methods.ours: expected a `model`"),
+        (dict(methods={}), "at least one method"),
+        (dict(data={"a": {"images": {}, "mask": 1}}), "data.a: unknown key 'mask'"),
+        (dict(root="???"), "give root"),
+        (dict(models={}), "unknown key 'models'"),
+    ],
+)
+def test_a_plan_that_cannot_be_carried_out_says_why(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        load_plan(write_plan(tmp_path, **changes))
+
+
+def test_a_plan_is_refused_before_anything_is_computed(pipeline, tmp_path):
+    nowhere = {"images": {"name": "folder", "root": str(tmp_path / "nowhere")}}
+    plan = load_plan(write_plan(tmp_path, data={"a": nowhere}))
+    with pytest.raises((ValueError, OSError), match="nowhere"):
+        run_plan(plan, lambda model: pipeline, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="ours: a CFGAnomalyPipeline has no explained_label"):
+        checked_call(pipeline, {"explained_label": 1}, "ours")

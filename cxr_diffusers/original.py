@@ -276,6 +276,10 @@ def parts(model, classifier, scheduler):
     if isinstance(model, UNet2DModel):
         preparation = SOURCES["brats" if model.config.in_channels == 4 else "cfg-fork"]
         return model, classifier, scheduler or DDIMScheduler(), preparation
+    if "unet" not in model.components:
+        raise ValueError(
+            f"expected a pipeline with a UNet, which the originals' procedure runs, got {type(model).__name__}"
+        )
     preparation = {name: model.config[name] for name in ("data_range", "scaling", "aspect")}
     classifier = model.components.get("classifier") if classifier is None else classifier
     if is_image_classifier(classifier):

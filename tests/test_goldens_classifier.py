@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from goldens.original_unet import OriginalClassifier
 from test_goldens import compared, converted, golden, largest, original_checkpoint, shown
+from transformers import ResNetConfig, ResNetForImageClassification
 
-from cxr_diffusers import ClassifierGuidedPipeline
+from cxr_diffusers import ClassifierGuidedPipeline, GradCAMPipeline
 from cxr_diffusers.original import (
     OriginalProcedure,
     classifier_gradient,
@@ -341,6 +342,14 @@ def test_a_batch_is_its_pictures_one_by_one_with_a_classifier_too(guided, classi
 def test_arguments_that_make_no_sense_with_a_classifier_are_refused(guided, classifier, wrong, message):
     with pytest.raises(ValueError, match=message):
         as_original(guided, classifier, **wrong)
+
+
+def test_a_pipeline_without_a_unet_or_a_classifier_that_knows_no_noise_has_no_original_procedure(guided):
+    resnet = ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=2))
+    with pytest.raises(ValueError, match="with a UNet.* got GradCAMPipeline"):
+        run_as_original(GradCAMPipeline(resnet, sample_size=32), torch.zeros(1, 1, 32, 32))
+    with pytest.raises(ValueError, match="classifier of noised pictures"):
+        run_as_original(guided_pipeline(guided, resnet), torch.zeros(1, 1, 32, 32))
 
 
 # --- ancestral sampling

@@ -39,8 +39,9 @@ def load_brats(
     """A folder for each slice, below `root`, with files of t1, t1ce, t2, flair and, where it is known, seg -> data set.
 
     A file's sequence is a word of its name: `brats_train_001_t1_123_w.nii.gz` or `t1.nii.gz`. Values are read as they
-    are stored (the original's slices were scaled to [0, 1] beforehand), and so are the sides: it is the model's
-    `aspect: keep` that pads 240 pixels to 256.
+    are stored: the original's slices were scaled to [0, 1] beforehand, which `scaling: dtype` wants; other ranges want
+    `minmax`, which scales each sequence of a slice by itself. Sides are kept too: it is the model's `aspect: keep` that
+    puts 240 pixels into 256.
     Label: 1 where any pixel of seg is above 0, else 0; without seg -1, unlabelled. Mask: seg above 0.
     Patient: the first group of `patient_pattern`, searched in the folder's path below `root`; else what stands before
     the sequence in the files' names (`brats_train_001`); else the folder's name, that is, every slice is its own.
@@ -66,9 +67,9 @@ def load_brats(
     if not slices:
         raise ValueError(f"no slice below {root}: expected folders with files of {', '.join(SEQUENCES)}")
     known = [{**files_of(folder), "folder": folder} for folder in slices]
-    for files in known:
-        beside = Path(masks or root) / f"{files['folder'].name}-label.nii.gz"
-        if masks and SEGMENTATION not in files and beside.is_file():
+    for files in known if masks else []:
+        beside = Path(masks) / f"{files['folder'].name}-label.nii.gz"
+        if SEGMENTATION not in files and beside.is_file():
             files[SEGMENTATION] = beside
     bar = tqdm(known, desc="reading segmentations", unit="slice", delay=2, leave=False)
     table = pd.DataFrame(

@@ -10,7 +10,14 @@ import torch
 from cxr_diffusers import ClassifierGuidedPipeline, GradCAMPipeline, load_phantom
 
 ROOT = Path(__file__).parent.parent
-SHORT = ["data.n=24", "validation.n=12", "data.size=32", "train.batch_size=4", "train.max_steps=2", "train.save_every=1"]
+SHORT = [
+    "data.n=24",
+    "validation.n=12",
+    "data.size=32",
+    "train.batch_size=4",
+    "train.max_steps=2",
+    "train.save_every=1",
+]
 RESNET = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
 
 

@@ -42,6 +42,7 @@ CONVERT = """\
 example (flags as in the original's README; those of training and sampling may stay, they are not needed):
   cxr-diffusers convert model.pt converted --image_size 256 --num_channels 128 --class_cond True --num_classes 2 \\
       --num_res_blocks 2 --num_heads 1 --learn_sigma True --use_scale_shift_norm False --attention_resolutions 16
+and with the classifier that guides it, as in Wolleb's README: --classifier_path classifier.pt
 """
 # the originals' flags that do not change what a checkpoint computes
 NOT_NEEDED = (

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from cxr_diffusers.convert import (
     read_checkpoint,
 )
 from cxr_diffusers.hub import load_unet
+from cxr_diffusers.recipe import load_recipe
 
 torch.set_num_threads(1)
+ROOT = Path(__file__).parent.parent
 
 
 FORK = dict(classes=2, class_mlp=True)
@@ -286,6 +289,15 @@ def test_a_v2_network_sees_the_class_in_its_attention_and_travels(tmp_path):
         unet(x, t)
     with pytest.raises(ValueError, match="num_class_embeds"):
         ClassMatrixUNet(**{**unet.config, "num_class_embeds": None})
+
+
+def test_v2_at_full_size_has_the_originals_number_of_parameters():
+    """117,150,594, of which our class embedding stands for the class MLP."""
+    recipe = load_recipe(ROOT / "configs" / "chexpert_cfg_256.yaml", ["data.root=/nowhere"])
+    with torch.device("meta"):
+        unet = ClassMatrixUNet(**recipe.unet)
+    class_mlp = 2 * 128 + (128 * 512 + 512) + (512 * 512 + 512)
+    assert sum(p.numel() for p in unet.parameters()) - 3 * 512 + class_mlp == 117_150_594
 
 
 def test_flags_are_read_as_the_originals_command_lines_write_them():

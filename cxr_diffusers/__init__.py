@@ -32,6 +32,7 @@ _HOME = {
     "denoising_loss": "losses",
     "detect": "detection",
     "evaluate": "evaluation",
+    "load_pipeline": "hub",
     "load_recipe": "recipe",
     "prepare": "data",
     "publish": "hub",

@@ -150,7 +150,7 @@ def add_command(commands, name, run, text, epilog=None):
 
 
 def add_pipeline_options(parser, several=False):
-    text = "pipeline folder or Hub name (default: the shipped model)"
+    text = "pipeline folder, Hub name or name of a shipped model (default: the default one)"
     if several:
         parser.add_argument("--model", nargs="+", help=f"{text}; several make one table")
     else:
@@ -188,14 +188,14 @@ def call_kwargs(options):
 def open_pipeline(options, model=None):
     """A model, or that of `--model`, on the device of this process; ValueError where its call lacks a given option."""
     from .evaluation.plan import checked_call
-    from .hub import default_checkpoint, load_pipeline
+    from .hub import load_pipeline
     from .processes import process_state
 
     if options.batch_size < 1:
         raise ValueError(f"expected --batch-size of 1 or more, got {options.batch_size}")
     state = process_state()
-    model = model or options.model or default_checkpoint()
-    pipeline = load_pipeline(default_checkpoint() if model == "default" else model, options.trust_remote_code)
+    model = model or options.model or "default"
+    pipeline = load_pipeline(model, options.trust_remote_code)
     on_terminal = state.is_main_process and sys.stderr.isatty()
     pipeline.set_progress_bar_config(disable=not on_terminal, leave=False, position=1)
     pipeline = pipeline.to(options.device or state.device)

@@ -24,8 +24,7 @@ CARD = """---
 # {title}
 
 {picture}
-Where is this chest X-ray abnormal? A class-conditional diffusion model, trained on image-level labels alone, turns a
-radiograph into the same chest as if healthy; the anomaly map is what had to change. Made with `cxr_diffusers`.
+Where is this chest X-ray abnormal? {method} Trained on image-level labels alone. Made with `cxr_diffusers`.
 
 **Research use only.** Not a medical device; not for diagnosis, triage or any decision about a patient. It marks what
 looks unusual to it and misses much; what is known about how much holds for the data named below, and no other.
@@ -52,9 +51,44 @@ Classes: {classes}. Defaults of the call: {settings}.
 """
 
 
-def default_checkpoint():
-    """The folder of the shipped model: `CFGAnomalyPipeline.from_pretrained(default_checkpoint())`."""
-    return str(Path(__file__).parent / "checkpoints" / "cxr_cfg_64")
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+DEFAULT = "cxr_cfg_64"
+
+# what a pipeline does, for the reader of its card
+METHODS = {
+    "CFGAnomalyPipeline": "A class-conditional diffusion model turns a radiograph into the same chest as if healthy,\n"
+    "by classifier-free guidance; the anomaly map is what had to change.",
+    "ClassifierGuidedPipeline": "A diffusion model turns a radiograph into the same chest as if healthy, along the\n"
+    "gradient of a classifier; the anomaly map is what had to change.",
+    "GradCAMPipeline": "The map is where an image classifier finds its evidence against healthy (Grad-CAM). There is\n"
+    "no counterfactual in it: a comparison partner for methods that make one.",
+}
+
+
+def default_checkpoint(name=DEFAULT):
+    """The folder of a shipped model: `CFGAnomalyPipeline.from_pretrained(default_checkpoint())`.
+
+    Those other than the default one are opened with `load_pipeline(NAME)`: they may share components with it.
+
+    Raises:
+        ValueError: no such model is shipped; names those that are.
+    """
+    shipped = sorted(path.parent.name for path in CHECKPOINTS.glob("*/model_index.json"))
+    if name not in shipped:
+        raise ValueError(f"expected one of the shipped models {', '.join(shipped)}, got {name!r}")
+    return str(CHECKPOINTS / name)
+
+
+def shared_components(folder, index):
+    """{name: component} of what a shipped model's index names and its folder does not hold: the default model's.
+
+    A classifier guides the default model's UNet, which is shipped once.
+    """
+    if folder.parent != CHECKPOINTS:
+        return {}
+    named = [name for name, value in index.items() if isinstance(value, list) and value[0] and name != "_class_name"]
+    missing = [name for name in named if not (folder / name).is_dir()]
+    return {name: getattr(load_pipeline(CHECKPOINTS / DEFAULT), name) for name in missing}
 
 
 def load_unet(folder):
@@ -69,10 +103,10 @@ def load_unet(folder):
 
 
 def load_pipeline(name, trust_remote_code=False):
-    """Open a folder or a Hub name by the class that it names, whichever of ours that is.
+    """Open a model by the class that it names, whichever of ours that is.
 
     Args:
-        name: a pipeline folder, or USER/NAME.
+        name: a pipeline folder, USER/NAME on the Hub, or the name of a shipped model ("default" for the default one).
         trust_remote_code: run the code that it brings along, where its class is none of ours.
 
     Raises:
@@ -82,15 +116,18 @@ def load_pipeline(name, trust_remote_code=False):
 
     from . import pipelines
 
+    shipped = CHECKPOINTS / (DEFAULT if name == "default" else name)
+    if (shipped / "model_index.json").is_file() and not Path(name).exists():
+        name = shipped
     index = Path(name) / "model_index.json"
     if not index.is_file():
         if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
             raise FileNotFoundError(f"expected a folder with a model_index.json or a Hub name USER/NAME, got {name}")
         index = Path(hf_hub_download(str(name), "model_index.json"))
-    found = json.loads(index.read_text())["_class_name"]
-    found = found[-1] if isinstance(found, list) else found
+    content = json.loads(index.read_text())
+    found = class_named(content)
     if found in pipelines.__all__:
-        return getattr(pipelines, found).from_pretrained(name)
+        return getattr(pipelines, found).from_pretrained(name, **shared_components(Path(name), content))
     if trust_remote_code:
         return DiffusionPipeline.from_pretrained(name, trust_remote_code=True)
     known = [known for known in pipelines.__all__ if known.endswith("Pipeline")]
@@ -146,6 +183,7 @@ def write_model_card(
     text = CARD.format(
         metadata=metadata.to_yaml(),
         title=name.split("/")[-1],
+        method=METHODS.get(class_named(index), "A model of anomalies in chest X-rays."),
         picture=f"![input, counterfactual, anomaly map]({picture})\n" if picture else "",
         name=name,
         classes=", ".join((index.get("class_names") or {}).values()) or "not named",
@@ -240,9 +278,15 @@ def publish(folder, repo_id, *, private=None, token=None, create_pr=False):
         repo_id=repo_id,
         folder_path=folder,
         allow_patterns=finished_files(folder, index),
-        commit_message=f"Upload {index['_class_name'][-1] if isinstance(index['_class_name'], list) else 'model'}",
+        commit_message=f"Upload {class_named(index)}",
         create_pr=create_pr,
     ).commit_url
+
+
+def class_named(index):
+    """The name of the pipeline class in a `model_index.json`, with or without its file."""
+    found = index["_class_name"]
+    return found[-1] if isinstance(found, list) else found
 
 
 def read_index(folder):

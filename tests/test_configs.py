@@ -50,11 +50,9 @@ def build_classifier(recipe):
         assert recipe.images["size"] and not recipe.diffusion
         return "train_classifier.py", GradCAMPipeline.ORIGINAL_SETTINGS
     guided = recipe.diffusion["model"]
-    if not (ROOT / guided / "unet").is_dir():  # then it is the run of another recipe
-        guided = open_recipe(ROOT / "configs" / f"{Path(guided).name}.yaml")
-        size = guided.unet["sample_size"]
-    else:
-        size = UNet2DModel.load_config(ROOT / guided, subfolder="unet")["sample_size"]
+    # the shipped model, or the run of another recipe
+    size = open_recipe(ROOT / "configs" / f"{'cxr_cfg_64' if guided == 'default' else Path(guided).name}.yaml")
+    size = size.unet["sample_size"]
     with torch.device("meta"):
         NoisyClassifier(sample_size=size, **recipe.classifier)
     return "train_classifier.py", ClassifierGuidedPipeline.ORIGINAL_SETTINGS

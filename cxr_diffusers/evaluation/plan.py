@@ -11,8 +11,6 @@ from ..recipe import build, override_value
 from .comparison import compare
 from .report import COLUMNS, summary_table
 
-DEFAULT = "default"  # the name of the shipped model, in place of a folder
-
 
 @dataclass
 class DataPlan:
@@ -27,7 +25,7 @@ class DataPlan:
 class Plan:
     """What is compared on what; `configs/evaluate.yaml` is one."""
 
-    methods: dict  # name in the table -> {model: folder, Hub name or "default"; any argument of its call}
+    methods: dict  # name in the table -> {model: see hub.load_pipeline; any argument of its call}
     data: dict  # name -> `DataPlan`
     root: str = ""  # what stands for {root} in the data's values
     options: dict = field(default_factory=dict)  # n_bootstrap, seed, smoothing, quantile, batch_size of `compare`

@@ -21,7 +21,8 @@ examples:
 {PROCESSES.format(command="detect")}"""
 EVALUATE = f"""\
 DATA is a folder of images (healthy/ and diseased/, masks or boxes beside them), or NAME:key=value,... where NAME is
-chexpert, folder, hub, nih, phantom or table and the keys are those of the loader load_NAME in cxr_diffusers.data.
+brats, chexpert, folder, hub, nih, phantom or table and the keys are those of the loader load_NAME in
+cxr_diffusers.data.
 
 examples:
   cxr-diffusers evaluate /data/testing --healthy /data/validation/healthy --out report
@@ -41,12 +42,14 @@ CONVERT = """\
 example (flags as in the original's README; those of training and sampling may stay, they are not needed):
   cxr-diffusers convert model.pt converted --image_size 256 --num_channels 128 --class_cond True --num_classes 2 \\
       --num_res_blocks 2 --num_heads 1 --learn_sigma True --use_scale_shift_norm False --attention_resolutions 16
+and with the classifier that guides it, as in Wolleb's README: --classifier_path classifier.pt
 """
 # the originals' flags that do not change what a checkpoint computes
 NOT_NEEDED = (
-    "batch_size data_dir dataset ema_rate fp16_scale_growth guidance_scale log_interval lr lr_anneal_steps microbatch "
-    "model_path noise_level num_samples p_uncond rescale_learned_sigmas resume_checkpoint save_interval "
-    "schedule_sampler timestep_respacing use_checkpoint use_ddim use_fp16 use_kl weight_decay"
+    "anneal_lr batch_size classifier_scale classifier_use_fp16 data_dir dataset ema_rate eval_interval "
+    "fp16_scale_growth guidance_scale log_interval lr lr_anneal_steps microbatch model_path "
+    "noise_level num_samples p_uncond rescale_learned_sigmas resume_checkpoint save_interval schedule_sampler "
+    "timestep_respacing use_checkpoint use_ddim use_fp16 use_kl weight_decay"
 ).split()
 CALL = (
     "guidance_scale noise_level num_inference_steps negative_label source_label classifier_scale unet_label "
@@ -63,7 +66,7 @@ def main(arguments=None):
         return 2
     try:
         return options.run(options) or 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         # what a user can mend is a line, not a traceback
         print(f"cxr-diffusers {options.command}: {error}", file=sys.stderr)
         return 2
@@ -80,7 +83,7 @@ def build_parser():
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     detect = add_command(commands, "detect", run_detect, "an anomaly map for each image of a file or folder", DETECT)
-    detect.add_argument("images", nargs="+", type=Path, help="png, jpg, tif, npy or DICOM files, or folders of them")
+    detect.add_argument("images", nargs="+", type=Path, help="png, jpg, tif, npy or DICOM files, or folders")
     detect.add_argument("--out", type=Path, required=True, help="folder for pictures, maps and results.csv")
     detect.add_argument("--map-format", choices=["png", "npy"], default="png", help="16-bit PNG or float32 npy")
     detect.add_argument("--save-counterfactual", action="store_true", help="as a PNG, at the model's resolution")
@@ -128,6 +131,7 @@ def build_parser():
     convert = add_command(commands, "convert", run_convert, text, CONVERT)
     convert.add_argument("checkpoint", type=Path, help=".pt or .safetensors")
     convert.add_argument("output", type=Path)
+    convert.add_argument("--classifier_path", type=Path, help="checkpoint of the encoder classifier that guides it")
     convert.add_argument("--overwrite", action="store_true", help="replace the output folder")
     add_conversion_flags(convert)
     return parser
@@ -157,7 +161,8 @@ def add_pipeline_options(parser, several=False):
     parser.add_argument(
         "--as-original",
         action="store_true",
-        help="the procedure as guided-diffusion's CFG fork ran it, offsets and clamp included (docs/faithfulness.md)",
+        help="the procedure as guided-diffusion's CFG fork (or, with a classifier, Wolleb's code) ran it, offsets and "
+        "clamp included (docs/faithfulness.md)",
     )
     call = parser.add_argument_group("of the pipeline (default: the model's own)")
     call.add_argument("--guidance-scale", type=float, help="w of (1 + w) target - w negative")
@@ -198,7 +203,8 @@ def open_pipeline(options, model=None):
         return checked_call(pipeline, call_kwargs(options), model)[0]
     from .original import OriginalProcedure
 
-    unknown = sorted(set(call_kwargs(options)) - {"guidance_scale", "noise_level", "num_inference_steps"})
+    scale = "classifier_scale" if "classifier" in pipeline.components else "guidance_scale"
+    unknown = sorted(set(call_kwargs(options)) - {scale, "noise_level", "num_inference_steps"})
     if unknown:
         raise ValueError(f"the original procedure knows no {', '.join(unknown)}: leave it out with --as-original")
     return OriginalProcedure(pipeline)
@@ -355,8 +361,9 @@ def run_convert(options):
             flags |= {name: parse_flag(name, text)} if text is not None else {}
         except ValueError as error:
             raise ValueError(f"--{name} {text}: {error}") from None
-    info = convert_checkpoint(options.checkpoint, options.output, overwrite=options.overwrite, **flags)
-    what = info["pipeline"] or "unet/ and scheduler/ (no classes, hence no pipeline)"
+    more = {"classifier_path": options.classifier_path, "overwrite": options.overwrite}
+    info = convert_checkpoint(options.checkpoint, options.output, **more, **flags)
+    what = info["pipeline"] or "a network and its scheduler/ (no classes or no model to guide, hence no pipeline)"
     print(f"{options.output}: {what}. What was read from the tensors: {options.output / 'conversion.json'}")
 
 

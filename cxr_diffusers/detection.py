@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .data.images import SUFFIXES, list_images, read_image
+from .data.images import SUFFIXES, list_images, picture_size, read_image
 from .evaluation.answers import fingerprint
 from .pipelines.cxr_anomaly import frame, prepare_image, restore_map
 from .processes import process_state
@@ -52,7 +52,8 @@ def detect(
 
     Args:
         pipeline: answers `pipeline(list of PIL images, output_type="np")` with an `AnomalyOutput`.
-        images: files and folders; a folder is searched for png, jpg, bmp, tif, npy and DICOM files.
+        images: files and folders; a folder is searched for png, jpg, bmp, tif, npy and DICOM files. For a model of four
+            channels, the folders of MRI slices (see `data.load_brats`) and folders of such.
         output_dir: created if need be.
         batch_size: images a call.
         map_format: "png" or "npy".
@@ -74,7 +75,8 @@ def detect(
     state, output_dir = process_state(), Path(output_dir)
     threshold = pipeline.config.get("map_threshold")
     vmax = vmax or (3 * threshold if threshold else None)
-    found = find_images(images, output_dir)
+    channels = model_channels(pipeline)
+    found = find_images(images, output_dir, channels)
     keep_settings(
         output_dir,
         {
@@ -99,7 +101,7 @@ def detect(
             batch = []
             for name, path in share[first : first + batch_size]:
                 try:
-                    batch.append((name, path, read_image(path)))
+                    batch.append((name, path, read_picture(path, channels)))
                 except (ValueError, OSError) as error:
                     failed[str(path)] = str(error)
                     row_file(output_dir, name).unlink(missing_ok=True)  # of the file that was here before
@@ -110,10 +112,15 @@ def detect(
             output = pipeline([picture for *_, picture in batch], output_type="np", **(call_kwargs or {}))
             seconds += [(time.perf_counter() - start) / len(batch)] * len(batch)
             for i, (name, path, picture) in enumerate(batch):
-                answer = (output.counterfactual[i], output.anomaly_map[i], float(output.anomaly_score[i]))
+                answer = (
+                    output.image[i],
+                    output.counterfactual[i],
+                    output.anomaly_map[i],
+                    float(output.anomaly_score[i]),
+                )
                 row = write_answer(output_dir, name, path, picture, answer, pipeline.config, map_format, vmax)
                 if save_counterfactual:
-                    save_png(to_8_bit(answer[0]), output_dir / "counterfactuals" / f"{name}.png")
+                    save_png(to_8_bit(answer[1]), output_dir / "counterfactuals" / f"{name}.png")
                 row |= {"seconds": round(seconds[-1], 4), "file": stamp(path), "process": state.process_index}
                 write_file(row_file(output_dir, name), json.dumps(row).encode())
                 bar.update()
@@ -130,7 +137,30 @@ def detect(
     return {"images": len(files), "computed": len(seconds), "failed": failed, "seconds_per_image": mean}
 
 
-def find_images(images, output_dir):
+def model_channels(pipeline):
+    """Channels of the pictures that a pipeline's model takes; 1 where it does not say."""
+    configs = [getattr(component, "config", None) or {} for component in pipeline.components.values()]
+    return next((config["in_channels"] for config in configs if "in_channels" in config), 1)
+
+
+def read_picture(path, channels):
+    """An image file -> PIL image; the folder of an MRI slice -> (H, W, 4) array.
+
+    Raises ValueError where it is broken, or where the model takes pictures of other `channels`.
+    """
+    if path.is_dir():
+        from .data.brats import read_slice
+
+        picture = read_slice(path)
+    else:
+        picture = read_image(path)
+    found = picture.shape[-1] if isinstance(picture, np.ndarray) else 1
+    if found != channels and (found, channels) != (1, 3):
+        raise ValueError(f"{path}: expected a picture of {channels} channels for this model, got {found}")
+    return picture
+
+
+def find_images(images, output_dir, channels=1):
     """Files and folders -> [(path that names it, path)]; without what an earlier run has written below a folder."""
     output, found = output_dir.resolve(), []
     for item in map(Path, images):
@@ -139,16 +169,23 @@ def find_images(images, output_dir):
         folder = item if item.is_dir() else item.parent
         if folder.resolve() in (output, output / "maps", output / "counterfactuals"):
             raise ValueError(f"expected an output folder of its own, got {output_dir}, where the images are")
-        if not item.is_dir():
+        slices = list_slices_of(item) if channels == 4 and item.is_dir() else []
+        if not item.is_dir() or item in slices:
             found.append((Path(item.name), item))
             continue
-        paths = list_images(item)
+        paths = slices or list_images(item)
         if item.resolve() in output.parents:
             paths = [path for path in paths if output not in path.resolve().parents]
         if not paths:
             raise FileNotFoundError(f"no png, jpg, bmp, tif, npy or DICOM image in {item}")
         found += [(path.relative_to(item), path) for path in paths]
     return found
+
+
+def list_slices_of(folder):
+    from .data.brats import list_slices
+
+    return list_slices(folder)
 
 
 def name_files(found, rows):
@@ -171,9 +208,9 @@ def name_files(found, rows):
 
 
 def stamp(path):
-    """What tells a file and its content from another: [absolute path, bytes, time of change in ns]."""
-    status = path.stat()
-    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
+    """What tells a file, or a slice's folder, and its content from another: [path, bytes, time of change in ns]."""
+    found = [file.stat() for file in (path.iterdir() if path.is_dir() else [path])]
+    return [str(path.resolve()), sum(s.st_size for s in found), max(s.st_mtime_ns for s in found)]
 
 
 def keep_settings(output_dir, settings):
@@ -200,19 +237,23 @@ def read_rows(output_dir):
 
 def write_answer(output_dir, name, path, picture, answer, config, map_format, vmax):
     """Write the map and the picture of one image; return its row."""
-    counterfactual, anomaly_map, score = answer
-    aspect, threshold = config["aspect"], config.get("map_threshold")
-    own = restore_map(anomaly_map, picture.height, picture.width, aspect)
+    image, counterfactual, anomaly_map, score = answer
+    aspect, threshold, size = config["aspect"], config.get("map_threshold"), picture_size(picture)
+    own = restore_map(anomaly_map, *size, aspect)
     fraction = float(np.mean(own > threshold)) if threshold else None
     save_map(own, output_dir / "maps" / f"{name}.{map_format}")
 
-    shown = in_model_greys(picture, anomaly_map.shape[-1], config["scaling"], aspect)
-    counterfactual, small = (restore_map(x, *shown.shape, aspect) for x in (counterfactual.mean(-1), anomaly_map))
+    if aspect == "keep" or isinstance(picture, np.ndarray):  # pixel by pixel; of several channels their mean
+        shown, counterfactual = (restore_map(x.mean(-1), *size, aspect) for x in (image, counterfactual))
+        small = own
+    else:
+        shown = in_model_greys(picture, anomaly_map.shape[-1], config["scaling"], aspect)
+        counterfactual, small = (restore_map(x, *shown.shape, aspect) for x in (counterfactual.mean(-1), anomaly_map))
     title = f"{path.name}    score {score:.3f}"
     title += f"    {fraction:.1%} of the picture above the threshold" if threshold else ""
     strip = side_by_side(shown, counterfactual, small, vmax=vmax, title=title, panel_size=SHOWN)
     save_png(strip, output_dir / f"{name}.png")
-    values = (str(path), name, score, fraction, float(own.max()), picture.height, picture.width)
+    values = (str(path), name, score, fraction, float(own.max()), *size)
     return dict(zip(FIELDS, values, strict=False))
 
 

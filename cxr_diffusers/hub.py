@@ -97,7 +97,11 @@ def load_unet(folder):
     """The UNet of a pipeline folder or Hub name, to train on from its weights."""
     from diffusers import UNet2DModel
 
-    return UNet2DModel.from_pretrained(folder, subfolder="unet")
+    from .models.class_matrix_unet import ClassMatrixUNet
+
+    found = UNet2DModel.load_config(folder, subfolder="unet")["_class_name"]
+    kind = ClassMatrixUNet if found == ClassMatrixUNet.__name__ else UNet2DModel
+    return kind.from_pretrained(folder, subfolder="unet")
 
 
 def load_pipeline(name, trust_remote_code=False):

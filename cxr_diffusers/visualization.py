@@ -165,14 +165,16 @@ def to_grey(image):
     """A picture to look at: PIL image or array -> PIL image of mode L.
 
     8-bit pictures and floats in [0, 1] keep their exposure; deeper ones (12 or 16 bits in a file of 16) are stretched
-    from their darkest to their brightest value, as a viewer does. Arrays are (H, W) or (H, W, 1).
+    from their darkest to their brightest value, as a viewer does. Arrays are (H, W) or (H, W, 1); of (H, W, 4), the
+    four sequences of an MRI slice, the mean is shown.
     """
     if isinstance(image, Image.Image) and not image.mode.startswith(("I", "F")):
         return image.convert("L")
     array = np.asarray(image)
     array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
+    array = array.mean(axis=-1) if array.ndim == 3 and array.shape[-1] == 4 else array
     if array.ndim != 2:
-        raise ValueError(f"expected a grey picture (H, W) or (H, W, 1), got shape {array.shape}")
+        raise ValueError(f"expected a grey picture (H, W), (H, W, 1) or (H, W, 4), got shape {array.shape}")
     if array.dtype == np.uint8:
         return Image.fromarray(array)
     array = array.astype(np.float32)

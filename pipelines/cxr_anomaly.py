@@ -41,8 +41,9 @@ def prepare_image(image, size, scaling="minmax", aspect="pad", data_range=(-1.0,
         scaling: "minmax" stretches each picture's own darkest and brightest value to the range, after resizing and
             inside the frame, so that neither a hot pixel nor the padding decides. "dtype" maps the range of the type
             (0..255, 0..65535; floats: [0, 1] or, if any value is negative, [-1, 1]) and keeps exposure as it is.
-        aspect: "pad" (bars in the darkest value, nothing lost), "crop" (centre square), or "squash" (the sides are
-            stretched to a square, as guided-diffusion's CheXpert scripts do).
+        aspect: "pad" (bars in the darkest value, nothing lost), "crop" (centre square), "squash" (the sides are
+            stretched to a square, as guided-diffusion's CheXpert scripts do), or "keep" (the picture's own pixels,
+            bars around them or the centre of them: MRI slices of 240 pixels in a square of 256).
         data_range: the darkest and the brightest value that the model knows.
         num_channels: channels of the model; colour pictures become grey for one channel.
 
@@ -50,8 +51,8 @@ def prepare_image(image, size, scaling="minmax", aspect="pad", data_range=(-1.0,
         TypeError: neither PIL image, array nor tensor (a path, say).
         ValueError: a shape, a value (NaN) or an option that is not as said above.
     """
-    if aspect not in ("pad", "crop", "squash"):
-        raise ValueError(f"expected `aspect` pad, crop or squash, got {aspect!r}")
+    if aspect not in ("pad", "crop", "squash", "keep"):
+        raise ValueError(f"expected `aspect` pad, crop, squash or keep, got {aspect!r}")
     if scaling not in ("minmax", "dtype"):
         raise ValueError(f"expected `scaling` minmax or dtype, got {scaling!r}")
     pictures = [_one_picture(p, size, scaling, aspect, num_channels) for p in _each_picture(image, num_channels)]
@@ -62,10 +63,12 @@ def prepare_image(image, size, scaling="minmax", aspect="pad", data_range=(-1.0,
 def frame(height, width, size, aspect):
     """Where a picture of `height` x `width` lies in the model's square: (top, left, height, width), in its pixels.
 
-    "crop" answers with a frame larger than the square and a negative corner.
+    "crop", and "keep" of a larger picture, answer with a frame larger than the square and a negative corner.
     """
     if aspect == "squash":
         return 0, 0, size, size
+    if aspect == "keep":
+        return (size - height) // 2, (size - width) // 2, height, width
     fit = max if aspect == "pad" else min
     scale = size / fit(height, width)
     h, w = max(1, round(height * scale)), max(1, round(width * scale))

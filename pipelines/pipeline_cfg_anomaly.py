@@ -38,7 +38,7 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
             name: diffusers takes a list in a pipeline's config for a component).
         data_range: the darkest and the brightest value the UNet knows.
         scaling: "minmax" or "dtype", see `prepare_image`.
-        aspect: "pad", "crop" or "squash", see `prepare_image`.
+        aspect: "pad", "crop", "squash" or "keep", see `prepare_image`.
         settings: the checkpoint's own defaults of the call: any of noise_level, guidance_scale, num_inference_steps,
             negative_label, source_label, num_refinements, compare_with, direction, smoothing.
         map_threshold: the map value above which a pixel counts as abnormal, found on healthy validation images.

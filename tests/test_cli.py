@@ -178,7 +178,7 @@ def test_a_table_is_opened_as_in_the_help(tmp_path):
     ("text", "message"),
     [
         ("/no/such/folder", "a folder or NAME:key=value"),
-        ("nothing:root=x", "with NAME of chexpert"),
+        ("nothing:root=x", "with NAME of brats"),
         ("phantom:n", "got 'n' in"),
         ("phantom:colour=red", "unknown key 'colour'"),
     ],

@@ -2,13 +2,14 @@
 
 import json
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
 from goldens.original_unet import OriginalUNet
 
-from cxr_diffusers import CFGAnomalyPipeline
+from cxr_diffusers import CFGAnomalyPipeline, ClassMatrixUNet
 from cxr_diffusers.convert import (
     ConversionFlags,
     convert_checkpoint,
@@ -16,8 +17,11 @@ from cxr_diffusers.convert import (
     parse_flag,
     read_checkpoint,
 )
+from cxr_diffusers.hub import load_unet
+from cxr_diffusers.recipe import load_recipe
 
 torch.set_num_threads(1)
+ROOT = Path(__file__).parent.parent
 
 
 FORK = dict(classes=2, class_mlp=True)
@@ -42,6 +46,10 @@ CONFIGURATIONS = {
         mult=(1, 2), attention=(1,), heads=4, classes=2, in_channels=4, out_channels=8
     ),
     "new attention order, head width": dict(mult=(1, 2), attention=(0, 1), head_channels=8, new_order=True, classes=3),
+    "the fork's v2, one head": dict(mult=(1, 2), attention=(1,), class_matrix=True, **FORK),
+    "the fork's v2, heads of 16 at two widths": dict(
+        mult=(1, 2), attention=(0, 1), head_channels=16, scale_shift=True, updown=True, class_matrix=True, **FORK
+    ),
     "three residual blocks, one head at several widths": dict(mult=(1, 2), attention=(0, 1), res_blocks=3),
 }
 
@@ -113,6 +121,7 @@ def test_label_embeddings_without_a_null_label_get_no_row_for_one():
     unet, _, info = convert_state_dict(net.tensors, **flags_of(net))
     assert torch.equal(unet.class_embedding.weight, net.tensors["label_emb.weight"])
     assert not info["null_label"] and info["data_range"] == [0.0, 1.0]
+    assert (info["source"], info["scaling"], info["aspect"]) == ("brats", "dtype", "keep")  # as four channels say
 
 
 def test_each_family_brings_its_own_preparation():
@@ -242,12 +251,53 @@ def test_what_unet2dmodel_cannot_express_is_refused_by_name(net):
         convert_state_dict(odd.tensors, **flags_of(odd))
 
 
-def test_v2_is_refused_by_its_flag_and_by_its_tensors(net):
-    with pytest.raises(ValueError, match="unet_version v2"):
+def test_v2_is_told_by_its_tensors_and_refused_where_it_is_not_known(net):
+    with pytest.raises(ValueError, match="unet_version is 'v2', but the tensors say 'v1'"):
         convert_state_dict(net.tensors, **flags_of(net), unet_version="v2")
-    with pytest.raises(ValueError, match="unet_version v2"):
-        extra = {**net.tensors, "middle_block.1.encoder_kv.weight": torch.zeros(128, 128, 1)}
-        convert_state_dict(extra, **flags_of(net))
+    v2 = random_original(**CONFIGURATIONS["the fork's v2, one head"])
+    assert convert_state_dict(v2.tensors, **flags_of(v2))[2]["flags"]["unet_version"] == "v2"
+    with pytest.raises(ValueError, match=r"missing middle_block\.1\.encoder_kv\.weight"):
+        del v2.tensors["middle_block.1.encoder_kv.weight"]
+        convert_state_dict(v2.tensors, **flags_of(v2))
+    v2 = random_original(**CONFIGURATIONS["the fork's v2, one head"])
+    with pytest.raises(ValueError, match="unet_version v2 .* use_new_attention_order True"):
+        convert_state_dict(v2.tensors, **{**flags_of(v2), "use_new_attention_order": True})
+
+
+def test_a_v2_network_sees_the_class_in_its_attention_and_travels(tmp_path):
+    net = random_original(**CONFIGURATIONS["the fork's v2, heads of 16 at two widths"])
+    torch.save(net.tensors, tmp_path / "model.pt")
+    convert_checkpoint(tmp_path / "model.pt", tmp_path / "out", **flags_of(net))
+    assert (tmp_path / "out" / "unet" / "class_matrix_unet.py").is_file()
+    x, t = torch.randn(2, 1, 16, 16, generator=net.random), torch.tensor([437, 437])
+    unet = CFGAnomalyPipeline.from_pretrained(tmp_path / "out").unet
+    assert type(load_unet(tmp_path / "out")) is ClassMatrixUNet  # to train on
+    # without this package's own class: the code in the folder
+    strange = DiffusionPipeline.from_pretrained(tmp_path / "out", trust_remote_code=True).unet
+    assert type(unet) is ClassMatrixUNet
+    assert type(strange) is not ClassMatrixUNet and type(strange).__name__ == "ClassMatrixUNet"
+    with torch.no_grad():
+        for labels in (torch.tensor([0, 1]), torch.tensor([2, 2])):
+            expected = net(x, t, None if labels[0] == 2 else labels)
+            for found in (unet, strange):
+                torch.testing.assert_close(found(x, t, class_labels=labels).sample, expected, atol=2e-5, rtol=0)
+        expected = net(x, t, torch.tensor([0, 1]))
+        for attention in unet.attentions():  # what v1 has not: a class of its own for keys and values
+            attention.processor.to_v.bias += 0.1
+        assert (unet(x, t, class_labels=torch.tensor([0, 1])).sample - expected).abs().max() > 1e-2
+    with pytest.raises(ValueError, match="class_labels"):
+        unet(x, t)
+    with pytest.raises(ValueError, match="num_class_embeds"):
+        ClassMatrixUNet(**{**unet.config, "num_class_embeds": None})
+
+
+def test_v2_at_full_size_has_the_originals_number_of_parameters():
+    """117,150,594, of which our class embedding stands for the class MLP."""
+    recipe = load_recipe(ROOT / "configs" / "chexpert_cfg_256.yaml", ["data.root=/nowhere"])
+    with torch.device("meta"):
+        unet = ClassMatrixUNet(**recipe.unet)
+    class_mlp = 2 * 128 + (128 * 512 + 512) + (512 * 512 + 512)
+    assert sum(p.numel() for p in unet.parameters()) - 3 * 512 + class_mlp == 117_150_594
 
 
 def test_flags_are_read_as_the_originals_command_lines_write_them():
@@ -279,9 +329,9 @@ def test_an_unknown_flag_or_value_is_named(net):
         convert_state_dict(net.tensors, **flags_of(net), class_names=["healthy"])
 
 
-def test_a_classifier_is_not_taken_for_a_unet(net):
+def test_a_unet_without_its_decoder_is_not_taken_for_a_classifier(net):
     encoder = {name: t for name, t in net.tensors.items() if not name.startswith("output_blocks")}
-    with pytest.raises(ValueError, match="encoder classifier"):
+    with pytest.raises(ValueError, match=r"no tensor output_blocks\.\*"):
         convert_state_dict(encoder, **flags_of(net))
 
 

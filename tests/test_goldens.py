@@ -29,6 +29,8 @@ torch.set_num_threads(1)
 HERE = Path(__file__).with_name("goldens")
 SHARED = Path(__file__).parents[2] / "shared" / "goldens"
 NETWORKS = ("g1a_v1_seedflags", "g1b_v1_scaleshift_updown_heads", "g1d_wolleb_labelemb_4ch_neworder")
+# whose weights lie beside them under another name
+WEIGHTS = {"g3_classifier_unit": "g3_classifier_weights", "g3_clfguid_ddim1000_L30_s100": "g3_unet_weights"}
 CFG_RUNS = {"g2_cfg_ddim1000_L30_w4": 1000, "g2_cfg_ddim50_L25_w4": 50}
 
 
@@ -88,8 +90,9 @@ def test_the_shipped_files_are_the_originals_bit_for_bit():
     compared = 0
     for file in HERE.glob("*.npz"):
         ours, theirs = np.load(file), dict(np.load(SHARED / file.name))
-        if (SHARED / f"{file.stem}_weights.safetensors").exists():
-            weights = load_file(SHARED / f"{file.stem}_weights.safetensors")
+        name = WEIGHTS.get(file.stem, f"{file.stem}_weights")
+        if (SHARED / f"{name}.safetensors").exists():
+            weights = load_file(SHARED / f"{name}.safetensors")
             theirs |= {f"weights/{key}": value for key, value in weights.items()}
         for key in set(ours.files) - {"config", "keys"}:
             whole = theirs[key.removesuffix("_every4")]

@@ -26,6 +26,7 @@ FLOORS = {
     "cxr_diffusers.models": 1,
     "cxr_diffusers.metrics": 2,
     "cxr_diffusers.original": 2,
+    "cxr_diffusers.original_steps": 2,
     "cxr_diffusers.processes": 2,
     "cxr_diffusers.recipe": 2,
     "cxr_diffusers.visualization": 2,

@@ -345,7 +345,7 @@ def test_a_model_without_classes_is_refused(scheduler):
 # images in, maps out
 
 
-@pytest.mark.parametrize("aspect", ["pad", "crop", "squash"])
+@pytest.mark.parametrize("aspect", ["pad", "crop", "squash", "keep"])
 @pytest.mark.parametrize("shape", [(40, 60), (60, 40), (16, 16), (9, 23)])
 def test_a_map_comes_back_to_where_the_picture_was(aspect, shape):
     ramp = np.add.outer(np.linspace(0, 1, shape[0]), np.linspace(0, 1, shape[1])).astype(np.float32) / 2
@@ -353,7 +353,7 @@ def test_a_map_comes_back_to_where_the_picture_was(aspect, shape):
     assert x.shape == (1, 1, 32, 32)
     back = restore_map(x[0, 0], *shape, aspect)
     assert back.shape == shape
-    seen = back > 0 if aspect == "crop" else np.ones(shape, bool)
+    seen = back > 0 if aspect in ("crop", "keep") else np.ones(shape, bool)
     assert seen.mean() > 0.39
     assert np.abs(back - ramp)[seen].max() < 0.06
 

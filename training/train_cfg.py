@@ -29,7 +29,7 @@ def main(arguments):
     config = recipe.train
     dataset = build_dataset(**recipe.data)
     class_names = dataset.features["label"].names
-    images = TensorImages(dataset, recipe.unet["sample_size"], **recipe.images)
+    images = TensorImages(dataset, recipe.unet["sample_size"], num_channels=recipe.unet["in_channels"], **recipe.images)
     shown = build_dataset(**{**recipe.data, **recipe.validation})
     shown = shown.filter(lambda label: label > 0, input_columns="label")
     if min(dataset["label"][:]) < 0 or not len(shown):

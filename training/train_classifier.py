@@ -37,7 +37,8 @@ def main(arguments):
         raise ValueError(f"expected a label for every image and more than one class to tell apart, got {recipe.data}")
     with seeded(recipe.train.seed):
         task = (OfPictures if "model_type" in recipe.classifier else OfNoisedPictures)(recipe, class_names)
-    images, held_out = (TensorImages(found, task.size, **task.preparation) for found in (dataset, held_out))
+    options = {"num_channels": getattr(task.model.config, "in_channels", 1), **task.preparation}
+    images, held_out = (TensorImages(found, task.size, **options) for found in (dataset, held_out))
     task.pipeline(task.model)  # what is wrong with the recipe is said now, not at the first checkpoint
 
     def loss_fn(model, batch):

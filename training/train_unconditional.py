@@ -26,7 +26,8 @@ DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "phantom_uncondition
 def main(arguments):
     recipe = parse_command_line(arguments, DEFAULT_RECIPE)
     config = recipe.train
-    images = TensorImages(build_dataset(**recipe.data), recipe.unet["sample_size"], **recipe.images)
+    size, channels = recipe.unet["sample_size"], recipe.unet["in_channels"]
+    images = TensorImages(build_dataset(**recipe.data), size, num_channels=channels, **recipe.images)
     with seeded(config.seed):
         unet = load_unet(config.init_from) if config.init_from else UNet2DModel(**recipe.unet)
     scheduler = DDIMScheduler(**recipe.scheduler)

@@ -3,16 +3,18 @@
 import re
 from dataclasses import dataclass
 
-from .flags import CHANNEL_MULT, V2_REFUSED
+from .flags import CHANNEL_MULT
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A guided-diffusion UNet.
+    """A guided-diffusion UNet, or its encoder with a head: a classifier.
 
     block_out_channels: channels of each level, the finest first.
     attention_levels: those of them, counted from 0, that have attention (the middle block always has).
     num_classes: None without labels.  class_mlp: the class vector passes an MLP (the CFG fork, `clf_free`).
+    class_matrix: the CFG fork's version 2, whose attention sees the class.
+    pool: of a classifier, "attention" or "adaptive"; its `out_channels` are the logits.
     """
 
     image_size: int
@@ -26,27 +28,34 @@ class Architecture:
     scale_shift: bool
     num_classes: int | None
     class_mlp: bool
+    class_matrix: bool = False
+    pool: str | None = None
 
 
 def read_architecture(state_dict, image_size=None):
     """{name: tensor} -> `Architecture`.
 
     Raises:
-        ValueError: a tensor that says something about the architecture is missing, an encoder classifier, the CFG
-            fork's v2, or a first level narrower or wider than the base channels (512 px).
+        ValueError: a tensor that says something about the architecture is missing, or a first level narrower or wider
+            than the base channels (512 px).
     """
-    if any(".encoder_kv." in name for name in state_dict):
-        raise ValueError(V2_REFUSED)
     if not any(name.startswith("output_blocks.") for name in state_dict):
-        raise ValueError(
-            "expected the state_dict of a guided-diffusion UNet, found no tensor output_blocks.*"
-            + (
-                ": this looks like an encoder classifier, which is not convertible yet"
-                if "out.0.weight" in state_dict
-                else ""
-            )
-        )
+        raise ValueError("expected the state_dict of a guided-diffusion UNet, found no tensor output_blocks.*")
     updown, layers, levels = read_decoder(state_dict)
+    encoder = read_encoder(state_dict, layers, levels)
+    return Architecture(
+        image_size=image_size or usual_image_size(encoder["block_out_channels"], encoder["model_channels"]),
+        out_channels=shape(state_dict, "out.2.weight", 4)[0],
+        updown=updown,
+        num_classes=shape(state_dict, "label_emb.weight", 2)[0] if "label_emb.weight" in state_dict else None,
+        class_mlp=any(name.startswith("cond_embed.") for name in state_dict),
+        class_matrix=any(".encoder_kv." in name for name in state_dict),
+        **encoder,
+    )
+
+
+def read_encoder(state_dict, layers, levels):
+    """What the encoder says, given its residual blocks per level and its levels: some fields of `Architecture`."""
     first = [1 + level * (layers + 1) for level in range(levels)]
     channels = tuple(shape(state_dict, f"input_blocks.{k}.0.out_layers.3.weight", 4)[0] for k in first)
     model_channels = shape(state_dict, "time_embed.0.weight", 2)[1]
@@ -56,19 +65,14 @@ def read_architecture(state_dict, image_size=None):
             f"{model_channels} (time_embed.0.weight), as with channel_mult {channels[0] / model_channels:g},... (the "
             "default at 512 px): UNet2DModel takes both from one number, so this is not convertible"
         )
-    return Architecture(
-        image_size=image_size or usual_image_size(channels, model_channels),
-        in_channels=shape(state_dict, "input_blocks.0.0.weight", 4)[1],
-        out_channels=shape(state_dict, "out.2.weight", 4)[0],
-        model_channels=model_channels,
-        block_out_channels=channels,
-        layers_per_block=layers,
-        attention_levels=tuple(i for i, k in enumerate(first) if has_attention(state_dict, range(k, k + layers))),
-        updown=updown,
-        scale_shift=shape(state_dict, "input_blocks.1.0.emb_layers.1.weight", 2)[0] == 2 * channels[0],
-        num_classes=shape(state_dict, "label_emb.weight", 2)[0] if "label_emb.weight" in state_dict else None,
-        class_mlp=any(name.startswith("cond_embed.") for name in state_dict),
-    )
+    return {
+        "in_channels": shape(state_dict, "input_blocks.0.0.weight", 4)[1],
+        "model_channels": model_channels,
+        "block_out_channels": channels,
+        "layers_per_block": layers,
+        "attention_levels": tuple(i for i, k in enumerate(first) if has_attention(state_dict, range(k, k + layers))),
+        "scale_shift": shape(state_dict, "input_blocks.1.0.emb_layers.1.weight", 2)[0] == 2 * channels[0],
+    }
 
 
 def read_decoder(state_dict):

@@ -18,6 +18,8 @@ CHANNEL_MULT = {
 SOURCES = {
     "cfg-fork": {"data_range": [0.0, 1.0], "scaling": "minmax", "aspect": "squash"},
     "wolleb": {"data_range": [0.0, 1.0], "scaling": "minmax", "aspect": "squash"},
+    # four channels: MRI slices, scaled to [0, 1] beforehand, zeros around them
+    "brats": {"data_range": [0.0, 1.0], "scaling": "dtype", "aspect": "keep"},
     "openai": {"data_range": [-1.0, 1.0], "scaling": "dtype", "aspect": "crop"},
 }
 
@@ -43,6 +45,7 @@ class ConversionFlags:
     diffusion_steps: int = flag(1000, "length of the training chain")
     predict_xstart: bool = flag(False, "the network predicts the picture, not the noise")
     rescale_timesteps: bool = flag(False, "timesteps were scaled to 0..1000 (no effect with 1000 diffusion steps)")
+    classifier_num_head_channels: int = flag(64, "channels of one head of a classifier (64 in all the originals)")
     dropout: float = flag(0.0, "dropout of the residual blocks in further training")
     source: str | None = flag(None, f"whose data preparation: {', '.join(SOURCES)} (default: told from the tensors)")
     class_names: tuple | None = flag(None, "a name for each class, in the order of its label")
@@ -60,7 +63,13 @@ class ConversionFlags:
     class_cond: bool | None = flag(None, "the network takes class labels")
     num_classes: int | None = flag(None, "how many")
     clf_free: bool | None = flag(None, "the CFG fork's class MLP, trained with dropped labels")
-    unet_version: str | None = flag(None, "v1 or v2 of the CFG fork (v2 is refused)")
+    unet_version: str | None = flag(None, "v1 or v2 of the CFG fork")
+    classifier_width: int | None = flag(None, "a classifier's base channels")
+    classifier_depth: int | None = flag(None, "its residual blocks per level")
+    classifier_attention_resolutions: str | None = flag(None, "its sides of the feature maps with attention")
+    classifier_use_scale_shift_norm: bool | None = flag(None, "its time embedding scales and shifts")
+    classifier_resblock_updown: bool | None = flag(None, "its residual blocks resample")
+    classifier_pool: str | None = flag(None, "attention or adaptive (others are refused)")
 
 
 def read_flags(values):
@@ -81,15 +90,7 @@ def read_flags(values):
         )
     if flags.unet_version not in (None, "v1", "v2"):
         raise ValueError(f"expected unet_version v1 or v2, got {flags.unet_version!r}")
-    if flags.unet_version == "v2":
-        raise ValueError(V2_REFUSED)
     return flags
-
-
-V2_REFUSED = (
-    "unet_version v2 puts a class matrix in front of the keys and values of every attention block (encoder_kv), which "
-    "UNet2DModel has no place for: not convertible. v1, the version of the fork's README, is."
-)
 
 
 def parse_flag(name, text):
@@ -108,34 +109,53 @@ def parse_flag(name, text):
 def flags_in_tensors(architecture):
     """{flag: value}, the originals' flags as the tensors show them."""
     a = architecture
+    if a.pool:
+        return {
+            "image_size": a.image_size,
+            "in_channels": a.in_channels,
+            "num_classes": a.out_channels,
+            "classifier_width": a.model_channels,
+            "classifier_depth": a.layers_per_block,
+            "classifier_attention_resolutions": sides_with_attention(a),
+            "classifier_use_scale_shift_norm": a.scale_shift,
+            "classifier_resblock_updown": a.updown,
+            "classifier_pool": a.pool,
+        }
     return {
         "image_size": a.image_size,
         "in_channels": a.in_channels,
         "num_channels": a.model_channels,
         "channel_mult": ",".join(f"{c / a.model_channels:g}" for c in a.block_out_channels),
         "num_res_blocks": a.layers_per_block,
-        "attention_resolutions": ",".join(str(a.image_size // 2**level) for level in a.attention_levels),
+        "attention_resolutions": sides_with_attention(a),
         "learn_sigma": a.out_channels == 2 * a.in_channels,
         "use_scale_shift_norm": a.scale_shift,
         "resblock_updown": a.updown,
         "class_cond": a.num_classes is not None,
         "num_classes": a.num_classes,
         "clf_free": a.class_mlp,
-        "unet_version": "v1",
+        "unet_version": "v2" if a.class_matrix else "v1",
     }
+
+
+def sides_with_attention(architecture):
+    return ",".join(str(architecture.image_size // 2**level) for level in architecture.attention_levels)
 
 
 def check_flags(flags, architecture):
     """Raise ValueError, naming the flag, where a flag that was given and the tensors disagree."""
     # lists may be written in several ways, and resolutions that the network never reaches have no effect
     sides = {str(architecture.image_size // 2**level) for level in range(len(architecture.block_out_channels))}
+    resolutions = lambda text: {side.strip() for side in str(text).split(",")} & sides  # noqa: E731
     same = {
         "channel_mult": lambda text: [float(m) for m in str(text).split(",") if m],
-        "attention_resolutions": lambda text: {side.strip() for side in str(text).split(",")} & sides,
+        "attention_resolutions": resolutions,
+        "classifier_attention_resolutions": resolutions,
     }
     for name, found in flags_in_tensors(architecture).items():
         given = getattr(flags, name)
-        if given in (None, "") or (architecture.num_classes is None and name in ("num_classes", "clf_free")):
+        without_effect = architecture.num_classes is None and not architecture.pool
+        if given in (None, "") or (without_effect and name in ("num_classes", "clf_free")):
             continue  # not given, or of no effect
         as_written = same.get(name, lambda value: value)
         if as_written(given) != as_written(found):

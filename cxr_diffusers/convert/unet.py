@@ -1,4 +1,4 @@
-"""A guided-diffusion UNet as `UNet2DModel` and `DDIMScheduler`."""
+"""A guided-diffusion network as `UNet2DModel` or `NoisyClassifier`, and its chain as `DDIMScheduler`."""
 
 from dataclasses import asdict
 
@@ -6,6 +6,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
 from .architecture import read_architecture
+from .classifier import build_classifier, is_classifier, read_classifier
 from .flags import SOURCES, check_flags, flags_in_tensors, logger, read_flags
 from .weights import convert_weights
 
@@ -14,15 +15,20 @@ DECISIVE = ("num_heads", "noise_schedule", "source")
 
 
 def convert_state_dict(state_dict, **flags):
-    """The tensors of a guided-diffusion UNet as diffusers' classes, exact but for float32 rounding.
+    """The tensors of a guided-diffusion UNet or encoder classifier as diffusers' classes, exact but for rounding.
 
     Args:
-        state_dict: {name: tensor}, as the `image_train.py` of OpenAI, Wolleb and the CFG fork writes it (model or EMA).
-        flags: fields of `ConversionFlags`, under the originals' names.
+        state_dict: {name: tensor}, as the `image_train.py` of OpenAI, Wolleb and the CFG fork writes it (model or EMA),
+            or their `classifier_train.py`.
+        flags: fields of `ConversionFlags`, under the originals' names; for a classifier those that begin with
+            `classifier_`, the chain's, image_size, in_channels, num_classes and class_names.
 
     Returns:
-        (unet, scheduler, info): a `UNet2DModel` in evaluation mode, float32; a `DDIMScheduler` with the schedule of
-        the training chain (`clip_sample` off: `run_as_original` clips by itself); and a dict with
+        (unet, scheduler, info): a `UNet2DModel` (for the fork's unet_version v2 our subclass of it, `ClassMatrixUNet`)
+        in evaluation mode, float32; a `DDIMScheduler` with the schedule of
+        the training chain (`clip_sample` off: `run_as_original` clips by itself); and a dict with the following.
+        For a classifier a `NoisyClassifier` is in the UNet's place, and the dict has `class_names`, `flags`, `assumed`
+        and `num_parameters` alone.
 
         null_label: whether the last class embedding means "no class named". Only the CFG fork's models know one: its
             class MLP is folded into the table and a row of zeros added. The label embeddings of Wolleb's and OpenAI's
@@ -39,10 +45,12 @@ def convert_state_dict(state_dict, **flags):
     """
     given = {name for name, value in flags.items() if value is not None}
     flags = read_flags(flags)
+    if is_classifier(state_dict):
+        return convert_classifier(state_dict, flags, given)
     architecture = read_architecture(state_dict, flags.image_size)
     check_flags(flags, architecture)
     with torch.device("meta"):
-        unet = UNet2DModel(**unet_config(architecture, flags))
+        unet = unet_class(architecture, flags)(**unet_config(architecture, flags))
     unet.load_state_dict(convert_weights(state_dict, unet, architecture, flags.use_new_attention_order), assign=True)
     source = flags.source or guess_source(architecture)
     info = {
@@ -59,12 +67,30 @@ def convert_state_dict(state_dict, **flags):
     return unet.eval(), build_scheduler(flags), info
 
 
+def convert_classifier(state_dict, flags, given):
+    """(`NoisyClassifier`, `DDIMScheduler`, info) of an encoder classifier; see `convert_state_dict`."""
+    architecture = read_classifier(state_dict, flags)
+    classifier = build_classifier(architecture, flags)
+    # in all the originals a classifier's attention has the legacy order, its pool the new one
+    classifier.load_state_dict(convert_weights(state_dict, classifier, architecture, new_order=False), assign=True)
+    width = flags.classifier_num_head_channels
+    info = {
+        "class_names": class_names(flags, architecture),
+        "flags": {"classifier_num_head_channels": width, **flags_in_tensors(architecture)},
+        "assumed": [name for name in ("noise_schedule",) if name not in given],
+        "num_parameters": sum(p.numel() for p in classifier.parameters()),
+    }
+    return classifier.eval(), build_scheduler(flags), info
+
+
 def superseded(name, flags):
     return name == "num_heads" and flags.num_head_channels != -1
 
 
 def guess_source(architecture):
-    """The class MLP is the fork's alone; Wolleb's pictures have one or four channels, OpenAI's three."""
+    """Four channels are BraTS, whoever trained on it; a class MLP is the fork's alone, three channels are OpenAI's."""
+    if architecture.in_channels == 4:
+        return "brats"
     if architecture.class_mlp:
         return "cfg-fork"
     return "openai" if architecture.in_channels == 3 else "wolleb"
@@ -74,11 +100,23 @@ def class_names(flags, architecture):
     """The names handed over; those of the fork's two classes are known: its loaders number healthy 0, diseased 1."""
     if flags.class_names is None:
         return ["healthy", "diseased"] if architecture.class_mlp and architecture.num_classes == 2 else None
-    if len(flags.class_names) != (architecture.num_classes or 0):
-        raise ValueError(
-            f"expected a class name for each of {architecture.num_classes or 0} classes, got {list(flags.class_names)}"
-        )
+    count = architecture.out_channels if architecture.pool else architecture.num_classes or 0
+    if len(flags.class_names) != count:
+        raise ValueError(f"expected a class name for each of {count} classes, got {list(flags.class_names)}")
     return list(flags.class_names)
+
+
+def unet_class(architecture, flags):
+    if not architecture.class_matrix:
+        return UNet2DModel
+    from ..models.class_matrix_unet import ClassMatrixUNet
+
+    if not architecture.class_mlp or flags.use_new_attention_order:
+        raise ValueError(
+            "unet_version v2 (tensors encoder_kv) is known with the fork's class MLP and the legacy attention order "
+            f"alone, got clf_free {architecture.class_mlp}, use_new_attention_order {flags.use_new_attention_order}"
+        )
+    return ClassMatrixUNet
 
 
 def unet_config(architecture, flags):

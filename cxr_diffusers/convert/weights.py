@@ -26,10 +26,13 @@ ENDS = {
 def convert_weights(state_dict, unet, architecture, new_order):
     """{original name: tensor} -> {diffusers name: float32 tensor} for `unet`, which may lie on the meta device.
 
+    `unet` may be a `NoisyClassifier`: an encoder under the UNet's names, and a head.
+
     `new_order`: whether the rows of the qkv tensors are [all Q, K, V], or [q, k, v] head by head.
     Raises ValueError naming every tensor that is missing, left over, of the wrong shape, or not finite.
     """
     moves = [*plain_moves(unet, architecture), *attention_moves(unet, architecture, new_order)]
+    moves += head_moves(unet, architecture)
     expected = {old: shape for old, shape, _ in moves}
     expected |= class_shapes(architecture)
     check_tensors(state_dict, expected)
@@ -85,23 +88,46 @@ def attention_moves(unet, architecture, new_order):
             yield f"{old}.norm.{kind}", (channels,), {f"{new}.group_norm.{kind}": same}
             yield f"{old}.proj_out.{kind}", (channels, *tail), {f"{new}.to_out.0.{kind}": as_linear}
             thirds = {
-                f"{new}.to_{name}.{kind}": partial(third, index=i, heads=heads, new_order=new_order)
+                f"{new}.to_{name}.{kind}": partial(part, index=i, count=3, heads=heads, new_order=new_order)
                 for i, name in enumerate("qkv")
             }
             yield f"{old}.qkv.{kind}", (3 * channels, *tail), thirds
+            if architecture.class_matrix:
+                tail = (4 * architecture.model_channels, 1) if kind == "weight" else ()
+                halves = {
+                    f"{new}.processor.to_{name}.{kind}": partial(part, index=i, count=2, heads=heads)
+                    for i, name in enumerate("kv")
+                }
+                yield f"{old}.encoder_kv.{kind}", (2 * channels, *tail), halves
+
+
+def head_moves(classifier, architecture):
+    """The same for a classifier's head; a UNet has none."""
+    if not architecture.pool:
+        return
+    width, logits = architecture.block_out_channels[-1], architecture.out_channels
+    if architecture.pool == "adaptive":
+        yield "out.3.weight", (logits, width, 1, 1), {"head.to_out.weight": as_linear}
+        yield "out.3.bias", (logits,), {"head.to_out.bias": same}
+        return
+    positions = (architecture.image_size // 2 ** (len(architecture.block_out_channels) - 1)) ** 2
+    yield "out.2.positional_embedding", (width, positions + 1), {"head.positional_embedding": torch.t}
+    for old, new, rows in (("qkv_proj", "to_qkv", 3 * width), ("c_proj", "to_out", logits)):
+        yield f"out.2.{old}.weight", (rows, width, 1), {f"head.{new}.weight": as_linear}
+        yield f"out.2.{old}.bias", (rows,), {f"head.{new}.bias": same}
 
 
 def as_linear(tensor):
-    """(rows, columns, 1) -> (rows, columns); a bias stays as it is."""
-    return tensor.squeeze(2) if tensor.ndim == 3 else tensor
+    """(rows, columns, 1) or (rows, columns, 1, 1) -> (rows, columns); a bias stays as it is."""
+    return tensor.flatten(1) if tensor.ndim > 1 else tensor
 
 
-def third(tensor, index, heads, new_order):
-    """The rows of q, k or v (`index` 0, 1, 2) of a qkv tensor, head after head."""
+def part(tensor, index, count, heads, new_order=False):
+    """The rows of q, k or v (`index` 0, 1, 2) of a qkv tensor (or of k or v of two), head after head."""
     tensor = as_linear(tensor)
     if new_order:
-        return tensor.chunk(3)[index]
-    return tensor.unflatten(0, (heads, 3, -1))[:, index].flatten(0, 1)
+        return tensor.chunk(count)[index]
+    return tensor.unflatten(0, (heads, count, -1))[:, index].flatten(0, 1)
 
 
 def residual_blocks(architecture):

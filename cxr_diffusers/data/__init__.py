@@ -3,6 +3,7 @@
 import importlib
 import inspect
 
+from .brats import load_brats
 from .chexpert import load_chexpert
 from .folder import load_folder, load_table
 from .hub import load_hub
@@ -12,6 +13,7 @@ from .phantom import load_phantom
 from .preparation import prepare
 
 LOADERS = {
+    "brats": load_brats,
     "chexpert": load_chexpert,
     "folder": load_folder,
     "hub": load_hub,

@@ -47,6 +47,11 @@ def read_image(path):
         raise ValueError(f"{path}: {error}") from error
 
 
+def picture_size(image):
+    """(height, width) of a PIL image or of an (H, W) or (H, W, C) array."""
+    return (image.height, image.width) if isinstance(image, PIL.Image.Image) else image.shape[:2]
+
+
 def to_grey(image):
     """PIL image of any mode -> "L" or "I;16"; ValueError for 32-bit values that 16 bits cannot hold."""
     if image.mode.startswith("I;16"):

@@ -13,13 +13,14 @@ from .images import binary_mask, read_image
 LAZY_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 
 
-def to_dataset(rows, class_names):
+def to_dataset(rows, class_names, image=None):
     """Rows -> data set with columns image, label, patient, view, path, and boxes and mask where any row has one.
 
     Args:
         rows: dicts with image (path or PIL image), label (class id, -1 unlabelled), and optionally patient, view, path,
             boxes (list of [x, y, w, h] in pixels; [] where there are none or none are known), mask (PIL image or None).
         class_names: names of the class ids, healthy first.
+        image: a `datasets` feature that opens the rows' image by itself; None: pictures that PIL or `read_image` opens.
 
     Raises:
         ValueError: no rows.
@@ -27,15 +28,13 @@ def to_dataset(rows, class_names):
     if not rows:
         raise ValueError("the data set is empty: no row is left after the filters that were asked for")
     features = {
-        "image": Image(),
+        "image": image or Image(),
         "label": ClassLabel(names=list(class_names)),
         "patient": Value("string"),
         "view": Value("string"),
         "path": Value("string"),
     }
-    eager = sum(not isinstance(row["image"], PIL.Image.Image) and not _is_lazy(row["image"]) for row in rows)
-    with tqdm(total=eager, desc="reading", unit="image", disable=eager < 20, leave=False) as bar:
-        columns = {"image": [_image_cell(row["image"], bar) for row in rows]}
+    columns = {"image": [row["image"] for row in rows] if image else _image_cells(rows)}
     columns["label"] = [int(row["label"]) for row in rows]
     for name in ("patient", "view", "path"):
         columns[name] = [str(row.get(name) or "") for row in rows]
@@ -94,6 +93,12 @@ def missing_columns(expected, found, where):
 
 def _is_lazy(path):
     return Path(path).suffix.lower() in LAZY_SUFFIXES
+
+
+def _image_cells(rows):
+    eager = sum(not isinstance(row["image"], PIL.Image.Image) and not _is_lazy(row["image"]) for row in rows)
+    with tqdm(total=eager, desc="reading", unit="image", disable=eager < 20, leave=False) as bar:
+        return [_image_cell(row["image"], bar) for row in rows]
 
 
 def _image_cell(image, bar):

@@ -7,20 +7,30 @@ from ..pipelines.cxr_anomaly import prepare_image
 
 
 class TensorImages(torch.utils.data.Dataset):
-    """{"images": (1, size, size) float32 in `data_range`, "labels": int64} for each row of a data set.
+    """{"images": (num_channels, size, size) float32 in `data_range`, "labels": int64} for each row of a data set.
 
-    `size`, `scaling`, `aspect`, `data_range`: of `pipelines.cxr_anomaly.prepare_image`, so that a model is trained on
-    what its pipeline will show it. A set that fits into `cache_bytes` is prepared once, here, and kept as float32 (half
-    precision would move images by up to 1/4096).
+    `size`, `scaling`, `aspect`, `data_range`, `num_channels`: of `pipelines.cxr_anomaly.prepare_image`, so that a model
+    is trained on what its pipeline will show it. A set that fits into `cache_bytes` is prepared once, here, and kept as
+    float32 (half precision would move images by up to 1/4096).
     """
 
-    def __init__(self, dataset, size, scaling="minmax", aspect="pad", data_range=(-1.0, 1.0), cache_bytes=2 << 30):
+    def __init__(
+        self,
+        dataset,
+        size,
+        scaling="minmax",
+        aspect="pad",
+        data_range=(-1.0, 1.0),
+        num_channels=1,
+        cache_bytes=2 << 30,
+    ):
         self.size, self.pictures = size, dataset.select_columns(["image"])
         self.paths = dataset["path"][:] if "path" in dataset.column_names else [f"row {i}" for i in range(len(dataset))]
         self.labels = torch.tensor(dataset["label"][:], dtype=torch.int64)
         self.options = {"size": size, "scaling": scaling, "aspect": aspect, "data_range": tuple(data_range)}
+        self.options["num_channels"] = num_channels
         self.cache = None
-        if len(dataset) * size * size * 4 <= cache_bytes:
+        if len(dataset) * num_channels * size * size * 4 <= cache_bytes:
             self.cache = self._prepare_all()
 
     def __len__(self):
@@ -31,7 +41,8 @@ class TensorImages(torch.utils.data.Dataset):
         return {"images": images, "labels": self.labels[index]}
 
     def _prepare_all(self):
-        cache = torch.empty(len(self), 1, self.options["size"], self.options["size"])
+        size = self.options["size"]
+        cache = torch.empty(len(self), self.options["num_channels"], size, size)
         # one thread: on a busy machine the many small operations wait for each other, ten times as long as they work
         threads = torch.get_num_threads()
         torch.set_num_threads(1)

@@ -99,8 +99,8 @@ def ask(method, dataset, batch, digests):
     for k in range(len(batch)):
         yield {
             "anomaly_map": np.asarray(output.anomaly_map[k], np.float32),
-            "image": np.asarray(output.image[k][..., 0], np.float16),
-            "counterfactual": np.asarray(output.counterfactual[k][..., 0], np.float16),
+            "image": np.asarray(output.image[k].mean(-1), np.float16),
+            "counterfactual": np.asarray(output.counterfactual[k].mean(-1), np.float16),
             "score": float(output.anomaly_score[k]),
             "seconds": seconds,
         }
@@ -135,7 +135,9 @@ def config_of(part):
 
 def picture_digest(key, row):
     image = row["image"]
-    content = f"{key} {row.get('path')} {image.mode} {image.size}".encode() + image.tobytes()
+    # a PIL picture, or an array of several channels
+    kind = f"{image.mode} {image.size}" if hasattr(image, "mode") else f"{image.dtype} {image.shape}"
+    content = f"{key} {row.get('path')} {kind}".encode() + image.tobytes()
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 

@@ -84,7 +84,10 @@ def edge_maps(dataset, smoothing):
 
     def edges(i):
         image = dataset[i]["image"]
-        picture = np.asarray(image.convert("F" if image.mode[0] in "IF" else "L"), np.float32)
+        if isinstance(image, np.ndarray):  # of several channels, all of one weight
+            picture = image.mean(axis=-1, dtype=np.float32)
+        else:
+            picture = np.asarray(image.convert("F" if image.mode[0] in "IF" else "L"), np.float32)
         picture = (picture - picture.min()) / max(np.ptp(picture), 1e-12)
         return soften(np.abs(picture - smooth_map(picture, 0.05 * min(picture.shape))), smoothing)
 

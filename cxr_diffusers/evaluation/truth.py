@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ..data.images import picture_size
 from ..metrics import box_mask
 
 
@@ -12,7 +13,7 @@ def describe(dataset, strata=()):
 
 def describe_row(row, i, strata):
     path = row.get("path") or f"row {i}"
-    width, height = row["image"].size
+    height, width = picture_size(row["image"])
     return {
         "path": path,
         "patient": row.get("patient") or "",

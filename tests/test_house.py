@@ -155,6 +155,7 @@ def test_a_bare_checkout_a_wheel_and_a_foreign_folder_called_pipelines_get_along
     assert not ours - packed, "setup.cfg does not list a package"
     assert any(n.endswith("samples/sample_1.png") for n in names)
     assert any(n.endswith("cxr_cfg_64/unet/diffusion_pytorch_model.safetensors") for n in names)
+    assert any(n.endswith("cxr_fixed_point_gan_64/generator/diffusion_pytorch_model.safetensors") for n in names)
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     assert run_python(IMPORTS, tmp_path, site) == str(site / "cxr_diffusers" / "pipelines" / "__init__.py")

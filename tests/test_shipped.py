@@ -5,8 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from cxr_diffusers import CFGAnomalyPipeline, default_checkpoint, evaluate, load_table, publish, read_image
+from cxr_diffusers import (
+    CFGAnomalyPipeline,
+    FixedPointGANPipeline,
+    default_checkpoint,
+    evaluate,
+    load_table,
+    publish,
+    read_image,
+)
 from cxr_diffusers.data import list_images
+from cxr_diffusers.hub import load_pipeline
 
 SAMPLES = Path(default_checkpoint()).parent.parent / "samples"
 IMPLANTS = Path(__file__).parent.parent.parent / "shared" / "cxr" / "val_implants"
@@ -66,3 +75,23 @@ def test_it_beats_chance_and_its_own_mean_map_intervals_apart(shipped):
     method = rows["method"]["pixel_ap"]
     assert method["low"] > rows["chance"]["pixel_ap"]["high"]
     assert method["low"] > rows["mean map"]["pixel_ap"]["high"]
+
+
+def test_the_fixed_point_gan_is_small_opens_by_its_name_and_says_what_it_is_worth():
+    folder = Path(default_checkpoint("cxr_fixed_point_gan_64"))
+    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 8e6
+    assert not [p for p in folder.rglob("*") if p.suffix in (".bin", ".pt", ".pkl", ".py")]
+    card = " ".join((folder / "README.md").read_text().split())
+    assert "Research use only" in card and "patent" in card and "far too little" in card
+    gan = load_pipeline(str(folder))
+    assert isinstance(gan, FixedPointGANPipeline) and gan.class_names == [
+        "healthy",
+        "pleural effusion",
+        "other finding",
+    ]
+    images = [read_image(path) for path in list_images(SAMPLES)]
+    healthy, ill = (gan(images, target_label=k, output_type="np") for k in (0, 1))
+    assert abs(healthy.counterfactual - healthy.image).mean() < 0.05, "the same chest, but for what changed"
+    # the classes differ in the interior, not at the border alone
+    assert abs(healthy.counterfactual - ill.counterfactual)[:, 16:48, 16:48].mean() > 0.01
+    assert 0 < gan.config.map_threshold < healthy.anomaly_map.max()

@@ -88,8 +88,9 @@ def shared_components(folder, index):
     """
     if folder.parent != CHECKPOINTS:
         return {}
-    named = [name for name, value in index.items() if isinstance(value, list) and value[0] and name != "_class_name"]
-    missing = [name for name in named if not (folder / name).is_dir()]
+    # a component is [library, class]; `data_range` is a list, too
+    pairs = {name for name, value in index.items() if isinstance(value, list) and value and isinstance(value[0], str)}
+    missing = [name for name in sorted(pairs - {"_class_name"}) if not (folder / name).is_dir()]
     return {name: getattr(load_pipeline(CHECKPOINTS / DEFAULT), name) for name in missing}
 
 

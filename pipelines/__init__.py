@@ -2,5 +2,6 @@
 
 from .cxr_anomaly import AnomalyOutput
 from .pipeline_cfg_anomaly import CFGAnomalyPipeline
+from .pipeline_diffpir_deblur import DeblurOutput, DiffPIRDeblurPipeline
 
-__all__ = ["AnomalyOutput", "CFGAnomalyPipeline"]
+__all__ = ["AnomalyOutput", "CFGAnomalyPipeline", "DeblurOutput", "DiffPIRDeblurPipeline"]

@@ -10,6 +10,7 @@ from .images import fit_image, list_images, read_image
 from .nih import load_nih
 from .phantom import load_phantom
 from .preparation import prepare
+from .vindr import load_vindr
 
 LOADERS = {
     "chexpert": load_chexpert,
@@ -18,6 +19,7 @@ LOADERS = {
     "nih": load_nih,
     "phantom": load_phantom,
     "table": load_table,
+    "vindr": load_vindr,
 }
 
 # these need torch, which takes seconds to import and which reading a file does not need

@@ -206,7 +206,7 @@ def measure(pipeline, source_root, *, kernel, batch_size=4, call_kwargs=None, sa
     They are taken evenly from all of the set; nothing is written, and a first call, to warm up, does not count.
     """
     kernel, _ = read_kernel(kernel)
-    plan = plan_copy(Path(source_root), Path(source_root), {**SAME, "image_format": "png"})
+    plan = plan_copy(Path(source_root), Path(source_root) / ".planned", {**SAME, "image_format": "png"})
     sources = [source for source, _, is_mask in plan.jobs if not is_mask]
     count = min(sample or 2 * batch_size, len(sources))
     sources = [sources[i * len(sources) // count] for i in range(count)]

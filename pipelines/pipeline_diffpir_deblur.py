@@ -11,7 +11,16 @@ from diffusers.utils import BaseOutput, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 
 from .cxr_anomaly import read_pictures
-from .cxr_deconvolution import canvas_size, check_kernel, data_step, extend, fill, measured, middle, transfer_function
+from .cxr_deconvolution import (
+    canvas_size,
+    check_kernel,
+    data_step,
+    extend,
+    masked_data_step,
+    measured,
+    middle,
+    transfer_function,
+)
 from .cxr_inversion import noise_from_output
 from .cxr_portable import PortableMixin
 
@@ -98,7 +107,7 @@ class DiffPIRDeblurPipeline(PortableMixin, DiffusionPipeline):
         lambda_: float = 7.0,
         zeta: float = 0.3,
         timestep_spacing: str = "quad",
-        boundary: str = "extend",
+        boundary: str = "unknown",
         tile_size: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
@@ -120,9 +129,12 @@ class DiffPIRDeblurPipeline(PortableMixin, DiffusionPipeline):
             zeta: the share of fresh noise when noise is put back, 0 (deterministic) to 1; the original's is 0.3.
             timestep_spacing: "quad": the timesteps t_i = T - sqrt(i / (N - 1)) T, close together where the noise is
                 low; "uniform": evenly spaced.
-            boundary: what lies outside the picture. "extend": it goes on, unknown; it is continued without a seam over
-                a margin of the kernel's size, which is cut off again. "wrap": it repeats (pictures that were blurred
-                so), and its sides must divide by the UNet's factor of reduction.
+            boundary: what lies outside the picture. "unknown": more of the scene, blurred into the border and not
+                measured: it is restored along with the picture, over a margin of the kernel's size, and cut off again;
+                the data step is solved by conjugate gradients. "extend": the picture is continued over that margin
+                without a seam, as if that had been measured, so that the data step has its closed form. "wrap": it
+                repeats (pictures that were blurred so); closed form; its sides must divide by the UNet's factor of
+                reduction.
             tile_size: None lets the UNet see the whole picture at once; a number lets it see overlapping square tiles
                 of that side, blended: for pictures too large for the memory. The data step is never tiled.
             generator: one, or a list with one a picture: then a picture's answer does not depend on its batch.
@@ -161,7 +173,7 @@ class DiffPIRDeblurPipeline(PortableMixin, DiffusionPipeline):
         timesteps = self.timesteps(num_inference_steps, timestep_spacing)
 
         # 2. pictures of one canvas go through together
-        margin = max(kernel.shape[-2:]) if boundary == "extend" else 0
+        margin = max(kernel.shape[-2:]) if boundary != "wrap" else 0
         canvases = [canvas_size(*p.shape[-2:], margin, self.reduction) for p in pictures]
         groups = {canvas: [i for i, c in enumerate(canvases) if c == canvas] for canvas in canvases}
         restored = [None] * len(pictures)
@@ -176,6 +188,7 @@ class DiffPIRDeblurPipeline(PortableMixin, DiffusionPipeline):
                     noise_std=noise_std,
                     lambda_=lambda_,
                     zeta=zeta,
+                    boundary=boundary,
                     tile_size=tile_size,
                     generator=[generator[i] for i in members] if isinstance(generator, list) else generator,
                     on_step=on_step,
@@ -189,7 +202,19 @@ class DiffPIRDeblurPipeline(PortableMixin, DiffusionPipeline):
         return output if return_dict else output.to_tuple()
 
     def restore(
-        self, pictures, kernel, canvas, timesteps, *, noise_std, lambda_, zeta, tile_size, generator, on_step=None
+        self,
+        pictures,
+        kernel,
+        canvas,
+        timesteps,
+        *,
+        noise_std,
+        lambda_,
+        zeta,
+        boundary,
+        tile_size,
+        generator,
+        on_step=None,
     ):
         """List of (C, H, W) in [0, 1] on one (H, W) `canvas` -> list of the same, restored (Algorithm 1)."""
         device = self._execution_device
@@ -209,7 +234,8 @@ class DiffPIRDeblurPipeline(PortableMixin, DiffusionPipeline):
             alpha, last = alphas[t], i + 1 == len(timesteps)
             # Algorithm 1: the prior's guess, the guess that agrees with y, and from it x_{t-1}
             x0 = self.denoise(x, t, alpha, tile_size)
-            x0 = data_step(x0, fill(y, x0, otf, known), otf, self.penalty(alpha, sigma_n, lambda_))
+            rho = self.penalty(alpha, sigma_n, lambda_)
+            x0 = masked_data_step(x0, y, otf, rho, known) if boundary == "unknown" else data_step(x0, y, otf, rho)
             x = x0 if last else self.renoise(x, x0, alpha, alphas[timesteps[i + 1]], zeta, self._noise(x, generator))
             if on_step is not None:
                 x = on_step(i, t, x)
@@ -287,8 +313,8 @@ class DiffPIRDeblurPipeline(PortableMixin, DiffusionPipeline):
             raise ValueError(f"expected a `zeta` from 0 to 1, got {given['zeta']!r}")
         if given["timestep_spacing"] not in ("quad", "uniform"):
             raise ValueError(f"expected `timestep_spacing` quad or uniform, got {given['timestep_spacing']!r}")
-        if given["boundary"] not in ("extend", "wrap"):
-            raise ValueError(f"expected `boundary` extend or wrap, got {given['boundary']!r}")
+        if given["boundary"] not in ("unknown", "extend", "wrap"):
+            raise ValueError(f"expected `boundary` unknown, extend or wrap, got {given['boundary']!r}")
         for picture in pictures:
             height, width = picture.shape[-2:]
             if max(kernel.shape[-2:]) > min(height, width):

@@ -18,7 +18,8 @@ def open_recipe(path):
 
 
 def test_there_are_recipes():
-    assert {"chexpert_cfg_256", "cxr_cfg_64", "phantom_cfg_32"} <= {path.stem for path in CONFIGS}
+    known = {"chexpert_cfg_256", "cxr_cfg_64", "phantom_cfg_32", "vindr_unconditional_256", "cxr_unconditional_64"}
+    assert known <= {path.stem for path in CONFIGS}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -47,3 +48,13 @@ def test_the_seeds_recipe_is_the_seeds_model():
     assert count - 3 * 512 + class_mlp == 113_998_722
     heads = {module.heads for module in unet.modules() if type(module).__name__ == "Attention"}
     assert heads == {1}
+
+
+def test_the_prior_is_the_seeds_model_without_classes():
+    names = ("chexpert_cfg_256", "vindr_unconditional_256")
+    model, prior = (open_recipe(next(path for path in CONFIGS if path.stem == name)) for name in names)
+    with torch.device("meta"):
+        unet = UNet2DModel(**prior.unet)
+    assert sum(p.numel() for p in unet.parameters()) == 113_669_762
+    assert prior.unet == {k: v for k, v in model.unet.items() if k != "num_class_embeds"}
+    assert prior.scheduler == model.scheduler and prior.data["splits"] == ["train", "test"]

@@ -241,6 +241,7 @@ def _plan_vindr(root, output_root, settings):
     outputs = {file: _renamed(file.relative_to(root), settings) for file in files.values()}
 
     def finish(done):
+        (output_root / "annotations").mkdir(exist_ok=True)
         for csv in sorted((root / "annotations").glob("*.csv")):
             table = pd.read_csv(csv)
             table = table[table["image_id"].map(lambda key: files.get(key) in done)]

@@ -321,11 +321,10 @@ def run_deblur(options):
     summary = deblur(pipeline, options.source, options.output, image_format=options.format, seed=options.seed, **common)
     if summary is None:  # not the main process
         return 0
-    speed = f": {describe_plan(summary['images'], summary['seconds_per_image'], state.num_processes)} in all"
-    print(
-        f"{summary['images']} images: {summary['computed']} computed, {summary['kept']} were there, "
-        f"{summary['skipped']} skipped{speed if summary['computed'] else ''}. See {options.output}"
-    )
+    counts = f"{summary['computed']} computed, {summary['kept']} were there, {summary['skipped']} skipped"
+    print(f"{summary['images']} images: {counts}. See {options.output}")
+    if summary["computed"]:
+        print(f"all of them: {describe_plan(summary['images'], summary['seconds_per_image'], state.num_processes)}")
     return 1 if summary["skipped"] else 0
 
 

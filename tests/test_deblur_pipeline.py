@@ -11,7 +11,7 @@ from cxr_diffusers import CFGAnomalyPipeline, DiffPIRDeblurPipeline
 from cxr_diffusers.deblurring import load_prior
 from cxr_diffusers.degradations import blur, gaussian_kernel, motion_kernel
 from cxr_diffusers.hub import load_unet
-from cxr_diffusers.pipelines.pipeline_diffpir_deblur import blend
+from cxr_diffusers.pipelines.cxr_tiles import blend
 
 KERNEL = gaussian_kernel(0.8)
 FAST = dict(kernel=KERNEL, num_inference_steps=3, output_type="pt")

@@ -51,7 +51,7 @@ def main(arguments=None):
     what = dict(image="file", mask="mask", patient="patient_id", view="view", label="diseased")
     implants = load_table(options.data / "val_implants" / "val_implants.csv", **what)
     if options.images:
-        implants = implants.select(range(options.images))
+        implants = implants.select([i * len(implants) // options.images for i in range(options.images)])
 
     def treat(steps):
         def treated(pictures):
@@ -71,7 +71,7 @@ def main(arguments=None):
     print(describe_machine(options.device))
     print(f"{options.kernel}, noise {options.noise_std * 255:g}/255; DiffPIR, {options.steps} steps")
     print(f"{len(implants)} pictures, seen at {detector.unet.config.sample_size} pixels\n")
-    common = dict(n_bootstrap=1000, batch_size=options.batch_size)
+    common = dict(n_bootstrap=options.bootstrap, batch_size=options.batch_size)
     # one table with each way in front, since differences are those of the first to the others
     answers = remembered(ways)
     summaries = {a: compare({a: answers[a], b: answers[b]}, implants, **common).summary for a, b in PAIRS}
@@ -113,7 +113,8 @@ def parser():
     parser.add_argument("--kernel", default="motion:size=10,intensity=0.5,seed=0", help="see `cxr-diffusers deblur -h`")
     parser.add_argument("--noise-std", type=float, default=0.5 / 255)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--images", type=int, help="only the first so many")
+    parser.add_argument("--images", type=int, help="so many of them, evenly (default: all)")
+    parser.add_argument("--bootstrap", type=int, default=1000, help="replicates over patients")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="of torch; default: torch's own choice")

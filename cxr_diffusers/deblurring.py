@@ -119,6 +119,8 @@ def deblur(
     for source, output, is_mask in share:
         try:
             worker.take(source, output, is_mask)
+        except TooSmall as error:
+            failed[str(source)] = f"smaller than the kernel: {error}"
         except (ValueError, OSError) as error:
             failed[str(source)] = f"broken image: {str(error).removeprefix(f'{source}: ')}"
         bar.update((worker.written + len(failed) - seen) * state.num_processes)
@@ -152,6 +154,10 @@ def deblur(
     return summary
 
 
+class TooSmall(Exception):
+    """A picture that the kernel does not fit into."""
+
+
 class Worker:
     """Takes pictures one by one, deblurs those of one size together, and writes each when it is whole."""
 
@@ -162,12 +168,14 @@ class Worker:
         self.written, self.computed, self.seconds = 0, 0, 0.0
 
     def take(self, source, output, is_mask):
-        """ValueError or OSError if `source` cannot be read."""
+        """ValueError or OSError if `source` cannot be read, `TooSmall` if the kernel does not fit into it."""
         picture = read_image(source)
         if is_mask or len(np.unique(np.asarray(picture))) <= 2:
             self.write(picture, output)
             return
-        kernel = estimate_kernel(picture) if self.kernel is None else self.kernel
+        kernel = kernel_of(picture, self.kernel)
+        if max(kernel.shape) > min(picture.size):
+            raise TooSmall(f"{picture.width} x {picture.height} pixels, kernel {kernel.shape}")
         # kernels of one size are one batch
         key = (picture.size, kernel.shape)
         self.waiting.setdefault(key, []).append((picture, kernel, output))

@@ -96,6 +96,13 @@ def test_chexpert_keeps_its_rows_and_boxes_and_bad_files_are_told(prior, tmp_pat
     ).read_text().replace(".0", "")
 
 
+def test_a_picture_smaller_than_the_kernel_is_left_out_alone(prior, tmp_path):
+    for i, size in enumerate([(20, 18), (5, 30), (20, 18)]):
+        save_noise(tmp_path / "in" / f"{i}.png", i, size)
+    summary = deblur(prior, tmp_path / "in", tmp_path / "out", kernel=KERNEL, call_kwargs=FAST, progress=False)
+    assert summary["computed"] == 2 and summary["reasons"] == {"smaller than the kernel": 1}
+
+
 def test_tables_follow_their_pictures_to_new_names_and_16_bits_stay(prior, tmp_path):
     root = tmp_path / "in"
     (root / "a").mkdir(parents=True)

@@ -177,12 +177,14 @@ def table(pictures, answers, seconds, weights):
 
 def interval(values, weights, digits):
     found = interval_of(mean_of(values), weights)
+    if found.low != found.low:  # one patient has no interval
+        return f"{found.value:.{digits}f}"
     return f"{found.value:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
 
 
 def sheet(pictures, shown, count=2, scale=3):
     """Rows: blurs and pictures; columns: truth, blurred, methods. Pixels are shown as they are."""
-    side = pictures.shape[-1] * scale
+    side, count = pictures.shape[-1] * scale, min(count, len(pictures))
     columns = ["truth", *(name for name in shown[0][1])]
     page = Image.new("L", (len(columns) * (side + 4), len(shown) * (count * (side + 4) + 16) + 16), 255)
     draw = ImageDraw.Draw(page)

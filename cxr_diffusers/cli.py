@@ -21,7 +21,8 @@ examples:
 {PROCESSES.format(command="detect")}"""
 EVALUATE = f"""\
 DATA is a folder of images (healthy/ and diseased/, masks or boxes beside them), or NAME:key=value,... where NAME is
-chexpert, folder, hub, nih, phantom or table and the keys are those of the loader load_NAME in cxr_diffusers.data.
+chexpert, folder, hub, nih, phantom, table or vindr and the keys are those of the loader load_NAME in
+cxr_diffusers.data.
 
 examples:
   cxr-diffusers evaluate /data/testing --healthy /data/validation/healthy --out report

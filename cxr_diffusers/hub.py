@@ -17,6 +17,12 @@ HEADLINES = {
     "image_auroc": "image AUROC",
 }
 
+# of a card, by the pipeline's class
+TAGS = {
+    "DiffPIRDeblurPipeline": ["deblurring", "image-restoration", "diffusion-prior"],
+    None: ["anomaly-detection", "weakly-supervised", "counterfactual"],
+}
+
 CARD = """---
 {metadata}
 ---
@@ -40,6 +46,38 @@ pipeline(Image.open("chest.png")).anomaly_map[0].save("map.png")  # 16 bit, valu
 
 The answer also has `image`, `counterfactual` (the chest as if healthy) and `anomaly_score`, one number for each image.
 Classes: {classes}. Defaults of the call: {settings}.
+
+## Training
+
+{training}
+
+## Evaluation
+
+{evaluation}
+"""
+
+DEBLUR_CARD = """---
+{metadata}
+---
+
+# {title}
+
+{picture}
+A diffusion model of radiographs, the prior of a deblurring: it undoes a known blur by DiffPIR (Zhu et al. 2023,
+https://arxiv.org/abs/2305.08995). Made with `cxr_diffusers`.
+
+**Research use only.** Not a medical device; not for diagnosis, triage or any decision about a patient. What a prior
+restores is what it thinks likely: fine structure in the answer need not be in the patient.
+
+## How to use
+
+```python
+from diffusers import DiffusionPipeline
+from PIL import Image
+pipeline = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
+kernel = [[1 / 9] * 3] * 3  # what blurred the picture, in its pixels; sums to 1
+pipeline(Image.open("chest.png"), kernel=kernel).restored[0].save("restored.png")
+```
 
 ## Training
 
@@ -94,15 +132,28 @@ def shared_components(folder, index):
     return {name: getattr(load_pipeline(CHECKPOINTS / DEFAULT), name) for name in missing}
 
 
-def load_unet(folder):
-    """The UNet of a pipeline folder or Hub name, to train on from its weights."""
+def load_unet(folder, unconditional=False):
+    """The UNet of a pipeline folder or Hub name, to train on from its weights.
+
+    With `unconditional`, a class-conditional UNet is answered as its unconditional equal: the last class embedding, the
+    null label, is a constant vector beside that of the time, so it goes into a bias there.
+    """
     from diffusers import UNet2DModel
 
     from .models.class_matrix_unet import ClassMatrixUNet
 
     found = UNet2DModel.load_config(folder, subfolder="unet")["_class_name"]
     kind = ClassMatrixUNet if found == ClassMatrixUNet.__name__ else UNet2DModel
-    return kind.from_pretrained(folder, subfolder="unet")
+    unet = kind.from_pretrained(folder, subfolder="unet")
+    if not unconditional or unet.config.num_class_embeds is None:
+        return unet
+    config = {key: value for key, value in unet.config.items() if key != "num_class_embeds" and key[0] != "_"}
+    plain = UNet2DModel(**config)
+    weights = unet.state_dict()
+    null = weights.pop("class_embedding.weight")[-1]
+    weights["time_embedding.linear_2.bias"] = weights["time_embedding.linear_2.bias"] + null
+    plain.load_state_dict(weights)
+    return plain
 
 
 def load_pipeline(name, trust_remote_code=False):
@@ -173,20 +224,21 @@ def write_model_card(
     if evaluation is not None and not isinstance(evaluation, dict):
         summary = json.loads((Path(evaluation) / "summary.json").read_text())
     results = eval_results(summary, evaluated_on) if summary else None
+    kind = class_named(index)
     metadata = ModelCardData(
         language="en",
         license=license,
         library_name="diffusers",
         pipeline_tag="image-to-image",
-        tags=["chest-x-ray", "radiology", "anomaly-detection", "weakly-supervised", "counterfactual", "cxr_diffusers"],
+        tags=["chest-x-ray", "radiology", *TAGS.get(kind, TAGS[None]), "cxr_diffusers"],
         datasets=list(datasets) or None,
         model_name=name.split("/")[-1] if results else None,
         eval_results=results or None,
     )
-    text = CARD.format(
+    text = (DEBLUR_CARD if kind == "DiffPIRDeblurPipeline" else CARD).format(
         metadata=metadata.to_yaml(),
         title=name.split("/")[-1],
-        method=METHODS.get(class_named(index), "A model of anomalies in chest X-rays."),
+        method=METHODS.get(kind, "A model of anomalies in chest X-rays."),
         picture=f"![input, counterfactual, anomaly map]({picture})\n" if picture else "",
         name=name,
         classes=", ".join((index.get("class_names") or {}).values()) or "not named",

@@ -3,6 +3,7 @@
 from .cxr_anomaly import AnomalyOutput
 from .pipeline_cfg_anomaly import CFGAnomalyPipeline
 from .pipeline_classifier_guided import ClassifierGuidedPipeline
+from .pipeline_diffpir_deblur import DeblurOutput, DiffPIRDeblurPipeline
 from .pipeline_fixed_point_gan import FixedPointGANPipeline
 from .pipeline_grad_cam import GradCAMPipeline
 
@@ -10,6 +11,8 @@ __all__ = [
     "AnomalyOutput",
     "CFGAnomalyPipeline",
     "ClassifierGuidedPipeline",
+    "DeblurOutput",
+    "DiffPIRDeblurPipeline",
     "FixedPointGANPipeline",
     "GradCAMPipeline",
 ]

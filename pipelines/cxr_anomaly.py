@@ -60,6 +60,16 @@ def prepare_image(image, size, scaling="minmax", aspect="pad", data_range=(-1.0,
     return torch.stack(pictures) * (high - low) + low
 
 
+def read_pictures(image, num_channels=1):
+    """Any picture(s) -> [((num_channels, H, W) float32 in [0, 1], has it more than 8 bits)], each at its own size.
+
+    [0, 1] is the range of the type. What may be handed in and what is refused: see `prepare_image`, whose
+    `scaling="dtype"` this is.
+    """
+    channels = [_channels(picture, num_channels) for picture in _each_picture(image, num_channels)]
+    return [(_scale_by_type(*c).clamp(0, 1), c[2] not in (torch.uint8, torch.bool)) for c in channels]
+
+
 def frame(height, width, size, aspect):
     """Where a picture of `height` x `width` lies in the model's square: (top, left, height, width), in its pixels.
 
@@ -187,6 +197,21 @@ def _from_pil(image, num_channels):
 
 def _one_picture(picture, size, scaling, aspect, num_channels):
     """(C, H, W) of any type -> (num_channels, size, size) float32 in [0, 1]."""
+    tensor, floating, kind = _channels(picture, num_channels)
+    top, left, h, w = frame(*tensor.shape[1:], size, aspect)
+    if scaling == "dtype":
+        tensor = _scale_by_type(tensor, floating, kind)
+    tensor = _resize(tensor, h, w)
+    tensor = tensor[:, max(-top, 0) : max(-top, 0) + size, max(-left, 0) : max(-left, 0) + size]
+    if scaling == "minmax":
+        low, high = tensor.amin(dim=(1, 2), keepdim=True), tensor.amax(dim=(1, 2), keepdim=True)
+        tensor = (tensor - low) / (high - low).clamp(min=1e-12)
+    top, left = max(top, 0), max(left, 0)
+    return F.pad(tensor.clamp(0, 1), (left, size - tensor.shape[2] - left, top, size - tensor.shape[1] - top))
+
+
+def _channels(picture, num_channels):
+    """(C, H, W) of any type -> ((num_channels, H, W) float32 in its own values, was it floating, its type)."""
     if not torch.is_tensor(picture):
         picture = torch.from_numpy(np.array(picture, dtype=picture.dtype.newbyteorder("=")))  # of some TIFFs it is not
     if picture.numel() == 0 or picture.is_complex():
@@ -201,16 +226,7 @@ def _one_picture(picture, size, scaling, aspect, num_channels):
             raise ValueError(f"expected images of {num_channels} channels, got {len(tensor)}")
         # the weights of PIL's convert("L"); a fourth channel is alpha
         tensor = (tensor[:3] * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True)
-    top, left, h, w = frame(*tensor.shape[1:], size, aspect)
-    if scaling == "dtype":
-        tensor = _scale_by_type(tensor, floating, kind)
-    tensor = _resize(tensor, h, w)
-    tensor = tensor[:, max(-top, 0) : max(-top, 0) + size, max(-left, 0) : max(-left, 0) + size]
-    if scaling == "minmax":
-        low, high = tensor.amin(dim=(1, 2), keepdim=True), tensor.amax(dim=(1, 2), keepdim=True)
-        tensor = (tensor - low) / (high - low).clamp(min=1e-12)
-    top, left = max(top, 0), max(left, 0)
-    return F.pad(tensor.clamp(0, 1), (left, size - tensor.shape[2] - left, top, size - tensor.shape[1] - top))
+    return tensor, floating, kind
 
 
 def _scale_by_type(tensor, floating, kind):

@@ -1,7 +1,13 @@
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
+from diffusers import DDIMScheduler
+from PIL import Image
+
+from conftest import toy_unet
+from cxr_diffusers import DiffPIRDeblurPipeline, load_phantom
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -11,7 +17,7 @@ def benchmarks(monkeypatch):
     """As when they are run as programs: their own folder is where they import from."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
-    for name in ("detect", "machine", "training_step"):
+    for name in ("deblurring", "deblurring_detection", "detect", "kernel_estimation", "machine", "training_step"):
         sys.modules.pop(name, None)
 
 
@@ -51,3 +57,57 @@ def test_the_cost_of_a_training_step_is_one_table(capsys):
     assert [row[1] for row in rows] == ["in memory", "from files"]
     waiting = [float(row[-1].rstrip("% ")) for row in rows]
     assert 0 <= waiting[0] < waiting[1] < 100
+
+
+@pytest.fixture
+def radiographs(tmp_path):
+    """A toy prior, and phantoms with a manifest, some of them with a mask."""
+    DiffPIRDeblurPipeline(toy_unet(num_class_embeds=None), DDIMScheduler()).save_pretrained(tmp_path / "prior")
+    (tmp_path / "val_implants").mkdir()
+    rows = []
+    for i, row in enumerate(load_phantom(6, size=48, diseased_fraction=1.0)):
+        row["image"].save(tmp_path / f"{i}.png")
+        row["image"].save(tmp_path / "val_implants" / f"{i}.png")
+        row["mask"].save(tmp_path / "val_implants" / f"{i}_mask.png")
+        rows.append({"file": f"{i}.png", "source": "nih_named", "patient_id": f"p{i}", "split": "tv"[i % 2]})
+    table = pd.DataFrame(rows).replace({"split": {"t": "train", "v": "val"}})
+    table.to_csv(tmp_path / "manifest.csv", index=False)
+    table = table.assign(mask=[f"{i}_mask.png" for i in range(6)], view="", diseased="diseased")
+    table.to_csv(tmp_path / "val_implants" / "val_implants.csv", index=False)
+    return ["--data", str(tmp_path)]
+
+
+def test_deblurring_is_compared_with_the_classics_in_one_table_a_blur(tmp_path, radiographs, capsys):
+    import deblurring
+
+    options = ["--model", str(tmp_path / "prior"), "--images", "3", "--steps", "2", "3", "--picture"]
+    blurs = ["--blurs", "motion, size 10", "--variants", "zeta 1"]
+    deblurring.main([*radiographs, *options, str(tmp_path / "sheet.png"), *blurs, "--device", "cpu"])
+    text = capsys.readouterr().out
+    names = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
+    assert names.count("blurred") == names.count("DiffPIR, 3 steps") == 1
+    assert sum(name.startswith("Wiener, balance") for name in names) == 1
+    assert sum(name.startswith("Richardson-Lucy") for name in names) == 1 and "DiffPIR, 2 steps, zeta 1" in names
+    assert Image.open(tmp_path / "sheet.png").width > 6 * 48
+
+
+def test_the_estimated_blur_is_compared_with_the_true_one(radiographs, capsys):
+    import kernel_estimation
+
+    kernel_estimation.main([*radiographs, "--images", "3", "--calibration", "3", "--size", "32"])
+    rows = rows_of(capsys.readouterr().out)
+    assert [row[1].strip() for row in rows][:3] == ["0", "1.00, 1.00", "2.00, 2.00"] and len(rows) == 9
+    sigma, minor, angle = kernel_estimation.shape_of(kernel_estimation.make_kernel("gaussian:sigma=3,minor=1,angle=30"))
+    assert (sigma, minor, angle) == pytest.approx((3, 1, 30), rel=0.02)
+
+
+def test_detection_is_measured_with_and_without_deblurring(tmp_path, pipeline, radiographs, capsys):
+    import deblurring_detection
+
+    pipeline.register_to_config(settings={"num_inference_steps": 4, "guidance_scale": 2.0})
+    pipeline.save_pretrained(tmp_path / "detector")
+    options = ["--model", str(tmp_path / "detector"), "--prior", str(tmp_path / "prior"), "--steps", "2"]
+    deblurring_detection.main([*radiographs, *options, "--images", "3", "--bootstrap", "10", "--device", "cpu"])
+    rows = rows_of(capsys.readouterr().out)
+    assert [row[0].strip() for row in rows][:4] == list(deblurring_detection.NAMES)
+    assert any("blurred, deblurred - blurred" in row[0] for row in rows)

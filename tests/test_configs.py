@@ -29,7 +29,8 @@ def open_recipe(path):
 
 
 def test_there_are_recipes_of_every_kind():
-    assert {"chexpert_cfg_256", "cxr_cfg_64", "phantom_cfg_32"} <= {path.stem for path in CONFIGS}
+    known = {"chexpert_cfg_256", "cxr_cfg_64", "phantom_cfg_32", "vindr_unconditional_256", "cxr_unconditional_64"}
+    assert known <= {path.stem for path in CONFIGS}
     assert {type(open_recipe(path)) for path in CONFIGS} >= {Recipe, ClassifierRecipe, AdversarialRecipe}
 
 
@@ -101,3 +102,13 @@ def test_the_seeds_gan_is_the_seeds():
         discriminator = FixedPointDiscriminator(256, 3, 2, **recipe.discriminator)
     assert sum(p.numel() for p in generator.parameters()) == 71_384_576
     assert sum(p.numel() for p in discriminator.parameters()) == 44_786_624
+
+
+def test_the_prior_is_the_seeds_model_without_classes():
+    names = ("chexpert_cfg_256", "vindr_unconditional_256")
+    model, prior = (open_recipe(next(path for path in CONFIGS if path.stem == name)) for name in names)
+    with torch.device("meta"):
+        unet = UNet2DModel(**prior.unet)
+    assert sum(p.numel() for p in unet.parameters()) == 113_669_762
+    assert prior.unet == {k: v for k, v in model.unet.items() if k != "num_class_embeds"}
+    assert prior.scheduler == model.scheduler and prior.data["splits"] == ["train", "test"]

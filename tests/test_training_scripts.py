@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMPipeline
 
-from cxr_diffusers import CFGAnomalyPipeline, load_phantom
+from cxr_diffusers import CFGAnomalyPipeline, DiffPIRDeblurPipeline, load_phantom
 from local_hub import local_hub
 
 ROOT = Path(__file__).parent.parent
@@ -48,12 +47,18 @@ def test_train_cfg_with_nothing_after_it_trains_resumes_and_leaves_a_pipeline_an
     assert "phantom" in (run / "README.md").read_text()
 
 
-def test_train_unconditional_leaves_a_prior_that_diffusers_opens_by_itself(tmp_path):
+def test_train_unconditional_leaves_a_prior_that_deblurs(tmp_path):
     run = tmp_path / "run"
-    done = launch("train_unconditional.py", run, "train.max_steps=1")
+    done = launch("train_unconditional.py", run, "train.max_steps=1", "images.scaling=dtype")
     assert done.returncode == 0, done.stderr
-    assert (run / "validation" / "step-0000001.png").is_file()
-    assert DDIMPipeline.from_pretrained(run).unet.config.num_class_embeds is None
+    assert (run / "validation" / "step-0000001.png").is_file() and "cxr-diffusers deblur" in done.stdout
+    assert "DiffPIR" in (run / "README.md").read_text()
+    prior = DiffPIRDeblurPipeline.from_pretrained(run)
+    prior.set_progress_bar_config(disable=True)
+    assert prior.unet.config.num_class_embeds is None and prior.config.scaling == "dtype"
+    picture = load_phantom(n=1, seed=3)["image"][:]
+    restored = prior(picture, kernel=torch.full((3, 3), 1 / 9), num_inference_steps=2, output_type="pt").restored
+    assert restored.shape == (1, 1, 64, 64) and torch.isfinite(restored).all()
 
 
 def test_two_processes_train_one_model_and_resume(tmp_path):

@@ -3,7 +3,8 @@
     accelerate launch training/train_unconditional.py                            (phantoms: minutes, any machine)
     accelerate launch training/train_unconditional.py RECIPE.yaml [section.key=value ...]
 
-It is saved as diffusers' own `DDIMPipeline`. To resume, run the same command again.
+It is saved as a `DiffPIRDeblurPipeline`. To resume, run the same command again. `train.init_from` may name a
+class-conditional model: training goes on from what it believes under its null label.
 """
 
 import sys
@@ -11,11 +12,11 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, UNet2DModel
 
-from cxr_diffusers import build_dataset, denoising_loss
+from cxr_diffusers import DiffPIRDeblurPipeline, build_dataset, denoising_loss
 from cxr_diffusers.data import TensorImages, augment
-from cxr_diffusers.hub import load_unet
+from cxr_diffusers.hub import load_unet, publish, write_model_card
 from cxr_diffusers.recipe import parse_command_line
 from cxr_diffusers.training_loop import seeded, train
 from cxr_diffusers.visualization import contact_sheet, save_png
@@ -29,13 +30,19 @@ def main(arguments):
     size, channels = recipe.unet["sample_size"], recipe.unet["in_channels"]
     images = TensorImages(build_dataset(**recipe.data), size, num_channels=channels, **recipe.images)
     with seeded(config.seed):
-        unet = load_unet(config.init_from) if config.init_from else UNet2DModel(**recipe.unet)
+        unet = load_unet(config.init_from, unconditional=True) if config.init_from else UNet2DModel(**recipe.unet)
     scheduler = DDIMScheduler(**recipe.scheduler)
     if unet.config.num_class_embeds is not None:
         raise ValueError(f"expected no unet.num_class_embeds, got {unet.config.num_class_embeds}: use train_cfg.py")
 
+    kept = {key: recipe.images[key] for key in ("scaling", "data_range") if key in recipe.images}
+    ranges = {key: value for key, value in kept.items() if key == "data_range"}
+
+    def pipeline(model):
+        return DiffPIRDeblurPipeline(model, scheduler, **kept)
+
     def loss_fn(model, batch):
-        x = augment(batch["images"], **config.augment) if config.augment else batch["images"]
+        x = augment(batch["images"], **ranges, **config.augment) if config.augment else batch["images"]
         return denoising_loss(
             model,
             scheduler,
@@ -46,31 +53,48 @@ def main(arguments):
         )
 
     def save(model, folder):
-        DDIMPipeline(model, scheduler).save_pretrained(folder)
+        pipeline(model).save_pretrained(folder)
+        write_model_card(folder, training=describe(recipe, len(images)), name=config.hub_model_id)
 
     def validate(model, step):
         """Samples: what the prior believes a chest looks like."""
         path = Path(config.output_dir) / "validation" / f"step-{step:07d}.png"
-        rows = [{"image": x, "maps": {}} for x in sample(model, scheduler, config.validation_images)]
+        rows = [{"image": x, "maps": {}} for x in sample(model, scheduler, config.validation_images, **ranges)]
         save_png(contact_sheet(rows, [], title=f"samples at step {step}"), path)
         return {"samples": path}
 
-    if config.push_to_hub:
-        raise ValueError("a prior is diffusers' own DDIMPipeline: open the run with it and use its push_to_hub")
+    pipeline(unet)  # what is wrong with the recipe is said now, not at the first checkpoint
     output_dir = train(unet, loss_fn, images, config, save=save, validate=validate, identity=recipe.identity())
     if PartialState().is_main_process:
+        if config.push_to_hub:
+            print(
+                "published at", publish(output_dir, config.hub_model_id or output_dir.name, private=config.hub_private)
+            )
         print(f"model:   {output_dir}\npicture: {sorted((output_dir / 'validation').glob('*.png'))[-1]}")
+        print(f"deblur:  cxr-diffusers deblur IMAGES OUT --model {output_dir} --kernel gaussian:sigma=1.5")
+
+
+def describe(recipe, num_images):
+    """What this run learns from, for the reader of its model card (Markdown)."""
+    size, config = recipe.unet["sample_size"], recipe.train
+    data = ", ".join(f"{k}={v}" for k, v in recipe.data.items() if k != "root")
+    return (
+        f"{num_images} images ({data}), {size} x {size} pixels, no labels; up to {config.max_steps} steps of batch "
+        f"{config.batch_size} per process, seed {config.seed}; averaged (EMA) weights.\n\n"
+        "Name the source and the licence of your data here before you publish."
+    )
 
 
 @torch.no_grad()
-def sample(unet, scheduler, count, num_inference_steps=50):
-    """(count, H, W, C) in [0, 1], drawn by DDIM from seed 0. (`DDIMPipeline` itself cannot run a learned variance.)"""
+def sample(unet, scheduler, count, num_inference_steps=50, data_range=(-1.0, 1.0)):
+    """(count, H, W, C) in [0, 1], drawn by DDIM from seed 0."""
     size, channels = unet.config.sample_size, unet.config.in_channels
     x = torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(0)).to(unet.device)
     scheduler.set_timesteps(num_inference_steps)
     for t in scheduler.timesteps:
         x = scheduler.step(unet(x, t).sample[:, :channels], t, x).prev_sample
-    return (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+    low, high = data_range
+    return ((x - low) / (high - low)).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from .images import fit_image, list_images, read_image
 from .nih import load_nih
 from .phantom import load_phantom
 from .preparation import prepare
+from .vindr import load_vindr
 
 LOADERS = {
     "brats": load_brats,
@@ -20,6 +21,7 @@ LOADERS = {
     "nih": load_nih,
     "phantom": load_phantom,
     "table": load_table,
+    "vindr": load_vindr,
 }
 
 # these need torch, which takes seconds to import and which reading a file does not need

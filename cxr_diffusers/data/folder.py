@@ -67,6 +67,7 @@ def load_table(
     view=None,
     boxes=None,
     keep=(),
+    where=None,
     root=None,
 ):
     """A CSV with a column of image paths -> data set.
@@ -76,36 +77,42 @@ def load_table(
             separated by ";". Without a patient column every file is its own patient.
         label: name of a column of class names or ids, or the one class that all rows have.
         keep: names of further columns to keep, as text, to report by (`evaluate`'s strata).
-        root: what the paths are relative to; None: the CSV's folder.
+        where: {column: value}: only the rows that have it, e.g. {"split": "train"}.
+        root: what the paths are relative to, the CSV's own too if it is not found as it stands; None: the CSV's folder.
 
     Raises:
         FileNotFoundError: the CSV, or a file that it names (with its line).
         ValueError: a missing column, an unknown class, a mask of another size.
     """
     csv = Path(csv)
+    if root and not csv.is_file():
+        csv = Path(root) / csv
     if not csv.is_file():
         raise FileNotFoundError(f"no such CSV: {csv}")
     root = Path(root) if root else csv.parent
     table = pd.read_csv(csv, dtype=str, keep_default_na=False)
-    missing_columns([name for name in (image, mask, patient, view, boxes, *keep) if name], table.columns, csv)
+    where = where or {}
+    missing_columns([name for name in (image, mask, patient, view, boxes, *keep, *where) if name], table.columns, csv)
     if label not in table.columns and label not in classes:
         raise ValueError(
             f"{csv}: `label` {label!r} is neither a column ({', '.join(table.columns)}) nor one of {classes}"
         )
+    for name, value in where.items():
+        table = table[table[name] == str(value)]
     rows = []
-    for line, row in enumerate(table.to_dict("records"), start=2):
-        where = f"{csv}, line {line}"
-        file = _existing(root / row[image], where)
-        where_view = row[view].upper() if view else ""
+    for index, row in zip(table.index, table.to_dict("records"), strict=True):
+        place = f"{csv}, line {index + 2}"
+        file = _existing(root / row[image], place)
+        own_view = row[view].upper() if view else ""
         rows.append(
             {
                 "image": file,
-                "label": _class_id(row.get(label, label), classes, where),
+                "label": _class_id(row.get(label, label), classes, place),
                 "patient": row[patient] if patient else file.stem,
-                "view": where_view if where_view in ("PA", "AP") else "",
+                "view": own_view if own_view in ("PA", "AP") else "",
                 "path": str(file),
-                "boxes": parse_boxes(row[boxes], where) if boxes else None,
-                "mask": read_mask(_existing(root / row[mask], where), file) if mask and row[mask] else None,
+                "boxes": parse_boxes(row[boxes], place) if boxes else None,
+                "mask": read_mask(_existing(root / row[mask], place), file) if mask and row[mask] else None,
             }
         )
     dataset = to_dataset(rows, classes)

@@ -15,14 +15,16 @@ import pandas as pd
 import PIL.Image
 from tqdm.auto import tqdm
 
-from . import chexpert, nih
+from . import chexpert, nih, vindr
 from .folder import MASK_ENDING, MASK_FOLDER
 from .images import SUFFIXES, fit_boxes, fit_image, fit_mask, list_images, read_image
 from .images import equalize as equalize_image
 from .rows import parse_boxes
 
 SETTINGS, SUMMARY, SKIPPED = "prepare_settings.json", "prepare_summary.json", "skipped.csv"
-NOT_CARRIED = "not carried over (of CSVs, only boxes.csv and those of CheXpert and ChestX-ray14 are understood)"
+NOT_CARRIED = (
+    "not carried over (of CSVs, only boxes.csv and those of CheXpert, ChestX-ray14 and VinDr-CXR are understood)"
+)
 
 
 def prepare(
@@ -39,10 +41,10 @@ def prepare(
 ):
     """Copy a data set as grey `size` x `size` images; what the loaders open at `source_root`, they open at the copy.
 
-    CheXpert (also Plus) and ChestX-ray14 keep their CSVs, with paths rewritten and rows dropped whose image is missing
-    or broken. Any other folder keeps its tree. Boxes and masks move with their images. A run that was stopped goes on
-    where it was; nothing is ever half-written. What was left out is listed in skipped.csv, with the reason, and counted
-    in prepare_summary.json.
+    CheXpert (also Plus), ChestX-ray14 and VinDr-CXR keep their CSVs, with paths rewritten and rows dropped whose image
+    is missing or broken. Any other folder keeps its tree. Boxes and masks move with their images. A run that was
+    stopped goes on where it was; nothing is ever half-written. What was left out is listed in skipped.csv, with the
+    reason, and counted in prepare_summary.json.
 
     Args:
         aspect: "pad", "crop" or "squash" (the original's), see `images.fit_image`.
@@ -64,11 +66,8 @@ def prepare(
     settings = {"size": size, "aspect": aspect, "equalize": equalize, "image_format": image_format}
     settings |= {"frontal_only": frontal_only}
     _check(source_root, output_root, settings)
-    layout = _layout_of(source_root)
-    plan = layout(source_root, output_root, settings)
+    plan = plan_copy(source_root, output_root, settings)
     jobs = plan.jobs
-    if not jobs and not plan.skipped:
-        raise ValueError(f"no image below {source_root}")
     output_root.mkdir(parents=True, exist_ok=True)
     if overwrite:  # first of all, so that a run stopped half-way does not mix two settings
         for path in [output_root / SETTINGS, *(output_root / output for _, output, _ in jobs)]:
@@ -100,6 +99,26 @@ def prepare(
     return summary
 
 
+def plan_copy(source_root, output_root, settings):
+    """What a copy of a data set consists of, for `prepare` and whoever else writes one.
+
+    Args:
+        settings: "size" (None: pictures keep their geometry, and so do boxes), "aspect", "image_format" and
+            "frontal_only", as `prepare` takes them.
+
+    Returns:
+        a plan with `jobs` [(source, output below the root, is it a mask)], `skipped` [(file, reason)] and
+        `finish(done)`, which writes the tables, boxes and lists for those sources that are done.
+
+    Raises:
+        ValueError: no image, or two files that would become one.
+    """
+    plan = _layout_of(source_root)(source_root, output_root, settings)
+    if not plan.jobs and not plan.skipped:
+        raise ValueError(f"no image below {source_root}")
+    return plan
+
+
 class _Plan:
     """What is to be copied: jobs (source, output below the root, is it a mask); and how the tables follow."""
 
@@ -114,6 +133,8 @@ class _Plan:
 def _layout_of(root):
     if any(root.glob("Data_Entry_2017*.csv")):
         return _plan_nih
+    if any((root / "annotations").glob("annotations_*.csv")):
+        return _plan_vindr
     tables = [csv for split in ("train", "valid", "test") for csv in _chexpert_tables(root, split)]
     return _plan_chexpert if tables else _plan_folder
 
@@ -213,6 +234,37 @@ def _write_nih_boxes(source, files, output_root, settings):
     _write_text(output_root / source.name, "".join(",".join(map(str, row)) + "\n" for row in moved))
 
 
+def _plan_vindr(root, output_root, settings):
+    """train/ and test/; the label tables follow as they are, the boxes' move with their images."""
+    folders = [root / split for split in vindr.SPLITS if (root / split).is_dir()]
+    files = {path.stem: path for folder in folders for path in list_images(folder)}
+    outputs = {file: _renamed(file.relative_to(root), settings) for file in files.values()}
+
+    def finish(done):
+        (output_root / "annotations").mkdir(exist_ok=True)
+        for csv in sorted((root / "annotations").glob("*.csv")):
+            table = pd.read_csv(csv)
+            table = table[table["image_id"].map(lambda key: files.get(key) in done)]
+            if set(vindr.CORNERS) <= set(table.columns):
+                table = _move_corners(table, files, settings)
+            _write_csv(output_root / "annotations" / csv.name, table)
+
+    return _Plan([(file, output, False) for file, output in outputs.items()], finish)
+
+
+def _move_corners(table, files, settings):
+    """Rows with x_min, y_min, x_max, y_max -> the same for the copies; rows without a box stay as they are."""
+    moved = []
+    for row in table.to_dict("records"):
+        x0, y0, x1, y1 = (row[name] for name in vindr.CORNERS)
+        if x0 == x0:  # not NaN
+            for x, y, w, h in _fit_boxes_of(files[row["image_id"]], [[x0, y0, x1 - x0, y1 - y0]], settings):
+                moved.append(row | dict(zip(vindr.CORNERS, (x, y, x + w, y + h), strict=True)))
+        else:
+            moved.append(row)
+    return pd.DataFrame(moved, columns=table.columns)
+
+
 def _plan_folder(root, output_root, settings):
     """Every image below a folder; masks, NAME.txt and boxes.csv follow."""
     sources = [path for path in list_images(root) if output_root not in path.parents]
@@ -248,11 +300,13 @@ def _moved_box(row, source, output, prefix, settings):
     """A row of boxes.csv -> [the same row for the copy], or [] where a crop cut the box off."""
     moved = _fit_boxes_of(source, [[row[k] for k in "xywh"]], settings)
     new = {"file": Path(prefix, output).as_posix()}
-    new |= {k: settings["size"] for k in ("image_w", "image_h") if k in row}
+    new |= {k: settings["size"] for k in ("image_w", "image_h") if k in row and settings["size"]}
     return [row | new | {k: round(v, 3) for k, v in zip("xywh", box, strict=True)} for box in moved]
 
 
 def _fit_boxes_of(source, boxes, settings):
+    if settings["size"] is None:
+        return boxes
     image = read_image(source)
     return fit_boxes(boxes, image.width, image.height, settings["size"], settings["aspect"])
 

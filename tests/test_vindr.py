@@ -1,0 +1,152 @@
+"""VinDr-CXR in its own layout: DICOM files, three readers an image, a consensus for the test split."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_images import write_dicom
+
+from cxr_diffusers import build_dataset, load_table, load_vindr
+from cxr_diffusers.data import prepare
+from cxr_diffusers.data.vindr import read_labels, vote
+
+FINDINGS = ["Aortic enlargement", "Cardiomegaly", "Pleural effusion", "No finding"]
+# image -> what each of its readers saw
+SEEN = {
+    "healthy": [["No finding"]] * 3,
+    "effusion": [["Pleural effusion"], ["Pleural effusion", "Cardiomegaly"], ["No finding"]],
+    "heart": [["Cardiomegaly"], ["Cardiomegaly"], ["Pleural effusion"]],
+    "disputed": [["Pleural effusion"], ["Cardiomegaly"], ["Aortic enlargement"]],
+}
+CONSENSUS = {"t0": ["No finding"], "t1": ["Pleural effusion", "Cardiomegaly"]}
+
+
+def box_of(finding, reader):
+    return [10.0 * FINDINGS.index(finding) + reader, 4.0, 10.0 * FINDINGS.index(finding) + reader + 8, 24.0]
+
+
+@pytest.fixture
+def vindr(tmp_path):
+    root = tmp_path / "vindr-cxr"
+    for split, names in (("train", SEEN), ("test", CONSENSUS)):
+        (root / split).mkdir(parents=True)
+        for i, name in enumerate(names):
+            pixels = (np.arange(40 * 48).reshape(40, 48) + 40 * i).astype(np.uint16)
+            photometric = "MONOCHROME1" if i == 1 else "MONOCHROME2"
+            write_dicom(root / split / f"{name}.dicom", pixels, 12, photometric, PatientID="")
+    (root / "annotations").mkdir()
+    labels, boxes = [], []
+    for name, readers in SEEN.items():
+        for i, seen in enumerate(readers):
+            labels.append({"image_id": name, "rad_ID": f"R{i}", **{f: int(f in seen) for f in FINDINGS}})
+            for f in seen:
+                corners = [None] * 4 if f == "No finding" else box_of(f, i)
+                boxes.append([name, f"R{i}", f, *corners])
+    corners = ["x_min", "y_min", "x_max", "y_max"]
+    pd.DataFrame(labels).to_csv(root / "annotations" / "image_labels_train.csv", index=False)
+    table = pd.DataFrame(boxes, columns=["image_id", "rad_id", "class_name", *corners])
+    table.to_csv(root / "annotations" / "annotations_train.csv", index=False)
+    labels = [{"image_id": name, **{f: int(f in seen) for f in FINDINGS}} for name, seen in CONSENSUS.items()]
+    pd.DataFrame(labels).to_csv(root / "annotations" / "image_labels_test.csv", index=False)
+    boxes = [[name, f, *box_of(f, 0)] for name, seen in CONSENSUS.items() for f in seen if f != "No finding"]
+    table = pd.DataFrame(boxes, columns=["image_id", "class_name", *corners])
+    table.to_csv(root / "annotations" / "annotations_test.csv", index=False)
+    return root
+
+
+def names(dataset):
+    return dict(zip(dataset["patient"][:], dataset["label"][:], strict=True))
+
+
+def test_a_prior_gets_both_splits_merged_and_no_labels(vindr):
+    dataset = build_dataset("vindr", root=vindr, splits=["train", "test"])
+    assert set(names(dataset)) == {*SEEN, *CONSENSUS} and set(dataset["label"][:]) == {0}
+    assert dataset.features["label"].names == ["radiograph"]
+    row = dataset[dataset["patient"][:].index("effusion")]
+    assert row["image"].mode == "I;16" and row["image"].size == (48, 40)
+    assert np.asarray(row["image"])[0, 0] > np.asarray(row["image"])[-1, -1], "MONOCHROME1 is turned over"
+    for csv in (vindr / "annotations").glob("*.csv"):
+        csv.unlink()
+    assert len(load_vindr(vindr)) == len(SEEN), "no table is needed"
+
+
+def test_two_of_three_readers_decide_and_a_consensus_decides_alone(vindr):
+    dataset = load_vindr(vindr, splits=["train", "test"], classes=["pleural effusion"])
+    assert names(dataset) == {"healthy": 0, "effusion": 1, "t0": 0, "t1": 1}
+    assert dataset.features["label"].names == ["healthy", "pleural effusion"]
+    with_others = load_vindr(vindr, classes=["Pleural effusion"], other=True)
+    assert names(with_others) == {"healthy": 0, "effusion": 1, "heart": 2}
+    one_will_do = load_vindr(vindr, classes=["Pleural effusion"], votes=1)
+    assert names(one_will_do) == {"healthy": 0, "effusion": 1, "heart": 1, "disputed": 1}
+    assert names(load_vindr(vindr, classes=["Cardiomegaly", "Pleural effusion"], votes=1))["effusion"] == 1
+    voted = vote(read_labels(vindr, "train"))
+    assert not voted.loc["disputed"].any()
+
+
+def test_boxes_are_those_of_the_findings_that_were_voted_for(vindr):
+    dataset = load_vindr(vindr, splits=["train", "test"], boxes=True)
+    boxes = dict(zip(dataset["patient"][:], dataset["boxes"][:], strict=True))
+    assert boxes["effusion"] == [[20, 4, 8, 20], [21, 4, 8, 20]], "both readers', x y w h; not the lone cardiomegaly"
+    assert boxes["healthy"] == boxes["disputed"] == boxes["t0"] == []
+    assert len(boxes["t1"]) == 2
+    named = load_vindr(vindr, splits=["test"], classes=["Cardiomegaly"], boxes=True)
+    assert dict(zip(named["patient"][:], named["boxes"][:], strict=True))["t1"] == [[10, 4, 8, 20]]
+
+
+def test_kaggles_single_table_serves_as_both(vindr, tmp_path):
+    table = pd.read_csv(vindr / "annotations" / "annotations_train.csv")
+    for csv in (vindr / "annotations").glob("*.csv"):
+        csv.unlink()
+    table.assign(class_id=0).to_csv(vindr / "train.csv", index=False)
+    dataset = load_vindr(vindr, classes=["Pleural effusion"], boxes=True)
+    assert names(dataset) == {"healthy": 0, "effusion": 1}
+    assert [len(boxes) for boxes in dataset["boxes"][:]] == [2, 0]
+
+
+def test_a_small_copy_gives_the_same_rows_with_its_boxes_moved(vindr, tmp_path):
+    summary = prepare(vindr, tmp_path / "small", size=24)
+    assert summary["images"] == 6 and not summary["skipped"]
+    options = dict(splits=["train", "test"], classes=["Pleural effusion"], boxes=True)
+    ours, theirs = load_vindr(tmp_path / "small", **options), load_vindr(vindr, **options)
+    assert names(ours) == names(theirs) and {row["image"].size for row in ours} == {(24, 24)}
+    for a, b in zip(ours["boxes"][:], theirs["boxes"][:], strict=True):
+        for (x, y, w, h), (x0, y0, w0, h0) in zip(a, b, strict=True):
+            assert np.allclose([x, y, w, h], [x0 / 2, y0 / 2 + 2, w0 / 2, h0 / 2], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"classes": ["Effusion"]}, ValueError, "unknown class 'Effusion'.*Pleural effusion"),
+        ({"splits": ["valid"]}, ValueError, "train and test"),
+        ({"splits": "train"}, ValueError, "a list"),
+        ({"root": "nowhere"}, FileNotFoundError, "IMAGE_ID.dicom"),
+    ],
+)
+def test_what_is_not_there_is_said(vindr, options, error, match):
+    with pytest.raises(error, match=match):
+        load_vindr(**{"root": vindr, **options})
+
+
+def test_an_image_without_labels_and_a_missing_table_are_told(vindr):
+    csv = vindr / "annotations" / "image_labels_train.csv"
+    table = pd.read_csv(csv)
+    table[table["image_id"] != "heart"].to_csv(csv, index=False)
+    with pytest.raises(ValueError, match="no labels of train image heart"):
+        load_vindr(vindr, classes=["Cardiomegaly"])
+    csv.unlink()
+    with pytest.raises(FileNotFoundError, match="image_labels_train.csv"):
+        load_vindr(vindr, classes=["Cardiomegaly"])
+
+
+def test_rows_of_a_table_can_be_chosen_by_a_column(vindr, tmp_path):
+    prepare(vindr, tmp_path / "small", size=8)
+    pd.DataFrame({"file": ["train/heart.png", "test/t0.png", "gone.png"], "split": ["a", "b", "c"]}).to_csv(
+        tmp_path / "small" / "list.csv", index=False
+    )
+    options = dict(label="radiograph", classes=["radiograph"], root=tmp_path / "small")
+    dataset = load_table("list.csv", where={"split": "b"}, **options)
+    assert [path.rsplit("/", 1)[1] for path in dataset["path"][:]] == ["t0.png"]
+    with pytest.raises(ValueError, match="'part'"):
+        load_table("list.csv", where={"part": "b"}, **options)
+    with pytest.raises(FileNotFoundError, match="line 4"):
+        load_table("list.csv", **options)

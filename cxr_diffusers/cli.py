@@ -1,7 +1,6 @@
 """The command line: cxr-diffusers detect | evaluate | prepare | deblur | publish | convert."""
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
@@ -267,6 +266,7 @@ def run_detect(options):
 
 
 def run_evaluate(options):
+    from .data import open_dataset
     from .evaluation import compare, load_plan, run_plan
     from .evaluation.plan import plan_table
 
@@ -280,10 +280,10 @@ def run_evaluate(options):
     else:
         if len(options.data) != 1:
             raise ValueError(f"expected one data set, or a plan with --config, got {options.data}")
-        healthy = open_data(options.healthy) if options.healthy else None
+        healthy = open_dataset(options.healthy) if options.healthy else None
         result = compare(
             open_methods(options),
-            open_data(options.data[0]),
+            open_dataset(options.data[0]),
             healthy=healthy,
             output_dir=options.out,
             strata=tuple(options.strata),
@@ -304,29 +304,6 @@ def open_methods(options):
     if len(set(names)) < len(names):
         raise ValueError(f"expected models of different names, got {names}: a plan (--config) can name them")
     return {name: open_pipeline(options, model) for name, model in zip(names, options.model, strict=True)}
-
-
-def open_data(text):
-    """A folder, or "name:key=value,key=value" with values read as YAML (lists in brackets) -> data set."""
-    import yaml
-
-    from .data import LOADERS, build_dataset
-
-    if Path(text).is_dir():
-        return build_dataset("folder", root=text)
-    name, _, rest = text.partition(":")
-    if name not in LOADERS:
-        raise ValueError(f"expected a folder or NAME:key=value,... with NAME of {', '.join(LOADERS)}, got {text!r}")
-    kwargs = {}
-    for item in re.split(r",(?![^\[]*\])", rest) if rest else []:
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise ValueError(f"expected a data set as name:key=value,..., got {item!r} in {text!r}")
-        try:
-            kwargs[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            kwargs[key] = value
-    return build_dataset(name, **kwargs)
 
 
 def run_prepare(options):

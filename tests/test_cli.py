@@ -14,9 +14,9 @@ from goldens.original_unet import OriginalUNet
 from PIL import Image
 
 from cxr_diffusers import CFGAnomalyPipeline, pipelines, read_image, run_as_original
-from cxr_diffusers.cli import CALL, NOT_NEEDED, main, open_data
+from cxr_diffusers.cli import CALL, NOT_NEEDED, main
 from cxr_diffusers.convert import ConversionFlags
-from cxr_diffusers.data import LOADERS
+from cxr_diffusers.data import LOADERS, open_dataset
 from cxr_diffusers.pipelines.cxr_anomaly import restore_map
 from cxr_diffusers.visualization import load_map
 
@@ -160,17 +160,17 @@ def test_evaluate_prints_the_table_of_a_folder(model, folder, tmp_path, capsys):
 
 
 def test_a_data_set_is_opened_by_its_name_and_keywords(folder):
-    assert len(open_data("phantom:n=3,seed=5")) == 3
-    dataset = open_data(f"folder:root={folder},classes=[diseased,healthy]")
+    assert len(open_dataset("phantom:n=3,seed=5")) == 3
+    dataset = open_dataset(f"folder:root={folder},classes=[diseased,healthy]")
     assert dataset.features["label"].names == ["diseased", "healthy"] and len(dataset) == 6
-    assert open_data(str(folder)).features["label"].names == ["healthy", "diseased"]
+    assert open_dataset(str(folder)).features["label"].names == ["healthy", "diseased"]
 
 
 def test_a_table_is_opened_as_in_the_help(tmp_path):
     for name in ("image", "mask"):
         Image.new("L", (8, 8), 200).save(tmp_path / f"{name}.png")
     (tmp_path / "x.csv").write_text("file,mask,patient_id,view\nimage.png,mask.png,p7,AP\n")
-    [row] = open_data(f"table:csv={tmp_path}/x.csv,mask=mask,patient=patient_id,view=view,label=diseased")
+    [row] = open_dataset(f"table:csv={tmp_path}/x.csv,mask=mask,patient=patient_id,view=view,label=diseased")
     assert (row["label"], row["patient"], row["view"]) == (1, "p7", "AP") and np.asarray(row["mask"]).all()
 
 
@@ -185,14 +185,14 @@ def test_a_table_is_opened_as_in_the_help(tmp_path):
 )
 def test_a_data_set_that_cannot_be_opened_says_how_one_is_named(text, message):
     with pytest.raises(ValueError, match=message):
-        open_data(text)
+        open_dataset(text)
 
 
 def test_prepare_makes_the_small_copy_and_prints_a_summary(folder, tmp_path, capsys):
     copy = tmp_path / "copy"
     assert main(["prepare", str(folder), str(copy), "--size", "12", "--equalize", "--workers", "1"]) == 0
     assert "images" in capsys.readouterr().out
-    assert {row["image"].size for row in open_data(str(copy))} == {(12, 12)}
+    assert {row["image"].size for row in open_dataset(str(copy))} == {(12, 12)}
 
 
 def test_publish_wants_a_card(model, tmp_path, capsys):

@@ -49,7 +49,8 @@ def main(arguments):
 
     def save(model, folder):
         task.pipeline(model).save_pretrained(folder)
-        write_model_card(folder, training=describe_training(recipe, task.size, len(dataset)))
+        training = describe_training(recipe, task.size, len(dataset))
+        write_model_card(folder, training=training, name=recipe.train.hub_model_id)
 
     def validate(model, step):
         path = Path(recipe.train.output_dir) / "validation" / f"step-{step:07d}.png"

@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 
 from cxr_diffusers import DiffPIRDeblurPipeline, build_dataset, denoising_loss
 from cxr_diffusers.data import TensorImages, augment
-from cxr_diffusers.hub import load_unet, publish, write_model_card
+from cxr_diffusers.hub import describe_training, load_unet, publish, write_model_card
 from cxr_diffusers.recipe import parse_command_line
 from cxr_diffusers.training_loop import seeded, train
 from cxr_diffusers.visualization import contact_sheet, save_png
@@ -54,7 +54,7 @@ def main(arguments):
 
     def save(model, folder):
         pipeline(model).save_pretrained(folder)
-        write_model_card(folder, training=describe(recipe, len(images)), name=config.hub_model_id)
+        write_model_card(folder, training=describe_training(recipe, size, len(images)), name=config.hub_model_id)
 
     def validate(model, step):
         """Samples: what the prior believes a chest looks like."""
@@ -72,17 +72,6 @@ def main(arguments):
             )
         print(f"model:   {output_dir}\npicture: {sorted((output_dir / 'validation').glob('*.png'))[-1]}")
         print(f"deblur:  cxr-diffusers deblur IMAGES OUT --model {output_dir} --kernel gaussian:sigma=1.5")
-
-
-def describe(recipe, num_images):
-    """What this run learns from, for the reader of its model card (Markdown)."""
-    size, config = recipe.unet["sample_size"], recipe.train
-    data = ", ".join(f"{k}={v}" for k, v in recipe.data.items() if k != "root")
-    return (
-        f"{num_images} images ({data}), {size} x {size} pixels, no labels; up to {config.max_steps} steps of batch "
-        f"{config.batch_size} per process, seed {config.seed}; averaged (EMA) weights.\n\n"
-        "Name the source and the licence of your data here before you publish."
-    )
 
 
 @torch.no_grad()

@@ -2,6 +2,10 @@
 
 import importlib
 import inspect
+import re
+from pathlib import Path
+
+import yaml
 
 from .brats import load_brats
 from .chexpert import load_chexpert
@@ -27,7 +31,8 @@ LOADERS = {
 # these need torch, which takes seconds to import and which reading a file does not need
 _LAZY = {"TensorImages": "tensors", "augment": "augmentation"}
 
-__all__ = ["LOADERS", "TensorImages", "augment", "build_dataset", "fit_image", "list_images", "prepare", "read_image"]
+__all__ = ["LOADERS", "TensorImages", "augment", "build_dataset", "fit_image", "list_images", "open_dataset", "prepare"]
+__all__ += ["read_image"]
 __all__ += [loader.__name__ for loader in LOADERS.values()]
 
 
@@ -47,6 +52,31 @@ def build_dataset(name, **kwargs):
     if needed:
         raise ValueError(f"data set {name!r}: give {needed[0]!r}")
     return LOADERS[name](**kwargs)
+
+
+def open_dataset(text):
+    """Open a data set by one line, as the command line does: a folder, or `NAME:key=value,key=value`.
+
+    Values are read as YAML, lists in brackets: "chexpert:root=/data/CheXpert-v1.0,split=valid,classes=[Pneumonia]".
+
+    Raises:
+        ValueError: neither a folder nor the name of a loader, or a part that is no key=value.
+    """
+    if Path(text).is_dir():
+        return build_dataset("folder", root=text)
+    name, _, rest = text.partition(":")
+    if name not in LOADERS:
+        raise ValueError(f"expected a folder or NAME:key=value,... with NAME of {', '.join(LOADERS)}, got {text!r}")
+    kwargs = {}
+    for item in re.split(r",(?![^\[]*\])", rest) if rest else []:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"expected a data set as name:key=value,..., got {item!r} in {text!r}")
+        try:
+            kwargs[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            kwargs[key] = value
+    return build_dataset(name, **kwargs)
 
 
 def __getattr__(name):

@@ -77,6 +77,49 @@ def test_it_beats_chance_and_its_own_mean_map_intervals_apart(shipped):
     assert method["low"] > rows["mean map"]["pixel_ap"]["high"]
 
 
+@pytest.mark.parametrize("name", ["cxr_classifier_64", "cxr_grad_cam_128"])
+def test_the_other_models_open_by_their_names_and_say_what_they_are(name):
+    folder = Path(default_checkpoint(name))
+    assert not [p for p in folder.rglob("*") if p.suffix in (".bin", ".pt", ".pkl", ".py")]
+    card = " ".join((folder / "README.md").read_text().split())
+    assert "Research use only" in card and "NIH Clinical Center" in card and "model-index" in card
+    pipeline = load_pipeline(name)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.class_names == ["healthy", "pleural effusion", "other finding"]
+    assert pipeline.classifier.dtype == torch.float32, "stored in half precision, used in single"
+    output = pipeline([read_image(path) for path in list_images(SAMPLES)[:2]], output_type="np")
+    assert 0 < pipeline.config.map_threshold < output.anomaly_map.max()
+
+
+def test_a_classifier_guides_the_one_unet_to_what_it_calls_healthy(shipped):
+    pipeline = load_pipeline("cxr_classifier_64")
+    pipeline.set_progress_bar_config(disable=True)
+    for ours, theirs in zip(pipeline.unet.parameters(), shipped.unet.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    images = [read_image(path) for path in list_images(SAMPLES)[:2]]
+    with torch.no_grad():
+        healthy = [
+            pipeline.classifier(2 * pipeline(images, classifier_scale=s, output_type="pt").counterfactual - 1, 0)
+            .softmax(dim=1)[:, 0]
+            .mean()
+            for s in (0.0, None)
+        ]
+    assert healthy[1] > healthy[0] + 0.03
+
+
+def test_all_that_is_shipped_stays_small():
+    shipped = Path(default_checkpoint()).parent
+    assert {p.parent.name for p in shipped.glob("*/model_index.json")} == {
+        "cxr_cfg_64",
+        "cxr_classifier_64",
+        "cxr_fixed_point_gan_64",
+        "cxr_grad_cam_128",
+    }
+    assert sum(p.stat().st_size for p in shipped.rglob("*") if p.is_file()) < 30e6
+    with pytest.raises(ValueError, match="cxr_cfg_64, cxr_classifier_64"):
+        default_checkpoint("cxr_cfg_256")
+
+
 def test_the_fixed_point_gan_is_small_opens_by_its_name_and_says_what_it_is_worth():
     folder = Path(default_checkpoint("cxr_fixed_point_gan_64"))
     assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 8e6

@@ -30,7 +30,11 @@ HERE = Path(__file__).with_name("goldens")
 SHARED = Path(__file__).parents[2] / "shared" / "goldens"
 NETWORKS = ("g1a_v1_seedflags", "g1b_v1_scaleshift_updown_heads", "g1d_wolleb_labelemb_4ch_neworder")
 # whose weights lie beside them under another name
-WEIGHTS = {"g3_classifier_unit": "g3_classifier_weights", "g3_clfguid_ddim1000_L30_s100": "g3_unet_weights"}
+WEIGHTS = {
+    "g3_classifier_unit": "g3_classifier_weights",
+    "g3_clfguid_ddim1000_L30_s100": "g3_unet_weights",
+    "g5_loop_k10_n0p5_nfe20": "g5_prior_weights",
+}
 CFG_RUNS = {"g2_cfg_ddim1000_L30_w4": 1000, "g2_cfg_ddim50_L25_w4": 50}
 
 

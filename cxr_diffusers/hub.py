@@ -40,6 +40,7 @@ looks unusual to it and misses much; what is known about how much holds for the 
 ```python
 from diffusers import DiffusionPipeline
 from PIL import Image
+
 pipeline = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
 pipeline(Image.open("chest.png")).anomaly_map[0].save("map.png")  # 16 bit, value / 65535
 ```
@@ -74,6 +75,7 @@ restores is what it thinks likely: fine structure in the answer need not be in t
 ```python
 from diffusers import DiffusionPipeline
 from PIL import Image
+
 pipeline = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
 kernel = [[1 / 9] * 3] * 3  # what blurred the picture, in its pixels; sums to 1
 pipeline(Image.open("chest.png"), kernel=kernel).restored[0].save("restored.png")

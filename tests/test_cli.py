@@ -14,7 +14,9 @@ from goldens.original_unet import OriginalUNet
 from PIL import Image
 
 from cxr_diffusers import CFGAnomalyPipeline, pipelines, read_image, run_as_original
-from cxr_diffusers.cli import CALL, NOT_NEEDED, main
+from cxr_diffusers.cli import main
+from cxr_diffusers.commands.convert import NOT_NEEDED
+from cxr_diffusers.commands.options import CALL
 from cxr_diffusers.convert import ConversionFlags
 from cxr_diffusers.data import LOADERS, open_dataset
 from cxr_diffusers.pipelines.cxr_anomaly import restore_map

@@ -39,6 +39,7 @@ FLOORS = {
     "cxr_diffusers.detection": 3,
     "cxr_diffusers.hub": 3,
     "cxr_diffusers.cli": 4,
+    "cxr_diffusers.commands": 4,
     "training": 4,
 }
 

@@ -1,0 +1,8 @@
+"""The commands of the command line, a file each: `add(commands)` says what it takes, `run(options)` does it.
+
+Imports of torch and diffusers take seconds, so each command imports what it needs when it runs.
+"""
+
+from . import convert, deblur, detect, evaluate, prepare, publish
+
+COMMANDS = (detect, evaluate, prepare, deblur, publish, convert)  # in the order of `cxr-diffusers --help`

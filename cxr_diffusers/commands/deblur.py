@@ -1,0 +1,63 @@
+"""cxr-diffusers deblur: a data set deblurred by a diffusion prior."""
+
+from pathlib import Path
+
+from .options import PROCESSES, add_command
+
+DEBLUR = f"""\
+KERNEL is what blurred the pictures, in their own pixels:
+  motion:size=10,intensity=0.5,seed=0   a random trajectory      linear:length=9,angle=30   a straight one
+  gaussian:sigma=1.5                    disk:radius=2.5          file:path=kernel.png (or .npy)
+  estimate                              each picture's own, from its steepest edges: see docs/deblurring.md how good
+
+examples:
+  cxr-diffusers deblur /data/CheXpert-v1.0 /data/chexpert-deblurred --kernel gaussian:sigma=1.5 --plan
+  cxr-diffusers deblur /data/CheXpert-v1.0 /data/chexpert-deblurred --kernel gaussian:sigma=1.5 --model runs/prior
+
+{PROCESSES.format(command="deblur")}"""
+
+
+def add(commands):
+    text = "a data set deblurred by a diffusion prior (DiffPIR), its layout, CSVs, boxes and masks kept"
+    deblur = add_command(commands, "deblur", run, text, DEBLUR)
+    deblur.add_argument("source", type=Path, help="CheXpert, ChestX-ray14 or VinDr-CXR as downloaded, or any folder")
+    deblur.add_argument("output", type=Path)
+    deblur.add_argument("--kernel", required=True, help="see below")
+    deblur.add_argument("--model", help="the prior: pipeline folder or Hub name (default: the shipped model)")
+    deblur.add_argument("--trust-remote-code", action="store_true", help="run the code that a Hub model brings along")
+    deblur.add_argument("--num-inference-steps", type=int, help="evaluations of the prior (default: 100)")
+    deblur.add_argument("--noise-std", type=float, help="of the pictures, white - black being 1 (default: 0.5 / 255)")
+    deblur.add_argument("--lambda", type=float, dest="lambda_", help="weight of the prior (default: 7)")
+    deblur.add_argument("--zeta", type=float, help="share of fresh noise in each step (default: 0.3)")
+    deblur.add_argument("--tile-size", type=int, help="show the prior overlapping tiles, to save memory")
+    deblur.add_argument("--batch-size", type=int, default=4, help="images of one size at once (default: 4)")
+    deblur.add_argument("--format", choices=["png", "jpg"], default="png")
+    deblur.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    deblur.add_argument("--device", help="cuda, mps, cpu (default: the best there is)")
+    text = "only measure a few images and say how long N of them take (default: all of SOURCE)"
+    deblur.add_argument("--plan", type=int, nargs="?", const=0, metavar="N", help=text)
+
+
+def run(options):
+    from ..deblurring import deblur, describe_plan, load_prior, measure
+    from ..processes import process_state
+
+    state = process_state()
+    pipeline = load_prior(options.model, options.trust_remote_code).to(options.device or state.device)
+    pipeline.set_progress_bar_config(disable=True)
+    names = ("num_inference_steps", "noise_std", "lambda_", "zeta", "tile_size")
+    call = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    common = dict(kernel=options.kernel, batch_size=options.batch_size, call_kwargs=call)
+    if options.plan is not None:
+        seconds, images = measure(pipeline, options.source, **common)
+        if state.is_main_process:
+            print(describe_plan(options.plan or images, seconds, state.num_processes))
+        return 0
+    summary = deblur(pipeline, options.source, options.output, image_format=options.format, seed=options.seed, **common)
+    if summary is None:  # not the main process
+        return 0
+    counts = f"{summary['computed']} computed, {summary['kept']} were there, {summary['skipped']} skipped"
+    print(f"{summary['images']} images: {counts}. See {options.output}")
+    if summary["computed"]:
+        print(f"all of them: {describe_plan(summary['images'], summary['seconds_per_image'], state.num_processes)}")
+    return 1 if summary["skipped"] else 0

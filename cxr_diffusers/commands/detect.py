@@ -1,0 +1,49 @@
+"""cxr-diffusers detect: an anomaly map for each image."""
+
+import sys
+from pathlib import Path
+
+from .options import PROCESSES, add_command, add_pipeline_options, call_kwargs, open_pipeline
+
+DETECT = f"""\
+examples:
+  cxr-diffusers detect chest.png --out maps
+  cxr-diffusers detect /data/dicom --out maps --model runs/chexpert_cfg_256 --noise-level 500
+
+{PROCESSES.format(command="detect")}"""
+
+
+def add(commands):
+    detect = add_command(commands, "detect", run, "an anomaly map for each image of a file or folder", DETECT)
+    detect.add_argument("images", nargs="+", type=Path, help="png, jpg, tif, npy or DICOM files, or folders")
+    detect.add_argument("--out", type=Path, required=True, help="folder for pictures, maps and results.csv")
+    detect.add_argument("--map-format", choices=["png", "npy"], default="png", help="16-bit PNG or float32 npy")
+    detect.add_argument("--save-counterfactual", action="store_true", help="as a PNG, at the model's resolution")
+    detect.add_argument("--vmax", type=float, help="map value of the last colour (default: 3 x the model's threshold)")
+    add_pipeline_options(detect)
+
+
+def run(options):
+    from ..detection import detect
+
+    summary = detect(
+        open_pipeline(options),
+        options.images,
+        options.out,
+        batch_size=options.batch_size,
+        map_format=options.map_format,
+        save_counterfactual=options.save_counterfactual,
+        vmax=options.vmax,
+        call_kwargs=call_kwargs(options),
+    )
+    if summary is None:  # not the main process
+        return 0
+    computed, failed, seconds = summary["computed"], summary["failed"], summary["seconds_per_image"]
+    there = summary["images"] - computed - len(failed)
+    print(
+        f"{summary['images']} images: {computed} computed{f' ({seconds:.2g} s each)' if computed else ''}, "
+        f"{there} were there, {len(failed)} failed. See {options.out / 'results.csv'}"
+    )
+    for error in failed.values():
+        print(f"failed: {error}", file=sys.stderr)
+    return 1 if failed else 0

@@ -1,0 +1,74 @@
+"""cxr-diffusers evaluate: one table for methods and controls."""
+
+from pathlib import Path
+
+from .options import PROCESSES, add_command, add_pipeline_options, call_kwargs, open_pipeline
+
+EVALUATE = f"""\
+DATA is a folder of images (healthy/ and diseased/, masks or boxes beside them), or NAME:key=value,... where NAME is
+brats, chexpert, folder, hub, nih, phantom, table or vindr and the keys are those of the loader load_NAME in
+cxr_diffusers.data.
+
+examples:
+  cxr-diffusers evaluate /data/testing --healthy /data/validation/healthy --out report
+  cxr-diffusers evaluate /data/testing --model default runs/mine USER/THEIRS --out report
+  cxr-diffusers evaluate --config configs/evaluate.yaml root=/data/cxr --out report
+  cxr-diffusers evaluate table:csv=val_implants.csv,mask=mask,patient=patient_id,view=view,label=diseased \\
+      --healthy chexpert:root=/data/CheXpert-v1.0-small,split=valid,classes=[] --out report
+
+{PROCESSES.format(command="evaluate")}"""
+
+
+def add(commands):
+    text = "figures with bootstrap intervals, on images with masks or boxes"
+    evaluate = add_command(commands, "evaluate", run, text, EVALUATE)
+    evaluate.add_argument(
+        "data", metavar="DATA", nargs="*", help="the data set, see below; section.key=value of a plan"
+    )
+    evaluate.add_argument("--config", type=Path, help="a plan: several methods on several data sets, one table each")
+    evaluate.add_argument("--healthy", metavar="DATA", help="healthy validation images: they give the threshold")
+    evaluate.add_argument("--out", type=Path, required=True, help="folder for tables, pictures and maps")
+    evaluate.add_argument("--bootstrap", type=int, help="replicates over patients (default: 1000)")
+    evaluate.add_argument("--strata", nargs="*", default=[], help="columns to report separately, e.g. source")
+    add_pipeline_options(evaluate, several=True)
+
+
+def run(options):
+    from ..data import open_dataset
+    from ..evaluation import compare, load_plan, run_plan
+    from ..evaluation.plan import plan_table
+
+    shared = {"batch_size": options.batch_size, "call_kwargs": call_kwargs(options)}
+    shared |= {"n_bootstrap": options.bootstrap} if options.bootstrap else {}
+    if options.config:
+        if options.model or options.healthy or options.strata or shared["call_kwargs"]:
+            raise ValueError("expected models, data and arguments of the call in the plan, not beside --config")
+        plan = load_plan(options.config, options.data)
+        results = run_plan(plan, lambda model: open_pipeline(options, model), options.out, **shared)
+    else:
+        if len(options.data) != 1:
+            raise ValueError(f"expected one data set, or a plan with --config, got {options.data}")
+        healthy = open_dataset(options.healthy) if options.healthy else None
+        result = compare(
+            open_methods(options),
+            open_dataset(options.data[0]),
+            healthy=healthy,
+            output_dir=options.out,
+            strata=tuple(options.strata),
+            **shared,
+        )
+        results = result and {options.out.name: result}
+    if results is not None:  # the main process
+        folders = [options.out / name for name in results] if options.config else [options.out]
+        print(plan_table(results))
+        print("See " + ", ".join(f"{folder / 'summary.md'} and {folder / 'contact_sheet.png'}" for folder in folders))
+
+
+def open_methods(options):
+    """{name: pipeline} of `--model`; a name is that of the folder, or "method" for one alone."""
+    if len(options.model or []) < 2:
+        return {"method": open_pipeline(options, options.model and options.model[0])}
+    names = [Path(model).name for model in options.model]
+    if len(set(names)) < len(names):
+        raise ValueError(f"expected models of different names, got {names}: a plan (--config) can name them")
+    return {name: open_pipeline(options, model) for name, model in zip(names, options.model, strict=True)}

@@ -1,0 +1,86 @@
+"""What several commands share: options of a pipeline, and the pipeline they ask for."""
+
+import argparse
+import sys
+
+PROCESSES = """\
+several GPUs, or several processes on a CPU:
+  accelerate launch --multi_gpu --num_processes 2 -m cxr_diffusers.cli {command} ...
+"""
+CALL = (
+    "guidance_scale noise_level num_inference_steps negative_label source_label classifier_scale unet_label "
+    "explained_label num_refinements compare_with direction smoothing"
+).split()
+
+
+def add_command(commands, name, run, text, epilog=None):
+    command = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def add_pipeline_options(parser, several=False):
+    text = "pipeline folder, Hub name or name of a shipped model (default: the default one)"
+    if several:
+        parser.add_argument("--model", nargs="+", help=f"{text}; several make one table")
+    else:
+        parser.add_argument("--model", help=text)
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that a Hub model brings along")
+    parser.add_argument("--batch-size", type=int, default=8, help="images at once, in each process (default: 8)")
+    parser.add_argument("--device", help="cuda, mps, cpu (default: the best there is)")
+    parser.add_argument(
+        "--as-original",
+        action="store_true",
+        help="the procedure as guided-diffusion's CFG fork (or, with a classifier, Wolleb's code) ran it, offsets and "
+        "clamp included (docs/faithfulness.md)",
+    )
+    call = parser.add_argument_group("of the pipeline (default: the model's own)")
+    call.add_argument("--guidance-scale", type=float, help="w of (1 + w) target - w negative")
+    call.add_argument("--noise-level", type=int, help="timestep where inversion stops; more may change more")
+    call.add_argument("--num-inference-steps", type=int, help="of the whole chain")
+    call.add_argument("--negative-label", help="class to be pushed away from: a name, an id, or null")
+    call.add_argument("--source-label", help="class named while inverting")
+    call.add_argument("--classifier-scale", type=float, help="s of classifier guidance")
+    call.add_argument("--unet-label", help="class named to the UNet under classifier guidance")
+    call.add_argument("--explained-label", help="class whose logit Grad-CAM explains")
+    call.add_argument("--num-refinements", type=int, help="fixed-point iterations of each inversion step")
+    call.add_argument("--compare-with", choices=["image", "reconstruction"])
+    call.add_argument("--direction", choices=["both", "bright", "dark"])
+    call.add_argument("--smoothing", type=float, help="sigma, in pixels of the model's resolution")
+
+
+def call_kwargs(options):
+    """The pipeline's arguments that were given; a label that is a number is an id, else a name."""
+    given = {name: getattr(options, name) for name in CALL if getattr(options, name) is not None}
+    return {k: int(v) if k.endswith("_label") and v.isdigit() else v for k, v in given.items()}
+
+
+def open_pipeline(options, model=None):
+    """A model, or that of `--model`, on the device of this process; ValueError where its call lacks a given option."""
+    from ..evaluation.plan import checked_call
+    from ..hub import load_pipeline
+    from ..processes import process_state
+
+    if options.batch_size < 1:
+        raise ValueError(f"expected --batch-size of 1 or more, got {options.batch_size}")
+    state = process_state()
+    model = model or options.model or "default"
+    pipeline = load_pipeline(model, options.trust_remote_code)
+    on_terminal = state.is_main_process and sys.stderr.isatty()
+    pipeline.set_progress_bar_config(disable=not on_terminal, leave=False, position=1)
+    pipeline = pipeline.to(options.device or state.device)
+    if not options.as_original:
+        return checked_call(pipeline, call_kwargs(options), model)[0]
+    from ..original import OriginalProcedure
+
+    scale = "classifier_scale" if "classifier" in pipeline.components else "guidance_scale"
+    unknown = sorted(set(call_kwargs(options)) - {scale, "noise_level", "num_inference_steps"})
+    if unknown:
+        raise ValueError(f"the original procedure knows no {', '.join(unknown)}: leave it out with --as-original")
+    return OriginalProcedure(pipeline)

@@ -1,0 +1,45 @@
+"""cxr-diffusers publish: a trained model to the Hub."""
+
+from pathlib import Path
+
+from .options import add_command
+
+PUBLISH = """\
+examples:
+  cxr-diffusers publish runs/chexpert_cfg_256 me/chexpert-cfg
+  cxr-diffusers publish model me/model --training "Trained on ..., licence ..., 50,000 steps, seed 0." \\
+      --evaluation report
+"""
+
+
+def add(commands):
+    publish = add_command(commands, "publish", run, "a trained model, with its code and card, to the Hub", PUBLISH)
+    publish.add_argument("folder", type=Path, help="a run or pipeline folder")
+    publish.add_argument("name", help="USER/NAME")
+    publish.add_argument("--private", action="store_true", default=None)
+    card = publish.add_argument_group("to write a new card")
+    card.add_argument("--training", help="Markdown: the data, its licence, how the model was trained")
+    card.add_argument("--evaluation", type=Path, help="a folder written by `evaluate`")
+    card.add_argument("--evaluated-on", default="validation images", help="what its images are")
+    card.add_argument("--license", default="apache-2.0", help="of the weights (default: apache-2.0)")
+    card.add_argument("--picture", help="name of a PNG in the folder")
+
+
+def run(options):
+    from ..hub import publish, write_model_card
+
+    if options.training:
+        write_model_card(
+            options.folder,
+            training=options.training,
+            evaluation=options.evaluation,
+            evaluated_on=options.evaluated_on,
+            name=options.name,
+            license=options.license,
+            picture=options.picture,
+        )
+    elif options.evaluation or options.picture:
+        raise ValueError("expected --training beside it: a new card names the data, its licence and the training")
+    elif options.folder.is_dir() and not (options.folder / "README.md").is_file():
+        raise ValueError(f"no card (README.md) in {options.folder}: give --training TEXT to write one")
+    print(publish(options.folder, options.name, private=options.private))

@@ -30,7 +30,7 @@ env: $(STAMP)
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch setuptools wheel
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,quality]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,quality,demo,dicom,export,docs]'
 	touch $@
 
 clean:

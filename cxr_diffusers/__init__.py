@@ -15,6 +15,7 @@ _HOME = {
     "CFGAnomalyPipeline": "pipelines",
     "ClassifierGuidedPipeline": "pipelines",
     "ClassMatrixUNet": "models.class_matrix_unet",
+    "ExportedNet": "models.exported_net",
     "FixedPointDiscriminator": "models.fixed_point_gan",
     "FixedPointGANPipeline": "pipelines",
     "FixedPointGenerator": "models.fixed_point_gan",
@@ -40,6 +41,7 @@ _HOME = {
     "estimate_kernel": "kernel_estimation",
     "detect": "detection",
     "evaluate": "evaluation",
+    "export_pipeline": "export",
     "load_pipeline": "hub",
     "load_prior": "deblurring",
     "load_recipe": "recipe",
@@ -49,6 +51,7 @@ _HOME = {
     "run_as_original": "original",
     "train": "training_loop",
     "train_adversarial": "adversarial_loop",
+    "with_backend": "export",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -37,6 +37,7 @@ FLOORS = {
     "cxr_diffusers.evaluation": 3,
     "cxr_diffusers.deblurring": 3,
     "cxr_diffusers.detection": 3,
+    "cxr_diffusers.export": 3,
     "cxr_diffusers.hub": 3,
     "cxr_diffusers.cli": 4,
     "cxr_diffusers.commands": 4,

@@ -72,11 +72,16 @@ def count_forwards(method):
     """UNet forwards an image of a row of the plan."""
     model = load_pipeline(method["model"])
     channels, classes = model.unet.config.in_channels, model.unet.config.num_class_embeds
-    blocks = dict(
-        add_attention=False, block_out_channels=(4,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
-    )
     tiny = UNet2DModel(
-        8, channels, channels, num_class_embeds=classes, norm_num_groups=2, add_attention=False, **blocks
+        sample_size=8,
+        in_channels=channels,
+        out_channels=channels,
+        num_class_embeds=classes,
+        block_out_channels=(4,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=2,
+        add_attention=False,
     )
     named = {key: model.config[key] for key in ("class_names", "settings", "has_null_label")}
     pipeline = CFGAnomalyPipeline(tiny.eval(), model.scheduler, **named)

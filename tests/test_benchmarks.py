@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler
 from PIL import Image
 
 from conftest import toy_generator, toy_unet
-from cxr_diffusers import DiffPIRDeblurPipeline, FixedPointGANPipeline, load_phantom
+from cxr_diffusers import CFGAnomalyPipeline, DiffPIRDeblurPipeline, FixedPointGANPipeline, load_phantom
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -24,6 +24,7 @@ def benchmarks(monkeypatch):
         "detect",
         "kernel_estimation",
         "machine",
+        "method",
         "training_step",
     ):
         sys.modules.pop(name, None)
@@ -67,6 +68,35 @@ def test_backends_are_compared_in_one_table(tmp_path, monkeypatch, capsys):
     assert names == [(name, n) for n in ("1", "2") for name in ("torch", "onnx", "openvino")]
     assert [row[3] for row in rows if row[0] == "torch"] == ["1.00", "1.00"]
     assert all(float(row[2]) > 0 and float(row[4]) < 1e-4 for row in rows)
+
+
+def test_what_the_choices_of_the_method_are_worth_and_cost_is_one_table(tmp_path, pipeline, capsys):
+    import method
+    import yaml
+
+    from cxr_diffusers.cli import main
+
+    CFGAnomalyPipeline(**pipeline.components, settings={"num_inference_steps": 4}).save_pretrained(tmp_path / "model")
+    own = {"model": str(tmp_path / "model")}
+    methods = {
+        "default": own,
+        "two levels": {**own, "noise_level": [300, 500]},
+        "unguided": {**own, "guidance_scale": 0.0},
+    }
+    methods["original"] = {**own, "recipe": "original", "num_inference_steps": 10}
+    data = {"implants": {"images": {"name": "phantom", "n": 6, "size": 32, "diseased_fraction": 1.0}}}
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(yaml.safe_dump({"methods": methods, "data": data, "options": {"n_bootstrap": 9}}, sort_keys=False))
+    assert main(["evaluate", "--config", str(plan), "--out", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    picture = tmp_path / "cost.png"
+    method.main(["--results", str(tmp_path / "out"), "--config", str(plan), "--picture", str(picture)])
+    rows = rows_of(capsys.readouterr().out)
+    assert [row[0].strip() for row in rows[:4]] == list(methods) and rows[-1][0].strip() == "chance"
+    # of 4 steps 2 lie below level 500 and 2 below 300; of 10 steps 5 below 500
+    assert [int(row[-2]) for row in rows[:4]] == [2 + 4, 2 + 4 + 4, 2 + 2, 5 + 10]
+    assert all("[" in row[2] for row in rows[1:4]) and rows[0][2].strip() == "–"
+    assert Image.open(picture).width > 300
 
 
 def test_the_cost_of_a_training_step_is_one_table(capsys):

@@ -1,6 +1,6 @@
 """What runs the network fastest on a CPU: torch, ONNX Runtime or OpenVINO, as ratios of one run on one machine.
 
-    python benchmarks/backends.py                                (the shipped model, one thread each; a minute)
+    python benchmarks/backends.py                                (the shipped model, one thread each; minutes)
     python benchmarks/backends.py --model runs/mine --threads 8
 
 The backends take turns, and of each the quickest call counts: on a machine that is busy with other things, the others
@@ -26,6 +26,9 @@ def main(arguments=None):
     torch.set_num_threads(options.threads)  # of the other two as well, when they are opened
     pipeline = load_pipeline(options.model)
     pipelines = {name: with_backend(pipeline, name) for name in options.backends}
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.to(memory_format=torch.channels_last)  # as the command line runs torch
     for each in pipelines.values():
         each.set_progress_bar_config(disable=True)
     print(f"{describe_machine()}\n{options.model}, the quickest of {options.repeat} calls\n")

@@ -139,8 +139,8 @@ def write_onnx(net, inputs, path):
     """Export by torch.export, the exporter that torch maintains.
 
     The older one (`dynamo=False`) is ten times as quick and right for the UNet, but on its way out, and it refuses an
-    instance norm with running statistics. The batch axis stays free only if the example has two pictures or more (an
-    axis of length 1 is taken for a constant) and no forward asks for `len(tensor)`, which is a constant, too.
+    instance norm with running statistics. The example has two pictures, since of one the UNet's export is refused. A
+    forward must not ask for `len(tensor)`: that freezes the batch axis without a word.
     """
     try:
         import onnxscript  # noqa: F401  the exporter imports it late, and says so at length

@@ -3,6 +3,7 @@
 import csv
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pydicom
@@ -96,8 +97,8 @@ def test_both_objects_file_into_the_study_and_name_their_source(found):
     assert len(uids) == 6
 
 
-def test_the_capture_is_the_picture_under_a_banner_and_without_the_files_name(found):
-    out, _ = found
+def test_the_capture_is_the_picture_under_a_banner_and_without_the_files_name(found, model, tmp_path):
+    out, source = found
     capture = pydicom.dcmread(out / "dicom" / "mueller_overlay.dcm")
     pixels = capture.pixel_array
     assert (capture.PhotometricInterpretation, pixels.dtype) == ("RGB", np.uint8)
@@ -106,7 +107,12 @@ def test_the_capture_is_the_picture_under_a_banner_and_without_the_files_name(fo
     banner = len(pixels) - len(strip)
     same = (pixels[banner:] == strip).all(axis=(1, 2))
     title = np.flatnonzero(~same)
-    assert same.mean() > 0.8 and len(title) and title.max() < 60  # all but the title, which is the file's name
+    assert same.mean() > 0.8 and len(title) and title.max() < 60  # all but the title, which has the file's name there
+    shutil.copy(source.filename, tmp_path / "x.dcm")
+    run(model, [tmp_path / "x.dcm"], tmp_path / "other", dicom=True)
+    renamed = pydicom.dcmread(tmp_path / "other" / "dicom" / "x_overlay.dcm").pixel_array
+    np.testing.assert_array_equal(renamed, pixels)
+    assert (np.asarray(Image.open(tmp_path / "other" / "x.png")) != strip).any()
 
 
 @pytest.mark.skipif(not shutil.which("dciodvfy"), reason="dciodvfy (dicom3tools) is not installed")
@@ -125,6 +131,7 @@ def test_dciodvfy_finds_no_error(found, tmp_path):
     ):
         del header[name]
     make_segmentation(header, np.zeros((24, 18), bool), ALGORITHM).save_as(tmp_path / "seg.dcm")
+    assert not pydicom.dcmread(tmp_path / "seg.dcm").pixel_array.any()  # "nothing found" is an object, too
     make_capture(header, Image.new("RGB", (200, 80)), ALGORITHM).save_as(tmp_path / "overlay.dcm")
     for path in [*(out / "dicom").iterdir(), tmp_path / "seg.dcm", tmp_path / "overlay.dcm"]:
         said = subprocess.run(["dciodvfy", "-new", str(path)], capture_output=True, text=True).stderr
@@ -168,6 +175,14 @@ def test_objects_need_a_threshold_and_a_dicom_file_that_names_its_study(pipeline
     assert "StudyInstanceUID" in summary["failed"][str(lost)] and summary["computed"] == 2
     assert summary["without_dicom"] == [str(tmp_path / "x.png")]
     assert {path.name for path in (tmp_path / "out" / "dicom").iterdir()} == {"whole_seg.dcm", "whole_overlay.dcm"}
+
+
+def test_without_highdicom_it_is_said_what_to_install(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "highdicom", None)
+    source = write_source(tmp_path / "a.dcm")
+    with pytest.raises(ImportError, match=r"pip install 'cxr_diffusers\[dicom\]'"):
+        run(model, [source], tmp_path / "out", dicom=True)
+    assert not (tmp_path / "out").exists() and run(model, [source], tmp_path / "out")["computed"] == 1
 
 
 def test_a_run_with_objects_resumes_and_is_not_mixed_with_one_without(model, tmp_path):

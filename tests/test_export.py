@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ from conftest import toy_classifier, toy_generator, toy_unet
 from cxr_diffusers import CFGAnomalyPipeline, ClassifierGuidedPipeline, FixedPointGANPipeline, load_pipeline
 from cxr_diffusers.cli import main
 from cxr_diffusers.evaluation.answers import fingerprint
-from cxr_diffusers.export import TOLERANCE, check_net, export_pipeline, with_backend
-from cxr_diffusers.models.exported_net import ExportedNet
+from cxr_diffusers.export import TOLERANCE, check_net, export_pipeline, with_backend, write_onnx, write_openvino
+from cxr_diffusers.models.exported_net import ExportedNet, open_openvino
 
 FAST = {"num_inference_steps": 20, "noise_level": 300}
 FORMATS = ("onnx", "openvino")
@@ -137,6 +138,21 @@ def test_what_needs_gradients_is_not_exported():
         exported(torch.zeros(1, 1, 8, 8), 5, class_labels=torch.tensor([0]))
     with pytest.raises(ValueError, match="timestep and class_labels"):
         exported(torch.zeros(1, 1, 16, 16), 5)
+
+
+def test_a_missing_package_is_said_with_what_to_install(tmp_path, monkeypatch):
+    exported = with_backend(small_pipeline(), "onnx").unet
+    for name in ("onnxscript", "onnxruntime", "openvino"):
+        monkeypatch.setitem(sys.modules, name, None)
+    calls = (
+        lambda: write_onnx(small_pipeline().unet, ["sample"], tmp_path / "net.onnx"),
+        lambda: write_openvino(tmp_path / "net.onnx", tmp_path / "net.xml"),
+        lambda: open_openvino(tmp_path / "net.xml"),
+        lambda: exported.open_net(exported.folder),
+    )
+    for call in calls:
+        with pytest.raises(ImportError, match=r"pip install 'cxr_diffusers\[export\]'"):
+            call()
 
 
 def test_a_network_that_answers_differently_is_not_handed_out():

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .data.dicom_checks import warnings_of
 from .data.images import SUFFIXES, describe_skipped, is_dicom, picture_size, read_header, read_image, split_images
-from .dicom_output import Algorithm, check_source, import_highdicom, write_objects
+from .dicom_output import Algorithm, DicomOutputError, check_source, import_highdicom, write_objects
 from .evaluation.answers import fingerprint
 from .pipelines.cxr_anomaly import frame, prepare_image, restore_map
 from .processes import process_state
@@ -132,7 +132,16 @@ def detect(
                     float(output.anomaly_score[i]),
                 )
                 objects = (source, algorithm) if algorithm and source is not None else None
-                row = write_answer(output_dir, name, path, picture, answer, pipeline.config, map_format, vmax, objects)
+                try:
+                    row = write_answer(
+                        output_dir, name, path, picture, answer, pipeline.config, map_format, vmax, objects
+                    )
+                except DicomOutputError as error:
+                    failed[str(path)] = f"{path}: {error}"
+                    row_file(output_dir, name).unlink(missing_ok=True)
+                    seconds.pop()
+                    bar.update()
+                    continue
                 row["warnings"] = "; ".join(warnings_of(source)) if source is not None else ""
                 if save_counterfactual:
                     save_png(to_8_bit(answer[1]), output_dir / "counterfactuals" / f"{name}.png")
@@ -185,7 +194,7 @@ def read_source(path, dicom):
         return None
     header = read_header(path)
     if dicom:
-        check_source(header)
+        check_source(header, path)
     return header
 
 

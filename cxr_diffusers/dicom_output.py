@@ -52,11 +52,11 @@ def import_highdicom():
     return highdicom
 
 
-def check_source(dataset):
+def check_source(dataset, path="the source"):
     """ValueError unless objects can be filed beside this DICOM image: it must say which study and series it is of."""
     missing = [name for name in NEEDED if not dataset.get(name)]
     if missing:
-        raise ValueError(f"no DICOM objects can be filed beside a source without {', '.join(missing)}")
+        raise ValueError(f"{path}: no DICOM objects can be filed beside a source without {', '.join(missing)}")
 
 
 def checked_source(dataset):
@@ -234,13 +234,18 @@ def with_banner(picture, text):
     return canvas
 
 
+class DicomOutputError(ValueError):
+    """Of a source whose header is so broken that no objects can be made from it."""
+
+
 def write_objects(stem, source, mask, picture, algorithm):
-    """Write STEM_seg.dcm and STEM_overlay.dcm, see `make_segmentation` and `make_capture`."""
-    for ending, made in (
-        ("seg", make_segmentation(source, mask, algorithm)),
-        ("overlay", make_capture(source, picture, algorithm)),
-    ):
-        save_dicom(made, stem.with_name(f"{stem.name}_{ending}.dcm"))
+    """Write STEM_seg.dcm and STEM_overlay.dcm, see `make_segmentation` and `make_capture`. Raises DicomOutputError."""
+    try:
+        made = {"seg": make_segmentation(source, mask, algorithm), "overlay": make_capture(source, picture, algorithm)}
+    except Exception as error:  # highdicom and pydicom have many, for a date or a sex that is none, say
+        raise DicomOutputError(f"no DICOM objects can be made from this header: {error}") from error
+    for ending, dataset in made.items():
+        save_dicom(dataset, stem.with_name(f"{stem.name}_{ending}.dcm"))
 
 
 def save_dicom(dataset, path):

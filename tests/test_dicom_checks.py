@@ -6,6 +6,8 @@ import re
 import numpy as np
 import pytest
 from pydicom import Dataset, dcmread
+from pydicom.dataelem import RawDataElement
+from pydicom.tag import Tag
 from test_images import write_dicom
 
 from cxr_diffusers.data.dicom_checks import no_picture, warnings_of
@@ -74,6 +76,14 @@ def test_each_thing_that_is_not_as_it_should_be_gives_one_warning(header, warnin
     [found] = warnings_of(dataset(**header))
     assert re.search(warning, found)
     assert ";" not in found  # which parts them in the table
+
+
+def test_a_broken_entry_is_a_warning_and_stops_nothing():
+    made = dataset(PhotometricInterpretation="MONOCHROME2", ViewPosition="LL", BodyPartExamined="HAND;FOOT")
+    tag = Tag("PixelIntensityRelationshipSign")
+    made[tag] = RawDataElement(tag, "SS", 1, b"\x01", 0, False, True)  # one byte where there should be two
+    found = warnings_of(made)
+    assert len(found) == 3 and "cannot be read" in found[-1] and not any(";" in warning for warning in found)
 
 
 def test_reports_and_presentation_states_in_a_tree_are_left_out_with_a_note(tmp_path, caplog):

@@ -177,6 +177,16 @@ def test_objects_need_a_threshold_and_a_dicom_file_that_names_its_study(pipeline
     assert {path.name for path in (tmp_path / "out" / "dicom").iterdir()} == {"whole_seg.dcm", "whole_overlay.dcm"}
 
 
+def test_a_header_of_which_no_objects_can_be_made_fails_alone(model, tmp_path):
+    (tmp_path / "in").mkdir()
+    strange = write_source(tmp_path / "in" / "strange.dcm", 1, PatientSex="UNKNOWN")
+    write_source(tmp_path / "in" / "whole.dcm", 2)
+    summary = run(model, [tmp_path / "in"], tmp_path / "out", dicom=True)
+    assert summary["computed"] == 1 and list(summary["failed"]) == [str(strange)]
+    assert "strange.dcm: no DICOM objects can be made" in summary["failed"][str(strange)]
+    assert {path.name for path in (tmp_path / "out" / "rows").iterdir()} == {"whole.json"}
+
+
 def test_without_highdicom_it_is_said_what_to_install(model, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "highdicom", None)
     source = write_source(tmp_path / "a.dcm")

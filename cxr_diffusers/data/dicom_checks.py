@@ -51,8 +51,13 @@ def warnings_of(dataset):
     Args:
         dataset: pydicom dataset; its pixels are not needed.
     """
-    checks = (_burned_in, _modality, _body_part, _view, _orientation, _greys)
-    return [warning for check in checks for warning in check(dataset)]
+    found = []
+    for check in (_burned_in, _modality, _body_part, _view, _orientation, _greys):
+        try:
+            found += check(dataset)
+        except Exception as error:  # an entry that pydicom cannot read must not stop a run, and is worth a word
+            found.append(f"a part of the header cannot be read ({type(error).__name__})")
+    return [warning.replace(";", ",") for warning in found]
 
 
 def _burned_in(dataset):

@@ -31,9 +31,7 @@ def add(commands):
     evaluate.add_argument("--out", type=Path, required=True, help="folder for tables, pictures and maps")
     evaluate.add_argument("--bootstrap", type=int, help="replicates over patients (default: 1000)")
     evaluate.add_argument("--strata", nargs="*", default=[], help="columns to report separately, e.g. source")
-    text = (
-        "a model with an image classifier, e.g. cxr_grad_cam_128, that judges the counterfactuals (docs/evaluation.md)"
-    )
+    text = "a model with an image classifier that judges the counterfactuals, e.g. cxr_grad_cam_128"
     evaluate.add_argument("--judge", metavar="MODEL", help=text)
     add_pipeline_options(evaluate, several=True)
 

@@ -29,9 +29,7 @@ class Plan:
     methods: dict  # name in the table -> {model: see hub.load_pipeline; any argument of its call}
     data: dict  # name -> `DataPlan`
     root: str = ""  # what stands for {root} in the data's values
-    options: dict = field(
-        default_factory=dict
-    )  # n_bootstrap, seed, judge, smoothing, quantile, batch_size of `compare`
+    options: dict = field(default_factory=dict)  # n_bootstrap, seed, judge, smoothing, quantile, ... of `compare`
 
 
 def load_plan(path, overrides=()):

@@ -104,6 +104,8 @@ def test_a_mask_is_read_and_written_as_pycocotools_does():
     assert json.loads(json.dumps(cell)) == cell and cell["size"] == [9, 7]
     assert (coco.decode(cell) == mask).all()
     assert (decode({EDEMA: cell, EFFUSION: encode(other)}, [EDEMA, EFFUSION]) == mask | other).all()
+    # as the released files write "no segmentation" of 2320 x 2828 pixels
+    assert not decode({EDEMA: {"size": [2320, 2828], "counts": "PVWX6"}}, [EDEMA]).any()
     assert not decode({EDEMA: cell}, [EFFUSION]).any() and decode({EDEMA: cell}, [EFFUSION]).shape == (9, 7)
 
 
@@ -122,6 +124,19 @@ def test_the_data_set_has_the_union_of_the_tasks_as_its_mask(released):
     only = load_chexlocalize(root, file, tasks=["pleural effusion"])
     assert sum(only["label"][i] == 1 for i in range(12)) == 4
     assert only.features["label"].names == ["healthy", "pleural effusion"]
+
+
+def test_pictures_and_masks_shrink_together(released):
+    (root, file), _ = released
+    whole, small = (load_chexlocalize(root, file, size=size) for size in (None, 24))
+    for a, b in zip(whole, small, strict=True):
+        assert a["image"].size == (48, 40) and b["image"].size == (24, 20)
+        if b["mask"] is not None:
+            assert b["mask"].size == (24, 20) and set(np.unique(b["mask"])) <= {0, 255}
+            assert np.mean(np.asarray(b["mask"]) > 0) == pytest.approx(np.mean(np.asarray(a["mask"]) > 0), abs=0.03)
+            y, x = np.unravel_index(np.argmax(b["image"]), (20, 24))  # the lesion is the brightest part
+            assert np.asarray(b["mask"])[y, x]
+    assert load_chexlocalize(root, file, size=4000)[0]["image"].size == (48, 40)
 
 
 def test_a_folder_above_does_not_mix_the_splits(released, tmp_path):

@@ -61,8 +61,8 @@ def counterfactual_table(result, columns=COUNTERFACTUALS):
         return ""
     lines = [markdown("counterfactuals", section["rows"], shown)]
     if "judge_auroc" in section:
-        called = ", ".join(f"{count} ({name})" for name, count in section["n_called_diseased"].items())
-        own = ", ".join(f"{cell_value(auroc)} ({name})" for name, auroc in section["judge_auroc"].items())
+        called = each(section["n_called_diseased"], "{}")
+        own = each(section["judge_auroc"], "{:.3f}")
         lines.append(
             f"Judge: {summary['settings']['judge']}. Of {section['n_diseased']} diseased pictures it calls diseased: "
             f"{called}. Its own AUROC, these against {section['n_healthy']} healthy pictures, as the methods see them: "
@@ -91,8 +91,12 @@ def cell(interval, sign=""):
     return f"{value} [{interval['low']:{sign}.3f}, {interval['high']:{sign}.3f}]"
 
 
-def cell_value(value):
-    return f"{value:.3f}" if is_number(value) else "–"
+def each(numbers, form):
+    """{method: number} as text: the number where all have the same, else each with its method."""
+    texts = {name: form.format(value) if is_number(value) else "–" for name, value in numbers.items()}
+    if len(set(texts.values())) == 1:
+        return next(iter(texts.values()))
+    return ", ".join(f"{text} ({name})" for name, text in texts.items())
 
 
 def is_number(value):

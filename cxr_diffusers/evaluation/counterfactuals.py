@@ -7,6 +7,7 @@ from ..feature_distances import frechet_distance, kernel_distance_of
 from ..masks import smooth_map
 from .controls import BLURRED, ITSELF, SPLIT
 from .judge import HEALTHY, is_its_own_judge, look
+from .lazy import Lazy
 
 KEPT = ("psnr_outside", "ssim_outside")
 BLUR = 0.05  # sigma, of the side: what is gone with it is the evidence, not the disease
@@ -14,7 +15,18 @@ SPLITS = 20  # halves of one set differ by chance: a mean over several
 
 
 def counterfactual_level(methods, rows, healthy_rows, per_image, *, judge=None, n_bootstrap, seed, progress=False):
-    """The section "counterfactuals" of summary.json, see `report_counterfactuals` for what its numbers are.
+    """The section "counterfactuals" of summary.json.
+
+        psnr_outside, ssim_outside   of counterfactual and picture, outside the true region, over the pictures with one
+        flip_rate                    of the diseased pictures that the judge calls diseased (its most probable class is
+                                     not 0), the share whose counterfactual it calls healthy
+        p_healthy_moved              probability of class 0, counterfactual - picture: mean over the diseased pictures
+        p_healthy_moved_healthy      likewise over the healthy pictures, where it should not move
+        kid, fid                     of the diseased pictures' counterfactuals to the healthy pictures, over the judge's
+                                     features
+
+    Diseased are the pictures of the data set with a label other than 0, or with a region where no label is known;
+    healthy are those of label 0 or, if the data set has none, `healthy_rows`.
 
     Args:
         methods: `Method`s with their answers.
@@ -23,15 +35,15 @@ def counterfactual_level(methods, rows, healthy_rows, per_image, *, judge=None, 
         judge: see `judge.open_judge`; None: only what was kept outside the true region.
 
     Returns:
-        a dict with `rows` {name: {number: {value, low, high, undefined}}}, `not_measured` {method: why}, and of a judge
-        its name, classes and own AUROC on these pictures.
+        a dict with `rows` {name: {number: {value, low, high, undefined}}}, `not_measured` {method: why} and, with a
+        judge, its classes, how many pictures of each kind there are and it calls diseased, and its own AUROC on them.
     """
     everything = [*rows, *healthy_rows]
     weights = metrics.patient_weights([row["group"] for row in everything], n_bootstrap, seed)
     section = {"rows": {}, "not_measured": {}}
     judged = {}
     for method in methods:
-        answers = [*method.answers, *method.healthy_answers]
+        answers = joined(method.answers, method.healthy_answers)
         if unchanged(answers):
             section["not_measured"][method.name] = "it has no counterfactual"
             continue
@@ -40,9 +52,18 @@ def counterfactual_level(methods, rows, healthy_rows, per_image, *, judge=None, 
             section["not_measured"][method.name] = "the judge is its own classifier"
         elif judge is not None:
             judged[method.name] = answers
-    if judge is None:
+    if not judged:
         return section
     return {**section, **judge_all(judged, section["rows"], everything, len(rows), per_image, judge, weights, progress)}
+
+
+def joined(first, second):
+    """Two sequences as one, none of it in memory."""
+    return Lazy(len(first) + len(second), lambda i: first[i] if i < len(first) else second[i - len(first)])
+
+
+def pictures_of(answers, key):
+    return Lazy(len(answers), lambda i: answers[i][key].astype(np.float32))
 
 
 def unchanged(answers):
@@ -75,11 +96,11 @@ def judge_all(judged, found, rows, n_dataset, per_image, judge, weights, progres
     for column in ("p_healthy", "p_healthy_counterfactual", "flipped"):
         per_image[column] = np.nan
     for position, (name, answers) in enumerate(judged.items()):
-        pictures = [answer["image"].astype(np.float32) for answer in answers]
+        pictures = pictures_of(answers, "image")
         before = look(judge, pictures, progress=progress, desc=f"judge, {name}")
-        versions = {name: [answer["counterfactual"].astype(np.float32) for answer in answers]}
+        versions = {name: pictures_of(answers, "counterfactual")}
         if position == 0:  # of the first method's pictures, as all controls are
-            versions |= {ITSELF: None, BLURRED: [smooth_map(p, BLUR * min(p.shape)) for p in pictures]}
+            versions |= {ITSELF: None, BLURRED: blurred(pictures)}
         for version, changed in versions.items():
             after = before if changed is None else look(judge, changed, pictures, progress=progress, desc=version)
             numbers = compare_calls(before, after, diseased, healthy, groups, weights)
@@ -96,6 +117,10 @@ def judge_all(judged, found, rows, n_dataset, per_image, judge, weights, progres
     order = [*judged, *(name for name in found if name not in judged)]
     section["rows"] = {name: found[name] for name in order}
     return section
+
+
+def blurred(pictures):
+    return Lazy(len(pictures), lambda i: smooth_map(pictures[i], BLUR * min(pictures[i].shape)))
 
 
 def kinds(rows, n_dataset):

@@ -52,14 +52,12 @@ def summary_table(result, columns=COLUMNS):
 def counterfactual_table(result, columns=COUNTERFACTUALS):
     """Markdown: how good the counterfactuals are, a row per method and control, and what was not measured.
 
-    Arguments as in `summary_table`; "" for a summary without a counterfactual in it.
+    Arguments as in `summary_table`; "" where there is neither a counterfactual nor a judge.
     """
     summary = result if isinstance(result, dict) else result.summary
     section = summary.get("counterfactuals") or {"rows": {}, "not_measured": {}}
     shown = {k: v for k, v in columns.items() if any(k in numbers for numbers in section["rows"].values())}
-    if not shown:
-        return ""
-    lines = [markdown("counterfactuals", section["rows"], shown)]
+    lines = [markdown("counterfactuals", section["rows"], shown)] if shown else []
     if "judge_auroc" in section:
         called = each(section["n_called_diseased"], "{}")
         own = each(section["judge_auroc"], "{:.3f}")
@@ -69,7 +67,7 @@ def counterfactual_table(result, columns=COUNTERFACTUALS):
             f"{own}. KID and FID are over its features, against the same healthy pictures; they are not comparable "
             f"with those of another network.\n"
         )
-    if section["not_measured"]:
+    if section["not_measured"] and summary["settings"].get("judge"):
         lines.append("Not judged: " + "; ".join(f"{k}, {why}" for k, why in section["not_measured"].items()) + ".\n")
     return "\n".join(lines)
 

@@ -1,6 +1,7 @@
 """CheXlocalize's files and its protocol, on files in its format made here with pycocotools."""
 
 import json
+import sys
 
 import numpy as np
 import pandas as pd
@@ -34,20 +35,20 @@ class Bright:
 def release(folder, split, patients, height=40, width=48, views=("view1_frontal",)):
     """A folder and a JSON as they are released. Of each picture one patient in three has no segmentation at all.
 
-    The lesion is a rectangle, the brightest part of the picture; with effusion it is half as bright as with edema.
+    The lesion is a ramp of light; edema is all of it, effusion its bright end, so each has its own best threshold.
     """
     rng = np.random.default_rng(len(patients))
     segmentations = {}
     for k, patient in enumerate(patients):
         for view in views:
-            picture = rng.integers(0, 40, (height, width)).astype(np.uint8)
+            picture = rng.integers(20, 50, (height, width)).astype(np.uint8)
             masks = {task: np.zeros((height, width), bool) for task in TASKS}
             if k % 3 != 2:
-                task, light = (EFFUSION, 130) if k % 2 else (EDEMA, 240)
+                task, light, first = (EFFUSION, 130, 7) if k % 2 else (EDEMA, 240, 0)
                 y, x = rng.integers(2, height - 14), rng.integers(2, width - 14)
-                masks[task][y : y + 10, x : x + 12] = True
+                masks[task][y : y + 10, x + first : x + 12] = True
                 masks[DEVICES][:2] = True
-                picture[y : y + 9, x : x + 10] = light + rng.integers(0, 15)
+                picture[y : y + 9, x : x + 12] = light * np.linspace(0.25, 1, 12) + rng.integers(0, 15, (9, 12))
                 segmentations[f"{patient}_study1_{view}"] = {
                     task: {
                         "size": list(mask.shape),
@@ -190,6 +191,7 @@ def test_a_threshold_is_the_best_of_the_validation_split_by_pathology(released, 
     for task in (EFFUSION, EDEMA):
         means = [np.nanmean(by_hand(pictures, segmentations, task, t, full=False)) for t in THRESHOLDS]
         assert thresholds[task] == THRESHOLDS[int(np.argmax(means))]
+    assert thresholds[EFFUSION] > thresholds[EDEMA]
     assert THRESHOLDS == (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
     assert thresholds["Lung Lesion"] == thresholds[ANY]  # no image to choose by
 
@@ -268,7 +270,7 @@ def test_one_command_writes_all_of_it(released, pipeline, tmp_path, capsys):
     assert "### method" in shown and "### centre prior" in shown and "| Pleural Effusion (4; 0." in shown
     assert shown.strip().splitlines()[0].startswith("12 images, 8 of them with segmentations")
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"maps", "method", "per_image.csv", "summary.json", "summary.md"}
+    assert names == {"contact_sheet.png", "maps", "method", "per_image.csv", "summary.json", "summary.md"}
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]["method"][ANY]["miou"]["value"] >= 0
 
 
@@ -300,6 +302,6 @@ def test_what_does_not_fit_is_refused(released, tmp_path):
 
 
 def test_a_missing_pycocotools_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pycocotools", None)
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
     with pytest.raises(ImportError, match=r"pip install 'cxr_diffusers\[chexlocalize\]'"):
         encode(np.ones((2, 2), bool))

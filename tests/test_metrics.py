@@ -238,6 +238,7 @@ def test_a_box_covers_the_pixels_whose_centre_it_holds():
     assert mask[2, 1:4].all() and mask.sum() == 3
     assert box_mask([[0.4, 0.4, 1.2, 1.2]], 4, 4).sum() == 4  # centres at 0.5 and 1.5
     assert box_mask([[1.6, 1.6, 0.2, 0.2]], 4, 4)[1, 1] and box_mask([[1.6, 1.6, 0.2, 0.2]], 4, 4).sum() == 1
+    assert box_mask([[1.7, 1.7, 0.4, 0.4]], 4, 4)[1, 1] and box_mask([[1.7, 1.7, 0.4, 0.4]], 4, 4).sum() == 1
     assert box_mask([[-2, -2, 4, 4], [3, 3, 9, 9]], 4, 4).sum() == 5
     assert not box_mask([], 4, 4).any()
 

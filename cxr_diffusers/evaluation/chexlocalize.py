@@ -29,11 +29,11 @@ from ..data.rows import to_dataset
 from ..masks import drop_small
 from ..processes import process_state
 from ..version import __version__
-from ..visualization import write_file
+from ..visualization import contact_sheet, save_png, write_file
 from .answers import detect
 from .comparison import as_method
 from .controls import CENTRE, centre_prior, resample
-from .report import is_number, markdown, plain
+from .report import SHEET_ROWS, is_number, markdown, plain
 from .tables import describe_method
 
 ANY = "any pathology"  # the union of all but support devices: what one map of "abnormal" can be asked for
@@ -52,7 +52,7 @@ NUMBERS = {  # the column that is averaged, and its heading
 class Segmented:
     """A split: its pictures and their segmentations.
 
-    images: rows with `image` and `path` (.../patient64541/study1/view1_frontal.jpg).
+    images: `datasets.Dataset` with `image` and `path` (.../patient64541/study1/view1_frontal.jpg).
     segmentations: {cxr_id: {task: run lengths}} of those that have any, see `read_segmentations`.
     """
 
@@ -101,9 +101,9 @@ def evaluate_chexlocalize(
         test: `Segmented`, what is measured on; see `open_split`.
         validation: `Segmented`, other patients: they give each pathology the best of `THRESHOLDS` (where none of them
             has it, that of `ANY`). None: Otsu's threshold, found on each map itself, and no cutoff.
-        output_dir: folder for summary.json, summary.md, per_image.csv and maps/, and a folder of each method with
-            segmentations.json (run lengths) and points.json (most representative points) in CheXlocalize's formats.
-            None writes nothing.
+        output_dir: folder for summary.json, summary.md, per_image.csv, contact_sheet.png and maps/, and a folder of
+            each method with segmentations.json (run lengths) and points.json (most representative points) in
+            CheXlocalize's formats. None writes nothing.
         batch_size, call_kwargs, progress: as for `evaluate`.
         n_bootstrap: replicates. Images are drawn, not patients, as they did: intervals are too narrow where patients
             have several.
@@ -156,6 +156,7 @@ def evaluate_chexlocalize(
         content = json.dumps(plain(summary), indent=2, allow_nan=False)
         write_file(Path(output_dir) / "summary.json", content.encode())
         write_file(Path(output_dir) / "summary.md", chexlocalize_table(summary).encode())
+        write_sheet(methods, test, answers, Path(output_dir) / "contact_sheet.png")
     return summary
 
 
@@ -347,6 +348,27 @@ def write_predictions(maps, split, thresholds, folder, progress, name):
         points[image] = {task: [[column, row]] for task in TASKS}
     write_file(folder / "segmentations.json", json.dumps(segmentations).encode())
     write_file(folder / "points.json", json.dumps(points).encode())
+
+
+def write_sheet(methods, test, answers, path):
+    """The first picture of eight patients with `ANY`, evenly over the data set and not by success."""
+    found = {}
+    for i, image in enumerate(test.images["path"]):
+        entry = test.segmentations.get(cxr_id(image))
+        if entry and area(entry, PATHOLOGIES):
+            found.setdefault(cxr_id(image).split("_")[0], i)
+    if not found:
+        return
+    patients, rows = list(found), []
+    for k in np.linspace(0, len(patients) - 1, min(SHEET_ROWS, len(patients))).round().astype(int):
+        i = found[patients[k]]
+        image = test.images[i]["image"]
+        size = dict(zip(("height", "width"), picture_size(image), strict=True))
+        maps = {m.name: m.restore(answers[m.name, "test"][i]["anomaly_map"], size) for m in methods}
+        truth = decode(test.segmentations[cxr_id(test.images[i]["path"])], PATHOLOGIES)
+        rows.append({"image": image, "mask": truth, "maps": maps, "title": patients[k]})
+    title = f"{len(rows)} of {len(found)} patients with {ANY}, evenly over the data set"
+    save_png(contact_sheet(rows, [method.name for method in methods], title=title), path)
 
 
 def safe(name):

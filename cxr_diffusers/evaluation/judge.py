@@ -23,12 +23,12 @@ def open_judge(judge):
         from ..hub import load_pipeline
 
         judge = load_pipeline(judge).to(process_state().device)
-    classifier = judge.components.get("classifier")
+    classifier = getattr(judge, "components", {}).get("classifier")
     # the classifier of classifier guidance is asked about noised pictures: it is none
     if not is_image_classifier(classifier) or getattr(judge.config, "sample_size", None) is None:
         raise ValueError(
             "expected a judge with an image classifier of transformers, as a GradCAMPipeline has it, "
-            f"got a {type(judge).__name__} with {type(classifier).__name__}"
+            f"got a {type(judge).__name__} without one"
         )
     return judge
 

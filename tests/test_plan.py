@@ -48,6 +48,16 @@ def test_one_command_puts_all_methods_into_a_table_for_each_data_set(models, cap
         assert {"contact_sheet.png", "precision_recall.png", "summary.md"} <= {p.name for p in (out / name).iterdir()}
 
 
+def test_a_plan_can_be_run_for_some_of_its_methods(models, capsys):
+    path, out = write_plan(models), models / "out"
+    assert main(["evaluate", "--config", str(path), "--only", "Grad-CAM", "--out", str(out)]) == 0
+    assert set(pd.read_csv(out / "a" / "per_image.csv")["method"]) == {"Grad-CAM"}
+    assert main(["evaluate", "--config", str(path), "--only", "LRP", "--out", str(out)]) == 2
+    assert "no method LRP, expected some of ours, Grad-CAM" in capsys.readouterr().err
+    assert main(["evaluate", str(models), "--only", "ours", "--out", str(out)]) == 2
+    assert "expected a plan (--config)" in capsys.readouterr().err
+
+
 def test_several_models_need_no_plan(models, capsys):
     for i, image in enumerate(load_phantom(n=2, size=32)["image"]):
         (models / "data").mkdir(exist_ok=True)
@@ -70,6 +80,18 @@ def test_root_is_filled_in_wherever_it_stands():
     assert plan.data["boxes"].healthy["csv"] == "/data/cxr/val_implants/val_sources.csv"
     assert plan.options == {"n_bootstrap": 5, "seed": 0, "judge": "cxr_grad_cam_128"}
     assert len(plan.methods) >= 3
+
+
+def test_the_ablation_asks_for_what_the_call_has_and_each_row_changes_something(pipeline):
+    methods = load_plan(CONFIG.with_name("method.yaml"), ["root=/data/cxr"]).methods
+    assert methods["default"] == {"model": "default"} and methods["original"]["recipe"] == "original"
+    seen = []
+    for name, method in methods.items():
+        kwargs = {key: value for key, value in method.items() if key != "model"}
+        checked_call(pipeline, kwargs, name)
+        pipeline.check_inputs(pipeline.settings(**kwargs), 0.0, "pil", ())
+        seen.append(kwargs)
+    assert len(seen) > 15 and all(seen.count(kwargs) == 1 for kwargs in seen)
 
 
 @pytest.mark.parametrize(

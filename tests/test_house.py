@@ -31,6 +31,7 @@ FLOORS = {
     "cxr_diffusers.original_steps": 2,
     "cxr_diffusers.processes": 2,
     "cxr_diffusers.recipe": 2,
+    "cxr_diffusers.trajectory": 2,
     "cxr_diffusers.visualization": 2,
     "cxr_diffusers.adversarial_loop": 3,
     "cxr_diffusers.training_loop": 3,

@@ -256,12 +256,7 @@ def write_answer(output_dir, name, path, picture, answer, config, map_format, vm
     fraction = float(np.mean(own > threshold)) if threshold else None
     save_map(own, output_dir / "maps" / f"{name}.{map_format}")
 
-    if aspect == "keep" or isinstance(picture, np.ndarray):  # pixel by pixel; of several channels their mean
-        shown, counterfactual = (restore_map(x.mean(-1), *size, aspect) for x in (image, counterfactual))
-        small = own
-    else:
-        shown = in_model_greys(picture, anomaly_map.shape[-1], config["scaling"], aspect)
-        counterfactual, small = (restore_map(x, *shown.shape, aspect) for x in (counterfactual.mean(-1), anomaly_map))
+    shown, counterfactual, small = same_frame(picture, image, counterfactual, anomaly_map, config)
     title = f"{path.name}    score {score:.3f}"
     title += f"    {fraction:.1%} of the picture above the threshold" if threshold else ""
     strip = side_by_side(shown, counterfactual, small, vmax=vmax, title=title, panel_size=SHOWN)
@@ -270,12 +265,26 @@ def write_answer(output_dir, name, path, picture, answer, config, map_format, vm
     return dict(zip(FIELDS, values, strict=False))
 
 
-def in_model_greys(picture, size, scaling, aspect):
-    """PIL picture -> (h, w) float32 in [0, 1], the longer side SHOWN pixels: the radiograph at its own sharpness.
+def same_frame(picture, image, counterfactual, anomaly_map, config, longest=SHOWN):
+    """What belongs side by side: (input, counterfactual, map), (h, w) each, without the bars of the model's square.
+
+    Args:
+        picture: as it was handed to the pipeline. image, counterfactual, anomaly_map: one picture's of its "np" answer.
+        config: the pipeline's. longest: side of the result, in pixels.
+    """
+    aspect, size = config["aspect"], picture_size(picture)
+    if aspect == "keep" or isinstance(picture, np.ndarray):  # pixel by pixel; of several channels their mean
+        return [restore_map(x, *size, aspect) for x in (image.mean(-1), counterfactual.mean(-1), anomaly_map)]
+    shown = in_model_greys(picture, anomaly_map.shape[-1], config["scaling"], aspect, longest)
+    return [shown, *(restore_map(x, *shown.shape, aspect) for x in (counterfactual.mean(-1), anomaly_map))]
+
+
+def in_model_greys(picture, size, scaling, aspect, longest=SHOWN):
+    """PIL picture -> (h, w) float32 in [0, 1], the longer side `longest` pixels: the radiograph at its own sharpness.
 
     It is black and white where the model that works at `size` pixels has them: comparable with the counterfactual.
     """
-    scale = SHOWN / max(picture.size)
+    scale = longest / max(picture.size)
     width, height = (max(1, round(side * scale)) for side in picture.size)
     shown = Image.fromarray(np.asarray(picture, np.float32)).resize((width, height), Image.Resampling.BICUBIC)
     shown = np.asarray(shown) / (255 if picture.mode == "L" else 65535)

@@ -299,12 +299,13 @@ def _axes(xlabel, ylabel, title):
 def _cover(grey, level, opacity):
     """(H, W) grey 0..255, (H, W) level 0..1 -> (H, W, 3) uint8; nothing is laid over level 0, so the anatomy stays."""
     alpha = (opacity * level**0.8)[..., None]
-    colours = _colours()[(level * 255).round().astype(np.uint8)]
+    colours = map_colours()[(level * 255).round().astype(np.uint8)]
     return (grey[..., None] * (1 - alpha) + colours * alpha).astype(np.uint8)
 
 
 @cache
-def _colours():
+def map_colours():
+    """(256, 3) uint8: the colour scale of all maps, from nothing to most abnormal."""
     import matplotlib
 
     return (matplotlib.colormaps[COLORMAP](np.arange(256))[:, :3] * 255).round().astype(np.uint8)

@@ -39,7 +39,9 @@ FLOORS = {
     "cxr_diffusers.deblurring": 3,
     "cxr_diffusers.detection": 3,
     "cxr_diffusers.hub": 3,
+    "cxr_diffusers.reference_scores": 3,
     "cxr_diffusers.cli": 4,
+    "cxr_diffusers.demo": 4,
     "cxr_diffusers.commands": 4,
     "training": 4,
 }

@@ -367,7 +367,8 @@ def _grid(cells, column_titles, row_titles, bars, title, note, size, opacity):
         x += width + GAP
     y = top
     for name, height in zip(row_titles or [], heights, strict=False):
-        _write_upright(page, name, (GAP, y), text, height)
+        if name:
+            _write_upright(page, name, (GAP, y), text, height)
         y += height + GAP
     write_words(draw, (left, page.height - GAP), note, max(10, text - 2), MUTED, page.width - left - GAP, anchor="ls")
     return page

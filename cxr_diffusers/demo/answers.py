@@ -14,7 +14,7 @@ from ..masks import threshold_map
 from ..pipelines.cxr_anomaly import restore_map
 from ..pipelines.cxr_inversion import timesteps_below
 from ..trajectory import Trajectory, check_steps
-from ..visualization import common_vmax, map_colours, side_by_side, to_grey
+from ..visualization import common_vmax, contact_sheet, map_colours, side_by_side, to_grey
 
 SHOWN = 640  # longer side of the pictures on the page
 SLIDERS = {  # arguments of a call that the page has a slider for: label, what it does, lowest, highest, step
@@ -126,12 +126,14 @@ def mask_file(answer, times=1.0):
 
 
 def picture_file(answer, opacity=0.8):
-    """(file name, content): input | counterfactual | map with its colour bar, as `cxr-diffusers detect` draws them."""
-    other = answer.shown if answer.counterfactual is None else answer.counterfactual
+    """(file name, content): input | counterfactual, if any | map with its colour bar, as `cxr-diffusers detect` draws
+    them."""
     title = f"{answer.name}    score {answer.score:.3f}    {answer.model}    research use only"
-    page = side_by_side(
-        answer.shown, other, answer.small, vmax=answer.vmax, title=title, panel_size=512, opacity=opacity
-    )
+    look = {"vmax": answer.vmax, "title": title, "panel_size": 512, "opacity": opacity}
+    if answer.counterfactual is None:
+        page = contact_sheet([{"image": answer.shown, "maps": {"anomaly map": answer.small}}], ["anomaly map"], **look)
+    else:
+        page = side_by_side(answer.shown, answer.counterfactual, answer.small, **look)
     return f"{stem(answer)}_picture.png", png(page)
 
 

@@ -88,7 +88,7 @@ def question_side(choices, models):
             list(choices), value=next(iter(choices)), show_label=False, container=False, elem_id="method"
         )
         side.about = gr.HTML(about_method(first))
-        with gr.Accordion("Settings", open=False, elem_id="settings"):
+        with gr.Accordion("Settings", open=False, elem_id="settings", visible=has_sliders(first)) as side.settings:
             side.sliders = [gr.Slider(**look) for look in slider_looks(first)]
             side.reset = gr.Button("Reset to the model's own", size="sm")
     side.start = gr.Button("Find what is abnormal", variant="primary", size="lg", elem_id="start")
@@ -147,10 +147,11 @@ def listen_to_question(state, left, choices, models, max_megapixels):
 
     def choose(choice):
         pipeline = models[choices[choice]]
-        return [about_method(pipeline), *(gr.update(**look) for look in slider_looks(pipeline))]
+        looks = [gr.update(**look) for look in slider_looks(pipeline)]
+        return [about_method(pipeline), gr.update(visible=has_sliders(pipeline)), *looks]
 
     taken = [state.upload, left.chosen, left.message, left.file]
-    looks = [left.about, *left.sliders]
+    looks = [left.about, left.settings, *left.sliders]
     left.file.upload(take_file, left.file, taken, show_progress="hidden", **PRIVATE)
     left.samples.select(take_sample, None, taken, show_progress="hidden", **PRIVATE)
     left.method.change(choose, left.method, looks, show_progress="hidden", **PRIVATE)
@@ -160,9 +161,9 @@ def listen_to_question(state, left, choices, models, max_megapixels):
 def listen_to_start(state, left, right, choices, models, reference_of):
     """The button runs the model, one session's at a time, and fills the right side."""
     later = [right.tools, right.downloads, right.hint, right.details, right.way]
-    filled = [right.viewer, right.caption, right.score, right.film, right.buttons["film"]]
+    filled = [right.viewer, right.caption, right.score, right.film, right.buttons["film"], right.times]
 
-    def run(upload, choice, *values, progress=gr.Progress()):  # noqa: B008
+    def run(upload, choice, times, *values, progress=gr.Progress()):  # noqa: B008
         unchanged = [gr.skip()] * len(filled + later)
         if upload is None:
             return [gr.skip(), say(NOTHING_YET), *unchanged]
@@ -183,12 +184,13 @@ def listen_to_start(state, left, right, choices, models, reference_of):
             answers.score_card(answer, reference, fits, score_words(pipeline)),
             answers.film_card(answer),
             gr.update(interactive=answer.trajectory is not None),
+            threshold_span(answer, times),
             *[gr.update(visible=True)] * len(later),
         ]
 
     started = left.start.click(
         run,
-        [state.upload, left.method, *left.sliders],
+        [state.upload, left.method, right.times, *left.sliders],
         [state.answer, left.message, *filled, *later],
         show_progress_on=right.viewer,
         concurrency_limit=1,
@@ -287,6 +289,12 @@ def score_words(pipeline):
     return "the classifier's probability of not healthy" if grad_cam else "mean of the map's highest 5 % of pixels"
 
 
+def threshold_span(answer, times):
+    """An update of the threshold's slider: as far as the colours go, and back to 1 where it stands beyond."""
+    highest = max(1.0, round(int(answer.vmax / answer.threshold / 0.05) * 0.05, 2))
+    return gr.update(maximum=highest, value=times if times <= highest else 1)
+
+
 def caption(answer):
     if answer.counterfactual is None:
         return '<p class="hint">This method makes no healthy picture to compare with.</p>'
@@ -306,6 +314,10 @@ def slider_looks(pipeline):
         span = {"minimum": min(low, value), "maximum": max(high, value), "step": step, "value": value}
         looks.append({"label": label, "info": info, "visible": name in own, **span})
     return looks
+
+
+def has_sliders(pipeline):
+    return any(look["visible"] for look in slider_looks(pipeline))
 
 
 def call_of(pipeline, values):

@@ -31,6 +31,12 @@ async function load() {
   view.draw();
 }
 
+function outlined(values, width, height, x, y, threshold) {
+  const [r, p] = [Math.max(1, Math.round(width / 300)), y * width + x];  // two pixels on a screen
+  return (x >= r && !(values[p - r] > threshold)) || (x < width - r && !(values[p + r] > threshold))
+    || (y >= r && !(values[p - r * width] > threshold)) || (y < height - r && !(values[p + r * width] > threshold));
+}
+
 view.draw = () => {
   if (!view.shown) return;
   const { grey, values, vmax, unit, colours } = view.shown;
@@ -48,10 +54,8 @@ view.draw = () => {
       above += inside;
       for (let k = 0; k < 3; k++) out.data[q + k] = grey.data[q + k] * (1 - alpha) + colours[c + k] * alpha;
       out.data[q + 3] = 255;
-      // the mask's outline: inside, with a neighbour that is not
-      const edge = inside && ((x > 0 && !(values[p - 1] > threshold)) || (x < width - 1 && !(values[p + 1] > threshold))
-        || (y > 0 && !(values[p - width] > threshold)) || (y < height - 1 && !(values[p + width] > threshold)));
-      if (edge) for (let k = 0; k < 3; k++) out.data[q + k] = 255;
+      // the mask's outline: inside, and not far from where it is not; at the picture's border there is none
+      if (inside && outlined(values, width, height, x, y, threshold)) out.data.fill(255, q, q + 3);
     }
   }
   context.putImageData(out, 0, 0);
@@ -62,7 +66,9 @@ view.draw = () => {
   });
   bar.style.background = `linear-gradient(to right, ${stops})`;
   const share = (100 * above) / values.length;
-  element.querySelector(".above").textContent = `${share.toFixed(1)} % of the picture above ${threshold.toFixed(3)}`;
+  element.querySelector(".above").textContent = above
+    ? `${share.toFixed(1)} % of the picture above ${threshold.toFixed(3)}`
+    : `nothing above ${threshold.toFixed(3)}: lower the threshold to see what is weaker`;
   canvas.dataset.above = above;
 };
 

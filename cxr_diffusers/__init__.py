@@ -10,7 +10,7 @@ from .version import __version__
 if not Path(__file__).with_name("pipelines").is_dir():
     __path__.append(str(Path(__file__).resolve().parent.parent))
 
-# diffusers imports onnxruntime where it is installed, whose official builds report to Microsoft unless this is set before
+# where onnxruntime is installed diffusers imports it, and its official builds report to Microsoft unless this is set
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # name -> module; imported when first asked for, since torch and diffusers take seconds to import

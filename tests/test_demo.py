@@ -24,6 +24,7 @@ from test_images import write_dicom
 
 from conftest import toy_generator, toy_resnet
 from cxr_diffusers import FixedPointGANPipeline, GradCAMPipeline, load_phantom, read_image
+from cxr_diffusers.cli import main
 from cxr_diffusers.demo import answers
 from cxr_diffusers.demo.uploads import Upload, read_upload
 from cxr_diffusers.pipelines.cxr_anomaly import restore_map
@@ -224,6 +225,23 @@ def test_healthy_scores_are_measured_once_for_a_model_its_settings_and_the_image
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".png", ".npz")], "no picture is kept"
 
 
+def test_the_page_measures_the_healthy_images_it_is_given_and_else_takes_those_kept(toy, tmp_path, monkeypatch):
+    from cxr_diffusers.demo.serve import references
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    dataset = load_phantom(n=6, size=16, seed=1)
+    healthy = dataset.select([i for i, label in enumerate(dataset["label"]) if label == 0])
+    seen = []
+    found = references({"toy": toy}, healthy, "phantoms")("toy", lambda i, n: seen.append((i, n)))
+    assert found.data == "phantoms" and len(found.scores) == len(healthy) and seen[-1] == (len(healthy),) * 2
+    assert list((tmp_path / "cache" / "cxr_diffusers" / "healthy_scores").iterdir())
+    toy.save_pretrained(tmp_path / "toy")
+    toy.register_to_config(_name_or_path=str(tmp_path / "toy"))
+    assert references({"toy": toy})("toy") is None
+    keep_scores(found, tmp_path / "toy")
+    assert references({"toy": toy})("toy").scores == found.scores
+
+
 def test_healthy_scores_are_of_healthy_images(toy):
     with pytest.raises(ValueError, match="healthy images alone in phantoms, got [1-9]"):
         measure_scores(toy, load_phantom(n=8, size=16, seed=0), "phantoms")
@@ -283,6 +301,21 @@ def test_a_method_brings_its_own_settings_and_no_others(toy):
     assert not page.has_sliders(gan) and page.call_of(gan, [1, 2, 3, 4]) == {}
     assert page.name_choices({"a": toy, "b": gan}) == {"Classifier-free guidance": "a", "Fixed-Point GAN": "b"}
     assert list(page.name_choices({"a": toy, "b": toy})) == [f"Classifier-free guidance: {x}" for x in "ab"]
+
+
+def test_one_picture_runs_at_a_time_and_no_endpoint_is_offered_to_programs(toy):
+    page = pytest.importorskip("cxr_diffusers.demo.page").build_page({"toy": toy}, lambda name, progress: None)
+    events = list(page.fns.values())
+    model = [event for event in events if event.fn is not None and event.fn.__name__ == "run"]
+    assert [event.concurrency_limit for event in model] == [1] and all(event.queue for event in model)
+    assert len(events) > 8 and {event.api_visibility for event in events} == {"private"}
+    assert not page.analytics_enabled
+
+
+def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert main(["demo"]) == 2
+    assert "pip install 'cxr_diffusers[demo]'" in capsys.readouterr().err
 
 
 def test_the_threshold_goes_as_far_as_the_colours(toy, upload):

@@ -27,7 +27,7 @@ class ReferenceScores:
 
     def fits(self, pipeline, call_kwargs):
         """True where a call of `pipeline` with `call_kwargs` means what the reference's calls meant."""
-        return self.call == pipeline.settings(**call_kwargs)
+        return self.call == as_kept(pipeline.settings(**call_kwargs))
 
     def share_below(self, score):
         """How many of the healthy images score less than `score`: (how many, of how many)."""
@@ -64,7 +64,12 @@ def measure_scores(pipeline, dataset, data, *, call_kwargs=None, batch_size=8, p
             bar.update(len(batch))
             if progress is not None:
                 progress(len(scores), len(dataset))
-    return ReferenceScores(data, pipeline.settings(**call), sorted(round(s, 6) for s in scores))
+    return ReferenceScores(data, as_kept(pipeline.settings(**call)), sorted(round(s, 6) for s in scores))
+
+
+def as_kept(settings):
+    """Settings as they come back from JSON, where a pair is a list."""
+    return json.loads(json.dumps(settings))
 
 
 def keep_scores(reference, folder):

@@ -62,26 +62,38 @@ class Trajectory:
         """What the pipeline calls at each step's end; changes nothing."""
         latents, scheduler = callback_kwargs["latents"].detach().float().cpu(), pipeline.scheduler
         if i == 0:
-            self.kept, self.last, self.stride = [], None, 1
+            self.kept, self.last, self.stride, self.t = [], None, 1, -1
             self.data_range = tuple(pipeline.config.data_range)
-            self.top = -1
-        t = int(t)
-        going = "inversion" if t > self.top else "decoding"
-        self.top = max(self.top, t)
-        level = t if going == "inversion" else level_after(scheduler, t)
-        alpha = signal_level(scheduler, level)
-        clean = None
-        if self.predicted and self.last is not None and steps_are_lines(scheduler):
+        before, t, rising = self._before(int(t)), int(t), self._is_inversion(int(t))
+        level = t if rising else level_after(scheduler, t)
+        alpha, clean = signal_level(scheduler, level), None
+        if self.predicted and before is not None and steps_are_lines(scheduler):
             # a scheduler whose list is not spaced by its own step length takes the latents for those of `t`
-            start = self.last.alpha if going == "inversion" else signal_level(scheduler, t)
-            clean = predicted_picture(self.last.latents, latents, start, alpha)
-            clean = self.last.predicted if clean is None else clean
-        self.last = Frame(max(level, 0), going, latents, clean, alpha)
+            start = before.alpha if rising else signal_level(scheduler, t)
+            clean = predicted_picture(before.latents, latents, start, alpha)
+            clean = before.predicted if clean is None else clean
+        self.last, self.t = Frame(max(level, 0), "inversion" if rising else "decoding", latents, clean, alpha), t
         if i % self.stride == 0:
             self.kept.append(self.last)
         if len(self.kept) > self.max_frames:
             self.kept, self.stride = self.kept[::2], 2 * self.stride
         return {}
+
+    def _is_inversion(self, t):
+        """Timesteps rise; the first that does not is that of decoding."""
+        return t > self.t and (self.last is None or self.last.going == "inversion")
+
+    def _before(self, t):
+        """The frame that the step from `t` begins with, None where it is unknown.
+
+        It is the last one, but for the beginning of a decoding from another noise level: that takes the latents which
+        inversion has left there.
+        """
+        if self.last is None or self._is_inversion(t):
+            return self.last
+        goes_on = self.last.level == t if self.last.going == "inversion" else t < self.t
+        left = [frame for frame in self.kept if frame.going == "inversion" and frame.level == t]
+        return self.last if goes_on else next(iter(left), None)
 
     def film(self, index=0, panel_size=256):
         """[RGB PIL image], one a frame: the latents, the clean picture beside them where known, the noise level, and

@@ -28,7 +28,14 @@ from cxr_diffusers.cli import main
 from cxr_diffusers.demo import answers
 from cxr_diffusers.demo.uploads import Upload, read_upload
 from cxr_diffusers.pipelines.cxr_anomaly import restore_map
-from cxr_diffusers.reference_scores import ReferenceScores, cached_scores, keep_scores, kept_scores, measure_scores
+from cxr_diffusers.reference_scores import (
+    ReferenceScores,
+    as_kept,
+    cached_scores,
+    keep_scores,
+    kept_scores,
+    measure_scores,
+)
 from cxr_diffusers.visualization import overlay
 
 ROOT = Path(__file__).parent.parent
@@ -171,8 +178,11 @@ def test_downloads_are_the_pipelines_own_at_the_pictures_resolution(toy, upload)
 
 def test_progress_counts_real_steps_to_their_end(toy, upload):
     seen = []
-    answers.ask(toy, "toy", upload, {"noise_level": 500}, lambda i, n: seen.append((i, n)))
-    assert seen == [(i + 1, 10) for i in range(10)]
+    answers.ask(toy, "toy", upload, {"noise_level": 500}, lambda *step: seen.append(step))
+    assert seen == [(i + 1, 10, "inversion" if i < 5 else "decoding") for i in range(10)]
+    toy.register_to_config(settings={**FAST, "noise_level": [200, 500]})
+    answers.ask(toy, "toy", upload, {}, lambda *step: seen.append(step))
+    assert seen[-1] == (12, 12, "decoding") and len(seen) == 22
 
 
 def test_methods_of_one_step_have_no_film_and_grad_cam_no_counterfactual(upload):
@@ -190,7 +200,7 @@ def test_methods_of_one_step_have_no_film_and_grad_cam_no_counterfactual(upload)
 def test_a_score_is_compared_with_its_like_alone(toy, upload):
     answer = answers.ask(toy, "toy", upload, {})
     scores = [answer.score - 0.01, answer.score - 0.005, answer.score + 0.01]
-    reference = ReferenceScores("3 <healthy> chests", toy.settings(), scores)
+    reference = ReferenceScores("3 <healthy> chests", as_kept(toy.settings()), scores)
     card = answers.score_card(answer, reference, reference.fits(toy, {}), "a mean")
     assert "<b>2 of 3</b>" in card and "3 &lt;healthy&gt; chests" in card and "svg+xml" in card
     assert reference.fits(toy, {"noise_level": 300}) and not reference.fits(toy, {"noise_level": 200})
@@ -276,7 +286,7 @@ def test_the_script_that_keeps_them(toy, tmp_path, capsys, monkeypatch):
     data = f"folder:root={tmp_path / 'data'},classes=[healthy]"
     healthy_scores.main([str(tmp_path / "model"), "--data", data, "--named", "two chests"])
     kept = kept_scores(tmp_path / "model")
-    assert kept.data == "two chests" and len(kept.scores) == 2 and kept.call == toy.settings()
+    assert kept.data == "two chests" and len(kept.scores) == 2 and kept.fits(toy, {})
     assert f"| model | 2 | {kept.scores[0]:.4f} |" in capsys.readouterr().out
     keep_scores(ReferenceScores("x", {}, [1.0]), tmp_path)
     assert kept_scores(tmp_path).scores == [1.0] and kept_scores(tmp_path / "data") is None
@@ -297,6 +307,9 @@ def test_a_method_brings_its_own_settings_and_no_others(toy):
     }
     toy.register_to_config(settings={"num_inference_steps": 1000})
     assert [look["maximum"] for look in page.slider_looks(toy)][3] == 1000, "a checkpoint's own value is on its slider"
+    toy.register_to_config(settings={"noise_level": [300, 500]})
+    assert [look["visible"] for look in page.slider_looks(toy)] == [True, False, False, True]
+    assert "noise_level" not in page.call_of(toy, [2, 50, 400, 20]), "several levels at once are left as they are"
     gan = FixedPointGANPipeline(toy_generator())
     assert not page.has_sliders(gan) and page.call_of(gan, [1, 2, 3, 4]) == {}
     assert page.name_choices({"a": toy, "b": gan}) == {"Classifier-free guidance": "a", "Fixed-Point GAN": "b"}
@@ -341,7 +354,7 @@ sys.exit(main(sys.argv[1:]))
 @pytest.fixture
 def server(toy, tmp_path):
     toy.save_pretrained(tmp_path / "toy")
-    keep_scores(ReferenceScores("2 toys", toy.settings(), [0.0, 0.9]), tmp_path / "toy")
+    keep_scores(ReferenceScores("2 toys", as_kept(toy.settings()), [0.0, 0.9]), tmp_path / "toy")
     (tmp_path / "tmp").mkdir()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

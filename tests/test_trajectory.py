@@ -84,6 +84,18 @@ def test_the_clean_pictures_of_inversion_are_what_it_moved_along(pipeline, image
         torch.testing.assert_close(frame.predicted, expected, atol=2e-4, rtol=2e-4)
 
 
+def test_several_noise_levels_are_one_way_up_and_a_way_down_from_each(pipeline, images):
+    said = spy_on_predictions(pipeline.scheduler)
+    trajectory = Trajectory()
+    call = {"num_inference_steps": 10, "noise_level": [500, 300], "output_type": "pt"}
+    output = pipeline(images, callback_on_step_end=trajectory, **call)
+    decoding = [frame for frame in trajectory.frames if frame.going == "decoding"]
+    assert [frame.level for frame in decoding] == [100, 0, 0, 300, 200, 100, 0, 0] and len(trajectory.frames) == 13
+    for frame, expected in zip(decoding, said, strict=True):
+        torch.testing.assert_close(frame.predicted, expected, atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close((trajectory.frames[-1].latents.clamp(-1, 1) + 1) / 2, output.counterfactual)
+
+
 @pytest.mark.parametrize(
     "scheduler",
     [DDIMScheduler(clip_sample=True), DPMSolverMultistepScheduler()],

@@ -44,16 +44,17 @@ class Answer:
 
 
 def ask(pipeline, model, upload, call_kwargs, on_step=None):
-    """Run a pipeline on an `Upload` -> `Answer`; `on_step(done, of)` after each of its steps."""
+    """Run a pipeline on an `Upload` -> `Answer`; `on_step(done, of, "inversion" or "decoding")` after each step."""
     config, picture = pipeline.config, upload.picture
     trajectory, call = None, dict(call_kwargs)
     if has_steps(pipeline):
         trajectory, total = Trajectory(), count_steps(pipeline, call_kwargs)
 
         def step(pipeline, i, t, kwargs):
+            changed = trajectory(pipeline, i, t, kwargs)
             if on_step is not None:
-                on_step(i + 1, total)
-            return trajectory(pipeline, i, t, kwargs)
+                on_step(i + 1, total, trajectory.last.going)
+            return changed
 
         call["callback_on_step_end"] = step
     output = pipeline(picture, output_type="np", **call)
@@ -84,10 +85,12 @@ def has_steps(pipeline):
 
 
 def count_steps(pipeline, call_kwargs):
-    """How often a call will report a step: once each way for the timesteps below the noise level."""
+    """How often a call will report a step: on the way to the highest noise level, and back from each."""
     settings = pipeline.settings(**call_kwargs)
-    span = settings["noise_level"], settings["num_inference_steps"]
-    return 2 * len(timesteps_below(pipeline.scheduler, *span))
+    level, steps = settings["noise_level"], settings["num_inference_steps"]
+    levels = set(level) if isinstance(level, (list, tuple)) else {level}
+    back = [len(timesteps_below(pipeline.scheduler, level, steps)) for level in levels]
+    return max(back) + sum(back)
 
 
 def viewer_data(answer):

@@ -25,6 +25,7 @@ DROP = '<p class="hint">png, jpg, tif or DICOM. It is read into memory and not k
 OR_SAMPLE = '<p class="hint">Or a sample, drawn by a model, of nobody:</p>'
 NOTHING_YET = "Choose a radiograph first: drop a file, or click a sample."
 GONE = "The answer is gone from the server's memory: run it again."
+WAY = {"inversion": "to noise", "decoding": "and back, as if healthy"}  # said beside the progress
 FILES = {  # downloads: kind -> (label, what it is)
     "map": ("Map", "16-bit PNG, value / 65535"),
     "mask": ("Mask", "PNG, above the threshold"),
@@ -171,7 +172,7 @@ def listen_to_start(state, left, right, choices, models, reference_of):
         pipeline, call = models[name], call_of(models[name], values)
         try:
             progress(0, desc="starting")
-            answer = answers.ask(pipeline, name, upload, call, lambda i, n: progress((i, n), desc=where(i, n)))
+            answer = answers.ask(pipeline, name, upload, call, lambda i, n, going: progress((i, n), desc=WAY[going]))
             reference = reference_of(name, lambda i, n: progress((i, n), desc="scoring healthy radiographs"))
         except ValueError as error:
             return [gr.skip(), say(str(error)), *unchanged]
@@ -253,10 +254,6 @@ def forget(path):
     shutil.rmtree(Path(path).parent, ignore_errors=True)
 
 
-def where(i, n):
-    return "to noise" if i <= n // 2 else "and back, as if healthy"
-
-
 def name_choices(models):
     """{what the page calls it: name}: by the method, and by the name too where several do the same."""
     titles = [METHODS.get(type(p).__name__, (type(p).__name__,))[0] for p in models.values()]
@@ -310,10 +307,15 @@ def slider_looks(pipeline):
     the checkpoint's own values."""
     own, looks = pipeline.settings(), []
     for name, (label, info, low, high, step) in answers.SLIDERS.items():
-        value = own.get(name, low)
+        value = own[name] if is_number(own.get(name)) else low
         span = {"minimum": min(low, value), "maximum": max(high, value), "step": step, "value": value}
-        looks.append({"label": label, "info": info, "visible": name in own, **span})
+        looks.append({"label": label, "info": info, "visible": is_number(own.get(name)), **span})
     return looks
+
+
+def is_number(value):
+    """Not so for what a call does not have, nor for several noise levels at once."""
+    return isinstance(value, (int, float))
 
 
 def has_sliders(pipeline):
@@ -324,7 +326,7 @@ def call_of(pipeline, values):
     """The sliders' values -> arguments of the pipeline's call, those that it has, in the type of its own."""
     own = pipeline.settings()
     named = zip(answers.SLIDERS, values, strict=True)
-    return {name: type(own[name])(value) for name, value in named if name in own}
+    return {name: type(own[name])(value) for name, value in named if is_number(own.get(name))}
 
 
 def thumbnails(paths):

@@ -1,6 +1,8 @@
 """The recorder of the way to noise and back: its frames are the pipeline's, and its clean pictures the scheduler's."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from cxr_diffusers.cli import main
 from cxr_diffusers.detection import detect
 from cxr_diffusers.trajectory import Trajectory
 
+ROOT = Path(__file__).parent.parent
 FAST = {"num_inference_steps": 20, "noise_level": 300}
 LEVELS = [0, 50, 100, 150, 200, 250, 200, 150, 100, 50, 0, 0]
 
@@ -194,3 +197,15 @@ def test_a_pipeline_without_steps_has_no_film(folder, tmp_path, capsys):
         assert not out.exists()
     command = ["detect", str(folder), "--out", str(out), "--model", "cxr_fixed_point_gan_64", "--save-trajectory"]
     assert main(command) == 2 and "step by step" in capsys.readouterr().err
+
+
+def test_the_examples_of_the_docs_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    (tmp_path / "cxr_diffusers").symlink_to(ROOT / "cxr_diffusers")
+    monkeypatch.chdir(tmp_path)
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "trajectory.md").read_text(), re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        exec(example, {})
+    with Image.open("film.webp") as film, Image.open("strip.png") as strip:
+        assert film.n_frames == 20 and strip.width > 1000

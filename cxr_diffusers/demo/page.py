@@ -2,7 +2,7 @@
 
 import base64
 import json
-import shutil
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
@@ -250,8 +250,10 @@ def packer(kind):
 
 
 def forget(path):
-    """Take an upload, and the folder that Gradio made for it, off the disk."""
-    shutil.rmtree(Path(path).parent, ignore_errors=True)
+    """Take an upload, and the folder that Gradio made for it alone, off the disk."""
+    with suppress(OSError):
+        Path(path).unlink()
+        Path(path).parent.rmdir()  # only where it is empty: the path comes from the browser
 
 
 def name_choices(models):

@@ -112,7 +112,7 @@ class Trajectory:
         both = any(frame.predicted is not None for frame in frames)
         rows, text = 1 + both, max(11, panel_size // 10)
         width = GAP + (panel_size + GAP) * len(chosen)
-        page = Image.new("RGB", (width, 2 * text + 3 * GAP + rows * (panel_size + text + 2 * GAP)), DARK)
+        page = Image.new("RGB", (width, 3 * text + 5 * GAP + rows * (panel_size + GAP)), DARK)
         draw = ImageDraw.Draw(page)
         for k, frame in enumerate(frames[n] for n in chosen):
             x, y = GAP + k * (panel_size + GAP), GAP

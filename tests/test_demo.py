@@ -27,6 +27,7 @@ from cxr_diffusers import FixedPointGANPipeline, GradCAMPipeline, load_phantom, 
 from cxr_diffusers.cli import main
 from cxr_diffusers.demo import answers
 from cxr_diffusers.demo.uploads import Upload, read_upload
+from cxr_diffusers.hub import METHODS
 from cxr_diffusers.pipelines.cxr_anomaly import restore_map
 from cxr_diffusers.reference_scores import (
     ReferenceScores,
@@ -212,7 +213,7 @@ def test_a_score_is_compared_with_its_like_alone(toy, upload):
 def test_a_file_name_is_text_and_nothing_else(toy):
     evil = Upload(Image.fromarray(chest()), "<img src=x onerror=alert(1)>.png", [])
     assert "<img src=x" not in answers.upload_card(evil)
-    name, _ = answers.map_file(SimpleNamespace(name="../../etc/a b.png", own=np.zeros((2, 2))))
+    name, _ = answers.map_file(SimpleNamespace(name="../../etc/a b.png", own=lambda: np.zeros((2, 2))))
     assert name == "_.._etc_a_b_map.png"
 
 
@@ -312,6 +313,7 @@ def test_a_method_brings_its_own_settings_and_no_others(toy):
     assert "noise_level" not in page.call_of(toy, [2, 50, 400, 20]), "several levels at once are left as they are"
     gan = FixedPointGANPipeline(toy_generator())
     assert not page.has_sliders(gan) and page.call_of(gan, [1, 2, 3, 4]) == {}
+    assert set(page.METHODS) == set(METHODS), "every detector has its name on the page"
     assert page.name_choices({"a": toy, "b": gan}) == {"Classifier-free guidance": "a", "Fixed-Point GAN": "b"}
     assert list(page.name_choices({"a": toy, "b": toy})) == [f"Classifier-free guidance: {x}" for x in "ab"]
 
@@ -327,16 +329,22 @@ def test_one_picture_runs_at_a_time_and_no_endpoint_is_offered_to_programs(toy):
 
 def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "cxr_diffusers.demo.page", raising=False)
     assert main(["demo"]) == 2
     assert "pip install 'cxr_diffusers[demo]'" in capsys.readouterr().err
 
 
-def test_the_threshold_goes_as_far_as_the_colours(toy, upload):
+def test_the_threshold_goes_as_far_as_the_colours_and_says_whose_it_is(toy, upload):
     page = pytest.importorskip("cxr_diffusers.demo.page")
-    answer = SimpleNamespace(vmax=0.06, threshold=0.02)
+    answer = SimpleNamespace(vmax=0.06, threshold=0.02, own_threshold=True)
     assert page.threshold_span(answer, 2.5)["maximum"] == 3.0 and page.threshold_span(answer, 2.5)["value"] == 2.5
-    answer = SimpleNamespace(vmax=1.0, threshold=0.82)
+    answer = SimpleNamespace(vmax=1.0, threshold=0.82, own_threshold=True)
     assert (page.threshold_span(answer, 2.5)["maximum"], page.threshold_span(answer, 2.5)["value"]) == (1.2, 1)
+    assert "model's own" in page.threshold_span(answer, 1)["info"]
+    toy.register_to_config(map_threshold=None)
+    answer = answers.ask(toy, "toy", upload, {})
+    assert "has none" in page.threshold_span(answer, 1)["info"] and page.threshold_span(answer, 3)["maximum"] >= 2.95
+    assert answer.vmax == pytest.approx(np.quantile(answer.square, 0.995), rel=1e-5)
 
 
 # what the server's process connects to is written down, so that nobody has to take our word for it
@@ -364,9 +372,10 @@ def server(toy, tmp_path):
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen([*command, "--device", "cpu"], env=environment, stdout=log, stderr=log)
     try:
-        while process.poll() is None and "Ctrl-C" not in (tmp_path / "log").read_text():
+        end = time.monotonic() + 180
+        while process.poll() is None and time.monotonic() < end and "Ctrl-C" not in (tmp_path / "log").read_text():
             time.sleep(0.2)
-        assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+        assert "Ctrl-C" in (tmp_path / "log").read_text(), (tmp_path / "log").read_text()[-3000:]
         yield SimpleNamespace(
             url=f"http://127.0.0.1:{port}", process=process, log=tmp_path / "log", temporary=tmp_path / "tmp"
         )

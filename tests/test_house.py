@@ -161,6 +161,7 @@ def test_a_bare_checkout_a_wheel_and_a_foreign_folder_called_pipelines_get_along
     packed = {n.removesuffix(".py").removesuffix("/__init__") for n in names if n.endswith(".py")}
     assert not ours - packed, "setup.cfg does not list a package"
     assert any(n.endswith("samples/sample_1.png") for n in names)
+    assert {f"cxr_diffusers/demo/{n}" for n in ("page.css", "viewer.html", "viewer.js")} < set(names)
     assert any(n.endswith("cxr_cfg_64/unet/diffusion_pytorch_model.safetensors") for n in names)
     assert any(n.endswith("cxr_fixed_point_gan_64/generator/diffusion_pytorch_model.safetensors") for n in names)
     site = tmp_path / "site"

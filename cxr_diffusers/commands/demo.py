@@ -1,7 +1,5 @@
 """cxr-diffusers demo: the web page."""
 
-from pathlib import Path
-
 from .options import add_command
 
 DEMO = """\
@@ -41,13 +39,8 @@ def run(options):
     import sys
     import threading
 
+    from ..demo.page import build_page  # first: it says what to install
     from ..demo.serve import launch, open_models, references, temporary_folder
-
-    try:
-        import gradio  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"the web page needs Gradio ({error}): pip install 'cxr_diffusers[demo]'") from None
-    from ..demo.page import build_page
 
     healthy = None
     if options.healthy:
@@ -55,7 +48,7 @@ def run(options):
 
         healthy = open_dataset(options.healthy)
     models = open_models(options.model, options.device, options.trust_remote_code)
-    named = healthy is not None and f"{len(healthy)} images of {Path(options.healthy).name}"
+    named = f"{len(healthy)} images that this page was started with" if healthy is not None else ""
     reference_of = references(models, healthy, named)
     reference_of(next(iter(models)))  # measured here, with a bar, and not while somebody waits
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that a service that is stopped tidies up, too

@@ -27,20 +27,31 @@ SLIDERS = {  # arguments of a call that the page has a slider for: label, what i
 
 @dataclass
 class Answer:
-    """One picture's answer. `shown` and `counterfactual` (None: the method makes none) are (h, w) in [0, 1], at most
-    `SHOWN` pixels long; `small` is the map at their size, `own` at the picture's; `threshold` and `vmax` map values."""
+    """One picture's answer; the picture itself is not in it.
+
+    shown, counterfactual: (h, w) in [0, 1], at most `SHOWN` pixels long; no counterfactual where the method makes none.
+    small: the map at their size. square: the map as the model made it. size: (height, width) of the picture.
+    threshold: the model's own, or, where it has none (`own_threshold` False), a third of the map's 99.5 % quantile.
+    vmax: the map value of the last colour.
+    """
 
     name: str
     model: str
-    picture: Image.Image
+    size: tuple[int, int]
+    aspect: str
     shown: np.ndarray
     counterfactual: np.ndarray | None
     small: np.ndarray
-    own: np.ndarray
+    square: np.ndarray
     score: float
     threshold: float
+    own_threshold: bool
     vmax: float
     trajectory: Trajectory | None
+
+    def own(self):
+        """(H, W) map at the picture's own resolution; made when it is asked for, it may be large."""
+        return restore_map(self.square, *self.size, self.aspect)
 
 
 def ask(pipeline, model, upload, call_kwargs, on_step=None):
@@ -60,18 +71,21 @@ def ask(pipeline, model, upload, call_kwargs, on_step=None):
     output = pipeline(picture, output_type="np", **call)
     image, counterfactual, anomaly_map = output.image[0], output.counterfactual[0], output.anomaly_map[0]
     shown, other, small = same_frame(picture, image, counterfactual, anomaly_map, config, SHOWN)
-    threshold = config.get("map_threshold") or common_vmax([anomaly_map]) / 3
+    known = config.get("map_threshold")
+    threshold = float(known or common_vmax([anomaly_map]) / 3)
     return Answer(
         name=upload.name,
         model=model,
-        picture=picture,
+        size=(picture.height, picture.width),
+        aspect=config["aspect"],
         shown=shown,
         counterfactual=None if np.array_equal(image, counterfactual) else other,
         small=small,
-        own=restore_map(anomaly_map, picture.height, picture.width, config["aspect"]),
+        square=anomaly_map,
         score=float(output.anomaly_score[0]),
-        threshold=float(threshold),
-        vmax=min(1.0, 3 * float(threshold)),  # a map has no higher values
+        threshold=threshold,
+        own_threshold=bool(known),
+        vmax=min(1.0, 3 * threshold),  # a map has no higher values
         trajectory=trajectory,
     )
 
@@ -118,13 +132,13 @@ def compared(answer):
 
 def map_file(answer):
     """(file name, content): the raw map at the picture's own resolution, a PNG of 16 bits, 65535 * value."""
-    return f"{stem(answer)}_map.png", png(Image.fromarray((answer.own * 65535).round().astype(np.uint16)))
+    return f"{stem(answer)}_map.png", png(Image.fromarray((answer.own() * 65535).round().astype(np.uint16)))
 
 
 def mask_file(answer, times=1.0):
     """(file name, content): where the map is above `times` the answer's threshold, 255, at the picture's resolution."""
     threshold = times * answer.threshold
-    mask = threshold_map(answer.own, threshold)
+    mask = threshold_map(answer.own(), threshold)
     return f"{stem(answer)}_mask_{threshold:.4f}.png", png(Image.fromarray(mask.astype(np.uint8) * 255))
 
 

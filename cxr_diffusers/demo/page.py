@@ -7,7 +7,11 @@ from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 
-import gradio as gr
+try:
+    import gradio as gr
+except ImportError as error:
+    missing = f"the web page needs Gradio ({error}): pip install 'cxr_diffusers[demo]'"
+    raise ModuleNotFoundError(missing, name="gradio") from None
 
 from ..data.images import list_images
 from . import answers
@@ -31,6 +35,10 @@ FILES = {  # downloads: kind -> (label, what it is)
     "mask": ("Mask", "PNG, above the threshold"),
     "picture": ("Picture", "PNG, all three"),
     "film": ("Film", "WebP, noise and back"),
+}
+THRESHOLD = {  # what 1 is, by whether the model has a threshold
+    True: "1 is the model's own, from healthy chests",
+    False: "this model has none: 3 is this map's highest 0.5 %",
 }
 DARK = "() => document.body.classList.add('dark')"
 MOVE = "(opacity, times) => { Object.assign(cxrView, { opacity: opacity / 100, times }); cxrView.draw(); }"
@@ -107,9 +115,7 @@ def answer_side():
             side.opacity = gr.Slider(
                 0, 100, 80, step=1, label="Opacity", info="of the strongest colour, in per cent", elem_id="opacity"
             )
-            side.times = gr.Slider(
-                0, 3, 1, step=0.05, label="Threshold", info="1 is the model's own, from healthy chests", elem_id="times"
-            )
+            side.times = gr.Slider(0, 3, 1, step=0.05, label="Threshold", info=THRESHOLD[True], elem_id="times")
         with gr.Row(visible=False) as side.downloads:
             side.buttons = {
                 kind: gr.Button(f"\u2193 {label}", size="sm", elem_id=f"get-{kind}", min_width=100)
@@ -291,7 +297,7 @@ def score_words(pipeline):
 def threshold_span(answer, times):
     """An update of the threshold's slider: as far as the colours go, and back to 1 where it stands beyond."""
     highest = max(1.0, round(int(answer.vmax / answer.threshold / 0.05) * 0.05, 2))
-    return gr.update(maximum=highest, value=times if times <= highest else 1)
+    return gr.update(maximum=highest, value=times if times <= highest else 1, info=THRESHOLD[answer.own_threshold])
 
 
 def caption(answer):

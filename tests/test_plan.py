@@ -68,6 +68,18 @@ def test_root_is_filled_in_wherever_it_stands():
     assert len(plan.methods) >= 3
 
 
+def test_the_ablation_asks_for_what_the_call_has_and_each_row_changes_something(pipeline):
+    methods = load_plan(CONFIG.with_name("method.yaml"), ["root=/data/cxr"]).methods
+    assert methods["default"] == {"model": "default"} and methods["original"]["recipe"] == "original"
+    seen = []
+    for name, method in methods.items():
+        kwargs = {key: value for key, value in method.items() if key != "model"}
+        checked_call(pipeline, kwargs, name)
+        pipeline.check_inputs(pipeline.settings(**kwargs), 0.0, "pil", ())
+        seen.append(kwargs)
+    assert len(seen) > 15 and all(seen.count(kwargs) == 1 for kwargs in seen)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

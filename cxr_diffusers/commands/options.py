@@ -73,6 +73,8 @@ def call_kwargs(options):
 
 def open_pipeline(options, model=None):
     """A model, or that of `--model`, on the device of this process; ValueError where its call lacks a given option."""
+    import torch
+
     from ..evaluation.plan import checked_call
     from ..hub import load_pipeline
     from ..processes import process_state
@@ -85,6 +87,9 @@ def open_pipeline(options, model=None):
     on_terminal = state.is_main_process and sys.stderr.isatty()
     pipeline.set_progress_bar_config(disable=not on_terminal, leave=False, position=1)
     pipeline = pipeline.to(options.device or state.device)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.to(memory_format=torch.channels_last)  # convolutions take three quarters of the time in this order
     if not options.as_original:
         return checked_call(pipeline, call_kwargs(options), model)[0]
     from ..original import OriginalProcedure

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..detection import same_frame
 from ..masks import threshold_map
@@ -263,7 +263,7 @@ def data_uri(content, kind="image/png"):
 def upload_card(upload):
     """HTML: what was handed in, small, and what is known of it. Of a DICOM header nothing is shown."""
     picture = upload.picture
-    small = to_grey(picture).resize((144, 144))
+    small = ImageOps.fit(to_grey(picture), (144, 144))
     depth = "8 bits" if picture.mode == "L" else "16 bits"
     return (
         f'<div class="chosen"><img alt="" src="{data_uri(png(small))}"><p><b>{escape(upload.name)}</b><br>'

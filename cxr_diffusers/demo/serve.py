@@ -80,7 +80,7 @@ def launch(page, *, host="127.0.0.1", port=None, share=False, root_path=None, ma
     from .page import DARK, look
 
     page.queue(max_size=WAITING, default_concurrency_limit=4, api_open=False)
-    _, address, _ = page.launch(
+    _, local, public = page.launch(
         server_name=host,
         server_port=port,
         share=share,
@@ -94,10 +94,11 @@ def launch(page, *, host="127.0.0.1", port=None, share=False, root_path=None, ma
         ssr_mode=False,
         enable_monitoring=False,
         pwa=False,
+        favicon_path=str(files(__package__) / "favicon.svg"),
         mcp_server=False,
         state_session_capacity=64,
         theme=look(),
         css=(files(__package__) / "page.css").read_text(),
         js=DARK,
     )
-    return address, page
+    return public or local, page

@@ -46,6 +46,16 @@ def test_one_command_puts_all_methods_into_a_table_for_each_data_set(models, cap
         assert {"contact_sheet.png", "precision_recall.png", "summary.md"} <= {p.name for p in (out / name).iterdir()}
 
 
+def test_a_plan_can_be_run_for_some_of_its_methods(models, capsys):
+    path, out = write_plan(models), models / "out"
+    assert main(["evaluate", "--config", str(path), "--only", "Grad-CAM", "--out", str(out)]) == 0
+    assert set(pd.read_csv(out / "a" / "per_image.csv")["method"]) == {"Grad-CAM"}
+    assert main(["evaluate", "--config", str(path), "--only", "LRP", "--out", str(out)]) == 2
+    assert "no method LRP, expected some of ours, Grad-CAM" in capsys.readouterr().err
+    assert main(["evaluate", str(models), "--only", "ours", "--out", str(out)]) == 2
+    assert "expected a plan (--config)" in capsys.readouterr().err
+
+
 def test_several_models_need_no_plan(models, capsys):
     for i, image in enumerate(load_phantom(n=2, size=32)["image"]):
         (models / "data").mkdir(exist_ok=True)

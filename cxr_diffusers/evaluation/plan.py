@@ -31,12 +31,13 @@ class Plan:
     options: dict = field(default_factory=dict)  # n_bootstrap, seed, smoothing, quantile, batch_size of `compare`
 
 
-def load_plan(path, overrides=()):
+def load_plan(path, overrides=(), only=()):
     """Read a plan.
 
     Args:
         path: the YAML file.
         overrides: `section.key=value` strings, as for recipes; `root=FOLDER` needs no section.
+        only: the names of the methods to keep; none: all.
 
     Raises:
         ValueError: no YAML, an unknown key (named, with the known ones), a method without a model, or a `???`, which
@@ -59,6 +60,10 @@ def load_plan(path, overrides=()):
     plan.data = {
         name: build(DataPlan, fill(data, plan.root), f"{path}: data.{name}") for name, data in plan.data.items()
     }
+    unknown = [name for name in only if name not in plan.methods]
+    if unknown:
+        raise ValueError(f"{path}: no method {', '.join(unknown)}, expected some of {', '.join(plan.methods)}")
+    plan.methods = {name: method for name, method in plan.methods.items() if not only or name in only}
     for name, method in plan.methods.items():
         if not isinstance(method, dict) or "model" not in method:
             raise ValueError(f"{path}: methods.{name}: expected a `model` and arguments of its call, got {method!r}")

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -200,12 +201,13 @@ def test_a_pipeline_without_steps_has_no_film(folder, tmp_path, capsys):
 
 
 def test_the_examples_of_the_docs_run(tmp_path, monkeypatch):
-    monkeypatch.setenv("MPLBACKEND", "agg")
+    plt.switch_backend("agg")
     (tmp_path / "cxr_diffusers").symlink_to(ROOT / "cxr_diffusers")
     monkeypatch.chdir(tmp_path)
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "trajectory.md").read_text(), re.DOTALL)
     assert len(examples) == 2
     for example in examples:
         exec(example, {})
+    plt.close("all")
     with Image.open("film.webp") as film, Image.open("strip.png") as strip:
         assert film.n_frames == 20 and strip.width > 1000

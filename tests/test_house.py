@@ -21,6 +21,7 @@ FLOORS = {
     "cxr_diffusers.data": 2,
     "cxr_diffusers.convert": 2,
     "cxr_diffusers.degradations": 2,
+    "cxr_diffusers.feature_distances": 2,
     "cxr_diffusers.kernel_estimation": 2,
     "cxr_diffusers.losses": 2,
     "cxr_diffusers.loss_curves": 2,

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from conftest import toy_resnet
-from cxr_diffusers import GradCAMPipeline, load_phantom
+from cxr_diffusers import CFGAnomalyPipeline, GradCAMPipeline, load_phantom
 from cxr_diffusers.cli import main
 from cxr_diffusers.evaluation import load_plan, run_plan
 from cxr_diffusers.evaluation.plan import checked_call
@@ -19,7 +19,7 @@ FAST = {"num_inference_steps": 4, "noise_level": 500}
 @pytest.fixture
 def models(pipeline, tmp_path):
     """Two folders: a CFG pipeline and Grad-CAM."""
-    pipeline.save_pretrained(tmp_path / "cfg")
+    CFGAnomalyPipeline(**pipeline.components, settings=FAST).save_pretrained(tmp_path / "cfg")
     GradCAMPipeline(toy_resnet(), sample_size=16).save_pretrained(tmp_path / "cam")
     return tmp_path
 
@@ -35,10 +35,12 @@ def write_plan(folder, **changes):
 
 
 def test_one_command_puts_all_methods_into_a_table_for_each_data_set(models, capsys):
-    path = write_plan(models)
+    path = write_plan(models, options={"n_bootstrap": 10, "judge": str(models / "cam")})
     out = models / "out"
     assert main(["evaluate", "--config", str(path), "data.b.images.n=8", "--out", str(out)]) == 0
     shown = capsys.readouterr().out
+    assert (out / "summary.md").read_text() in shown
+    assert shown.count("| ours |") == 4 and shown.count("Not judged: Grad-CAM, it has no counterfactual.") == 2
     assert "## a\n" in shown and "## b\n" in shown and shown.count("| ours - Grad-CAM |") == 2
     for name, images in (("a", 6), ("b", 8)):
         table = pd.read_csv(out / name / "per_image.csv")
@@ -61,6 +63,8 @@ def test_several_models_need_no_plan(models, capsys):
         (models / "data").mkdir(exist_ok=True)
         image.save(models / "data" / f"{i}.png")
     command = ["evaluate", str(models / "data"), "--out", str(models / "out"), "--bootstrap", "5"]
+    assert main([*command, "--model", str(models / "cfg"), "--judge", str(models / "cam")]) == 0
+    assert f"Judge: {models / 'cam'}." in capsys.readouterr().out
     assert main([*command, "--model", str(models / "cfg"), str(models / "cam")]) == 0
     assert set(pd.read_csv(models / "out" / "per_image.csv")["method"]) == {"cfg", "cam"}
     capsys.readouterr()
@@ -74,7 +78,7 @@ def test_root_is_filled_in_wherever_it_stands():
     plan = load_plan(CONFIG, ["root=/data/cxr", "options.n_bootstrap=5"])
     assert plan.data["implants"].images["csv"] == "/data/cxr/val_implants/val_implants.csv"
     assert plan.data["boxes"].healthy["csv"] == "/data/cxr/val_implants/val_sources.csv"
-    assert plan.options == {"n_bootstrap": 5, "seed": 0}
+    assert plan.options == {"n_bootstrap": 5, "seed": 0, "judge": "cxr_grad_cam_128"}
     assert len(plan.methods) >= 3
 
 

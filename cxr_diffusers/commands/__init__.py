@@ -3,6 +3,7 @@
 Imports of torch and diffusers take seconds, so each command imports what it needs when it runs.
 """
 
-from . import convert, deblur, detect, evaluate, export, prepare, publish
+from . import chexlocalize, convert, deblur, demo, detect, evaluate, export, prepare, publish
 
-COMMANDS = (detect, evaluate, prepare, deblur, publish, convert, export)  # in the order of `cxr-diffusers --help`
+# in the order of `cxr-diffusers --help`
+COMMANDS = (detect, demo, evaluate, chexlocalize, prepare, deblur, publish, convert, export)

@@ -22,6 +22,7 @@ def add(commands):
     detect.add_argument("--save-counterfactual", action="store_true", help="as a PNG, at the model's resolution")
     text = "for each DICOM file a Segmentation and a Secondary Capture that file beside it (docs/clinic.md)"
     detect.add_argument("--dicom", action="store_true", help=text)
+    detect.add_argument("--save-trajectory", action="store_true", help="a film (WebP) of the way to noise and back")
     detect.add_argument("--vmax", type=float, help="map value of the last colour (default: 3 x the model's threshold)")
     add_pipeline_options(detect)
 
@@ -36,6 +37,7 @@ def run(options):
         batch_size=options.batch_size,
         map_format=options.map_format,
         save_counterfactual=options.save_counterfactual,
+        save_trajectory=options.save_trajectory,
         vmax=options.vmax,
         dicom=options.dicom,
         call_kwargs=call_kwargs(options),

@@ -106,10 +106,10 @@ def detect(
             "call": call_kwargs,
             "map_format": map_format,
             "save_counterfactual": save_counterfactual,
-            "save_trajectory": save_trajectory or None,
+            "save_trajectory": save_trajectory,
             "map_threshold": threshold,
             "vmax": vmax,
-            "dicom": dicom or None,  # like the one above: nothing in folders of before there was a choice
+            "dicom": dicom,
         },
     )
     rows = read_rows(output_dir)
@@ -295,7 +295,7 @@ def keep_settings(output_dir, settings):
     """Note in a new folder what makes its results; refuse one that something else made."""
     path = output_dir / "settings.json"
     if path.exists():
-        old = {"save_trajectory": False} | json.loads(path.read_text())  # folders of before there was one
+        old = {"save_trajectory": False, "dicom": False} | json.loads(path.read_text())  # of before there were these
         differing = [key for key in settings if key != "model" and old.get(key) != settings[key]]
         if differing:
             what = ", ".join(f"{key} {old.get(key)!r} there, {settings[key]!r} now" for key in differing)

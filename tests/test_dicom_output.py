@@ -242,7 +242,7 @@ def test_a_file_of_before_there_were_warnings_is_read(model, tmp_path):
     for path in [tmp_path / "out" / "settings.json", *(tmp_path / "out" / "rows").iterdir()]:
         text = path.read_text()
         path.write_text(
-            text.replace(',\n  "dicom": null', "").replace(', "warnings": "a lateral view (ViewPosition RL)"', "")
+            text.replace(',\n  "dicom": false', "").replace(', "warnings": "a lateral view (ViewPosition RL)"', "")
         )
         assert path.read_text() != text
     summary = detection.detect(model, [source], tmp_path / "out", call_kwargs=FAST, progress=False)

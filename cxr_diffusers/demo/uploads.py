@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
+from ..data.dicom_checks import warnings_of
 from ..data.images import DICOM_SUFFIXES, PIL_SUFFIXES, is_dicom, read_image
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP")  # by content: PIL knows others, some of which start programs
@@ -94,16 +95,7 @@ def dicom_warnings(path):
     import pydicom
 
     header = pydicom.dcmread(path, stop_before_pixels=True, force=True)
-    modality, view = str(header.get("Modality") or ""), str(header.get("ViewPosition") or "").upper()
-    part = str(header.get("BodyPartExamined") or "").upper()
-    found = []
-    if modality and modality not in ("CR", "DX", "RG", "XA", "RF"):
-        found.append(f"Its header says modality {modality}, not a radiograph (CR, DX).")
-    if view in ("LL", "RL", "LAT", "LATERAL", "LLD", "RLD"):
-        found.append(f"Its header says view {view}: the models know frontal views (PA, AP) alone.")
-    if part and "CHEST" not in part and "THORAX" not in part:
-        found.append(f"Its header says body part {part}, not chest.")
-    return found
+    return [f"Its header speaks against it: {warning}." for warning in warnings_of(header)]
 
 
 def colour_warnings(path):

@@ -3,6 +3,6 @@
 Imports of torch and diffusers take seconds, so each command imports what it needs when it runs.
 """
 
-from . import convert, deblur, detect, evaluate, prepare, publish
+from . import convert, deblur, detect, evaluate, prepare, publish, publish_data
 
-COMMANDS = (detect, evaluate, prepare, deblur, publish, convert)  # in the order of `cxr-diffusers --help`
+COMMANDS = (detect, evaluate, prepare, deblur, publish, publish_data, convert)  # in the order of `cxr-diffusers --help`

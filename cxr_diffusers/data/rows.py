@@ -11,6 +11,7 @@ from .images import binary_mask, read_image
 
 # what stays a path until it is looked at; the rest is decoded now, because `datasets.Image` cannot
 LAZY_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
+BOXES = List(List(Value("float32"), length=4))  # [x, y, w, h] in pixels
 
 
 def to_dataset(rows, class_names, image=None):
@@ -39,11 +40,11 @@ def to_dataset(rows, class_names, image=None):
     for name in ("patient", "view", "path"):
         columns[name] = [str(row.get(name) or "") for row in rows]
     if any(row.get("boxes") is not None for row in rows):
-        features["boxes"] = List(List(Value("float32"), length=4))
+        features["boxes"] = BOXES
         columns["boxes"] = [[list(map(float, box)) for box in row.get("boxes") or []] for row in rows]
     if any(row.get("mask") is not None for row in rows):
         features["mask"] = Image()
-        columns["mask"] = [_png_cell(row["mask"]) if row.get("mask") is not None else None for row in rows]
+        columns["mask"] = [png_cell(row["mask"]) if row.get("mask") is not None else None for row in rows]
     return Dataset.from_dict(columns, features=Features(features))
 
 
@@ -103,14 +104,15 @@ def _image_cells(rows):
 
 def _image_cell(image, bar):
     if isinstance(image, PIL.Image.Image):
-        return _png_cell(image)
+        return png_cell(image)
     if _is_lazy(image):
         return {"path": str(image), "bytes": None}
     bar.update()
-    return _png_cell(read_image(image))
+    return png_cell(read_image(image))
 
 
-def _png_cell(image):
+def png_cell(image):
+    """A PIL image -> the cell of a column of pictures that holds its PNG."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", compress_level=1)  # quick: it stays in memory
     # no path: where the file exists, `datasets` would keep the path and drop the bytes

@@ -323,6 +323,7 @@ def publish(folder, repo_id, *, private=None, token=None, create_pr=False):
             the shipped model's, which has no code beside it.
     """
     from . import pipelines
+    from .pipelines.cxr_portable import named
 
     folder = Path(folder)
     index = read_index(folder)
@@ -335,9 +336,8 @@ def publish(folder, repo_id, *, private=None, token=None, create_pr=False):
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     card = (folder / "README.md").read_text()
-    named = re.sub(r'(DiffusionPipeline\.from_pretrained\(")[^"]*', rf"\g<1>{repo_id}", card)
-    if named != card:
-        write_file(folder / "README.md", named.encode())
+    if named(card, repo_id) != card:
+        write_file(folder / "README.md", named(card, repo_id).encode())
     return api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,

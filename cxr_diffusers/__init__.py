@@ -1,6 +1,7 @@
 """See where a chest X-ray is abnormal, from image-level labels alone: the table of contents."""
 
 import importlib
+import os
 from pathlib import Path
 
 from .version import __version__
@@ -8,6 +9,9 @@ from .version import __version__
 # `pipelines/` lies beside this folder in a checkout, inside it when installed; its name is the same either way.
 if not Path(__file__).with_name("pipelines").is_dir():
     __path__.append(str(Path(__file__).resolve().parent.parent))
+
+# where onnxruntime is installed diffusers imports it, and its official builds report to Microsoft unless this is set
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # name -> module; imported when first asked for, since torch and diffusers take seconds to import
 _HOME = {
@@ -24,6 +28,7 @@ _HOME = {
     "DiffPIRDeblurPipeline": "pipelines",
     "build_dataset": "data",
     "load_brats": "data",
+    "load_chexlocalize": "data",
     "load_chexpert": "data",
     "load_folder": "data",
     "load_hub": "data",
@@ -40,6 +45,7 @@ _HOME = {
     "estimate_kernel": "kernel_estimation",
     "detect": "detection",
     "evaluate": "evaluation",
+    "evaluate_chexlocalize": "evaluation",
     "load_pipeline": "hub",
     "load_prior": "deblurring",
     "load_recipe": "recipe",

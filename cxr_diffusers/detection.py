@@ -16,6 +16,7 @@ from .data.images import SUFFIXES, list_images, picture_size, read_image
 from .evaluation.answers import fingerprint
 from .pipelines.cxr_anomaly import frame, prepare_image, restore_map
 from .processes import process_state
+from .trajectory import Trajectory, check_steps
 from .visualization import save_map, save_png, side_by_side, write_file
 
 FIELDS = ["image", "name", "anomaly_score", "abnormal_fraction", "map_max", "height", "width", "seconds"]
@@ -30,6 +31,7 @@ def detect(
     batch_size=8,
     map_format="png",
     save_counterfactual=False,
+    save_trajectory=False,
     vmax=None,
     call_kwargs=None,
     progress=True,
@@ -41,6 +43,7 @@ def detect(
         NAME.png                  input | counterfactual | map over the input, with its colour bar
         maps/NAME.png (or .npy)   the raw map at the input's own resolution: 16 bits, value / 65535 (or float32)
         counterfactuals/NAME.png  with `save_counterfactual`: as the model made it, at its resolution
+        trajectories/NAME.webp    with `save_trajectory`: a film of the way to noise and back, see `Trajectory`
         rows/NAME.json            the row of results.csv; written last, so it says that the image is done
 
     and at the end results.csv, most abnormal first, and failed.csv, if files could not be read. Run it again and it
@@ -68,10 +71,16 @@ def detect(
     Raises:
         FileNotFoundError: no such file or folder, or no image in it.
         FileExistsError: `output_dir` holds results of another model or other settings.
-        ValueError: `output_dir` is where the images are, or an unknown `map_format`.
+        ValueError: `output_dir` is where the images are, an unknown `map_format`, or `save_trajectory` for a pipeline
+            without steps.
     """
     if map_format not in ("png", "npy"):
         raise ValueError(f"expected `map_format` png or npy, got {map_format!r}")
+    call_kwargs = dict(call_kwargs or {})
+    trajectory = None
+    if save_trajectory:
+        check_steps(pipeline)
+        trajectory = Trajectory(predicted=not call_kwargs.get("eta"))
     state, output_dir = process_state(), Path(output_dir)
     threshold = pipeline.config.get("map_threshold")
     vmax = vmax or (3 * threshold if threshold else None)
@@ -82,9 +91,10 @@ def detect(
         {
             "model": str(pipeline.config.get("_name_or_path") or type(pipeline).__name__),
             "weights": fingerprint(pipeline, {}, 0),
-            "call": call_kwargs or {},
+            "call": call_kwargs,
             "map_format": map_format,
             "save_counterfactual": save_counterfactual,
+            "save_trajectory": save_trajectory,
             "map_threshold": threshold,
             "vmax": vmax,
         },
@@ -94,6 +104,7 @@ def detect(
     todo = [(name, path) for name, path in files.items() if name not in rows or rows[name]["file"] != stamp(path)]
     state.wait_for_everyone()  # all have looked before the first writes, or they would share out different lists
 
+    stepwise = {"callback_on_step_end": trajectory} if trajectory else {}
     share, failed, seconds = todo[state.process_index :: state.num_processes], {}, []
     bar = tqdm(total=len(share), desc="detect", unit="image", disable=not (progress and state.is_main_process))
     try:
@@ -109,7 +120,7 @@ def detect(
             if not batch:
                 continue
             start = time.perf_counter()
-            output = pipeline([picture for *_, picture in batch], output_type="np", **(call_kwargs or {}))
+            output = pipeline([picture for *_, picture in batch], output_type="np", **call_kwargs, **stepwise)
             seconds += [(time.perf_counter() - start) / len(batch)] * len(batch)
             for i, (name, path, picture) in enumerate(batch):
                 answer = (
@@ -121,6 +132,8 @@ def detect(
                 row = write_answer(output_dir, name, path, picture, answer, pipeline.config, map_format, vmax)
                 if save_counterfactual:
                     save_png(to_8_bit(answer[1]), output_dir / "counterfactuals" / f"{name}.png")
+                if trajectory:
+                    trajectory.save(output_dir / "trajectories" / f"{name}.webp", index=i)
                 row |= {"seconds": round(seconds[-1], 4), "file": stamp(path), "process": state.process_index}
                 write_file(row_file(output_dir, name), json.dumps(row).encode())
                 bar.update()
@@ -167,7 +180,7 @@ def find_images(images, output_dir, channels=1):
         if not item.exists():
             raise FileNotFoundError(f"no such file or folder: {item}")
         folder = item if item.is_dir() else item.parent
-        if folder.resolve() in (output, output / "maps", output / "counterfactuals"):
+        if folder.resolve() in (output, *(output / part for part in ("maps", "counterfactuals", "trajectories"))):
             raise ValueError(f"expected an output folder of its own, got {output_dir}, where the images are")
         slices = list_slices_of(item) if channels == 4 and item.is_dir() else []
         if not item.is_dir() or item in slices:
@@ -217,7 +230,7 @@ def keep_settings(output_dir, settings):
     """Note in a new folder what makes its results; refuse one that something else made."""
     path = output_dir / "settings.json"
     if path.exists():
-        old = json.loads(path.read_text())
+        old = {"save_trajectory": False} | json.loads(path.read_text())  # folders of before there was one
         differing = [key for key in settings if key != "model" and old.get(key) != settings[key]]
         if differing:
             what = ", ".join(f"{key} {old.get(key)!r} there, {settings[key]!r} now" for key in differing)
@@ -243,12 +256,7 @@ def write_answer(output_dir, name, path, picture, answer, config, map_format, vm
     fraction = float(np.mean(own > threshold)) if threshold else None
     save_map(own, output_dir / "maps" / f"{name}.{map_format}")
 
-    if aspect == "keep" or isinstance(picture, np.ndarray):  # pixel by pixel; of several channels their mean
-        shown, counterfactual = (restore_map(x.mean(-1), *size, aspect) for x in (image, counterfactual))
-        small = own
-    else:
-        shown = in_model_greys(picture, anomaly_map.shape[-1], config["scaling"], aspect)
-        counterfactual, small = (restore_map(x, *shown.shape, aspect) for x in (counterfactual.mean(-1), anomaly_map))
+    shown, counterfactual, small = same_frame(picture, image, counterfactual, anomaly_map, config)
     title = f"{path.name}    score {score:.3f}"
     title += f"    {fraction:.1%} of the picture above the threshold" if threshold else ""
     strip = side_by_side(shown, counterfactual, small, vmax=vmax, title=title, panel_size=SHOWN)
@@ -257,12 +265,26 @@ def write_answer(output_dir, name, path, picture, answer, config, map_format, vm
     return dict(zip(FIELDS, values, strict=False))
 
 
-def in_model_greys(picture, size, scaling, aspect):
-    """PIL picture -> (h, w) float32 in [0, 1], the longer side SHOWN pixels: the radiograph at its own sharpness.
+def same_frame(picture, image, counterfactual, anomaly_map, config, longest=SHOWN):
+    """What belongs side by side: (input, counterfactual, map), (h, w) each, without the bars of the model's square.
+
+    Args:
+        picture: as it was handed to the pipeline. image, counterfactual, anomaly_map: one picture's of its "np" answer.
+        config: the pipeline's. longest: side of the result, in pixels.
+    """
+    aspect, size = config["aspect"], picture_size(picture)
+    if aspect == "keep" or isinstance(picture, np.ndarray):  # pixel by pixel; of several channels their mean
+        return [restore_map(x, *size, aspect) for x in (image.mean(-1), counterfactual.mean(-1), anomaly_map)]
+    shown = in_model_greys(picture, anomaly_map.shape[-1], config["scaling"], aspect, longest)
+    return [shown, *(restore_map(x, *shown.shape, aspect) for x in (counterfactual.mean(-1), anomaly_map))]
+
+
+def in_model_greys(picture, size, scaling, aspect, longest=SHOWN):
+    """PIL picture -> (h, w) float32 in [0, 1], the longer side `longest` pixels: the radiograph at its own sharpness.
 
     It is black and white where the model that works at `size` pixels has them: comparable with the counterfactual.
     """
-    scale = SHOWN / max(picture.size)
+    scale = longest / max(picture.size)
     width, height = (max(1, round(side * scale)) for side in picture.size)
     shown = Image.fromarray(np.asarray(picture, np.float32)).resize((width, height), Image.Resampling.BICUBIC)
     shown = np.asarray(shown) / (255 if picture.mode == "L" else 65535)

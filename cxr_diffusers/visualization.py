@@ -299,12 +299,13 @@ def _axes(xlabel, ylabel, title):
 def _cover(grey, level, opacity):
     """(H, W) grey 0..255, (H, W) level 0..1 -> (H, W, 3) uint8; nothing is laid over level 0, so the anatomy stays."""
     alpha = (opacity * level**0.8)[..., None]
-    colours = _colours()[(level * 255).round().astype(np.uint8)]
+    colours = map_colours()[(level * 255).round().astype(np.uint8)]
     return (grey[..., None] * (1 - alpha) + colours * alpha).astype(np.uint8)
 
 
 @cache
-def _colours():
+def map_colours():
+    """(256, 3) uint8: the colour scale of all maps, from nothing to most abnormal."""
     import matplotlib
 
     return (matplotlib.colormaps[COLORMAP](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
@@ -352,10 +353,10 @@ def _grid(cells, column_titles, row_titles, bars, title, note, size, opacity):
     )
     draw = ImageDraw.Draw(page)
     if title:
-        _write(draw, (left, GAP), title, text + 2, INK, page.width - left - GAP)
+        write_words(draw, (left, GAP), title, text + 2, INK, page.width - left - GAP)
     x = left
     for i, (caption, width) in enumerate(zip(column_titles, widths, strict=True)):
-        _write(draw, (x + width / 2, top - GAP), caption, text, INK, width, anchor="ms")
+        write_words(draw, (x + width / 2, top - GAP), caption, text, INK, width, anchor="ms")
         y = top
         for row, height in zip(cells, heights, strict=True):
             if row[i]:
@@ -366,9 +367,10 @@ def _grid(cells, column_titles, row_titles, bars, title, note, size, opacity):
         x += width + GAP
     y = top
     for name, height in zip(row_titles or [], heights, strict=False):
-        _write_upright(page, name, (GAP, y), text, height)
+        if name:
+            _write_upright(page, name, (GAP, y), text, height)
         y += height + GAP
-    _write(draw, (left, page.height - GAP), note, max(10, text - 2), MUTED, page.width - left - GAP, anchor="ls")
+    write_words(draw, (left, page.height - GAP), note, max(10, text - 2), MUTED, page.width - left - GAP, anchor="ls")
     return page
 
 
@@ -379,10 +381,10 @@ def _colour_bar(page, x, y, width, vmax, text, height, opacity):
     draw = ImageDraw.Draw(page)
     for share, anchor in ((0, "lt"), (0.5, "mt"), (1, "rt")):
         label = f"{share * vmax:.2g}" if share < 1 else f"\u2265 {vmax:.2g}"
-        _write(draw, (x + share * (width - 1), y + height + 3), label, max(10, text - 2), INK, width, anchor)
+        write_words(draw, (x + share * (width - 1), y + height + 3), label, max(10, text - 2), INK, width, anchor)
 
 
-def _write(draw, position, words, size, colour, width, anchor="la"):
+def write_words(draw, position, words, size, colour, width, anchor="la"):
     """Words in a font small enough for `width`, and cut with dots if they do not fit at 9 pixels."""
     while size > 9 and draw.textlength(words, _font(size)) > width:
         size -= 1
@@ -395,7 +397,7 @@ def _write(draw, position, words, size, colour, width, anchor="la"):
 
 def _write_upright(page, words, position, size, length):
     strip = Image.new("RGB", (length, size + GAP), PAPER)
-    _write(ImageDraw.Draw(strip), (length / 2, size // 2 + GAP // 2), words, size, INK, length, anchor="mm")
+    write_words(ImageDraw.Draw(strip), (length / 2, size // 2 + GAP // 2), words, size, INK, length, anchor="mm")
     page.paste(strip.rotate(90, expand=True), (position[0] - GAP // 2, position[1]))
 
 

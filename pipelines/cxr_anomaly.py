@@ -128,6 +128,16 @@ def smooth_map(anomaly_map, sigma):
     return F.conv2d(F.conv2d(maps, kernel[None, None, None]), kernel[None, None, :, None])[:, 0]
 
 
+def combine_maps(maps, how="mean"):
+    """(K, B, H, W) maps of the same pictures in [0, 1] -> (B, H, W): their mean, or their "harmonic" mean.
+
+    The harmonic mean is high only where all are (Bercea et al. 2024, https://arxiv.org/abs/2403.08464).
+    """
+    if how == "harmonic":
+        return 1 / (1 / maps.clamp(min=1e-6)).mean(dim=0)
+    return maps.mean(dim=0)
+
+
 def score_map(anomaly_map, fraction=0.05):
     """(B, H, W) -> (B,): the mean of each map's highest `fraction` of pixels."""
     flat = anomaly_map.flatten(1)

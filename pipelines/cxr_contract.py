@@ -1,5 +1,6 @@
 """What the calls of all anomaly pipelines have in common: names, settings, labels, step callbacks, and their checks."""
 
+import itertools
 import math
 import numbers
 
@@ -43,10 +44,16 @@ class ContractMixin:
         """The classes' names in the order of their ids, or [] where none were given."""
         return list((self.config.class_names or {}).values())
 
-    def settings(self, **given):
-        """The settings of a call: those given, over the checkpoint's own, over the original procedure's."""
+    def settings(self, recipe=None, **given):
+        """The settings of a call: those given, over the checkpoint's own, over the original procedure's.
+
+        `recipe` "original" leaves the checkpoint's out.
+        """
+        if recipe not in (None, "original"):
+            raise ValueError(f"expected `recipe` to be original, or None for the checkpoint's own, got {recipe!r}")
         given = {name: value for name, value in given.items() if value is not None}
-        return {**self.ORIGINAL_SETTINGS, **(self.config.settings or {}), **given}
+        own = {} if recipe == "original" else self.config.settings or {}
+        return {**self.ORIGINAL_SETTINGS, **own, **given}
 
     def find_label(self, label, name, count, null=None):
         """A class id below `count`, a class name or "null" -> the id; `null` is that of the null label, if any."""
@@ -89,11 +96,13 @@ class ContractMixin:
         if callback is None:
             return None
 
-        def call(i, t, latents):
+        steps = itertools.count()  # of the whole call, over inversion and all decodings
+
+        def call(_, t, latents):
             kwargs = {}
             for name in tensor_inputs:
                 kwargs[name] = latents
-            return (callback(self, i, t, kwargs) or {}).get("latents", latents)
+            return (callback(self, next(steps), t, kwargs) or {}).get("latents", latents)
 
         return call
 

@@ -6,9 +6,9 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
 from diffusers.utils import replace_example_docstring
 
-from .cxr_anomaly import AnomalyOutput, anomaly_output, difference_map, prepare_image, smooth_map
+from .cxr_anomaly import AnomalyOutput, anomaly_output, combine_maps, difference_map, prepare_image, smooth_map
 from .cxr_contract import ContractMixin, check_number
-from .cxr_inversion import check_scheduler, invert, timesteps_below
+from .cxr_inversion import check_scheduler, harmonize, invert, timesteps_below
 from .cxr_portable import PortableMixin
 
 EXAMPLE_DOC_STRING = """
@@ -40,7 +40,8 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         scaling: "minmax" or "dtype", see `prepare_image`.
         aspect: "pad", "crop", "squash" or "keep", see `prepare_image`.
         settings: the checkpoint's own defaults of the call: any of noise_level, guidance_scale, num_inference_steps,
-            negative_label, source_label, num_refinements, compare_with, direction, smoothing.
+            negative_label, source_label, num_refinements, guidance_interval, harmonization, combine, compare_with,
+            direction, smoothing.
         map_threshold: the map value above which a pixel counts as abnormal, found on healthy validation images.
         has_null_label: False for a model that was trained without dropping labels (Wolleb's, OpenAI's): all its
             embeddings are classes.
@@ -54,6 +55,9 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         "negative_label": "null",
         "source_label": "null",
         "num_refinements": 0,
+        "guidance_interval": (0, 1000),
+        "harmonization": 0.0,
+        "combine": "mean",
         "compare_with": "image",
         "direction": "both",
         "smoothing": 0.0,
@@ -95,15 +99,19 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         self,
         image,
         guidance_scale: float | None = None,
-        noise_level: int | None = None,
+        noise_level: int | list[int] | None = None,
         num_inference_steps: int | None = None,
         target_label: int | str = 0,
         negative_label: int | str | None = None,
         source_label: int | str | None = None,
         num_refinements: int | None = None,
+        guidance_interval: tuple[int, int] | None = None,
+        harmonization: float | None = None,
+        combine: str | None = None,
         compare_with: str | None = None,
         direction: str | None = None,
         smoothing: float | None = None,
+        recipe: str | None = None,
         eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
@@ -122,18 +130,25 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
                 0 the plain conditional model. The `guidance_scale` of other diffusers pipelines is s = 1 + w: what is
                 5 there is 4 here.
             noise_level: the timestep of the training chain (1..1000) where inversion stops and decoding starts,
-                whatever the number of steps. More may change more.
+                whatever the number of steps. More may change more. Several levels are decoded one after the other from
+                one inversion and their maps combined; the counterfactual is that of the highest.
             num_inference_steps: steps of the whole chain, of which `noise_level / 1000` are taken, once each way.
             target_label: the class to decode to, as an id or a name; 0 is healthy.
             negative_label: the class that guidance pushes away from: an id, a name, or "null" for the null label.
             source_label: the class named while inverting, likewise.
             num_refinements: fixed-point iterations of each inversion step, one UNet evaluation each.
+            guidance_interval: the lowest and the highest timestep that are guided (Kynkaanniemi et al. 2024,
+                https://arxiv.org/abs/2404.07724); the steps outside are plainly conditional, one evaluation each.
+            harmonization: the change, as a share of the data's range, up to which decoding gives way to the picture
+                itself (see `harmonize`); 0 switches it off.
+            combine: of the maps of several noise levels: "mean" or "harmonic" (the harmonic mean: all must agree).
             compare_with: "image": the map is |image - counterfactual|. "reconstruction": the same latents are also
                 decoded to `source_label` without guidance and the map is |reconstruction - counterfactual|, in which
                 the errors of inversion and model cancel; one more evaluation a step, and `image` is still the input.
             direction: "both": the map is the absolute difference. "bright": only what is brighter in the picture than
                 in its counterfactual (fluid, consolidation, masses); "dark": only what is darker (air).
             smoothing: sigma of a Gaussian applied to the map, in pixels of the model's resolution.
+            recipe: "original": what is left out takes the original procedure's value, not the checkpoint's own.
             eta: of DDIM decoding: 0 deterministic, 1 ancestral; only with `DDIMScheduler`.
             generator: for eta > 0.
             output_type: "pil", "np" or "pt"; see `AnomalyOutput` for shapes and ranges.
@@ -153,12 +168,16 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         """
         # 1. what was asked for
         settings = self.settings(
+            recipe,
             guidance_scale=guidance_scale,
             noise_level=noise_level,
             num_inference_steps=num_inference_steps,
             negative_label=negative_label,
             source_label=source_label,
             num_refinements=num_refinements,
+            guidance_interval=guidance_interval,
+            harmonization=harmonization,
+            combine=combine,
             compare_with=compare_with,
             direction=direction,
             smoothing=smoothing,
@@ -171,7 +190,7 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         negative = self.label_id(settings["negative_label"], "negative_label") if guided else target
         if target == self.null_label:
             raise ValueError(f"expected `target_label` to be a class, got the null label {target_label!r}")
-        span = dict(noise_level=settings["noise_level"], num_inference_steps=settings["num_inference_steps"])
+        levels = noise_levels(settings)
         on_step = self.on_step(callback_on_step_end, callback_on_step_end_tensor_inputs)
 
         # 2. picture -> x_0
@@ -185,30 +204,37 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
             config.in_channels,
         ).to(self._execution_device)
 
-        # 3. x_0 -> x_L: inversion
-        latents = self.invert(image, source, num_refinements=settings["num_refinements"], on_step=on_step, **span)
+        # 3. x_0 -> x_L: inversion, once for all noise levels
+        span = dict(num_inference_steps=settings["num_inference_steps"], on_step=on_step)
+        encoded = self.encode(image, source, levels, num_refinements=settings["num_refinements"], **span)
 
-        # 4. x_L -> x_0': denoising, guided to the target class
-        counterfactual, reconstruction = self.decode(
-            latents,
-            target,
-            guidance_scale=settings["guidance_scale"],
-            negative_label=negative,
-            source_label=source,
-            with_reconstruction=settings["compare_with"] == "reconstruction",
-            eta=eta,
-            generator=generator,
-            on_step=on_step,
-            **span,
-        )
-
-        # 5. what had to change
+        # 4. x_L -> x_0': denoising, guided to the target class; and what had to change
         low, high = self.config.data_range
-        reference = image if reconstruction is None else reconstruction.clamp(low, high)
-        anomaly_map = difference_map(
-            reference, counterfactual.clamp(low, high), self.config.data_range, settings["direction"]
-        )
-        anomaly_map = smooth_map(anomaly_map, settings["smoothing"])
+        maps = []
+        for level in levels:
+            counterfactual, reconstruction = self.decode(
+                encoded[level],
+                target,
+                noise_level=level,
+                guidance_scale=settings["guidance_scale"],
+                negative_label=negative,
+                source_label=source,
+                guidance_interval=settings["guidance_interval"],
+                harmonization=settings["harmonization"],
+                image=image,
+                with_reconstruction=settings["compare_with"] == "reconstruction",
+                eta=eta,
+                generator=generator,
+                **span,
+            )
+            reference = image if reconstruction is None else reconstruction.clamp(low, high)
+            changed = difference_map(
+                reference, counterfactual.clamp(low, high), self.config.data_range, settings["direction"]
+            )
+            maps.append(smooth_map(changed, settings["smoothing"]))
+
+        # 5. the answer
+        anomaly_map = combine_maps(torch.stack(maps), settings["combine"])
         output = anomaly_output(image, counterfactual, anomaly_map, self.config.data_range, output_type)
 
         self.maybe_free_model_hooks()
@@ -220,9 +246,19 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
 
     def check_inputs(self, settings, eta, output_type, tensor_inputs):
         check_scheduler(self.scheduler)
-        self.check_span(settings, tensor_inputs)
+        levels, interval = noise_levels(settings), settings["guidance_interval"]
+        if not levels:
+            raise ValueError("expected at least one `noise_level`, got none")
+        for level in levels:
+            self.check_span({**settings, "noise_level": level}, tensor_inputs)
         self.check_map(settings, output_type)
         check_number("guidance_scale", settings["guidance_scale"], low=-math.inf)
+        check_number("harmonization", settings["harmonization"])
+        pair = isinstance(interval, (list, tuple)) and len(interval) == 2 and all(isinstance(t, int) for t in interval)
+        if not pair or interval[0] > interval[1]:
+            raise ValueError(f"expected `guidance_interval` as two timesteps (lowest, highest), got {interval!r}")
+        if settings["combine"] not in ("mean", "harmonic"):
+            raise ValueError(f"expected `combine` mean or harmonic, got {settings['combine']!r}")
         check_number("eta", eta, high=1.0)
         if not isinstance(settings["num_refinements"], int) or settings["num_refinements"] < 0:
             raise ValueError(
@@ -248,15 +284,26 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
 
     def invert(self, x, source_label="null", *, noise_level, num_inference_steps, num_refinements=0, on_step=None):
         """(B, C, H, W) image in the model's range -> (B, C, H, W) latents at `noise_level`."""
-        timesteps = timesteps_below(self.scheduler, noise_level, num_inference_steps, x.device)
+        span = dict(num_inference_steps=num_inference_steps, num_refinements=num_refinements)
+        return self.encode(x, source_label, [noise_level], on_step=on_step, **span)[noise_level]
+
+    def encode(self, x, source_label, noise_levels, *, num_inference_steps, num_refinements=0, on_step=None):
+        """(B, C, H, W) image in the model's range -> {noise level: (B, C, H, W) latents}, by one inversion."""
+        # the last step on the way to each level
+        last = {n: int(timesteps_below(self.scheduler, n, num_inference_steps)[0]) for n in noise_levels}
+        timesteps = timesteps_below(self.scheduler, max(noise_levels), num_inference_steps, x.device)
         labels = self.label_tensor([source_label], len(x), x.device)
+        latents = {}
         with self.progress_bar(total=len(timesteps)) as bar:
 
             def step(i, t, x):
                 bar.update()
-                return x if on_step is None else on_step(i, t, x)
+                x = x if on_step is None else on_step(i, t, x)
+                latents[int(t)] = x
+                return x
 
-            return invert(lambda x, t: self.predict(x, t, labels), x, timesteps, self.scheduler, num_refinements, step)
+            invert(lambda x, t: self.predict(x, t, labels), x, timesteps, self.scheduler, num_refinements, step)
+        return {n: latents[t] for n, t in last.items()}
 
     def decode(
         self,
@@ -268,6 +315,9 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         guidance_scale,
         negative_label="null",
         source_label="null",
+        guidance_interval=(-math.inf, math.inf),
+        harmonization=0.0,
+        image=None,
         with_reconstruction=False,
         eta=0.0,
         generator=None,
@@ -275,25 +325,40 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
     ):
         """(B, C, H, W) latents at `noise_level` -> (counterfactual, reconstruction or None), each (B, C, H, W).
 
-        All decodings of a step share one forward of the UNet.
+        All decodings of a step share one forward of the UNet. Harmonization needs the `image`.
         """
         timesteps = timesteps_below(self.scheduler, noise_level, num_inference_steps, x.device)
         batch, w = len(x), guidance_scale
-        # w = 0 needs no negative and w = -1 no target; leave out what would be multiplied by zero
-        needed = [label for label, weight in ((target_label, 1 + w), (negative_label, -w)) if weight != 0]
-        weights = [weight for weight in (1 + w, -w) if weight != 0]
-        labels = self.label_tensor(needed + [source_label] * with_reconstruction, batch, x.device)
         extra = {"eta": eta, "generator": generator} if eta else {}
         both = torch.cat([x, x]) if with_reconstruction else x
         for i, t in enumerate(self.progress_bar(timesteps)):
-            inputs = torch.cat([both[:batch]] * len(needed) + [both[batch:]])
+            inside = guidance_interval[0] <= t <= guidance_interval[1]
+            weights = guidance_weights(target_label, negative_label, w if inside else 0.0)
+            labels = self.label_tensor([*weights] + [source_label] * with_reconstruction, batch, x.device)
+            inputs = torch.cat([both[:batch]] * len(weights) + [both[batch:]])
             outputs = self.predict(inputs, t, labels).split(batch)
-            guided = sum(weight * output for weight, output in zip(weights, outputs, strict=False))
-            prediction = torch.cat([guided, *outputs[len(needed) :]])
+            guided = sum(weight * output for weight, output in zip(weights.values(), outputs, strict=False))
+            if harmonization:
+                span = self.config.data_range[1] - self.config.data_range[0]
+                guided = harmonize(guided, both[:batch], t, image, self.scheduler, harmonization * span)
+            prediction = torch.cat([guided, *outputs[len(weights) :]])
             both = self.scheduler.step(prediction, t, both, **extra).prev_sample
             if on_step is not None:
                 both = torch.cat([on_step(len(timesteps) + i, t, both[:batch]), both[batch:]])
         return both[:batch], (both[batch:] if with_reconstruction else None)
+
+
+def noise_levels(settings):
+    """The noise levels of a call, ascending."""
+    level = settings["noise_level"]
+    return sorted(set(level)) if isinstance(level, (list, tuple)) else [level]
+
+
+def guidance_weights(target, negative, w):
+    """{label: weight} of (1 + w) eps(target) - w eps(negative), without what would be multiplied by zero."""
+    weights = {target: 1 + w}
+    weights[negative] = weights.get(negative, 0.0) - w
+    return {label: weight for label, weight in weights.items() if weight != 0}
 
 
 __all__ = ["AnomalyOutput", "CFGAnomalyPipeline"]

@@ -98,6 +98,7 @@ class ClassifierGuidedPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         num_refinements: int | None = None,
         direction: str | None = None,
         smoothing: float | None = None,
+        recipe: str | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end=None,
@@ -121,6 +122,7 @@ class ClassifierGuidedPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
             direction: "both": the map is the absolute difference. "bright": only what is brighter in the picture than
                 in its counterfactual (fluid, consolidation, masses); "dark": only what is darker (air).
             smoothing: sigma of a Gaussian applied to the map, in pixels of the model's resolution.
+            recipe: "original": what is left out takes the paper's value, not the checkpoint's own.
             output_type: "pil", "np" or "pt"; see `AnomalyOutput` for shapes and ranges.
             return_dict: False returns the plain tuple.
             callback_on_step_end: `callback(pipeline, i, t, {"latents": ...})`, called after every step of the inversion
@@ -138,6 +140,7 @@ class ClassifierGuidedPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         """
         # 1. what was asked for
         settings = self.settings(
+            recipe,
             classifier_scale=classifier_scale,
             noise_level=noise_level,
             num_inference_steps=num_inference_steps,

@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler
 from PIL import Image
 
 from conftest import toy_unet
-from cxr_diffusers import DiffPIRDeblurPipeline, load_phantom
+from cxr_diffusers import CFGAnomalyPipeline, DiffPIRDeblurPipeline, load_phantom
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -17,7 +17,15 @@ def benchmarks(monkeypatch):
     """As when they are run as programs: their own folder is where they import from."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
-    for name in ("deblurring", "deblurring_detection", "detect", "kernel_estimation", "machine", "training_step"):
+    for name in (
+        "deblurring",
+        "deblurring_detection",
+        "detect",
+        "kernel_estimation",
+        "machine",
+        "method",
+        "training_step",
+    ):
         sys.modules.pop(name, None)
 
 
@@ -46,6 +54,35 @@ def test_the_cost_of_a_map_is_one_table(tmp_path, pipeline, capsys):
     assert [(row[1], row[2]) for row in rows] == [("1", "30"), ("1", "15"), ("2", "15"), ("2", "15"), ("2", "15")]
     assert rows[0][4] == "1.000" and float(rows[3][5]) > float(rows[4][5])
     assert "threads" in text and "torch" in text
+
+
+def test_what_the_choices_of_the_method_are_worth_and_cost_is_one_table(tmp_path, pipeline, capsys):
+    import method
+    import yaml
+
+    from cxr_diffusers.cli import main
+
+    CFGAnomalyPipeline(**pipeline.components, settings={"num_inference_steps": 4}).save_pretrained(tmp_path / "model")
+    own = {"model": str(tmp_path / "model")}
+    methods = {
+        "default": own,
+        "two levels": {**own, "noise_level": [300, 500]},
+        "unguided": {**own, "guidance_scale": 0.0},
+    }
+    methods["original"] = {**own, "recipe": "original", "num_inference_steps": 10}
+    data = {"implants": {"images": {"name": "phantom", "n": 6, "size": 32, "diseased_fraction": 1.0}}}
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(yaml.safe_dump({"methods": methods, "data": data, "options": {"n_bootstrap": 9}}, sort_keys=False))
+    assert main(["evaluate", "--config", str(plan), "--out", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    picture = tmp_path / "cost.png"
+    method.main(["--results", str(tmp_path / "out"), "--config", str(plan), "--picture", str(picture)])
+    rows = rows_of(capsys.readouterr().out)
+    assert [row[0].strip() for row in rows[:4]] == list(methods) and rows[-1][0].strip() == "chance"
+    # of 4 steps 2 lie below level 500 and 2 below 300; of 10 steps 5 below 500
+    assert [int(row[-2]) for row in rows[:4]] == [2 + 4, 2 + 4 + 4, 2 + 2, 5 + 10]
+    assert all("[" in row[2] for row in rows[1:4]) and rows[0][2].strip() == "–"
+    assert Image.open(picture).width > 300
 
 
 def test_the_cost_of_a_training_step_is_one_table(capsys):

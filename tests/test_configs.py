@@ -20,7 +20,7 @@ from cxr_diffusers.data import LOADERS
 from cxr_diffusers.recipe import AdversarialRecipe, ClassifierRecipe, Recipe, load_recipe
 
 ROOT = Path(__file__).parent.parent
-PLANS = {"evaluate"}  # what is compared on what: see test_plan.py
+PLANS = {"evaluate", "method"}  # what is compared on what: see test_plan.py
 CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if path.stem not in PLANS]
 
 

@@ -21,6 +21,7 @@ FLOORS = {
     "cxr_diffusers.data": 2,
     "cxr_diffusers.convert": 2,
     "cxr_diffusers.degradations": 2,
+    "cxr_diffusers.feature_distances": 2,
     "cxr_diffusers.kernel_estimation": 2,
     "cxr_diffusers.losses": 2,
     "cxr_diffusers.loss_curves": 2,
@@ -31,6 +32,7 @@ FLOORS = {
     "cxr_diffusers.original_steps": 2,
     "cxr_diffusers.processes": 2,
     "cxr_diffusers.recipe": 2,
+    "cxr_diffusers.trajectory": 2,
     "cxr_diffusers.visualization": 2,
     "cxr_diffusers.adversarial_loop": 3,
     "cxr_diffusers.training_loop": 3,
@@ -38,7 +40,9 @@ FLOORS = {
     "cxr_diffusers.deblurring": 3,
     "cxr_diffusers.detection": 3,
     "cxr_diffusers.hub": 3,
+    "cxr_diffusers.reference_scores": 3,
     "cxr_diffusers.cli": 4,
+    "cxr_diffusers.demo": 4,
     "cxr_diffusers.commands": 4,
     "training": 4,
 }
@@ -158,6 +162,7 @@ def test_a_bare_checkout_a_wheel_and_a_foreign_folder_called_pipelines_get_along
     packed = {n.removesuffix(".py").removesuffix("/__init__") for n in names if n.endswith(".py")}
     assert not ours - packed, "setup.cfg does not list a package"
     assert any(n.endswith("samples/sample_1.png") for n in names)
+    assert {f"cxr_diffusers/demo/{n}" for n in ("page.css", "viewer.html", "viewer.js")} < set(names)
     assert any(n.endswith("cxr_cfg_64/unet/diffusion_pytorch_model.safetensors") for n in names)
     assert any(n.endswith("cxr_fixed_point_gan_64/generator/diffusion_pytorch_model.safetensors") for n in names)
     site = tmp_path / "site"

@@ -1,8 +1,12 @@
 import numpy as np
 import pytest
+import torch
 from scipy import ndimage
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-from sklearn.metrics import average_precision_score, jaccard_score, roc_auc_score
+from sklearn.metrics import average_precision_score, f1_score, jaccard_score, roc_auc_score
+from torchmetrics.functional import classification
+from torchmetrics.functional.image import peak_signal_noise_ratio as torch_psnr
+from torchmetrics.functional.image import structural_similarity_index_measure as torch_ssim
 
 from cxr_diffusers.metrics import (
     Ranking,
@@ -103,6 +107,24 @@ def test_dice_and_iou_agree_with_scikit_learn_and_with_each_other(rng):
     j = jaccard_score(truth.ravel(), mask.ravel())
     assert iou(mask, truth) == pytest.approx(j)
     assert dice(mask, truth) == pytest.approx(2 * j / (1 + j))
+    assert dice(mask, truth) == pytest.approx(f1_score(truth.ravel(), mask.ravel()))
+
+
+@pytest.mark.parametrize("levels", [None, 4])
+def test_torchmetrics_finds_the_same_numbers(levels, rng):
+    maps, truths = images(rng, levels=levels)
+    flat, true = torch.tensor(np.stack(maps)).float(), torch.tensor(np.stack(truths)).int()
+    marked = flat > 0.7
+    pooled = [(m > np.float32(0.7)).ravel() for m in flat.numpy()], [t.ravel() for t in truths]
+    ranking = Ranking(list(flat.numpy()), truths, max_cuts=None)
+    for ours, theirs in (
+        (pixel_average_precision(list(flat.numpy()), truths), classification.binary_average_precision(flat, true)),
+        (ranking.average_precision(), classification.binary_average_precision(flat, true)),
+        (ranking.auroc(), classification.binary_auroc(flat, true)),
+        (dice(*map(np.concatenate, pooled)), classification.binary_f1_score(marked.int(), true)),
+        (iou(*map(np.concatenate, pooled)), classification.binary_jaccard_index(marked.int(), true)),
+    ):
+        assert ours == pytest.approx(theirs.item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("levels", [None, 5])
@@ -160,6 +182,11 @@ def test_image_similarities_are_those_of_scikit_image(rng):
     assert psnr(a, b) == pytest.approx(peak_signal_noise_ratio(a, b, data_range=1))
     expected = structural_similarity(a, b, data_range=1, gaussian_weights=True, use_sample_covariance=False)
     assert ssim(a, b) == pytest.approx(expected)
+    tensors = [torch.tensor(x)[None, None] for x in (a, b)]
+    assert psnr(a, b) == pytest.approx(torch_psnr(*tensors, data_range=1.0).item())
+    _, local = torch_ssim(*tensors, data_range=1.0, sigma=1.5, return_full_image=True)
+    # scikit-image, and so we, leave the rim out, over which the window reaches; torchmetrics mirrors the picture there
+    assert ssim(a, b) == pytest.approx(local[..., 5:-5, 5:-5].mean().item(), abs=1e-6)
     assert ssim(a, a) == 1 and psnr(a, a) == float("inf")
 
 
@@ -211,8 +238,25 @@ def test_a_box_covers_the_pixels_whose_centre_it_holds():
     assert mask[2, 1:4].all() and mask.sum() == 3
     assert box_mask([[0.4, 0.4, 1.2, 1.2]], 4, 4).sum() == 4  # centres at 0.5 and 1.5
     assert box_mask([[1.6, 1.6, 0.2, 0.2]], 4, 4)[1, 1] and box_mask([[1.6, 1.6, 0.2, 0.2]], 4, 4).sum() == 1
+    assert box_mask([[1.7, 1.7, 0.4, 0.4]], 4, 4)[1, 1] and box_mask([[1.7, 1.7, 0.4, 0.4]], 4, 4).sum() == 1
     assert box_mask([[-2, -2, 4, 4], [3, 3, 9, 9]], 4, 4).sum() == 5
     assert not box_mask([], 4, 4).any()
+
+
+def test_a_box_is_not_the_lesion_in_it():
+    """The map is the lesion, exactly; against a box of four times its size it is not perfect, and cannot be."""
+    box, lesion = box_mask([[8, 8, 16, 16]], 64, 64), box_mask([[8, 8, 8, 8]], 64, 64)
+    share = box.mean()
+    found = lesion.astype(float)
+    assert hit(found, box) == 1
+    # a quarter of the box at once, the rest with the whole picture
+    assert pixel_average_precision(found, box) == pytest.approx(0.25 + 0.75 * share)
+    assert pixel_average_precision(found, lesion) == 1
+    # and a map of the box itself beats the map of the lesion, though it knows less
+    assert pixel_average_precision(box.astype(float), box) == 1
+    # what lies beside the lesion but in the box is a hit as well
+    assert hit(box_mask([[20, 20, 3, 3]], 64, 64).astype(float), box) == 1
+    assert hit(box_mask([[30, 20, 3, 3]], 64, 64).astype(float), box) == 0
 
 
 @pytest.mark.parametrize("box", [[1, 1, 0, 2], [1, 1, -3, 2], [9, 1, 2, 2], [1, 1, 2], [1, 1, np.nan, 2]])

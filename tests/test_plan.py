@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from conftest import toy_resnet
-from cxr_diffusers import GradCAMPipeline, load_phantom
+from cxr_diffusers import CFGAnomalyPipeline, GradCAMPipeline, load_phantom
 from cxr_diffusers.cli import main
 from cxr_diffusers.evaluation import load_plan, run_plan
 from cxr_diffusers.evaluation.plan import checked_call
@@ -19,7 +19,7 @@ FAST = {"num_inference_steps": 4, "noise_level": 500}
 @pytest.fixture
 def models(pipeline, tmp_path):
     """Two folders: a CFG pipeline and Grad-CAM."""
-    pipeline.save_pretrained(tmp_path / "cfg")
+    CFGAnomalyPipeline(**pipeline.components, settings=FAST).save_pretrained(tmp_path / "cfg")
     GradCAMPipeline(toy_resnet(), sample_size=16).save_pretrained(tmp_path / "cam")
     return tmp_path
 
@@ -35,10 +35,12 @@ def write_plan(folder, **changes):
 
 
 def test_one_command_puts_all_methods_into_a_table_for_each_data_set(models, capsys):
-    path = write_plan(models)
+    path = write_plan(models, options={"n_bootstrap": 10, "judge": str(models / "cam")})
     out = models / "out"
     assert main(["evaluate", "--config", str(path), "data.b.images.n=8", "--out", str(out)]) == 0
     shown = capsys.readouterr().out
+    assert (out / "summary.md").read_text() in shown
+    assert shown.count("| ours |") == 4 and shown.count("Not judged: Grad-CAM, it has no counterfactual.") == 2
     assert "## a\n" in shown and "## b\n" in shown and shown.count("| ours - Grad-CAM |") == 2
     for name, images in (("a", 6), ("b", 8)):
         table = pd.read_csv(out / name / "per_image.csv")
@@ -46,11 +48,23 @@ def test_one_command_puts_all_methods_into_a_table_for_each_data_set(models, cap
         assert {"contact_sheet.png", "precision_recall.png", "summary.md"} <= {p.name for p in (out / name).iterdir()}
 
 
+def test_a_plan_can_be_run_for_some_of_its_methods(models, capsys):
+    path, out = write_plan(models), models / "out"
+    assert main(["evaluate", "--config", str(path), "--only", "Grad-CAM", "--out", str(out)]) == 0
+    assert set(pd.read_csv(out / "a" / "per_image.csv")["method"]) == {"Grad-CAM"}
+    assert main(["evaluate", "--config", str(path), "--only", "LRP", "--out", str(out)]) == 2
+    assert "no method LRP, expected some of ours, Grad-CAM" in capsys.readouterr().err
+    assert main(["evaluate", str(models), "--only", "ours", "--out", str(out)]) == 2
+    assert "expected a plan (--config)" in capsys.readouterr().err
+
+
 def test_several_models_need_no_plan(models, capsys):
     for i, image in enumerate(load_phantom(n=2, size=32)["image"]):
         (models / "data").mkdir(exist_ok=True)
         image.save(models / "data" / f"{i}.png")
     command = ["evaluate", str(models / "data"), "--out", str(models / "out"), "--bootstrap", "5"]
+    assert main([*command, "--model", str(models / "cfg"), "--judge", str(models / "cam")]) == 0
+    assert f"Judge: {models / 'cam'}." in capsys.readouterr().out
     assert main([*command, "--model", str(models / "cfg"), str(models / "cam")]) == 0
     assert set(pd.read_csv(models / "out" / "per_image.csv")["method"]) == {"cfg", "cam"}
     capsys.readouterr()
@@ -64,8 +78,20 @@ def test_root_is_filled_in_wherever_it_stands():
     plan = load_plan(CONFIG, ["root=/data/cxr", "options.n_bootstrap=5"])
     assert plan.data["implants"].images["csv"] == "/data/cxr/val_implants/val_implants.csv"
     assert plan.data["boxes"].healthy["csv"] == "/data/cxr/val_implants/val_sources.csv"
-    assert plan.options == {"n_bootstrap": 5, "seed": 0}
+    assert plan.options == {"n_bootstrap": 5, "seed": 0, "judge": "cxr_grad_cam_128"}
     assert len(plan.methods) >= 3
+
+
+def test_the_ablation_asks_for_what_the_call_has_and_each_row_changes_something(pipeline):
+    methods = load_plan(CONFIG.with_name("method.yaml"), ["root=/data/cxr"]).methods
+    assert methods["default"] == {"model": "default"} and methods["original"]["recipe"] == "original"
+    seen = []
+    for name, method in methods.items():
+        kwargs = {key: value for key, value in method.items() if key != "model"}
+        checked_call(pipeline, kwargs, name)
+        pipeline.check_inputs(pipeline.settings(**kwargs), 0.0, "pil", ())
+        seen.append(kwargs)
+    assert len(seen) > 15 and all(seen.count(kwargs) == 1 for kwargs in seen)
 
 
 @pytest.mark.parametrize(

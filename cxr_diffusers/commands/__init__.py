@@ -3,6 +3,7 @@
 Imports of torch and diffusers take seconds, so each command imports what it needs when it runs.
 """
 
-from . import convert, deblur, detect, evaluate, prepare, publish, publish_data
+from . import chexlocalize, convert, deblur, demo, detect, evaluate, prepare, publish, publish_data
 
-COMMANDS = (detect, evaluate, prepare, deblur, publish, publish_data, convert)  # in the order of `cxr-diffusers --help`
+# in the order of `cxr-diffusers --help`
+COMMANDS = (detect, demo, evaluate, chexlocalize, prepare, deblur, publish, publish_data, convert)

@@ -19,6 +19,7 @@ def add(commands):
     detect.add_argument("--out", type=Path, required=True, help="folder for pictures, maps and results.csv")
     detect.add_argument("--map-format", choices=["png", "npy"], default="png", help="16-bit PNG or float32 npy")
     detect.add_argument("--save-counterfactual", action="store_true", help="as a PNG, at the model's resolution")
+    detect.add_argument("--save-trajectory", action="store_true", help="a film (WebP) of the way to noise and back")
     detect.add_argument("--vmax", type=float, help="map value of the last colour (default: 3 x the model's threshold)")
     add_pipeline_options(detect)
 
@@ -33,6 +34,7 @@ def run(options):
         batch_size=options.batch_size,
         map_format=options.map_format,
         save_counterfactual=options.save_counterfactual,
+        save_trajectory=options.save_trajectory,
         vmax=options.vmax,
         call_kwargs=call_kwargs(options),
     )

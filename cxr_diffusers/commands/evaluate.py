@@ -6,12 +6,13 @@ from .options import PROCESSES, add_command, add_pipeline_options, call_kwargs, 
 
 EVALUATE = f"""\
 DATA is a folder of images (healthy/ and diseased/, masks or boxes beside them), or NAME:key=value,... where NAME is
-brats, chexpert, folder, hub, nih, phantom, table or vindr and the keys are those of the loader load_NAME in
-cxr_diffusers.data.
+brats, chexlocalize, chexpert, folder, hub, nih, phantom, table or vindr and the keys are those of the loader load_NAME
+in cxr_diffusers.data. docs/evaluation.md says what each number is.
 
 examples:
   cxr-diffusers evaluate /data/testing --healthy /data/validation/healthy --out report
   cxr-diffusers evaluate /data/testing --model default runs/mine USER/THEIRS --out report
+  cxr-diffusers evaluate /data/testing --judge cxr_grad_cam_128 --out report
   cxr-diffusers evaluate --config configs/evaluate.yaml root=/data/cxr --out report
   cxr-diffusers evaluate table:csv=val_implants.csv,mask=mask,patient=patient_id,view=view,label=diseased \\
       --healthy chexpert:root=/data/CheXpert-v1.0-small,split=valid,classes=[] --out report
@@ -26,10 +27,13 @@ def add(commands):
         "data", metavar="DATA", nargs="*", help="the data set, see below; section.key=value of a plan"
     )
     evaluate.add_argument("--config", type=Path, help="a plan: several methods on several data sets, one table each")
+    evaluate.add_argument("--only", metavar="METHOD", nargs="+", default=[], help="of the plan: these methods alone")
     evaluate.add_argument("--healthy", metavar="DATA", help="healthy validation images: they give the threshold")
     evaluate.add_argument("--out", type=Path, required=True, help="folder for tables, pictures and maps")
     evaluate.add_argument("--bootstrap", type=int, help="replicates over patients (default: 1000)")
     evaluate.add_argument("--strata", nargs="*", default=[], help="columns to report separately, e.g. source")
+    text = "a model with an image classifier that judges the counterfactuals, e.g. cxr_grad_cam_128"
+    evaluate.add_argument("--judge", metavar="MODEL", help=text)
     add_pipeline_options(evaluate, several=True)
 
 
@@ -40,12 +44,15 @@ def run(options):
 
     shared = {"batch_size": options.batch_size, "call_kwargs": call_kwargs(options)}
     shared |= {"n_bootstrap": options.bootstrap} if options.bootstrap else {}
+    shared |= {"judge": options.judge} if options.judge else {}
     if options.config:
         if options.model or options.healthy or options.strata or shared["call_kwargs"]:
             raise ValueError("expected models, data and arguments of the call in the plan, not beside --config")
-        plan = load_plan(options.config, options.data)
+        plan = load_plan(options.config, options.data, options.only)
         results = run_plan(plan, lambda model: open_pipeline(options, model), options.out, **shared)
     else:
+        if options.only:
+            raise ValueError("expected a plan (--config) whose methods --only names, got none")
         if len(options.data) != 1:
             raise ValueError(f"expected one data set, or a plan with --config, got {options.data}")
         healthy = open_dataset(options.healthy) if options.healthy else None

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from .brats import load_brats
+from .chexlocalize import load_chexlocalize
 from .chexpert import load_chexpert
 from .folder import load_folder, load_table
 from .hub import load_hub
@@ -20,6 +21,7 @@ from .vindr import load_vindr
 
 LOADERS = {
     "brats": load_brats,
+    "chexlocalize": load_chexlocalize,
     "chexpert": load_chexpert,
     "folder": load_folder,
     "hub": load_hub,

@@ -19,7 +19,8 @@ def to_dataset(rows, class_names, image=None):
 
     Args:
         rows: dicts with image (path or PIL image), label (class id, -1 unlabelled), and optionally patient, view, path,
-            boxes (list of [x, y, w, h] in pixels; [] where there are none or none are known), mask (PIL image or None).
+            boxes (list of [x, y, w, h] in pixels; [] where there are none or none are known), mask (PIL image, the
+            `png_cell` of one, or None).
         class_names: names of the class ids, healthy first.
         image: a `datasets` feature that opens the rows' image by itself; None: pictures that PIL or `read_image` opens.
 
@@ -44,7 +45,8 @@ def to_dataset(rows, class_names, image=None):
         columns["boxes"] = [[list(map(float, box)) for box in row.get("boxes") or []] for row in rows]
     if any(row.get("mask") is not None for row in rows):
         features["mask"] = Image()
-        columns["mask"] = [png_cell(row["mask"]) if row.get("mask") is not None else None for row in rows]
+        masks = [row.get("mask") for row in rows]
+        columns["mask"] = [png_cell(mask) if isinstance(mask, PIL.Image.Image) else mask for mask in masks]
     return Dataset.from_dict(columns, features=Features(features))
 
 
@@ -112,7 +114,7 @@ def _image_cell(image, bar):
 
 
 def png_cell(image):
-    """A PIL image -> the cell of a column of pictures that holds its PNG."""
+    """A PIL image as a cell of a data set's column."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", compress_level=1)  # quick: it stays in memory
     # no path: where the file exists, `datasets` would keep the path and drop the bytes

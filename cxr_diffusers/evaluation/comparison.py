@@ -10,6 +10,8 @@ from ..processes import process_state
 from ..version import __version__
 from .answers import Method, detect
 from .controls import CHANCE, EDGES, OTHERS_TRUTH, controls, edge_maps, is_control, picture_score
+from .counterfactuals import counterfactual_level
+from .judge import name_of, open_judge
 from .report import sheet_rows, write
 from .statistics import (
     differences,
@@ -30,9 +32,10 @@ class Evaluation:
     """What `evaluate` found.
 
     per_image: a row per image and method: path, patient, label, view, part ("dataset" | "healthy"), score, pixel_ap,
-        pixel_auroc, dice, iou, hit, prevalence, psnr_outside, ssim_outside, seconds. What is not defined is NaN.
-    summary: settings, counts, `rows` {name: {number: {value, low, high, undefined}}}, `differences` (paired, "a - b")
-        and `strata`, as they stand in summary.json.
+        pixel_auroc, dice, iou, hit, prevalence, psnr_outside, ssim_outside, seconds, and with a judge p_healthy,
+        p_healthy_counterfactual and flipped. What is not defined is NaN.
+    summary: settings, counts, `rows` {name: {number: {value, low, high, undefined}}}, `differences` (paired, "a - b"),
+        `strata` and `counterfactuals`, as they stand in summary.json.
     rankings: {name: `metrics.Ranking`} of the pixels, for curves.
     """
 
@@ -55,6 +58,7 @@ def evaluate(
     smoothing=0.0,
     quantile=0.99,
     strata=(),
+    judge=None,
     name="method",
 ):
     """How well does a pipeline find what is abnormal, and better than what?
@@ -96,6 +100,9 @@ def evaluate(
             of 256); 0: none.
         quantile: of the healthy maps' pixels.
         strata: names of further columns to split by. `view` is split by itself where there are both AP and PA.
+        judge: an image classifier that had no part in making the counterfactuals, as a pipeline (`GradCAMPipeline`) or
+            as the name of a model: it says how many of them it calls healthy, and its features how far they are from
+            healthy pictures; see `counterfactuals.counterfactual_level`. Its class 0 is healthy. None: no such numbers.
         name: of the row in the table.
 
     Returns:
@@ -103,10 +110,11 @@ def evaluate(
 
     Raises:
         ValueError: an empty data set, an unknown stratum, healthy rows that are not, a mask of another size than its
-            picture, or several processes without `output_dir`.
+            picture, a judge without an image classifier, or several processes without `output_dir`.
     """
     options = dict(healthy=healthy, output_dir=output_dir, batch_size=batch_size, n_bootstrap=n_bootstrap, seed=seed)
     options |= dict(call_kwargs=call_kwargs, progress=progress, smoothing=smoothing, quantile=quantile, strata=strata)
+    options |= dict(judge=judge)
     return compare({name: pipeline}, dataset, **options)
 
 
@@ -124,6 +132,7 @@ def compare(
     smoothing=0.0,
     quantile=0.99,
     strata=(),
+    judge=None,
 ):
     """Several methods in one table, with the paired difference of the first to each other one.
 
@@ -133,6 +142,7 @@ def compare(
     """
     healthy = healthy or []
     check(pipelines, dataset, healthy, output_dir, strata)
+    given, judge = judge, open_judge(judge)
     rows, healthy_rows = describe(dataset, strata), describe(healthy)
     methods = [as_method(name, pipeline, call_kwargs or {}) for name, pipeline in pipelines.items()]
 
@@ -168,6 +178,9 @@ def compare(
         [image_table(m, rows, healthy_rows, dict(zip(found, measured[m.name][0], strict=True))) for m in methods],
         ignore_index=True,
     )
+    quality = counterfactual_level(
+        methods, rows, healthy_rows, per_image, judge=judge, n_bootstrap=n_bootstrap, seed=seed, progress=progress
+    )
     summary = {
         "settings": {
             "cxr_diffusers": __version__,
@@ -177,12 +190,14 @@ def compare(
             "smoothing": smoothing,
             "n_bootstrap": n_bootstrap,
             "seed": seed,
+            "judge": name_of(given),
         },
         **counts(rows, seen, healthy_rows),
         "seconds_per_image": {m.name: float(np.mean([a["seconds"] for a in m.answers])) for m in methods},
         "rows": intervals(tables),
         "differences": differences(tables, names, list(maps)),
         "strata": stratified(pixels, seen, strata, [*names, CHANCE, OTHERS_TRUTH]),
+        "counterfactuals": quality,
         "undefined": {c: int(n) for c, n in per_image.select_dtypes("number").isna().sum().items() if n},
     }
     summary["method"] = summary["rows"].get(names[0], {})

@@ -11,6 +11,8 @@ from .lazy import Lazy
 
 CHANCE, RANDOM, CENTRE = "chance", "random map", "centre prior"
 OTHERS_TRUTH, EDGES, MEAN = "others' truth", "|x - blurred x|", "mean map"
+# of the counterfactuals
+ITSELF, BLURRED, SPLIT = "the picture itself", "the picture, blurred", "healthy, split in two"
 GRID = 256  # side of the frame in which pictures of different sizes are averaged
 
 
@@ -36,7 +38,8 @@ def controls(methods, rows, edges, seed, smoothing):
 
 
 def is_control(name):
-    return name in (CHANCE, RANDOM, CENTRE, OTHERS_TRUTH, EDGES) or name.startswith(MEAN)
+    taken = (CHANCE, RANDOM, CENTRE, OTHERS_TRUTH, EDGES, ITSELF, BLURRED, SPLIT)
+    return name in taken or name.startswith(MEAN)
 
 
 def mean_map_of(name, methods):

@@ -8,8 +8,9 @@ import yaml
 
 from ..data import build_dataset
 from ..recipe import build, override_value
+from ..visualization import write_file
 from .comparison import compare
-from .report import COLUMNS, summary_table
+from .report import COLUMNS, counterfactual_table, summary_table
 
 
 @dataclass
@@ -28,15 +29,16 @@ class Plan:
     methods: dict  # name in the table -> {model: see hub.load_pipeline; any argument of its call}
     data: dict  # name -> `DataPlan`
     root: str = ""  # what stands for {root} in the data's values
-    options: dict = field(default_factory=dict)  # n_bootstrap, seed, smoothing, quantile, batch_size of `compare`
+    options: dict = field(default_factory=dict)  # n_bootstrap, seed, judge, smoothing, quantile, ... of `compare`
 
 
-def load_plan(path, overrides=()):
+def load_plan(path, overrides=(), only=()):
     """Read a plan.
 
     Args:
         path: the YAML file.
         overrides: `section.key=value` strings, as for recipes; `root=FOLDER` needs no section.
+        only: the names of the methods to keep; none: all.
 
     Raises:
         ValueError: no YAML, an unknown key (named, with the known ones), a method without a model, or a `???`, which
@@ -59,6 +61,10 @@ def load_plan(path, overrides=()):
     plan.data = {
         name: build(DataPlan, fill(data, plan.root), f"{path}: data.{name}") for name, data in plan.data.items()
     }
+    unknown = [name for name in only if name not in plan.methods]
+    if unknown:
+        raise ValueError(f"{path}: no method {', '.join(unknown)}, expected some of {', '.join(plan.methods)}")
+    plan.methods = {name: method for name, method in plan.methods.items() if not only or name in only}
     for name, method in plan.methods.items():
         if not isinstance(method, dict) or "model" not in method:
             raise ValueError(f"{path}: methods.{name}: expected a `model` and arguments of its call, got {method!r}")
@@ -105,7 +111,10 @@ def run_plan(plan, open_model, output_dir, **options):
         folder = Path(output_dir) / name
         settings = {**plan.options, **options}
         results[name] = compare(pipelines, images, healthy=healthy, strata=tuple(strata), output_dir=folder, **settings)
-    return results if all(result is not None for result in results.values()) else None
+    if any(result is None for result in results.values()):
+        return None
+    write_file(Path(output_dir) / "summary.md", plan_table(results).encode())
+    return results
 
 
 def checked_call(pipeline, kwargs, name):
@@ -119,5 +128,8 @@ def checked_call(pipeline, kwargs, name):
 
 
 def plan_table(results, columns=COLUMNS):
-    """Markdown: {data set: `Evaluation`} -> a heading and a table for each."""
-    return "\n".join(f"## {name}\n\n{summary_table(result, columns)}" for name, result in results.items())
+    """Markdown: {data set: `Evaluation`} -> a heading and its tables for each."""
+    return "\n".join(
+        f"## {name}\n\n{summary_table(result, columns)}\n{counterfactual_table(result)}"
+        for name, result in results.items()
+    )

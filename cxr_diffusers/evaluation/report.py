@@ -18,6 +18,15 @@ COLUMNS = {  # of the table: a number of the summary, its heading
     "image_auroc": "image AUROC",
     "image_ap": "image AP",
 }
+COUNTERFACTUALS = {  # of the second table, likewise
+    "flip_rate": "flip rate",
+    "p_healthy_moved": "p(healthy) moved, diseased",
+    "p_healthy_moved_healthy": "p(healthy) moved, healthy",
+    "kid": "KID",
+    "fid": "FID",
+    "psnr_outside": "PSNR outside (dB)",
+    "ssim_outside": "SSIM outside",
+}
 SHEET_ROWS = 8
 
 
@@ -40,6 +49,29 @@ def summary_table(result, columns=COLUMNS):
     return "\n".join(parts)
 
 
+def counterfactual_table(result, columns=COUNTERFACTUALS):
+    """Markdown: how good the counterfactuals are, a row per method and control, and what was not measured.
+
+    Arguments as in `summary_table`; "" where there is neither a counterfactual nor a judge.
+    """
+    summary = result if isinstance(result, dict) else result.summary
+    section = summary.get("counterfactuals") or {"rows": {}, "not_measured": {}}
+    shown = {k: v for k, v in columns.items() if any(k in numbers for numbers in section["rows"].values())}
+    lines = [markdown("counterfactuals", section["rows"], shown)] if shown else []
+    if "judge_auroc" in section:
+        called = each(section["n_called_diseased"], "{}")
+        own = each(section["judge_auroc"], "{:.3f}")
+        lines.append(
+            f"Judge: {summary['settings']['judge']}. Of {section['n_diseased']} diseased pictures it calls diseased: "
+            f"{called}. Its own AUROC, these against {section['n_healthy']} healthy pictures, as the methods see them: "
+            f"{own}. KID and FID are over its features, against the same healthy pictures; they are not comparable "
+            f"with those of another network.\n"
+        )
+    if section["not_measured"] and summary["settings"].get("judge"):
+        lines.append("Not judged: " + "; ".join(f"{k}, {why}" for k, why in section["not_measured"].items()) + ".\n")
+    return "\n".join(lines)
+
+
 def markdown(corner, rows, columns, sign=""):
     lines = [f"| {corner} | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, numbers in rows.items():
@@ -55,6 +87,14 @@ def cell(interval, sign=""):
     if not is_number(interval["low"]):
         return value
     return f"{value} [{interval['low']:{sign}.3f}, {interval['high']:{sign}.3f}]"
+
+
+def each(numbers, form):
+    """{method: number} as text: the number where all have the same, else each with its method."""
+    texts = {name: form.format(value) if is_number(value) else "–" for name, value in numbers.items()}
+    if len(set(texts.values())) == 1:
+        return next(iter(texts.values()))
+    return ", ".join(f"{text} ({name})" for name, text in texts.items())
 
 
 def is_number(value):
@@ -73,6 +113,7 @@ def report(summary):
         f"beside them. Brackets: 95 % bootstrap intervals over patients, {settings['n_bootstrap']} replicates.",
         "",
         summary_table(summary),
+        counterfactual_table(summary),
         f"- seconds per image: {', '.join(f'{n} {s:.3g}' for n, s in summary['seconds_per_image'].items())}",
         f"- threshold: {settings['threshold']} ({settings['threshold_from']}); controls mark equally many pixels",
         f"- smoothing: {settings['smoothing']} of the shorter side; seed {settings['seed']}",

@@ -1,0 +1,129 @@
+"""What each choice of the method is worth and what it costs: the table and the picture of docs/method.md.
+
+    cxr-diffusers evaluate --config configs/method.yaml root=../shared/cxr --out results_method
+    python benchmarks/method.py --results results_method --picture method_cost.png
+
+The figures are those of the evaluation. Forwards are counted by a hook on a tiny UNet with the same steps, one for each
+picture that passes through it; seconds are those of the evaluation itself, all rows on the same machine, and only as
+good as the machine was idle.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from diffusers import UNet2DModel
+from machine import markdown
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from cxr_diffusers import CFGAnomalyPipeline, load_pipeline
+from cxr_diffusers.evaluation import load_plan
+from cxr_diffusers.evaluation.controls import CHANCE, OTHERS_TRUTH, mean_map_of
+from cxr_diffusers.visualization import save_png
+
+PLAN = Path(__file__).parent.parent / "configs" / "method.yaml"
+
+
+def main(arguments=None):
+    options = parser().parse_args(arguments)
+    plan = load_plan(options.config, ["root=."])
+    summary = json.loads((options.results / options.data / "summary.json").read_text())
+    names = [name for name in plan.methods if name in summary["rows"]]
+    forwards = {name: count_forwards(plan.methods[name]) for name in names}
+    print(table(summary, names, forwards))
+    if options.picture:
+        save_png(cost_figure(summary, names, forwards), options.picture)
+
+
+def table(summary, names, forwards):
+    first, strata = names[0], {key.rpartition(" = ")[2]: value for key, value in summary["strata"].items()}
+    styles = [key for key in ("A", "C") if key in strata]
+    header = ["", "pixel AP", f"{first} - it", *styles, "pixel AUROC", "hit rate", "forwards", "seconds"]
+    controls = [mean_map_of(first, names), OTHERS_TRUTH, CHANCE]
+    rows = []
+    for name in [*names, *(control for control in controls if control in summary["rows"])]:
+        found, difference = summary["rows"][name], summary["differences"].get(f"{first} - {name}", {})
+        rows.append(
+            [
+                name,
+                interval(found["pixel_ap"]),
+                interval(difference.get("pixel_ap"), "+"),
+                *(number(strata[style]["rows"].get(name, {}).get("pixel_ap")) for style in styles),
+                number(found["pixel_auroc"]),
+                number(found.get("hit_rate")),
+                str(forwards.get(name, "–")),
+                f"{summary['seconds_per_image'][name]:.3g}" if name in forwards else "–",
+            ]
+        )
+    return markdown(header, rows)
+
+
+def interval(found, sign=""):
+    return "–" if found is None else f"{found['value']:{sign}.3f} [{found['low']:{sign}.3f}, {found['high']:{sign}.3f}]"
+
+
+def number(found):
+    return "–" if found is None else f"{found['value']:.3f}"
+
+
+def count_forwards(method):
+    """UNet forwards an image of a row of the plan."""
+    model = load_pipeline(method["model"])
+    channels, classes = model.unet.config.in_channels, model.unet.config.num_class_embeds
+    tiny = UNet2DModel(
+        sample_size=8,
+        in_channels=channels,
+        out_channels=channels,
+        num_class_embeds=classes,
+        block_out_channels=(4,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=2,
+        add_attention=False,
+    )
+    named = {key: model.config[key] for key in ("class_names", "settings", "has_null_label")}
+    pipeline = CFGAnomalyPipeline(tiny.eval(), model.scheduler, **named)
+    pipeline.set_progress_bar_config(disable=True)
+    counted = []
+    tiny.register_forward_hook(lambda unet, inputs, output: counted.append(len(inputs[0])))
+    pipeline(Image.new("L", (8, 8)), **{key: value for key, value in method.items() if key != "model"})
+    return sum(counted)
+
+
+def cost_figure(summary, names, forwards):
+    """matplotlib `Figure`: pixel AP with its interval over the forwards of an image."""
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xscale="log", xlabel="UNet forwards an image", ylabel="pixel AP, 95 % over patients")
+    axes.spines[["top", "right"]].set_visible(False)
+    alike = {}  # rows that cost the same stand beside each other
+    for name in names:
+        k = alike[forwards[name]] = alike.get(forwards[name], -1) + 1
+        found, x = summary["rows"][name]["pixel_ap"], forwards[name] * 1.035**k
+        error = [[found["value"] - found["low"]], [found["high"] - found["value"]]]
+        colour = {names[0]: "#D55E00", "original": "#0072B2"}.get(name)
+        axes.errorbar(x, found["value"], error, fmt="o", ms=4, lw=1, color=colour or "0.65", zorder=3 if colour else 2)
+        if colour:
+            axes.annotate(name, (x, found["high"]), (0, 4), textcoords="offset points", color=colour, ha="center")
+    chance = summary["rows"][CHANCE]["pixel_ap"]["value"]
+    axes.axhline(chance, color="0.5", linestyle=":", linewidth=1)
+    axes.annotate(
+        "chance", (1, chance), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right"
+    )
+    axes.set_ylim(bottom=0)
+    return figure
+
+
+def parser():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, required=True, help="what evaluate wrote")
+    parser.add_argument("--config", type=Path, default=PLAN, help="the plan it followed")
+    parser.add_argument("--data", default="implants", help="the plan's data set to show")
+    parser.add_argument("--picture", type=Path, help="write pixel AP over forwards to this PNG")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""cxr-diffusers chexlocalize: figures that can be held against those of CheXlocalize's paper."""
+
+from pathlib import Path
+
+from .evaluate import open_methods
+from .options import PROCESSES, add_command, add_pipeline_options, call_kwargs
+
+CHEXLOCALIZE = f"""\
+Downloads: CheXpert's images and CheXlocalize's gt_segmentations_{{val,test}}.json, both from Stanford AIMI. The images
+must have the size that they were segmented at. docs/evaluation.md says what is measured.
+
+examples:
+  cxr-diffusers chexlocalize /data/CheXpert/test /data/CheXlocalize/gt_segmentations_test.json \\
+      --validation /data/CheXpert/val /data/CheXlocalize/gt_segmentations_val.json --out report
+  cxr-diffusers chexlocalize /data/CheXpert/val /data/CheXlocalize/gt_segmentations_val.json \\
+      --model default runs/mine --frontal-only --out report
+
+{PROCESSES.format(command="chexlocalize")}"""
+
+
+def add(commands):
+    text = "mIoU and hit rate on CheXlocalize's segmentations, by its protocol"
+    command = add_command(commands, "chexlocalize", run, text, CHEXLOCALIZE)
+    command.add_argument("images", type=Path, help="folder of the split's images, CheXpert/test")
+    command.add_argument("segmentations", type=Path, help="their gt_segmentations_test.json")
+    command.add_argument(
+        "--validation",
+        nargs=2,
+        type=Path,
+        metavar=("IMAGES", "SEGMENTATIONS"),
+        help="the validation split, which gives each pathology its threshold (default: Otsu's on each map)",
+    )
+    command.add_argument("--frontal-only", action="store_true", help="leave lateral images out (the protocol has them)")
+    command.add_argument("--out", type=Path, required=True, help="folder for tables, maps and predictions")
+    command.add_argument("--bootstrap", type=int, default=1000, help="replicates over images (default: 1000)")
+    add_pipeline_options(command, several=True)
+
+
+def run(options):
+    from ..evaluation.chexlocalize import chexlocalize_table, evaluate_chexlocalize, open_split
+
+    test = open_split(options.images, options.segmentations, options.frontal_only)
+    validation = open_split(*options.validation, options.frontal_only) if options.validation else None
+    summary = evaluate_chexlocalize(
+        open_methods(options),
+        test,
+        validation,
+        output_dir=options.out,
+        batch_size=options.batch_size,
+        n_bootstrap=options.bootstrap,
+        call_kwargs=call_kwargs(options),
+    )
+    if summary is not None:  # the main process
+        print(chexlocalize_table(summary))
+        print(f"See {options.out / 'summary.md'}")

@@ -1,0 +1,74 @@
+"""cxr-diffusers demo: the web page."""
+
+from .options import add_command
+
+DEMO = """\
+examples:
+  cxr-diffusers demo
+  cxr-diffusers demo --model runs/chexpert_cfg_256 --healthy /data/healthy
+  cxr-diffusers demo --host 0.0.0.0 --port 8080 --root-path /cxr     # behind a proxy that asks for a password
+
+It needs pip install 'cxr_diffusers[demo]'. Uploads are read into memory and deleted at once; see docs/demo.md.
+"""
+
+
+def add(commands):
+    demo = add_command(commands, "demo", run, "a web page: drop a radiograph, see where it is abnormal", DEMO)
+    demo.add_argument("--model", nargs="+", default=[], help="folders or Hub names, offered before the shipped models")
+    demo.add_argument("--trust-remote-code", action="store_true", help="run the code that a Hub model brings along")
+    demo.add_argument("--device", help="cuda, mps, cpu (default: the best there is)")
+    demo.add_argument(
+        "--healthy",
+        metavar="DATA",
+        help="healthy images, as for evaluate, to put a picture's score beside (default: those kept with the model)",
+    )
+    demo.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)"
+    )
+    demo.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    demo.add_argument(
+        "--share", action="store_true", help="a public address through Gradio's servers: NOT for patients' data"
+    )
+    demo.add_argument("--root-path", help="the path under which a proxy shows it, e.g. /cxr")
+    demo.add_argument("--max-megabytes", type=int, default=64, help="of an upload (default: 64)")
+    demo.add_argument("--max-megapixels", type=float, default=40, help="of a picture (default: 40)")
+
+
+def run(options):
+    import signal
+    import sys
+    import threading
+
+    from ..demo.page import build_page  # first: it says what to install
+    from ..demo.serve import launch, open_models, references, temporary_folder
+
+    healthy = None
+    if options.healthy:
+        from ..data import open_dataset
+
+        healthy = open_dataset(options.healthy)
+    models = open_models(options.model, options.device, options.trust_remote_code)
+    named = f"{len(healthy)} images that this page was started with" if healthy is not None else ""
+    reference_of = references(models, healthy, named)
+    reference_of(next(iter(models)))  # measured here, with a bar, and not while somebody waits
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that a service that is stopped tidies up, too
+    with temporary_folder():
+        page = build_page(models, reference_of, options.max_megapixels)
+        address, _ = launch(
+            page,
+            host=options.host,
+            port=options.port,
+            share=options.share,
+            root_path=options.root_path,
+            max_megabytes=options.max_megabytes,
+            wait=False,
+        )
+        print(f"{address}    (Ctrl-C stops it)    Research use only. Not for diagnosis.", flush=True)
+        if options.host not in ("127.0.0.1", "localhost", "::1"):
+            print(
+                "Anybody who reaches this port can use it: put it behind a proxy that asks for a password.", flush=True
+            )
+        try:
+            threading.Event().wait()  # until a signal
+        finally:
+            page.close(verbose=False)

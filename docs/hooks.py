@@ -24,6 +24,7 @@ SOURCES = {page: source for source, page in PAGES.items()}
 def on_config(config):
     """The navigation without pages that are not there, and with those that it does not name; the package to read."""
     there = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")} | SOURCES.keys()
+    config.extra["coming"] = sorted(set(named(config.nav)) - there)
     config.nav = pruned(config.nav, there)
     more = sorted(there - set(named(config.nav)))
     config.nav += [{"More": more}] if more else []
@@ -76,18 +77,18 @@ def on_page_markdown(markdown, page, config, files):
         target, hash_, anchor = match[2].partition("#")
         if not target or re.match(r"[a-z]+:", target):
             return match[0]
-        found = address(target, source, here, config.extra["repository"])
+        found = address(target, source, here, config.extra)
         return f"{match[1]}({found}{hash_}{anchor})"
 
     parts = re.split(r"(```.*?```|`[^`\n]*`)", markdown, flags=re.DOTALL)  # code is left alone
     return "".join(re.sub(r"(\])\(([^()\s]+)\)", moved, part) if part[:1] != "`" else part for part in parts)
 
 
-def address(target, source, here, repository):
+def address(target, source, here, extra):
     """Where the link `target` of the file `source` leads from the page `here`."""
     path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
-    if path in PAGES or path.startswith("docs/"):
-        page = PAGES.get(path, path.removeprefix("docs/"))
+    page = PAGES.get(path, path.removeprefix("docs/"))
+    if page != path and page not in extra["coming"]:
         return posixpath.relpath(page, posixpath.dirname(here) or ".")
     kind = "tree" if (ROOT / path).is_dir() else "blob"
-    return f"{repository}/{kind}/main/{path}"
+    return f"{extra['repository']}/{kind}/main/{path}"

@@ -19,6 +19,7 @@ _HOME = {
     "CFGAnomalyPipeline": "pipelines",
     "ClassifierGuidedPipeline": "pipelines",
     "ClassMatrixUNet": "models.class_matrix_unet",
+    "ExportedNet": "models.exported_net",
     "FixedPointDiscriminator": "models.fixed_point_gan",
     "FixedPointGANPipeline": "pipelines",
     "FixedPointGenerator": "models.fixed_point_gan",
@@ -45,6 +46,7 @@ _HOME = {
     "estimate_kernel": "kernel_estimation",
     "detect": "detection",
     "evaluate": "evaluation",
+    "export_pipeline": "export",
     "evaluate_chexlocalize": "evaluation",
     "load_pipeline": "hub",
     "load_prior": "deblurring",
@@ -56,6 +58,7 @@ _HOME = {
     "run_as_original": "original",
     "train": "training_loop",
     "train_adversarial": "adversarial_loop",
+    "with_backend": "export",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,17 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .data.images import SUFFIXES, list_images, picture_size, read_image
+from .data.dicom_checks import warnings_of
+from .data.images import SUFFIXES, describe_skipped, is_dicom, picture_size, read_header, read_image, split_images
+from .dicom_output import Algorithm, DicomOutputError, check_source, import_highdicom, write_objects
 from .evaluation.answers import fingerprint
 from .pipelines.cxr_anomaly import frame, prepare_image, restore_map
 from .processes import process_state
 from .trajectory import Trajectory, check_steps
 from .visualization import save_map, save_png, side_by_side, write_file
 
-FIELDS = ["image", "name", "anomaly_score", "abnormal_fraction", "map_max", "height", "width", "seconds"]
+FIELDS = ["image", "name", "anomaly_score", "abnormal_fraction", "map_max", "height", "width", "seconds", "warnings"]
+WRITTEN = ("maps", "counterfactuals", "trajectories", "dicom")  # folders of results, which are no input
 SHOWN = 512  # longer side of a panel: sharp enough to read the chest, three of them fit on a screen
 
 
@@ -33,6 +37,7 @@ def detect(
     save_counterfactual=False,
     save_trajectory=False,
     vmax=None,
+    dicom=False,
     call_kwargs=None,
     progress=True,
 ):
@@ -43,6 +48,8 @@ def detect(
         NAME.png                  input | counterfactual | map over the input, with its colour bar
         maps/NAME.png (or .npy)   the raw map at the input's own resolution: 16 bits, value / 65535 (or float32)
         counterfactuals/NAME.png  with `save_counterfactual`: as the model made it, at its resolution
+        dicom/NAME_seg.dcm        with `dicom`, of a DICOM file: the map above the threshold as a Segmentation, and
+        dicom/NAME_overlay.dcm    the picture as a Secondary Capture, filed beside their source; see docs/clinic.md
         trajectories/NAME.webp    with `save_trajectory`: a film of the way to noise and back, see `Trajectory`
         rows/NAME.json            the row of results.csv; written last, so it says that the image is done
 
@@ -51,28 +58,32 @@ def detect(
     Under `accelerate launch` each process takes its share (place the pipeline on its device first).
 
     Columns: `anomaly_score`, see `AnomalyOutput`; `abnormal_fraction`, of the pixels above the model's threshold from
-    healthy images (empty if it has none); `map_max`; `height` and `width` of the input; `seconds`, of the model alone.
+    healthy images (empty if it has none); `map_max`; `height` and `width` of the input; `seconds`, of the model alone;
+    `warnings`, why the map may mean nothing, as the header of a DICOM file tells (a lateral view, another body part).
 
     Args:
         pipeline: answers `pipeline(list of PIL images, output_type="np")` with an `AnomalyOutput`.
-        images: files and folders; a folder is searched for png, jpg, bmp, tif, npy and DICOM files. For a model of four
+        images: files and folders; a folder is searched for png, jpg, bmp, tif, npy and DICOM files, with or without an
+            extension; DICOM files that are no picture (reports, segmentations) are left out. For a model of four
             channels, the folders of MRI slices (see `data.load_brats`) and folders of such.
         output_dir: created if need be.
         batch_size: images a call.
         map_format: "png" or "npy".
         vmax: the map value of the last colour. None: three times the model's threshold, so all its pictures have one
             scale; for a model without threshold each picture's own 99.5 % quantile.
+        dicom: write DICOM objects, too; pictures that are no DICOM files get none.
         call_kwargs: arguments of the pipeline's call.
 
     Returns:
-        {"images", "computed", "failed": {path: error}, "seconds_per_image" (None if nothing was computed)} on the main
-        process, None on the others.
+        {"images", "computed", "failed": {path: error}, "seconds_per_image" (None if nothing was computed), "skipped":
+        {path: what it is}, "warnings": {path: text}, "without_dicom": [path]} on the main process, None on the others.
 
     Raises:
         FileNotFoundError: no such file or folder, or no image in it.
         FileExistsError: `output_dir` holds results of another model or other settings.
-        ValueError: `output_dir` is where the images are, an unknown `map_format`, or `save_trajectory` for a pipeline
-            without steps.
+        ValueError: `output_dir` is where the images are, an unknown `map_format`, `save_trajectory` for a pipeline
+            without steps; or `dicom` for a model without a threshold, or without any DICOM file.
+        ImportError: `dicom`, and highdicom is not installed.
     """
     if map_format not in ("png", "npy"):
         raise ValueError(f"expected `map_format` png or npy, got {map_format!r}")
@@ -85,7 +96,8 @@ def detect(
     threshold = pipeline.config.get("map_threshold")
     vmax = vmax or (3 * threshold if threshold else None)
     channels = model_channels(pipeline)
-    found = find_images(images, output_dir, channels)
+    found, skipped = find_images(images, output_dir, channels)
+    algorithm = dicom_algorithm(pipeline, call_kwargs, [path for _, path in found]) if dicom else None
     keep_settings(
         output_dir,
         {
@@ -97,6 +109,7 @@ def detect(
             "save_trajectory": save_trajectory,
             "map_threshold": threshold,
             "vmax": vmax,
+            "dicom": dicom,
         },
     )
     rows = read_rows(output_dir)
@@ -112,7 +125,7 @@ def detect(
             batch = []
             for name, path in share[first : first + batch_size]:
                 try:
-                    batch.append((name, path, read_picture(path, channels)))
+                    batch.append((name, path, read_picture(path, channels), read_source(path, dicom)))
                 except (ValueError, OSError) as error:
                     failed[str(path)] = str(error)
                     row_file(output_dir, name).unlink(missing_ok=True)  # of the file that was here before
@@ -120,16 +133,27 @@ def detect(
             if not batch:
                 continue
             start = time.perf_counter()
-            output = pipeline([picture for *_, picture in batch], output_type="np", **call_kwargs, **stepwise)
+            output = pipeline([picture for _, _, picture, _ in batch], output_type="np", **call_kwargs, **stepwise)
             seconds += [(time.perf_counter() - start) / len(batch)] * len(batch)
-            for i, (name, path, picture) in enumerate(batch):
+            for i, (name, path, picture, source) in enumerate(batch):
                 answer = (
                     output.image[i],
                     output.counterfactual[i],
                     output.anomaly_map[i],
                     float(output.anomaly_score[i]),
                 )
-                row = write_answer(output_dir, name, path, picture, answer, pipeline.config, map_format, vmax)
+                objects = (source, algorithm) if algorithm and source is not None else None
+                try:
+                    row = write_answer(
+                        output_dir, name, path, picture, answer, pipeline.config, map_format, vmax, objects
+                    )
+                except DicomOutputError as error:
+                    failed[str(path)] = f"{path}: {error}"
+                    row_file(output_dir, name).unlink(missing_ok=True)
+                    seconds.pop()
+                    bar.update()
+                    continue
+                row["warnings"] = "; ".join(warnings_of(source)) if source is not None else ""
                 if save_counterfactual:
                     save_png(to_8_bit(answer[1]), output_dir / "counterfactuals" / f"{name}.png")
                 if trajectory:
@@ -147,7 +171,42 @@ def detect(
     if not state.is_main_process:
         return None
     mean = float(np.mean(seconds)) if seconds else None
-    return {"images": len(files), "computed": len(seconds), "failed": failed, "seconds_per_image": mean}
+    mine = {stamp(path)[0] for path in files.values()}
+    return {
+        "images": len(files),
+        "computed": len(seconds),
+        "failed": failed,
+        "seconds_per_image": mean,
+        "skipped": {str(path): what for path, what in skipped.items()},
+        "warnings": {row["image"]: row["warnings"] for row in rows if row.get("warnings") and row["file"][0] in mine},
+        "without_dicom": [str(path) for path in files.values() if dicom and not is_dicom(path)],
+    }
+
+
+def dicom_algorithm(pipeline, call_kwargs, paths):
+    """What the DICOM objects will name as their maker; ValueError or ImportError where none can be written."""
+    import_highdicom()
+    threshold = pipeline.config.get("map_threshold")
+    if not threshold:
+        raise ValueError(
+            "expected a model with a threshold from healthy validation images (`map_threshold` in its "
+            "model_index.json) to write DICOM segmentations, got one without"
+        )
+    if not any(map(is_dicom, paths)):
+        raise ValueError("expected at least one DICOM file to write DICOM objects beside, got other pictures only")
+    name = str(pipeline.config.get("_name_or_path") or "")
+    model = Path(name).resolve().name if Path(name).is_dir() else name
+    return Algorithm(type(pipeline).__name__, model or "unnamed", fingerprint(pipeline, call_kwargs, 0), threshold)
+
+
+def read_source(path, dicom):
+    """The header of a DICOM file, None for another; ValueError where it lacks what `dicom` objects need."""
+    if not is_dicom(path):
+        return None
+    header = read_header(path)
+    if dicom:
+        check_source(header, path)
+    return header
 
 
 def model_channels(pipeline):
@@ -174,25 +233,31 @@ def read_picture(path, channels):
 
 
 def find_images(images, output_dir, channels=1):
-    """Files and folders -> [(path that names it, path)]; without what an earlier run has written below a folder."""
-    output, found = output_dir.resolve(), []
+    """Files and folders -> [(path that names it, path)], {path: what it is} of DICOM files without a picture.
+
+    What an earlier run has written below a folder is in neither.
+    """
+    output, found, skipped = output_dir.resolve(), [], {}
     for item in map(Path, images):
         if not item.exists():
             raise FileNotFoundError(f"no such file or folder: {item}")
         folder = item if item.is_dir() else item.parent
-        if folder.resolve() in (output, *(output / part for part in ("maps", "counterfactuals", "trajectories"))):
+        if folder.resolve() in [output / name for name in ("", *WRITTEN)]:
             raise ValueError(f"expected an output folder of its own, got {output_dir}, where the images are")
         slices = list_slices_of(item) if channels == 4 and item.is_dir() else []
         if not item.is_dir() or item in slices:
             found.append((Path(item.name), item))
             continue
-        paths = slices or list_images(item)
+        paths, others = (slices, {}) if slices else split_images(item)
         if item.resolve() in output.parents:
             paths = [path for path in paths if output not in path.resolve().parents]
+            others = {path: what for path, what in others.items() if output not in path.resolve().parents}
         if not paths:
-            raise FileNotFoundError(f"no png, jpg, bmp, tif, npy or DICOM image in {item}")
+            beside = f" ({describe_skipped(others)})" if others else ""
+            raise FileNotFoundError(f"no png, jpg, bmp, tif, npy or DICOM image in {item}{beside}")
         found += [(path.relative_to(item), path) for path in paths]
-    return found
+        skipped |= others
+    return found, skipped
 
 
 def list_slices_of(folder):
@@ -230,7 +295,7 @@ def keep_settings(output_dir, settings):
     """Note in a new folder what makes its results; refuse one that something else made."""
     path = output_dir / "settings.json"
     if path.exists():
-        old = {"save_trajectory": False} | json.loads(path.read_text())  # folders of before there was one
+        old = {"save_trajectory": False, "dicom": False} | json.loads(path.read_text())  # of before there were these
         differing = [key for key in settings if key != "model" and old.get(key) != settings[key]]
         if differing:
             what = ", ".join(f"{key} {old.get(key)!r} there, {settings[key]!r} now" for key in differing)
@@ -248,8 +313,8 @@ def read_rows(output_dir):
     return {path.stem: json.loads(path.read_text()) for path in sorted((output_dir / "rows").glob("*.json"))}
 
 
-def write_answer(output_dir, name, path, picture, answer, config, map_format, vmax):
-    """Write the map and the picture of one image; return its row."""
+def write_answer(output_dir, name, path, picture, answer, config, map_format, vmax, objects=None):
+    """Write the map and the picture of one image, and its DICOM `objects` = (source, algorithm); return its row."""
     image, counterfactual, anomaly_map, score = answer
     aspect, threshold, size = config["aspect"], config.get("map_threshold"), picture_size(picture)
     own = restore_map(anomaly_map, *size, aspect)
@@ -257,10 +322,13 @@ def write_answer(output_dir, name, path, picture, answer, config, map_format, vm
     save_map(own, output_dir / "maps" / f"{name}.{map_format}")
 
     shown, counterfactual, small = same_frame(picture, image, counterfactual, anomaly_map, config)
-    title = f"{path.name}    score {score:.3f}"
+    title = f"score {score:.3f}"
     title += f"    {fraction:.1%} of the picture above the threshold" if threshold else ""
-    strip = side_by_side(shown, counterfactual, small, vmax=vmax, title=title, panel_size=SHOWN)
-    save_png(strip, output_dir / f"{name}.png")
+    show = partial(side_by_side, shown, counterfactual, small, vmax=vmax, panel_size=SHOWN)
+    save_png(show(title=f"{path.name}    {title}"), output_dir / f"{name}.png")
+    if objects:  # their picture is without the file's name, which may be the patient's
+        source, algorithm = objects
+        write_objects(output_dir / "dicom" / name, source, own > threshold, show(title=title), algorithm)
     values = (str(path), name, score, fraction, float(own.max()), *size)
     return dict(zip(FIELDS, values, strict=False))
 

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin
 from diffusers.utils import replace_example_docstring
 
 from .cxr_anomaly import AnomalyOutput, anomaly_output, combine_maps, difference_map, prepare_image, smooth_map
@@ -67,7 +67,7 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
 
     def __init__(
         self,
-        unet: UNet2DModel,
+        unet: ModelMixin,  # a UNet2DModel, or what stands in for one
         scheduler: DDIMScheduler,
         class_names: list[str] | dict[str, str] | None = None,
         data_range: list[float] = (-1.0, 1.0),

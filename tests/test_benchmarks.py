@@ -6,8 +6,8 @@ import pytest
 from diffusers import DDIMScheduler
 from PIL import Image
 
-from conftest import toy_unet
-from cxr_diffusers import CFGAnomalyPipeline, DiffPIRDeblurPipeline, load_phantom
+from conftest import toy_generator, toy_unet
+from cxr_diffusers import CFGAnomalyPipeline, DiffPIRDeblurPipeline, FixedPointGANPipeline, load_phantom
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -18,6 +18,7 @@ def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
     for name in (
+        "backends",
         "deblurring",
         "deblurring_detection",
         "detect",
@@ -54,6 +55,19 @@ def test_the_cost_of_a_map_is_one_table(tmp_path, pipeline, capsys):
     assert [(row[1], row[2]) for row in rows] == [("1", "30"), ("1", "15"), ("2", "15"), ("2", "15"), ("2", "15")]
     assert rows[0][4] == "1.000" and float(rows[3][5]) > float(rows[4][5])
     assert "threads" in text and "torch" in text
+
+
+def test_backends_are_compared_in_one_table(tmp_path, monkeypatch, capsys):
+    import backends
+
+    monkeypatch.setenv("CXR_DIFFUSERS_CACHE", str(tmp_path / "cache"))
+    FixedPointGANPipeline(toy_generator()).save_pretrained(tmp_path / "model")
+    backends.main(["--model", str(tmp_path / "model"), "--batch_size", "2", "--repeat", "2"])
+    rows = rows_of(capsys.readouterr().out)
+    names = [(row[0], row[1]) for row in rows]
+    assert names == [(name, n) for n in ("1", "2") for name in ("torch", "onnx", "openvino")]
+    assert [row[3] for row in rows if row[0] == "torch"] == ["1.00", "1.00"]
+    assert all(float(row[2]) > 0 and float(row[4]) < 1e-4 for row in rows)
 
 
 def test_what_the_choices_of_the_method_are_worth_and_cost_is_one_table(tmp_path, pipeline, capsys):

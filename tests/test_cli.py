@@ -66,7 +66,7 @@ def test_help_is_quick_and_imports_nothing_heavy(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", ["detect", "demo", "evaluate", "prepare", "deblur", "publish", "publish-data", "convert"]
+    "command", ["detect", "demo", "evaluate", "prepare", "deblur", "publish", "publish-data", "convert", "export"]
 )
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit, match="0"):

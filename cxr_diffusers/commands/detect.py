@@ -8,6 +8,7 @@ from .options import PROCESSES, add_command, add_pipeline_options, call_kwargs, 
 DETECT = f"""\
 examples:
   cxr-diffusers detect chest.png --out maps
+  cxr-diffusers detect /data/pacs_export --out maps --dicom
   cxr-diffusers detect /data/dicom --out maps --model runs/chexpert_cfg_256 --noise-level 500
 
 {PROCESSES.format(command="detect")}"""
@@ -19,6 +20,8 @@ def add(commands):
     detect.add_argument("--out", type=Path, required=True, help="folder for pictures, maps and results.csv")
     detect.add_argument("--map-format", choices=["png", "npy"], default="png", help="16-bit PNG or float32 npy")
     detect.add_argument("--save-counterfactual", action="store_true", help="as a PNG, at the model's resolution")
+    text = "for each DICOM file a Segmentation and a Secondary Capture that file beside it (docs/clinic.md)"
+    detect.add_argument("--dicom", action="store_true", help=text)
     detect.add_argument("--save-trajectory", action="store_true", help="a film (WebP) of the way to noise and back")
     detect.add_argument("--vmax", type=float, help="map value of the last colour (default: 3 x the model's threshold)")
     add_pipeline_options(detect)
@@ -36,6 +39,7 @@ def run(options):
         save_counterfactual=options.save_counterfactual,
         save_trajectory=options.save_trajectory,
         vmax=options.vmax,
+        dicom=options.dicom,
         call_kwargs=call_kwargs(options),
     )
     if summary is None:  # not the main process
@@ -46,6 +50,24 @@ def run(options):
         f"{summary['images']} images: {computed} computed{f' ({seconds:.2g} s each)' if computed else ''}, "
         f"{there} were there, {len(failed)} failed. See {options.out / 'results.csv'}"
     )
+    tell_about_files(summary)
     for error in failed.values():
         print(f"failed: {error}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def tell_about_files(summary):
+    """What was left out, what has no DICOM objects, and the warnings of headers, each with its number of images."""
+    from collections import Counter
+
+    from ..data.images import describe_skipped
+
+    if summary["skipped"]:
+        print(f"left out: {describe_skipped(summary['skipped'])}")
+    if summary["without_dicom"]:
+        print(f"no DICOM objects: {len(summary['without_dicom'])} of the images are no DICOM files")
+    counts = Counter(warning for text in summary["warnings"].values() for warning in text.split("; "))
+    if counts:
+        print(f"{len(summary['warnings'])} images with warnings (column `warnings`), whose maps may mean nothing:")
+    for warning, count in counts.most_common():
+        print(f"  {count} x {warning}")

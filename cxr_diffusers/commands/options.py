@@ -12,6 +12,8 @@ CALL = (
     "explained_label num_refinements guidance_interval harmonization combine compare_with direction smoothing recipe"
 ).split()
 
+BACKENDS = ("torch", "onnx", "openvino")
+
 
 def add_command(commands, name, run, text, epilog=None):
     command = commands.add_parser(
@@ -34,6 +36,12 @@ def add_pipeline_options(parser, several=False):
     parser.add_argument("--trust-remote-code", action="store_true", help="run the code that a Hub model brings along")
     parser.add_argument("--batch-size", type=int, default=8, help="images at once, in each process (default: 8)")
     parser.add_argument("--device", help="cuda, mps, cpu (default: the best there is)")
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        help="what runs the network (default: torch, or what the model was exported to); onnx and openvino run on the "
+        "CPU and give the same maps to 1e-4 (docs/export.md)",
+    )
     parser.add_argument(
         "--as-original",
         action="store_true",
@@ -76,16 +84,21 @@ def open_pipeline(options, model=None):
     import torch
 
     from ..evaluation.plan import checked_call
+    from ..export import with_backend
     from ..hub import load_pipeline
     from ..processes import process_state
 
     if options.batch_size < 1:
         raise ValueError(f"expected --batch-size of 1 or more, got {options.batch_size}")
+    if options.backend in BACKENDS[1:] and options.device not in (None, "cpu"):
+        raise ValueError(f"expected --device cpu with --backend {options.backend}, got {options.device}")
     state = process_state()
     model = model or options.model or "default"
     pipeline = load_pipeline(model, options.trust_remote_code)
     on_terminal = state.is_main_process and sys.stderr.isatty()
     pipeline.set_progress_bar_config(disable=not on_terminal, leave=False, position=1)
+    if options.backend:
+        pipeline = with_backend(pipeline, options.backend)
     pipeline = pipeline.to(options.device or state.device)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):

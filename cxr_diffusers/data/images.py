@@ -1,11 +1,17 @@
 """An image file -> a grey PIL picture that has lost nothing: mode "L" (8 bit) or "I;16" (more)."""
 
+import collections
+import logging
 import os
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
+
+from .dicom_checks import no_picture
+
+logger = logging.getLogger(__name__)
 
 PIL_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 DICOM_SUFFIXES = (".dcm", ".dicom", ".dic")
@@ -79,8 +85,17 @@ def grey_picture(array):
 def list_images(folder):
     """Sorted paths of all images below `folder`, among them DICOM files without extension, as a PACS exports them.
 
-    Hidden files and folders are left out. Raises NotADirectoryError.
+    Hidden files and folders are left out, and DICOM files that are no picture (reports, segmentations, presentation
+    states), with a note in the log. Raises NotADirectoryError.
     """
+    images, skipped = split_images(folder)
+    if skipped:
+        logger.warning("%s: left out %s", folder, describe_skipped(skipped))
+    return images
+
+
+def split_images(folder):
+    """(what `list_images` lists, {path: what it is} of the DICOM files that are no picture), both sorted."""
     folder = Path(folder)
     if not folder.is_dir():
         raise NotADirectoryError(f"expected a folder of images, got {folder}")
@@ -88,7 +103,25 @@ def list_images(folder):
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(parent, name) for name in files if not name.startswith(".")]
-    return sorted(path for path in found if path.suffix.lower() in SUFFIXES or _is_bare_dicom(path))
+    images, skipped = [], {}
+    for path in sorted(found):
+        suffix = path.suffix.lower()
+        if suffix in PIL_SUFFIXES or suffix == ".npy":
+            images.append(path)
+        elif suffix in DICOM_SUFFIXES or _is_bare_dicom(path):
+            what = no_picture(path)
+            if what:
+                skipped[path] = what
+            else:
+                images.append(path)
+    return images, skipped
+
+
+def describe_skipped(skipped):
+    """{path: what it is} -> "3 DICOM files without a radiograph (2 Enhanced SR Storage, 1 Segmentation Storage)"."""
+    counts = collections.Counter(skipped.values())
+    kinds = ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
+    return f"{len(skipped)} DICOM file{'s' * (len(skipped) > 1)} without a radiograph ({kinds})"
 
 
 def is_dicom(path):
@@ -96,9 +129,14 @@ def is_dicom(path):
     return Path(path).suffix.lower() in DICOM_SUFFIXES or _has_magic(path)
 
 
+def read_header(path):
+    """The pydicom dataset of a DICOM file, without its pixels."""
+    return _open_dicom(path, stop_before_pixels=True)
+
+
 def dicom_header(path):
     """(patient, view) of a DICOM file: PatientID, and ViewPosition where it is PA or AP; "" where unknown."""
-    dataset = _open_dicom(path, stop_before_pixels=True)
+    dataset = read_header(path)
     view = str(dataset.get("ViewPosition") or "").upper()
     return str(dataset.get("PatientID") or ""), view if view in ("PA", "AP") else ""
 
@@ -210,6 +248,9 @@ def _open_dicom(path, stop_before_pixels=False):
 def _read_dicom(path):
     import pydicom.pixels
 
+    what = no_picture(path)
+    if what:
+        raise ValueError(f"expected a radiograph, got a {what}")
     dataset = _open_dicom(path)
     if "PixelData" not in dataset:
         raise ValueError("a DICOM file without pixels (a report or a table of contents?)")

@@ -36,7 +36,7 @@ def class_vectors(class_labels, num_classes, like):
     """(B,) class ids or (B, num_classes) vectors -> (B, num_classes) in the type and on the device of `like`."""
     if class_labels.ndim == 1:
         class_labels = F.one_hot(class_labels.long(), num_classes)
-    if class_labels.shape != (len(like), num_classes):
+    if class_labels.shape != (like.shape[0], num_classes):
         raise ValueError(
             f"expected class ids of shape ({len(like)},) or vectors ({len(like)}, {num_classes}), "
             f"got {tuple(class_labels.shape)}"

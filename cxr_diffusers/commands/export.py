@@ -1,0 +1,34 @@
+"""cxr-diffusers export: a model to ONNX or OpenVINO."""
+
+from pathlib import Path
+
+from .options import BACKENDS, add_command
+
+EXPORT = """\
+examples:
+  cxr-diffusers export default model_onnx --format onnx
+  cxr-diffusers detect chest.png --out maps --model model_onnx
+
+`detect` and `evaluate` need no folder of this kind: their --backend exports into a cache the first time.
+"""
+
+
+def add(commands):
+    text = "a model to ONNX or OpenVINO, for faster maps on a CPU"
+    export = add_command(commands, "export", run, text, EXPORT)
+    export.add_argument("checkpoint", help="pipeline folder, Hub name or name of a shipped model")
+    export.add_argument("output", type=Path, help="a new folder, which --model opens")
+    export.add_argument("--format", choices=BACKENDS[1:], default="onnx", help="default: onnx")
+    export.add_argument("--overwrite", action="store_true", help="replace the output folder")
+    export.add_argument("--trust-remote-code", action="store_true", help="run the code that a Hub model brings along")
+
+
+def run(options):
+    from ..export import TOLERANCE, export_pipeline
+    from ..hub import load_pipeline
+
+    pipeline = load_pipeline(options.checkpoint, options.trust_remote_code)
+    export_pipeline(pipeline, options.output, options.format, overwrite=options.overwrite)
+    print(
+        f"{options.output}: a {type(pipeline).__name__} whose network is {options.format}'s; checked to {TOLERANCE:g}"
+    )

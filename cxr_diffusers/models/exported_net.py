@@ -1,0 +1,140 @@
+"""A network that was exported to ONNX or OpenVINO, in the place of the one it was exported from."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
+
+# format -> the file that is opened, beside the config
+NET_FILES = {"onnx": "net.onnx", "openvino": "net.xml"}
+
+
+@dataclass
+class ExportedNetOutput(BaseOutput):
+    """
+    sample: (B, C, H, W) float32, what the network answers.
+    """
+
+    sample: torch.Tensor
+
+
+class ExportedNet(ModelMixin, ConfigMixin):
+    """Stands in a pipeline for the UNet or the generator it was exported from: the same call, the same answer.
+
+    It runs on the CPU, in float32, with as many threads as torch has when it is opened, and has no gradients. Its
+    folder holds config.json and the network's file (net.onnx, or net.xml and net.bin), and no weights of torch.
+    `cxr_diffusers.export.export_net` makes one.
+
+    Args:
+        format: "onnx" (run by ONNX Runtime) or "openvino".
+        inputs: the names of the network's inputs, in the order of the call: sample, then timestep, class_labels.
+        weights: a fingerprint of the network that was exported, which tells it from another.
+        sample_size, in_channels, out_channels, num_class_embeds, num_classes: of that network's own config, where it
+            has them.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        format: str,
+        inputs: list[str],
+        weights: str,
+        sample_size: int | None = None,
+        in_channels: int = 1,
+        out_channels: int = 1,
+        num_class_embeds: int | None = None,
+        num_classes: int | None = None,
+    ):
+        super().__init__()
+        if format not in NET_FILES:
+            raise ValueError(f"expected a `format` of {', '.join(NET_FILES)}, got {format!r}")
+        self.folder, self.call_net = None, None
+
+    @property
+    def device(self):
+        return torch.device("cpu")
+
+    @property
+    def dtype(self):
+        return torch.float32
+
+    def forward(self, sample: torch.Tensor, *conditions, class_labels=None, return_dict: bool = True):
+        """(B, C, H, W) and the conditions, each a number or (B,) -> `ExportedNetOutput`.
+
+        Raises:
+            ValueError: more or fewer conditions than the network has, a picture of another size than it was exported
+                for, or one that asks for a gradient.
+        """
+        given = [*conditions, *([] if class_labels is None else [class_labels])]
+        names, size = self.config.inputs[1:], self.config.sample_size
+        if len(given) != len(names):
+            raise ValueError(f"expected {' and '.join(names)} beside the sample, got {len(given)} values")
+        if tuple(sample.shape[1:]) != (self.config.in_channels, size, size):
+            raise ValueError(
+                f"expected pictures of shape (B, {self.config.in_channels}, {size}, {size}), for which this network "
+                f"was exported, got {tuple(sample.shape)}"
+            )
+        if sample.requires_grad and torch.is_grad_enabled():
+            raise ValueError("expected no gradient to be asked for: an exported network has none")
+        arrays = {"sample": sample.detach().cpu().float().numpy()}
+        for name, value in zip(names, given, strict=True):
+            kind = torch.int64 if name == "class_labels" else torch.float32
+            arrays[name] = torch.as_tensor(value).to("cpu", kind).expand(len(sample)).numpy()
+        # a copy: what the engine hands out is its own memory, written over by the next call
+        answer = torch.from_numpy(self.call_net(arrays).copy()).to(sample.device)
+        return ExportedNetOutput(answer) if return_dict else (answer,)
+
+    def open_net(self, folder):
+        """Open the network's file in `folder`; FileNotFoundError where it is missing. Returns the net itself."""
+        path = Path(folder) / NET_FILES[self.config.format]
+        if not path.is_file():
+            raise FileNotFoundError(f"expected the exported network {path.name} in {folder}, there is none")
+        self.folder, self.call_net = (
+            Path(folder),
+            {"onnx": open_onnx, "openvino": open_openvino}[self.config.format](path),
+        )
+        return self
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
+        """Open a folder that `save_pretrained` or an export wrote. What else diffusers asks for is about weights."""
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        return cls.from_config(cls.load_config(folder)).open_net(folder).eval()
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Copy the folder's files: config.json and the network."""
+        target = Path(save_directory)
+        target.mkdir(parents=True, exist_ok=True)
+        for file in self.folder.glob("net.*"):
+            temporary = target / f".{file.name}.{os.getpid()}.tmp"
+            temporary.write_bytes(file.read_bytes())
+            os.replace(temporary, target / file.name)
+        self.save_config(target)
+
+
+def open_onnx(path):
+    """An ONNX file -> {name: array} -> array."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise ImportError("an ONNX network needs onnxruntime: pip install 'cxr_diffusers[export]'") from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda arrays: session.run(None, arrays)[0]
+
+
+def open_openvino(path):
+    """An OpenVINO file -> {name: array} -> array."""
+    try:
+        import openvino
+    except ImportError:
+        raise ImportError("an OpenVINO network needs openvino: pip install 'cxr_diffusers[export]'") from None
+    # its default on newer processors is bfloat16, which would be another map
+    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = openvino.Core().compile_model(path, "CPU", options)
+    return lambda arrays: compiled(arrays)[0]

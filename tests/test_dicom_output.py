@@ -1,0 +1,249 @@
+"""DICOM objects of a detection: read back, they are the mask and the picture, and belong to their source."""
+
+import csv
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+from pydicom.uid import ComputedRadiographyImageStorage
+from test_detection import FAST, run
+from test_images import write_dicom
+
+from cxr_diffusers import detection
+from cxr_diffusers.cli import main
+from cxr_diffusers.dicom_output import Algorithm, make_capture, make_segmentation
+from cxr_diffusers.visualization import load_map
+
+ALGORITHM = Algorithm("CFGAnomalyPipeline", "toy", "0123456789abcdef", 0.05)
+THRESHOLD = 0.05
+
+
+def write_source(path, seed=0, **tags):
+    """A CR image of 24 x 18 pixels with what a modality's worklist puts into it."""
+    values = np.random.default_rng(seed).integers(0, 4096, (8, 6)).astype(np.uint16)
+    values = np.kron(values, np.ones((3, 3), np.uint16))
+    uid = f"1.2.826.0.1.3680043.8.498.{seed + 1}"
+    known = {
+        "SOPClassUID": ComputedRadiographyImageStorage,
+        "SOPInstanceUID": f"{uid}.3",
+        "StudyInstanceUID": f"{uid}.1",
+        "SeriesInstanceUID": f"{uid}.2",
+        "Modality": "CR",
+        "BodyPartExamined": "CHEST",
+        "SpecificCharacterSet": "ISO_IR 100",
+        "PatientName": "Müller^Jörg",
+        "PatientBirthDate": "19500101",
+        "PatientSex": "M",
+        "StudyDate": "20260102",
+        "StudyTime": "101112",
+        "StudyID": "7",
+        "AccessionNumber": "A7",
+        "SeriesNumber": 3,
+        "InstanceNumber": 2,
+        "ImagerPixelSpacing": [0.2, 0.2],
+    }
+    return write_dicom(path, values, 12, **{**known, **tags})
+
+
+@pytest.fixture
+def model(pipeline):
+    pipeline.register_to_config(map_threshold=THRESHOLD)
+    return pipeline
+
+
+@pytest.fixture
+def found(model, tmp_path):
+    """A detection with DICOM objects -> (folder of the results, source)."""
+    source = write_source(tmp_path / "mueller.dcm")
+    run(model, [source], tmp_path / "out", dicom=True, map_format="npy")
+    return tmp_path / "out", pydicom.dcmread(source)
+
+
+def test_the_segmentation_is_the_map_above_the_threshold_on_the_sources_pixels(found):
+    import highdicom
+
+    out, source = found
+    segmentation = highdicom.seg.segread(out / "dicom" / "mueller_seg.dcm")
+    expected = load_map(out / "maps" / "mueller.npy") > THRESHOLD
+    assert expected.any() and not expected.all()
+    np.testing.assert_array_equal(segmentation.pixel_array, expected)
+    pixels = segmentation.get_pixels_by_source_instance([source.SOPInstanceUID], segment_numbers=[1])
+    np.testing.assert_array_equal(pixels[0, ..., 0], expected)
+    segment = segmentation.get_segment_description(1)
+    assert segment.segmented_property_category.value == "49755003"  # SCT, Morphologically Abnormal Structure
+    algorithm = segment.SegmentationAlgorithmIdentificationSequence[0]
+    assert algorithm.AlgorithmName == "cxr_diffusers CFGAnomalyPipeline" and algorithm.AlgorithmVersion
+    assert f"threshold={THRESHOLD}" in algorithm.AlgorithmParameters
+    assert (segmentation.SegmentationType, segment.SegmentAlgorithmType) == ("BINARY", "AUTOMATIC")
+
+
+def test_both_objects_file_into_the_study_and_name_their_source(found):
+    out, source = found
+    objects = [pydicom.dcmread(out / "dicom" / f"mueller_{kind}.dcm") for kind in ("seg", "overlay")]
+    for made in objects:
+        for name in ("StudyInstanceUID", "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyDate"):
+            assert made[name].value == source[name].value, name
+        assert str(made.PatientName) == "Müller^Jörg"
+        assert made.SourceImageSequence[0].ReferencedSOPInstanceUID == source.SOPInstanceUID
+        series = made.ReferencedSeriesSequence[0]
+        assert series.SeriesInstanceUID == source.SeriesInstanceUID
+        assert series.ReferencedInstanceSequence[0].ReferencedSOPClassUID == source.SOPClassUID
+        assert "RESEARCH USE ONLY" in made.SeriesDescription
+    uids = {uid for d in (source, *objects) for uid in (d.SOPInstanceUID, d.SeriesInstanceUID)}
+    assert len(uids) == 6
+
+
+def test_the_capture_is_the_picture_under_a_banner_and_without_the_files_name(found, model, tmp_path):
+    out, source = found
+    capture = pydicom.dcmread(out / "dicom" / "mueller_overlay.dcm")
+    pixels = capture.pixel_array
+    assert (capture.PhotometricInterpretation, pixels.dtype) == ("RGB", np.uint8)
+    assert tuple(pixels[0, 0]) == (120, 0, 0) and (pixels[:44] > 200).any()  # white letters on dark red
+    strip = np.asarray(Image.open(out / "mueller.png"))
+    banner = len(pixels) - len(strip)
+    same = (pixels[banner:] == strip).all(axis=(1, 2))
+    title = np.flatnonzero(~same)
+    assert same.mean() > 0.8 and len(title) and title.max() < 60  # all but the title, which has the file's name there
+    shutil.copy(source.filename, tmp_path / "x.dcm")
+    run(model, [tmp_path / "x.dcm"], tmp_path / "other", dicom=True)
+    renamed = pydicom.dcmread(tmp_path / "other" / "dicom" / "x_overlay.dcm").pixel_array
+    np.testing.assert_array_equal(renamed, pixels)
+    assert (np.asarray(Image.open(tmp_path / "other" / "x.png")) != strip).any()
+
+
+@pytest.mark.skipif(not shutil.which("dciodvfy"), reason="dciodvfy (dicom3tools) is not installed")
+def test_dciodvfy_finds_no_error(found, tmp_path):
+    out, source = found
+    bare = write_source(tmp_path / "bare.dcm", 1)  # a source that lacks what many lack
+    header = pydicom.dcmread(bare)
+    for name in (
+        "PatientName",
+        "PatientBirthDate",
+        "StudyDate",
+        "StudyTime",
+        "StudyID",
+        "AccessionNumber",
+        "SeriesNumber",
+    ):
+        del header[name]
+    make_segmentation(header, np.zeros((24, 18), bool), ALGORITHM).save_as(tmp_path / "seg.dcm")
+    assert not pydicom.dcmread(tmp_path / "seg.dcm").pixel_array.any()  # "nothing found" is an object, too
+    make_capture(header, Image.new("RGB", (200, 80)), ALGORITHM).save_as(tmp_path / "overlay.dcm")
+    for path in [*(out / "dicom").iterdir(), tmp_path / "seg.dcm", tmp_path / "overlay.dcm"]:
+        said = subprocess.run(["dciodvfy", "-new", str(path)], capture_output=True, text=True).stderr
+        assert "Segmentation" in said or "SCImage" in said
+        assert "Error" not in said, said
+
+
+def test_a_rerun_gives_the_same_uids_and_another_model_or_threshold_others(tmp_path):
+    source, mask = pydicom.dcmread(write_source(tmp_path / "a.dcm")), np.ones((24, 18), bool)
+    uid = make_segmentation(source, mask, ALGORITHM).SOPInstanceUID
+    assert make_segmentation(source, ~mask, ALGORITHM).SOPInstanceUID == uid
+    for change in ({"fingerprint": "other"}, {"threshold": 0.06}):
+        assert make_segmentation(source, mask, Algorithm(**{**vars(ALGORITHM), **change})).SOPInstanceUID != uid
+    sibling = pydicom.dcmread(write_source(tmp_path / "b.dcm", SOPInstanceUID="1.2.3.4"))
+    made = make_segmentation(sibling, mask, ALGORITHM)
+    assert made.SOPInstanceUID != uid  # two images of one series: two objects in one series
+    assert made.SeriesInstanceUID == make_segmentation(source, mask, ALGORITHM).SeriesInstanceUID
+
+
+def test_what_the_source_says_of_its_pixels_holds_for_the_capture(tmp_path):
+    tags = {"BurnedInAnnotation": "YES", "LossyImageCompression": "01", "LossyImageCompressionRatio": 8}
+    source = pydicom.dcmread(write_source(tmp_path / "a.dcm", PatientOrientation=["L", "F"], **tags))
+    capture = make_capture(source, Image.new("RGB", (200, 80)), ALGORITHM)
+    assert (capture.BurnedInAnnotation, capture.LossyImageCompression) == ("YES", "01")
+    assert list(capture.PatientOrientation) == ["L", "F"]
+    silent = make_capture(pydicom.dcmread(write_source(tmp_path / "b.dcm")), Image.new("RGB", (200, 80)), ALGORITHM)
+    assert "BurnedInAnnotation" not in silent and not silent.PatientOrientation
+    with pytest.raises(ValueError, match=r"\(24, 18\), got \(18, 24\)"):
+        make_segmentation(source, np.zeros((18, 24), bool), ALGORITHM)
+
+
+def test_objects_need_a_threshold_and_a_dicom_file_that_names_its_study(pipeline, tmp_path):
+    whole, lost = write_source(tmp_path / "whole.dcm"), write_source(tmp_path / "lost.dcm", StudyInstanceUID="")
+    Image.fromarray(pydicom.dcmread(whole).pixel_array).save(tmp_path / "x.png")
+    with pytest.raises(ValueError, match="threshold from healthy .* got one without"):
+        run(pipeline, [whole], tmp_path / "out", dicom=True)
+    pipeline.register_to_config(map_threshold=THRESHOLD)
+    with pytest.raises(ValueError, match="at least one DICOM file"):
+        run(pipeline, [tmp_path / "x.png"], tmp_path / "out", dicom=True)
+    summary = run(pipeline, [whole, lost, tmp_path / "x.png"], tmp_path / "out", dicom=True)
+    assert "StudyInstanceUID" in summary["failed"][str(lost)] and summary["computed"] == 2
+    assert summary["without_dicom"] == [str(tmp_path / "x.png")]
+    assert {path.name for path in (tmp_path / "out" / "dicom").iterdir()} == {"whole_seg.dcm", "whole_overlay.dcm"}
+
+
+def test_a_header_of_which_no_objects_can_be_made_fails_alone(model, tmp_path):
+    (tmp_path / "in").mkdir()
+    strange = write_source(tmp_path / "in" / "strange.dcm", 1, PatientSex="UNKNOWN")
+    write_source(tmp_path / "in" / "whole.dcm", 2)
+    summary = run(model, [tmp_path / "in"], tmp_path / "out", dicom=True)
+    assert summary["computed"] == 1 and list(summary["failed"]) == [str(strange)]
+    assert "strange.dcm: no DICOM objects can be made" in summary["failed"][str(strange)]
+    assert {path.name for path in (tmp_path / "out" / "rows").iterdir()} == {"whole.json"}
+
+
+def test_without_highdicom_it_is_said_what_to_install(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "highdicom", None)
+    source = write_source(tmp_path / "a.dcm")
+    with pytest.raises(ImportError, match=r"pip install 'cxr_diffusers\[dicom\]'"):
+        run(model, [source], tmp_path / "out", dicom=True)
+    assert not (tmp_path / "out").exists() and run(model, [source], tmp_path / "out")["computed"] == 1
+
+
+def test_a_run_with_objects_resumes_and_is_not_mixed_with_one_without(model, tmp_path):
+    """Of a PACS's tree: files without extension; a report; our own objects of an earlier run."""
+    tree, out = tmp_path / "tree", tmp_path / "tree" / "out"
+    (tree / "ST1").mkdir(parents=True)
+    write_source(tree / "ST1" / "IM0001", 0, ViewPosition="LL")
+    write_source(tree / "ST1" / "IM0002", 1)
+    make_capture(pydicom.dcmread(tree / "ST1" / "IM0002"), Image.new("RGB", (90, 80)), ALGORITHM).save_as(tree / "SC1")
+    make_segmentation(pydicom.dcmread(tree / "ST1" / "IM0002"), np.ones((24, 18), bool), ALGORITHM).save_as(
+        tree / "SG1"
+    )
+    first = run(model, [tree], out, dicom=True)
+    assert (first["images"], first["computed"], first["failed"]) == (2, 2, {})
+    assert set(first["skipped"].values()) == {"Secondary Capture of cxr_diffusers", "Segmentation Storage"}
+    written = {path: path.stat().st_mtime_ns for path in (out / "dicom").iterdir()}
+    again = run(model, [tree], out, dicom=True)
+    assert len(written) == 4 and (again["computed"], again["skipped"]) == (0, first["skipped"])
+    assert {path: path.stat().st_mtime_ns for path in (out / "dicom").iterdir()} == written
+    assert again["warnings"] == {str(tree / "ST1" / "IM0001"): "a lateral view (ViewPosition LL)"}
+    with open(out / "results.csv", newline="") as file:
+        rows = {row["name"]: row["warnings"] for row in csv.DictReader(file)}
+    assert rows == {"ST1__IM0001": "a lateral view (ViewPosition LL)", "ST1__IM0002": ""}
+    with pytest.raises(FileExistsError, match="dicom True there"):
+        run(model, [tree], out)
+    with pytest.raises(ValueError, match="an output folder of its own"):
+        run(model, [out / "dicom"], out)
+
+
+def test_the_command_line_tells_what_was_left_out_and_what_has_warnings(model, tmp_path, capsys):
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "images").mkdir()
+    write_source(tmp_path / "images" / "a.dcm", 0)
+    write_source(tmp_path / "images" / "b.dcm", 1, BodyPartExamined="HAND", BurnedInAnnotation="YES")
+    settings = ["--model", str(tmp_path / "model"), "--num-inference-steps", "20", "--noise-level", "300"]
+    assert main(["detect", str(tmp_path / "images"), "--out", str(tmp_path / "out"), "--dicom", *settings]) == 0
+    shown = capsys.readouterr().out
+    assert "1 images with warnings" in shown
+    assert "1 x not of the chest (BodyPartExamined HAND)" in shown and "1 x text burned into" in shown
+    assert len(list((tmp_path / "out" / "dicom").iterdir())) == 4
+
+
+def test_a_file_of_before_there_were_warnings_is_read(model, tmp_path):
+    """A folder of results that an older version wrote is gone on with."""
+    source = write_source(tmp_path / "a.dcm", ViewPosition="RL")
+    run(model, [source], tmp_path / "out")
+    for path in [tmp_path / "out" / "settings.json", *(tmp_path / "out" / "rows").iterdir()]:
+        text = path.read_text()
+        path.write_text(
+            text.replace(',\n  "dicom": false', "").replace(', "warnings": "a lateral view (ViewPosition RL)"', "")
+        )
+        assert path.read_text() != text
+    summary = detection.detect(model, [source], tmp_path / "out", call_kwargs=FAST, progress=False)
+    assert summary["computed"] == 0 and summary["warnings"] == {}

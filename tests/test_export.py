@@ -1,0 +1,190 @@
+"""Exported networks: the same maps from torch, ONNX Runtime and OpenVINO, in pipelines, folders and commands."""
+
+import csv
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
+from PIL import Image
+
+from conftest import toy_classifier, toy_generator, toy_unet
+from cxr_diffusers import CFGAnomalyPipeline, ClassifierGuidedPipeline, FixedPointGANPipeline, load_pipeline
+from cxr_diffusers.cli import main
+from cxr_diffusers.evaluation.answers import fingerprint
+from cxr_diffusers.export import TOLERANCE, check_net, export_pipeline, with_backend, write_onnx, write_openvino
+from cxr_diffusers.models.exported_net import ExportedNet, open_openvino
+
+FAST = {"num_inference_steps": 20, "noise_level": 300}
+FORMATS = ("onnx", "openvino")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """One cache for the whole file: an export takes seconds, and all tests ask for the same networks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXR_DIFFUSERS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield Path(os.environ["CXR_DIFFUSERS_CACHE"]) / "exports"
+
+
+def small_pipeline(**changes):
+    unet = toy_unet(block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+    pipeline = CFGAnomalyPipeline(unet, DDIMScheduler(clip_sample=False), ["healthy", "effusion"], **changes)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def pictures(n):
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 255, (20, 16)).astype(np.uint8)) for _ in range(n)]
+
+
+def maps(pipeline, n=3, **kwargs):
+    return pipeline(pictures(n), output_type="np", **kwargs).anomaly_map
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_exported_unet_gives_the_same_maps_whatever_the_batch_and_the_scheduler(format):
+    pipeline = small_pipeline()
+    exported = with_backend(pipeline, format)
+    assert isinstance(exported.unet, ExportedNet) and not list(exported.unet.parameters())
+    for n in (1, 3):
+        expected = maps(pipeline, n, **FAST, guidance_scale=2)
+        assert expected.max() > 0.1
+        np.testing.assert_allclose(maps(exported, n, **FAST, guidance_scale=2), expected, atol=1e-4)
+    for each in (pipeline, exported):
+        each.scheduler = DPMSolverMultistepScheduler.from_config(each.scheduler.config)
+    np.testing.assert_allclose(maps(exported, **FAST), maps(pipeline, **FAST), atol=1e-4)
+
+
+def test_an_exported_generator_gives_the_same_maps():
+    pipeline = FixedPointGANPipeline(toy_generator())
+    expected = maps(pipeline, 3)
+    assert expected.max() > 0.1
+    np.testing.assert_allclose(maps(with_backend(pipeline, "onnx"), 3), expected, atol=1e-4)
+
+
+def test_an_export_is_made_once_for_each_network(cache):
+    with_backend(small_pipeline(), "onnx")
+    before = {path: path.stat().st_mtime_ns for path in cache.glob("*/net.*")}
+    with_backend(small_pipeline(settings={"guidance_scale": 1.0}), "onnx")  # the same network in another pipeline
+    assert {path: path.stat().st_mtime_ns for path in cache.glob("*/net.*")} == before and before
+    assert not list(cache.glob(".*"))
+
+
+def test_backends_and_weights_are_told_apart_where_results_are_kept():
+    pipeline = small_pipeline()
+    prints = {fingerprint(with_backend(pipeline, name), {}, 0) for name in ("torch", *FORMATS)}
+    assert len(prints) == 3
+    again = with_backend(small_pipeline(), "onnx")
+    assert fingerprint(again, {}, 0) in prints
+    again.unet.register_to_config(weights="others")
+    assert fingerprint(again, {}, 0) not in prints
+
+
+def test_an_exported_folder_opens_like_any_other_without_weights_and_without_this_package(
+    tmp_path, caplog, monkeypatch
+):
+    pipeline = small_pipeline(settings={"guidance_scale": 2.0}, map_threshold=0.1)
+    export_pipeline(pipeline, tmp_path / "model", "onnx")
+    assert not list((tmp_path / "model").rglob("*.safetensors"))
+    with caplog.at_level(logging.WARNING, logger="diffusers"):
+        opened = load_pipeline(tmp_path / "model")
+    assert "Expected types" not in caplog.text
+    assert (opened.config.map_threshold, opened.settings()["guidance_scale"]) == (0.1, 2.0)
+    expected = maps(pipeline, **FAST)
+    np.testing.assert_allclose(maps(opened, **FAST), expected, atol=1e-4)
+    assert with_backend(opened, "onnx") is opened
+    with pytest.raises(ValueError, match="expected the backend onnx, .* got torch"):
+        with_backend(opened, "torch")
+
+    portable = DiffusionPipeline.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    assert not type(portable.unet).__module__.startswith("cxr_diffusers.")  # the folder's own code, not ours
+    assert not type(portable).__module__.startswith("cxr_diffusers.")
+    np.testing.assert_allclose(maps(portable, **FAST), expected, atol=1e-4)
+
+
+def test_a_folder_is_not_overwritten_unasked_and_keeps_its_card(tmp_path):
+    small_pipeline().save_pretrained(tmp_path / "torch")
+    (tmp_path / "torch" / "README.md").write_text("a card with ![x](example.png)")
+    for name in ("example.png", "other.png"):
+        pictures(1)[0].save(tmp_path / "torch" / name)
+    command = ["export", str(tmp_path / "torch"), str(tmp_path / "out")]
+    assert main(command) == 0
+    beside = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"README.md", "example.png", "model_index.json"} < beside and "other.png" not in beside
+    (tmp_path / "out" / "mark").touch()
+    assert main(command) == 2 and (tmp_path / "out" / "mark").exists()
+    assert main([*command, "--overwrite", "--format", "openvino"]) == 0
+    assert not (tmp_path / "out" / "mark").exists() and (tmp_path / "out" / "unet" / "net.bin").is_file()
+
+
+def test_what_needs_gradients_is_not_exported():
+    guided = ClassifierGuidedPipeline(toy_unet(), toy_classifier(), DDIMScheduler(clip_sample=False))
+    with pytest.raises(ValueError, match="CFGAnomalyPipeline or FixedPointGANPipeline.*guidance needs gradients"):
+        with_backend(guided, "onnx")
+    assert with_backend(guided, "torch") is guided
+    with pytest.raises(ValueError, match="a backend of torch, onnx, openvino, got 'tensorrt'"):
+        with_backend(small_pipeline(), "tensorrt")
+    exported = with_backend(small_pipeline(), "onnx").unet
+    with pytest.raises(ValueError, match="gradient"):
+        exported(torch.zeros(1, 1, 16, 16, requires_grad=True), 5, class_labels=torch.tensor([0]))
+    with pytest.raises(ValueError, match=r"\(B, 1, 16, 16\).*got \(1, 1, 8, 8\)"):
+        exported(torch.zeros(1, 1, 8, 8), 5, class_labels=torch.tensor([0]))
+    with pytest.raises(ValueError, match="timestep and class_labels"):
+        exported(torch.zeros(1, 1, 16, 16), 5)
+
+
+def test_a_missing_package_is_said_with_what_to_install(tmp_path, monkeypatch):
+    exported = with_backend(small_pipeline(), "onnx").unet
+    for name in ("onnxscript", "onnxruntime", "openvino"):
+        monkeypatch.setitem(sys.modules, name, None)
+    calls = (
+        lambda: write_onnx(small_pipeline().unet, ["sample"], tmp_path / "net.onnx"),
+        lambda: write_openvino(tmp_path / "net.onnx", tmp_path / "net.xml"),
+        lambda: open_openvino(tmp_path / "net.xml"),
+        lambda: exported.open_net(exported.folder),
+    )
+    for call in calls:
+        with pytest.raises(ImportError, match=r"pip install 'cxr_diffusers\[export\]'"):
+            call()
+
+
+def test_a_network_that_answers_differently_is_not_handed_out():
+    """What a wrong export would look like: that of another network."""
+    net, inputs = small_pipeline().unet, ["sample", "timestep", "class_labels"]
+    exported = with_backend(small_pipeline(), "onnx").unet
+    check_net(net, exported, inputs)
+    net.conv_out.bias.data += 2 * TOLERANCE
+    with pytest.raises(ValueError, match="answers differently, by up to 2"):
+        check_net(net, exported, inputs)
+
+
+def test_detect_and_evaluate_take_a_backend(tmp_path, capsys):
+    small_pipeline().save_pretrained(tmp_path / "torch")
+    for name in ("healthy", "diseased"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i, picture in enumerate(pictures(2)):
+            picture.save(tmp_path / "data" / name / f"{i}.png")
+    settings = ["--model", str(tmp_path / "torch"), "--num-inference-steps", "20", "--noise-level", "300"]
+    found = {}
+    for backend in ("torch", "onnx"):
+        out = tmp_path / backend / "out"
+        images = str(tmp_path / "data" / "healthy")
+        command = ["detect", images, "--out", str(out), "--map-format", "npy", *settings, "--backend", backend]
+        assert main(command) == 0
+        found[backend] = [np.load(path) for path in sorted((out / "maps").iterdir())]
+        with open(out / "results.csv", newline="") as file:
+            assert len(list(csv.DictReader(file))) == 2
+    assert main([*command[:-1], "torch"]) == 2 and "weights" in capsys.readouterr().err  # not mixed in one folder
+    np.testing.assert_allclose(found["onnx"], found["torch"], atol=1e-4)
+    command = ["evaluate", str(tmp_path / "data"), "--out", str(tmp_path / "report"), "--bootstrap", "5", *settings]
+    assert main([*command, "--backend", "onnx"]) == 0
+    assert json.loads((tmp_path / "report" / "summary.json").read_text())["n_images"] == 4
+    assert main([*command, "--backend", "onnx", "--device", "cuda"]) == 2
+    assert "--device cpu with --backend onnx" in capsys.readouterr().err

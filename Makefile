@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test slow style quality env clean
+.PHONY: demo test slow style quality docs env clean
 
 demo: $(STAMP)  ## detect on the sample radiographs with the shipped model
 	$(BIN)/cxr-diffusers detect cxr_diffusers/samples --out demo
@@ -25,6 +25,9 @@ quality: $(STAMP)  ## check the format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+docs: $(STAMP)  ## the pages of docs/ and the API as a site: site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 env: $(STAMP)
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
@@ -34,4 +37,4 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf $(VENV) demo build site *.egg-info

@@ -54,6 +54,7 @@ _HOME = {
     "make_kernel": "degradations",
     "prepare": "data",
     "publish": "hub",
+    "publish_dataset": "data",
     "run_as_original": "original",
     "train": "training_loop",
     "train_adversarial": "adversarial_loop",

@@ -211,7 +211,7 @@ def write_model_card(
         evaluated_on: the name of the data of `evaluation`.
         name: what a reader will load, USER/NAME; None: the folder's name. (`publish` puts its own in.)
         license: of the weights, by its identifier on the Hub.
-        datasets: names on the Hub.
+        datasets: names of the training data, on the Hub where they are there.
         picture: name of a picture in the folder.
 
     Raises:
@@ -234,6 +234,7 @@ def write_model_card(
         pipeline_tag="image-to-image",
         tags=["chest-x-ray", "radiology", *TAGS.get(kind, TAGS[None]), "cxr_diffusers"],
         datasets=list(datasets) or None,
+        metrics=[result.metric_type for result in results or ()] or None,
         model_name=name.split("/")[-1] if results else None,
         eval_results=results or None,
     )
@@ -266,6 +267,12 @@ def describe_training(recipe, size, num_images):
         f"{config.batch_size} per process, seed {config.seed}; averaged (EMA) weights.\n\n"
         "Name the source and the licence of your data here before you publish."
     )
+
+
+def trained_on(recipe):
+    """The names on the Hub of what a run learns from: [] where that is no data set of the Hub."""
+    path = str(recipe.data.get("path", ""))
+    return [path] if recipe.data["name"] == "hub" and not Path(path).exists() else []
 
 
 def describe_evaluation(summary, evaluated_on):
@@ -316,6 +323,7 @@ def publish(folder, repo_id, *, private=None, token=None, create_pr=False):
             the shipped model's, which has no code beside it.
     """
     from . import pipelines
+    from .pipelines.cxr_portable import named
 
     folder = Path(folder)
     index = read_index(folder)
@@ -328,9 +336,8 @@ def publish(folder, repo_id, *, private=None, token=None, create_pr=False):
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     card = (folder / "README.md").read_text()
-    named = re.sub(r'(DiffusionPipeline\.from_pretrained\(")[^"]*', rf"\g<1>{repo_id}", card)
-    if named != card:
-        write_file(folder / "README.md", named.encode())
+    if named(card, repo_id) != card:
+        write_file(folder / "README.md", named(card, repo_id).encode())
     return api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,

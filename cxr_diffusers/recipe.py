@@ -132,13 +132,17 @@ class ClassifierRecipe:
 KINDS = {"generator": (AdversarialRecipe, AdversarialConfig), "classifier": (ClassifierRecipe, TrainConfig)}
 
 
+RENAMES = ("data.name=", "--data.name=")
+
+
 def load_recipe(path, overrides=()):
     """Read a recipe: a `Recipe`, or the kind of `KINDS` whose section it has.
 
     Args:
         path: the YAML file.
         overrides: `section.key=value` strings, as given on the command line; the value is read as YAML, a deeper key
-            (`train.augment.degrees=3`) reaches inside.
+            (`train.augment.degrees=3`) reaches inside. Another `data.name` than the file's empties `data` and
+            `validation` first: their keys were another loader's.
 
     Raises:
         ValueError: an unknown section or key (named, with the known ones), a value of the wrong type, or a value still
@@ -150,8 +154,11 @@ def load_recipe(path, overrides=()):
         raise ValueError(f"{path} is no YAML: {error}") from None
     if not isinstance(sections, dict):
         raise ValueError(f"{path}: expected sections {[f.name for f in fields(Recipe)]}, got {sections!r}")
-    for override in overrides:
+    for override in sorted(overrides, key=lambda override: not override.startswith(RENAMES)):
+        before = (sections.get("data") or {}).get("name")
         override_value(sections, override)
+        if override.startswith(RENAMES) and sections["data"]["name"] != before:
+            sections["data"], sections["validation"] = {"name": sections["data"]["name"]}, {}
     for section, values in sections.items():
         for key, value in (values or {}).items():
             if value == "???":

@@ -50,17 +50,37 @@ class PortableMixin:
         return config
 
     def push_to_hub(self, repo_id, **kwargs):
-        """As in diffusers, and the model card of the folder that this pipeline was loaded from comes along."""
+        """As in diffusers, and the card of the model that this pipeline was loaded from comes along."""
         from huggingface_hub import HfApi
 
-        card = Path(str(self.config.get("_name_or_path") or "")) / "README.md"
-        if card.is_file() and not kwargs.get("create_pr"):  # which must touch nothing but its own branch
+        files = card_files(str(self.config.get("_name_or_path") or ""), kwargs.get("token"))
+        if files and not kwargs.get("create_pr"):  # which must touch nothing but its own branch
             api = HfApi(token=kwargs.get("token"))
             repo_id = api.create_repo(repo_id, private=kwargs.get("private"), exist_ok=True).repo_id
-            shown = card.read_text()
-            for file in (card, *(p for p in card.parent.glob("*.png") if f"({p.name})" in shown)):
-                api.upload_file(path_or_fileobj=file, path_in_repo=file.name, repo_id=repo_id)
+            for name, content in files.items():
+                content = named(content.decode(), repo_id).encode() if name == "README.md" else content
+                api.upload_file(path_or_fileobj=content, path_in_repo=name, repo_id=repo_id)
         return super().push_to_hub(repo_id, **kwargs)
+
+
+def card_files(source, token=None):
+    """{name: bytes} of the card of a model, a folder or a name on the Hub, and of the pictures it shows."""
+    from huggingface_hub import hf_hub_download
+
+    def read(name):
+        path = Path(source) / name if Path(source).is_dir() else hf_hub_download(source, name, token=token)
+        return Path(path).read_bytes()
+
+    try:
+        card = read("README.md")
+        return {"README.md": card, **{name: read(name) for name in re.findall(r"\(([^/()]+\.png)\)", card.decode())}}
+    except (OSError, ValueError):  # no card, nobody to ask for it, or no name to ask by: there is none to take along
+        return {}
+
+
+def named(card, repo_id):
+    """A card whose example opens `repo_id`, whatever name it was written for."""
+    return re.sub(r'(DiffusionPipeline\.from_pretrained\(")[^"]*', rf"\g<1>{repo_id}", card)
 
 
 def installed(library, class_name):
@@ -83,19 +103,23 @@ def is_ours(component):
 def copy_code(cls, folder):
     """Copy the file that defines `cls`, and the siblings it imports, into `folder`; return the module's name.
 
-    diffusers loads all such files into one flat package, and a process that has loaded a sibling keeps it. So a
-    sibling's copy is named after its content: two versions never meet under one name.
+    diffusers loads all such files into one flat package, and a process that has loaded a file keeps it or, where it
+    comes again, runs the new one in the old one's namespace. So each copy is named after its content: two versions
+    never meet under one name.
     """
     source = Path(inspect.getsourcefile(cls))
     code = source.read_text()
     for name in get_relative_imports(source):
-        sibling = source.with_name(f"{name}.py").read_text()
-        plain = re.sub(r"_[0-9a-f]{8}$", "", name)  # it is stamped already when the pipeline itself came from a folder
-        stamped = f"{plain}_{hashlib.sha256(sibling.encode()).hexdigest()[:8]}"
-        write_atomically(Path(folder) / f"{stamped}.py", sibling)
+        stamped = write_stamped(name, source.with_name(f"{name}.py").read_text(), folder)
         code = code.replace(f"from .{name} import", f"from .{stamped} import")
-    write_atomically(Path(folder) / source.name, code)
-    return source.stem
+    return write_stamped(source.stem, code, folder)
+
+
+def write_stamped(name, code, folder):
+    """Write `folder`/NAME_STAMP.py and return NAME_STAMP; `name` has one already when it comes from such a folder."""
+    stamped = f"{re.sub(r'_[0-9a-f]{8}$', '', name)}_{hashlib.sha256(code.encode()).hexdigest()[:8]}"
+    write_atomically(Path(folder) / f"{stamped}.py", code)
+    return stamped
 
 
 def write_atomically(path, text):

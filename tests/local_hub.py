@@ -1,4 +1,5 @@
-"""A stand-in for the Hugging Face Hub on 127.0.0.1: model repositories, in memory, as far as huggingface_hub asks."""
+"""A stand-in for the Hugging Face Hub on 127.0.0.1: repositories of models and data sets, in memory, as far as
+huggingface_hub and datasets ask."""
 
 import base64
 import hashlib
@@ -14,7 +15,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlparse
 
 USER = "me"  # whose repository NAME without USER/ is
-LFS_SUFFIXES = (".safetensors", ".bin", ".png")
+LFS_SUFFIXES = (".safetensors", ".bin", ".png", ".parquet")
 
 
 @contextmanager
@@ -34,12 +35,15 @@ def local_hub():
 class Hub:
     """Repositories and the content of their files.
 
-    repositories: {"USER/NAME": [(commit id, {path: sha256 of the content}), ...]}, oldest first.
+    repositories: {"USER/NAME": [(commit id, {path: sha256 of the content}), ...]}, oldest first; a data set's name is
+        "datasets/USER/NAME".
     contents: {sha256: bytes}
+    private: the names of the private ones.
     """
 
     def __init__(self, address):
         self.address, self.repositories, self.contents, self.lock = address, {}, {}, threading.Lock()
+        self.private = set()
 
     @property
     def environment(self):
@@ -146,9 +150,12 @@ class Request(BaseHTTPRequestHandler):
     def create(self):
         asked = json.loads(self.body)
         name = f"{asked.get('organization') or USER}/{asked['name']}"
-        there = name in self.hub.repositories
-        self.hub.repositories.setdefault(name, [(git_id(name.encode()), {})])
-        self.send({"url": f"{self.hub.address}/{name}", "name": name}, 409 if there else 200)
+        full = f"datasets/{name}" if asked.get("type") == "dataset" else name
+        there = full in self.hub.repositories
+        if (asked.get("private") or asked.get("visibility") == "private") and not there:
+            self.hub.private.add(full)
+        self.hub.repositories.setdefault(full, [(git_id(full.encode()), {})])
+        self.send({"url": f"{self.hub.address}/{full}", "name": name}, 409 if there else 200)
 
     def preupload(self, name):
         paths = [file["path"] for file in json.loads(self.body)["files"]]
@@ -170,14 +177,35 @@ class Request(BaseHTTPRequestHandler):
         commit = self.hub.commit(name, map(json.loads, self.body.splitlines()))
         self.send({"success": True, "commitUrl": f"{self.hub.address}/{name}/commit/{commit}", "commitOid": commit})
 
-    def tree(self, name, revision):
+    def tree(self, name, revision, folder=None):
         _, files = self.hub.find(name, revision)
-        self.send([self.hub.describe(path, digest) for path, digest in sorted(files.items())])
+        inside = f"{folder.strip('/')}/" if folder else ""
+        found = {path: digest for path, digest in files.items() if path.startswith(inside)}
+        if inside and not found:
+            return self.refuse(404, "Entry not found", "EntryNotFound")
+        deep = self.query.get("recursive", ["false"])[0].lower() in ("true", "1")
+        entries = {}
+        for path, digest in sorted(found.items()):
+            parts = path.removeprefix(inside).split("/")
+            for depth in range(1, len(parts)) if deep else [1] if len(parts) > 1 else []:
+                parent = inside + "/".join(parts[:depth])
+                entries[parent] = {"type": "directory", "path": parent, "size": 0, "oid": "0" * 40}
+            if deep or len(parts) == 1:
+                entries[path] = self.hub.describe(path, digest)
+        self.send(list(entries.values()))
+
+    def paths_info(self, name, revision):
+        _, files = self.hub.find(name, revision)
+        asked = json.loads(self.body)["paths"] if self.body[:1] == b"{" else parse_qs(self.body.decode())["paths"]
+        folders = [path for path in asked if any(file.startswith(f"{path}/") for file in files)]
+        entries = [self.hub.describe(path, files[path]) for path in asked if path in files]
+        self.send(entries + [{"type": "directory", "path": path, "size": 0, "oid": "0" * 40} for path in folders])
 
     def info(self, name, revision="main"):
         commit, files = self.hub.find(name, revision or "main")
         siblings = [{"rfilename": path} for path in sorted(files)]
-        self.send({"id": name, "modelId": name, "sha": commit, "private": False, "tags": [], "siblings": siblings})
+        plain, private = name.removeprefix("datasets/"), name in self.hub.private
+        self.send({"id": plain, "modelId": plain, "sha": commit, "private": private, "tags": [], "siblings": siblings})
 
     def resolve(self, name, revision, path):
         commit, files = self.hub.find(name, revision) or ("", {})
@@ -185,17 +213,25 @@ class Request(BaseHTTPRequestHandler):
             return self.refuse(404, "Entry not found", "EntryNotFound")
         content = self.hub.contents[files[path]]
         tag = files[path] if path.endswith(LFS_SUFFIXES) else git_id(content)
-        self.send(content=content, **{"X-Repo-Commit": commit, "ETag": f'"{tag}"', "X-Linked-Size": str(len(content))})
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{tag}"', "X-Linked-Size": str(len(content))}
+        part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if not part:
+            return self.send(content=content, **headers)
+        first, last = int(part[1]), min(int(part[2] or len(content)), len(content) - 1)
+        headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+        self.send(content=content[first : last + 1], status=206, **headers)
 
 
-NAME = r"(?P<name>[^/]+/[^/]+)"
+NAME = r"(?P<name>(?:datasets/)?[^/]+/[^/]+)"
+API = rf"/api/(?:models/|(?=datasets/)){NAME}"
 ROUTES = [
     (r"/api/validate-yaml", Request.validate),
     (r"/api/repos/create", Request.create),
-    (rf"/api/models/{NAME}/preupload/main", Request.preupload),
-    (rf"/api/models/{NAME}/commit/main", Request.commit),
-    (rf"/api/models/{NAME}/tree/(?P<revision>[^/]+)", Request.tree),
-    (rf"/api/models/{NAME}(/revision/(?P<revision>[^/]+))?", Request.info),
+    (rf"{API}/preupload/main", Request.preupload),
+    (rf"{API}/commit/main", Request.commit),
+    (rf"{API}/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?", Request.tree),
+    (rf"{API}/paths-info/(?P<revision>[^/]+)", Request.paths_info),
+    (rf"{API}(/revision/(?P<revision>[^/]+))?", Request.info),
     (rf"/{NAME}\.git/info/lfs/objects/batch", Request.batch),
     (r"/lfs/(?P<digest>[0-9a-f]{64})", Request.upload),
     (rf"/{NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", Request.resolve),

@@ -65,7 +65,9 @@ def test_help_is_quick_and_imports_nothing_heavy(tmp_path):
     assert done.stdout.strip() == "[] True", done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("command", ["detect", "demo", "evaluate", "prepare", "deblur", "publish", "convert", "export"])
+@pytest.mark.parametrize(
+    "command", ["detect", "demo", "evaluate", "prepare", "deblur", "publish", "publish-data", "convert", "export"]
+)
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])

@@ -1,6 +1,7 @@
 """The contract that every anomaly pipeline keeps: one answer, however it is asked, saved, opened and sent away."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from conftest import toy_classifier, toy_generator, toy_resnet, toy_unet
 from cxr_diffusers import (
     CFGAnomalyPipeline,
     ClassifierGuidedPipeline,
+    DiffPIRDeblurPipeline,
     FixedPointGANPipeline,
     GradCAMPipeline,
     detect,
@@ -120,42 +122,90 @@ def test_a_folder_without_code_opens_too(pipeline, images, tmp_path):
     torch.testing.assert_close(again(images, output_type="pt").anomaly_map, expected)
 
 
-def test_all_of_them_run_where_this_package_is_not_from_folders_and_from_the_hub(images, tmp_path):
+# what travels is these, and the prior for deblurring, whose call is another
+TRAVELLERS = {**PIPELINES, "deblur": lambda: DiffPIRDeblurPipeline(toy_unet(num_class_embeds=None), ddim())}
+CALL = {"output_type": "pt", "return_dict": False}
+CALLS = {"deblur": {**CALL, "kernel": [[1 / 9] * 3] * 3, "num_inference_steps": 2}}
+
+
+def another_version(folder, other):
+    """A copy of a pipeline's folder whose every file of code says so, under names as saving would give."""
+    shutil.copytree(folder, other)
+    for code in sorted(other.rglob("*.py")):
+        code.write_text(code.read_text() + 'VERSION = "another"\n')
+        renamed = code.rename(code.with_stem(code.stem[:-8] + "0" * 8))
+        for file in (*other.glob("*.py"), other / "model_index.json"):
+            file.write_text(file.read_text().replace(code.stem, renamed.stem))
+
+
+HERE = """if True:
+    import torch
+    from cxr_diffusers import publish
+    from cxr_diffusers.hub import load_pipeline
+    torch.set_num_threads(1)
+    image, expected = torch.load("expected.pt")
+    for name, (call, found) in expected.items():
+        publish(name, "me/" + name)
+        pipeline = load_pipeline("me/" + name)
+        assert type(pipeline).__module__.startswith("cxr_diffusers."), type(pipeline)
+        torch.manual_seed(0)
+        torch.testing.assert_close(pipeline(image, **call), found)
+        pipeline.push_to_hub("me/pushed_" + name)
+    print("all the same")
+"""
+AWAY = """if True:
+    import sys, torch
+    torch.set_num_threads(1)
+    sys.modules["cxr_diffusers"] = None  # importing it fails, installed or not
+    from diffusers import DiffusionPipeline
+
+    def versions(pipeline):
+        # {module: the version that it says it is}, of the pipeline, of the siblings that it imports, of its parts
+        module = type(pipeline).__module__
+        names = {module} | {str(getattr(value, "__module__", "")) for value in vars(sys.modules[module]).values()}
+        names |= {type(part).__module__ for part in pipeline.components.values()}
+        return {name: getattr(sys.modules[name], "VERSION", None) for name in names if "diffusers_modules" in name}
+
+    image, expected = torch.load("expected.pt")
+    for name, (call, found) in expected.items():
+        # the other version in between: what a process has loaded of one must not serve the other
+        for place in (name, "other/" + name, "me/" + name, "me/pushed_" + name, "again/" + name):
+            pipeline = DiffusionPipeline.from_pretrained(place, trust_remote_code=True)
+            pipeline.set_progress_bar_config(disable=True)
+            said = versions(pipeline)
+            assert len(said) > 2 and set(said.values()) == {"another" if "other/" in place else None}, (place, said)
+            torch.manual_seed(0)
+            torch.testing.assert_close(pipeline(image, **call), found)
+            if place == name:
+                first = pipeline
+                pipeline.save_pretrained("again/" + name)
+        assert set(versions(first).values()) == {None}, "what is open stays what it was"
+    print("all the same")
+"""
+
+
+def test_all_of_them_run_where_this_package_is_not_each_by_its_own_code(images, tmp_path):
+    """From folders, from the Hub by both ways of publishing, saved a second time, and beside another version."""
     expected = {}
-    for name, make in PIPELINES.items():
-        pipeline = make()
+    for name, make in TRAVELLERS.items():
+        pipeline, call = make(), CALLS.get(name, CALL)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.save_pretrained(tmp_path / name)
         write_model_card(tmp_path / name, training="Random weights.")
-        expected[name] = pipeline(images, output_type="pt").anomaly_map
-    torch.save((images, expected), tmp_path / "expected.pt")
-    away = """if True:
-        import sys, torch
-        torch.set_num_threads(1)
-        sys.modules["cxr_diffusers"] = None  # importing it fails, installed or not
-        from diffusers import DiffusionPipeline
-        images, expected = torch.load("expected.pt")
-        for name, found in expected.items():
-            for place in (name, "me/" + name):
-                pipeline = DiffusionPipeline.from_pretrained(place, trust_remote_code=True)
-                pipeline.set_progress_bar_config(disable=True)
-                torch.testing.assert_close(pipeline(images, output_type="pt").anomaly_map, found)
-        print("all the same")
-    """
-    here = """if True:
-        import torch
-        from cxr_diffusers import publish
-        from cxr_diffusers.hub import load_pipeline
-        images, expected = torch.load("expected.pt")
-        for name, found in expected.items():
-            publish(name, "me/" + name)
-            pipeline = load_pipeline("me/" + name)
-            assert type(pipeline).__module__.startswith("cxr_diffusers."), type(pipeline)
-            torch.testing.assert_close(pipeline(images, output_type="pt").anomaly_map, found)
-        print("all the same")
-    """
+        another_version(tmp_path / name, tmp_path / "other" / name)
+        torch.manual_seed(0)
+        expected[name] = call, pipeline(images[:1], **call)
+    torch.save((images[:1], expected), tmp_path / "expected.pt")
     with local_hub() as hub:
-        assert run_script(hub, here, tmp_path) == run_script(hub, away, tmp_path) == "all the same"
+        assert run_script(hub, HERE, tmp_path) == run_script(hub, AWAY, tmp_path) == "all the same"
+        for name in TRAVELLERS:
+            published, pushed = hub.files(f"me/{name}"), hub.files(f"me/pushed_{name}")
+            assert set(published) <= set(pushed)
+            assert (
+                b"Random weights." in pushed["README.md"] and f'("me/pushed_{name}", '.encode() in pushed["README.md"]
+            )
+            first, second = ({p.name for p in (tmp_path / at / name).rglob("*.py")} for at in (".", "again"))
+            assert first == second and len(first) > 2
 
 
 def test_detect_and_evaluate_take_it(pipeline, tmp_path):

@@ -43,7 +43,7 @@ def test_its_commands_are_commands():
 
 def test_its_training_lines_name_recipes_and_keys_that_exist():
     lines = commands("training/train_")
-    assert len(lines) >= 3
+    assert len(lines) >= 1
     for script, *arguments in lines:
         assert (ROOT / script).is_file()
         given = [str(ROOT / a) if a.startswith("configs/") else a for a in arguments]

@@ -30,6 +30,14 @@ def test_overrides_reach_into_sections(path):
     assert recipe.train.augment == {"degrees": 3} and recipe.pipeline == {"noise_level": 9}
 
 
+def test_another_loader_does_not_inherit_the_keys_of_the_one_before(path):
+    path.write_text(yaml.safe_dump({**MINIMAL, "validation": {"seed": 1}}))
+    recipe = load_recipe(path, ["validation.split=test", "data.path=me/x", "data.name=hub"])
+    assert recipe.data == {"name": "hub", "path": "me/x"} and recipe.validation == {"split": "test"}
+    recipe = load_recipe(path, ["data.name=phantom", "data.root=/data"])
+    assert recipe.data == {"name": "phantom", "root": "/data"} and recipe.validation == {"seed": 1}
+
+
 def test_a_whole_number_will_do_for_a_float(path):
     assert load_recipe(path, ["data.root=/data", "train.learning_rate=1"]).train.learning_rate == 1.0
 

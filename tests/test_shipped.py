@@ -1,9 +1,11 @@
 """The model and the samples that come with the package."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from cxr_diffusers import (
     CFGAnomalyPipeline,
@@ -15,7 +17,7 @@ from cxr_diffusers import (
     read_image,
 )
 from cxr_diffusers.data import list_images
-from cxr_diffusers.hub import load_pipeline
+from cxr_diffusers.hub import HEADLINES, load_pipeline
 
 SAMPLES = Path(default_checkpoint()).parent.parent / "samples"
 IMPLANTS = Path(__file__).parent.parent.parent / "shared" / "cxr" / "val_implants"
@@ -118,6 +120,28 @@ def test_all_that_is_shipped_stays_small():
     assert sum(p.stat().st_size for p in shipped.rglob("*") if p.is_file()) < 30e6
     with pytest.raises(ValueError, match="cxr_cfg_64, cxr_classifier_64"):
         default_checkpoint("cxr_cfg_256")
+
+
+@pytest.mark.parametrize("folder", sorted(Path(default_checkpoint()).parent.iterdir()), ids=lambda folder: folder.name)
+def test_a_card_has_what_the_hub_and_a_reader_ask_for(folder):
+    card = ModelCard.load(folder / "README.md")
+    data = card.data
+    assert (data.library_name, data.pipeline_tag, data.license) == ("diffusers", "image-to-image", "apache-2.0")
+    assert {"chest-x-ray", "radiology", "cxr_diffusers"} < set(data.tags) and data.datasets == ["nih-chestx-ray14"]
+    figures = {result.metric_type: result.metric_value for result in data.eval_results}
+    assert set(data.metrics) == set(figures) >= {"pixel_ap", "pixel_auroc", "image_auroc"}
+    # the table's first row is the model's, and its figures are those of the YAML
+    table = card.text[card.text.index("|  | pixel AP |") :].splitlines()
+    names, row = ([cell.strip() for cell in line.strip("|").split("|")] for line in (table[0], table[2]))
+    shown = dict(zip(names, row, strict=True))
+    for name, value in figures.items():
+        assert float(shown[HEADLINES[name]].split()[0]) == pytest.approx(value, abs=6e-4)
+    assert "Not a medical device" in card.text and "## Training" in card.text
+    [picture] = re.findall(r"!\[.*?\]\((.*?)\)", card.text)
+    assert (folder / picture).is_file()
+    [code] = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    compile(code, folder.name, "exec")
+    assert code.count("\n") <= 5 and f'from_pretrained("{folder.name}", trust_remote_code=True)' in code
 
 
 def test_the_fixed_point_gan_is_small_opens_by_its_name_and_says_what_it_is_worth():

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from cxr_diffusers import CFGAnomalyPipeline, DiffPIRDeblurPipeline, load_phantom
-from local_hub import local_hub
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["data.n=24", "train.batch_size=4", "train.validation_images=2", "unet.block_out_channels=[8, 16, 16]"]
@@ -91,18 +90,6 @@ def test_starting_from_other_weights_is_not_starting_anew(tmp_path):
     run_here("train_cfg", tmp_path / "a", "train.max_steps=1", "train.lr_warmup_steps=0")
     run_here("train_cfg", tmp_path / "b", "train.max_steps=1", f"train.init_from={tmp_path / 'a'}")
     assert steps(tmp_path / "a")[0]["loss"] != steps(tmp_path / "b")[0]["loss"]
-
-
-def test_a_run_can_end_on_the_hub(tmp_path):
-    run = tmp_path / "run"
-    options = ["train.max_steps=1", "--push_to_hub", "--hub_model_id", "me/trained"]
-    with local_hub() as hub:
-        done = launch("train_cfg.py", run, *options, HF_HOME=str(tmp_path / "cache"), **hub.environment)
-        assert done.returncode == 0, done.stderr
-        files = set(hub.files("me/trained"))
-    assert "published at" in done.stdout
-    assert {"model_index.json", "README.md", "pipeline_cfg_anomaly.py", "unet/config.json"} <= files
-    assert not [name for name in files if name.startswith(("checkpoint", "validation", "log"))]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 
 from cxr_diffusers import CFGAnomalyPipeline, build_dataset, denoising_loss
 from cxr_diffusers.data import TensorImages, augment
-from cxr_diffusers.hub import describe_training, load_unet, publish, write_model_card
+from cxr_diffusers.hub import describe_training, load_unet, publish, trained_on, write_model_card
 from cxr_diffusers.recipe import parse_command_line
 from cxr_diffusers.training_loop import seeded, train
 from cxr_diffusers.visualization import save_png, validation_strip
@@ -65,9 +65,8 @@ def main(arguments):
 
     def save(model, folder):
         pipeline(model).save_pretrained(folder)
-        write_model_card(
-            folder, training=describe_training(recipe, images.size, len(dataset)), name=config.hub_model_id
-        )
+        training, sources = describe_training(recipe, images.size, len(dataset)), trained_on(recipe)
+        write_model_card(folder, training=training, name=config.hub_model_id, datasets=sources)
 
     def validate(model, step):
         detector = pipeline(model)

@@ -19,7 +19,7 @@ from sklearn.metrics import roc_auc_score
 
 from cxr_diffusers import ClassifierGuidedPipeline, GradCAMPipeline, NoisyClassifier, build_dataset
 from cxr_diffusers.data import TensorImages, augment
-from cxr_diffusers.hub import describe_training, load_pipeline, publish, write_model_card
+from cxr_diffusers.hub import describe_training, load_pipeline, publish, trained_on, write_model_card
 from cxr_diffusers.losses import noisy_classification_loss
 from cxr_diffusers.recipe import ClassifierRecipe, parse_command_line
 from cxr_diffusers.training_loop import seeded, train
@@ -50,7 +50,7 @@ def main(arguments):
     def save(model, folder):
         task.pipeline(model).save_pretrained(folder)
         training = describe_training(recipe, task.size, len(dataset))
-        write_model_card(folder, training=training, name=recipe.train.hub_model_id)
+        write_model_card(folder, training=training, name=recipe.train.hub_model_id, datasets=trained_on(recipe))
 
     def validate(model, step):
         path = Path(recipe.train.output_dir) / "validation" / f"step-{step:07d}.png"

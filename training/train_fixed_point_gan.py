@@ -20,7 +20,7 @@ from cxr_diffusers import (
     train_adversarial,
 )
 from cxr_diffusers.data import TensorImages
-from cxr_diffusers.hub import describe_training, publish, write_model_card
+from cxr_diffusers.hub import describe_training, publish, trained_on, write_model_card
 from cxr_diffusers.loss_curves import loss_curves
 from cxr_diffusers.recipe import AdversarialRecipe, parse_command_line
 from cxr_diffusers.training_loop import seeded
@@ -53,9 +53,8 @@ def main(arguments):
 
     def save(model, folder):
         pipeline(model).save_pretrained(folder)
-        write_model_card(
-            folder, training=describe_training(recipe, images.size, len(dataset)), name=config.hub_model_id
-        )
+        training, sources = describe_training(recipe, images.size, len(dataset)), trained_on(recipe)
+        write_model_card(folder, training=training, name=config.hub_model_id, datasets=sources)
 
     def validate(model, step):
         found = pipeline(model)(shown["image"][:], output_type="np")

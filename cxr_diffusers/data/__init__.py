@@ -16,6 +16,7 @@ from .images import fit_image, list_images, read_image
 from .nih import load_nih
 from .phantom import load_phantom
 from .preparation import prepare
+from .publishing import publish_dataset
 from .vindr import load_vindr
 
 LOADERS = {
@@ -34,7 +35,7 @@ LOADERS = {
 _LAZY = {"TensorImages": "tensors", "augment": "augmentation"}
 
 __all__ = ["LOADERS", "TensorImages", "augment", "build_dataset", "fit_image", "list_images", "open_dataset", "prepare"]
-__all__ += ["read_image"]
+__all__ += ["publish_dataset", "read_image"]
 __all__ += [loader.__name__ for loader in LOADERS.values()]
 
 

@@ -1,41 +1,113 @@
 """A data set of the Hugging Face Hub, or a folder of parquet files, that has our columns."""
 
+import re
 from pathlib import Path
 
 import datasets
+from huggingface_hub import HfApi
 
-from .rows import missing_columns
+from .images import binary_mask, fit_boxes, fit_image, fit_mask, to_grey
+from .rows import BOXES, missing_columns, png_cell
+
+HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
 
 
-def load_hub(path, *, split="train", config=None, revision=None):
+def load_hub(path, *, split="train", config=None, revision=None, limit=None, streaming=False, size=None, aspect="pad"):
     """`datasets.load_dataset` (or `load_from_disk` for a folder that `save_to_disk` wrote), and a look at the columns.
+
+    Training draws its batches from anywhere in the data set, so that a run resumes to the number; a stream cannot serve
+    it. `streaming` therefore goes through the data set once, without keeping the files that come by, and keeps what is
+    asked for, the first `limit` rows, shrunk to `size`, in the cache of `datasets`. The next run finds it there.
 
     Args:
         path: USER/NAME on the Hub, a folder of parquet files, or a saved data set.
         split, config, revision: as in `datasets.load_dataset` (`config` is its `name`).
+        limit: only the first so many rows; None: all.
+        streaming: see above.
+        size, aspect: with `streaming`, keep a grey copy of `size` x `size` pixels, see `images.fit_image`; masks and
+            boxes move with it. None: pictures as they come.
 
     Returns:
-        `datasets.Dataset` with image (`datasets.Image`) and label (`datasets.ClassLabel`) as it came; patient, view and
-        path are added where they are not there: every image its own patient, the view unknown.
+        `datasets.Dataset` with image (`datasets.Image`), label (`datasets.ClassLabel`) and, where they are there, mask
+        (`datasets.Image`) and boxes ([[x, y, w, h]] in pixels) as they came; patient, view and path are added where
+        they are not there: every image its own patient, the view unknown.
 
     Raises:
-        ValueError: image or label are missing or of another kind.
+        ValueError: image or label are missing, or a column is of another kind; what is to be streamed is a folder, or
+            does not say its columns; a `size` without `streaming`.
     """
-    if (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file():
-        dataset = datasets.load_from_disk(str(path))
-        dataset = dataset[split] if isinstance(dataset, datasets.DatasetDict) else dataset
+    if limit is not None and limit < 1:
+        raise ValueError(f"expected a `limit` of 1 or more, or none, got {limit}")
+    if streaming:
+        dataset = _streamed(path, split, config, revision, limit, size, aspect)
+    elif size is not None:
+        raise ValueError(f"expected `size` with streaming=true only, got {size}: a training run shrinks by itself")
     else:
-        dataset = datasets.load_dataset(str(path), name=config, split=split, revision=revision)
-    missing_columns(["image", "label"], dataset.column_names, path)
-    for name, kind in (("image", datasets.Image), ("label", datasets.ClassLabel)):
-        if not isinstance(dataset.features[name], kind):
-            raise ValueError(
-                f"{path}: expected column {name!r} to be datasets.{kind.__name__}, got {dataset.features[name]}: "
-                f"cast it with `dataset.cast_column({name!r}, ...)`, healthy being class 0"
-            )
+        dataset = _downloaded(path, split, config, revision)
+        check_columns(dataset.features, path)
+        dataset = dataset.select(range(min(limit, len(dataset)))) if limit else dataset
     rows = [str(i) for i in range(len(dataset))]
     additions = {"patient": rows, "view": [""] * len(rows), "path": [f"{path}/{split}/{i}" for i in rows]}
     for name, values in additions.items():
         if name not in dataset.column_names:
             dataset = dataset.add_column(name, values)
     return dataset
+
+
+def check_columns(features, where):
+    """Raise ValueError unless image and label, and mask and boxes where they are, are of the kinds that we read."""
+    missing_columns(["image", "label"], features, where)
+    for name, kind in (("image", datasets.Image), ("label", datasets.ClassLabel), ("mask", datasets.Image)):
+        if name in features and not isinstance(features[name], kind):
+            hint = ", healthy being class 0" if name == "label" else ""
+            raise ValueError(
+                f"{where}: expected column {name!r} to be datasets.{kind.__name__}, got {features[name]}: "
+                f"cast it with `dataset.cast_column({name!r}, ...)`{hint}"
+            )
+    boxes = features.get("boxes", BOXES)
+    four = getattr(boxes, "feature", None)
+    if getattr(four, "length", -1) not in (-1, 4) or not hasattr(getattr(four, "feature", None), "dtype"):
+        raise ValueError(f"{where}: expected column 'boxes' to be lists of [x, y, w, h] in pixels, got {boxes}")
+
+
+def _downloaded(path, split, config, revision):
+    if (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file():
+        dataset = datasets.load_from_disk(str(path))
+        return dataset[split] if isinstance(dataset, datasets.DatasetDict) else dataset
+    return datasets.load_dataset(str(path), name=config, split=split, revision=revision)
+
+
+def _streamed(path, split, config, revision, limit, size, aspect):
+    if Path(path).exists() or not re.fullmatch(HUB_NAME, str(path)):
+        raise ValueError(f"expected a name on the Hub to stream from, got {path}: leave `streaming` out for a folder")
+    # what is kept is named after the commit, so that a data set that has changed is read anew
+    if not re.fullmatch("[0-9a-f]{40}", revision or ""):
+        revision = HfApi().dataset_info(str(path), revision=revision).sha
+    source = {"path": str(path), "name": config, "split": split, "revision": revision}
+    stream = datasets.load_dataset(**source, streaming=True)
+    if stream.features is None:
+        raise ValueError(f"{path} does not say what its columns are before it is read: leave `streaming` out")
+    check_columns(stream.features, path)
+    kept = {"source": source, "limit": limit, "size": size, "aspect": aspect}
+    return datasets.Dataset.from_generator(_rows, features=stream.features, gen_kwargs=kept)
+
+
+def _rows(source, limit, size, aspect):
+    """The rows of a stream as they are to be kept."""
+    stream = datasets.load_dataset(**source, streaming=True)
+    if size is None:  # the files' own bytes, not opened
+        for name, feature in stream.features.items():
+            if isinstance(feature, datasets.Image):
+                stream = stream.cast_column(name, datasets.Image(decode=False))
+    for row in stream if limit is None else stream.take(limit):
+        yield row if size is None else _small(row, size, aspect)
+
+
+def _small(row, size, aspect):
+    image = to_grey(row["image"])
+    row["image"] = png_cell(fit_image(image, size, aspect))
+    if row.get("mask") is not None:
+        row["mask"] = png_cell(fit_mask(binary_mask(row["mask"]), size, aspect))
+    if row.get("boxes"):
+        row["boxes"] = fit_boxes(row["boxes"], image.width, image.height, size, aspect)
+    return row

@@ -11,6 +11,7 @@ from .images import binary_mask, read_image
 
 # what stays a path until it is looked at; the rest is decoded now, because `datasets.Image` cannot
 LAZY_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
+BOXES = List(List(Value("float32"), length=4))  # [x, y, w, h] in pixels
 
 
 def to_dataset(rows, class_names, image=None):
@@ -40,7 +41,7 @@ def to_dataset(rows, class_names, image=None):
     for name in ("patient", "view", "path"):
         columns[name] = [str(row.get(name) or "") for row in rows]
     if any(row.get("boxes") is not None for row in rows):
-        features["boxes"] = List(List(Value("float32"), length=4))
+        features["boxes"] = BOXES
         columns["boxes"] = [[list(map(float, box)) for box in row.get("boxes") or []] for row in rows]
     if any(row.get("mask") is not None for row in rows):
         features["mask"] = Image()

@@ -1,0 +1,57 @@
+"""cxr-diffusers publish-data: a data set to the Hub."""
+
+from .options import add_command
+
+PUBLISH_DATA = """\
+DATA is a folder, or NAME:key=value,... as for `evaluate`; it becomes the split "train".
+
+Check first that the licence of the images allows you to pass them on. CheXpert's, VinDr-CXR's, MIMIC-CXR's and
+PadChest's agreements do not: such images are refused unless --private, and even a private copy may fall under them.
+
+examples:
+  cxr-diffusers publish-data /data/mine-256 me/mine --license cc-by-4.0 --about "From ..., labelled by ..."
+  cxr-diffusers publish-data chexpert:root=/data/chexpert-256 me/chexpert-256 --license other --private \\
+      --split validation=chexpert:root=/data/chexpert-256,split=valid
+  cxr-diffusers publish-data phantom:n=200 me/phantoms --split test=phantom:n=50,seed=1 --license apache-2.0
+and then, to train and to measure:
+  accelerate launch training/train_cfg.py configs/chexpert_cfg_256.yaml data.name=hub data.path=me/mine
+  cxr-diffusers evaluate hub:path=me/phantoms,split=test --out report
+"""
+
+
+def add(commands):
+    text = "a data set, with its card, to the Hub"
+    publish = add_command(commands, "publish-data", run, text, PUBLISH_DATA)
+    publish.add_argument("data", metavar="DATA", help="the data set, see below")
+    publish.add_argument("name", help="USER/NAME")
+    publish.add_argument("--split", metavar="SPLIT=DATA", action="append", default=[], help="another split; repeatable")
+    publish.add_argument("--license", required=True, help="of the images, as the Hub calls it: cc-by-4.0, other, ...")
+    publish.add_argument("--license-link", metavar="URL", help="where to read it, if it is `other`")
+    publish.add_argument("--about", help="Markdown for the card: where the images come from, who labelled them, how")
+    publish.add_argument("--private", action="store_true", default=None)
+    publish.add_argument("--pseudonyms", action="store_true", help="number patients and files in place of their names")
+    text = "these images are not under the agreement that they seem to be under, or you may pass them on"
+    publish.add_argument("--i-may-share-this", action="store_true", help=text)
+
+
+def run(options):
+    from ..data import open_dataset, publish_dataset
+
+    asked = {"train": options.data}
+    for item in options.split:
+        name, equals, data = item.partition("=")
+        if not equals or not name.isidentifier() or name in asked:
+            raise ValueError(f"expected --split NAME=DATA with a name of its own (train is DATA's), got {item!r}")
+        asked[name] = data
+    address = publish_dataset(
+        {name: open_dataset(data) for name, data in asked.items()},
+        options.name,
+        license=options.license,
+        license_link=options.license_link,
+        about=options.about,
+        private=options.private,
+        may_share=options.i_may_share_this,
+        pseudonyms=options.pseudonyms,
+        opened_as=" ".join(asked.values()),
+    )
+    print(address)

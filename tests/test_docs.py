@@ -1,0 +1,115 @@
+"""The pages: every command that they show is one, every link leads somewhere, and the site builds."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from cxr_diffusers.cli import build_parser
+from cxr_diffusers.recipe import AdversarialRecipe, ClassifierRecipe, Recipe, parse_command_line
+
+ROOT = Path(__file__).parent.parent
+PAGES = [
+    *ROOT.glob("*.md"),
+    *ROOT.glob("docs/*.md"),
+    ROOT / "training" / "README.md",
+    ROOT / "benchmarks" / "README.md",
+]
+PAGES += ROOT.glob("cxr_diffusers/*/*/README.md")
+ENVIRONMENT = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+KINDS = {
+    "train_cfg": Recipe,
+    "train_unconditional": Recipe,
+    "train_classifier": ClassifierRecipe,
+    "train_fixed_point_gan": AdversarialRecipe,
+}
+DEFAULTS = {
+    "train_cfg": "phantom_cfg_32",
+    "train_unconditional": "phantom_unconditional_32",
+    "train_classifier": "phantom_classifier_32",
+    "train_fixed_point_gan": "phantom_fixed_point_gan_32",
+}
+
+
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def lines(text, program):
+    """The command lines of the bash blocks that run `program`, from there on, comments and what follows cut."""
+    shown = "\n".join(blocks(text, "bash")).replace("\\\n", " ").splitlines()
+    for line in shown:
+        for part in re.split(r"&&|;|\|\s", re.sub(r"(^|\s)#.*", "", line)):
+            if program in part and "..." not in part and "$" not in part:
+                yield shlex.split(part[part.index(program) :], comments=True)
+
+
+@pytest.fixture(params=sorted(PAGES), ids=lambda path: path.relative_to(ROOT).as_posix())
+def page(request):
+    return request.param
+
+
+def test_every_command_parses(page):
+    text = page.read_text()
+    for program in ("cxr-diffusers ", "cxr_diffusers.cli "):
+        for line in lines(text, program):
+            assert build_parser().parse_args(line[1:]).run, line
+
+
+def test_every_training_line_builds_its_recipe(page):
+    for script, *arguments in lines(page.read_text(), "training/train_"):
+        name = Path(script).stem
+        assert (ROOT / script).is_file()
+        given = [str(ROOT / a) if a.startswith("configs/") else a for a in arguments]
+        default = ROOT / "configs" / f"{DEFAULTS[name]}.yaml"
+        assert parse_command_line(given, default, KINDS[name]).train.max_steps > 0
+
+
+def test_every_make_target_is_there(page):
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for line in lines(page.read_text(), "make "):
+        assert set(word for word in line[1:] if "=" not in word) <= set(targets), line
+
+
+def test_every_link_and_picture_is_there(page):
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text)]
+    # a page that the navigation has a place for may still be on its way
+    coming = set(re.findall(r"- (\S+\.md)", (ROOT / "mkdocs.yml").read_text()))
+    missing = [link for link in links if link and ":" not in link and not (page.parent / link).exists()]
+    assert not [link for link in missing if Path(link).name not in coming]
+
+
+def test_every_block_of_python_compiles(page):
+    for code in blocks(page.read_text(), "python"):
+        compile(code, page.name, "exec")
+
+
+def test_the_checks_have_something_to_check():
+    found = [page.read_text() for page in PAGES]
+    assert sum(len(list(lines(text, "cxr-diffusers "))) for text in found) >= 15
+    assert sum(len(list(lines(text, "training/train_"))) for text in found) > 10
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("notebooks/*.ipynb")), ids=lambda path: path.stem)
+def test_the_files_that_a_notebook_names_are_there(path):
+    text = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells)
+    for name in re.findall(r"configs/\w+\.yaml|benchmarks/\w+\.py|training/\w+\.py", text):
+        assert (ROOT / name).is_file(), name
+
+
+def test_the_site_builds_without_a_warning_and_has_every_page(tmp_path):
+    # not -q: what is not logged is not counted, and --strict passes
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+    for page in ROOT.glob("docs/*.md"):
+        assert (tmp_path / "site" / f"{page.stem}.html").is_file()
+    home = (tmp_path / "site" / "index.html").read_text()
+    assert "fonts.googleapis" not in home and 'href="train.html"' in home
+    assert "load_hub" in (tmp_path / "site" / "api" / "data.html").read_text()

@@ -1,0 +1,281 @@
+"""Data sets on the Hub, against a stand-in on 127.0.0.1: sent, read back, streamed, trained on, measured on."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, load_dataset
+from huggingface_hub import DatasetCard, ModelCard
+from PIL import Image
+
+from cxr_diffusers import load_folder, load_phantom, publish_dataset
+from cxr_diffusers.cli import build_parser, main
+from cxr_diffusers.data.hub import check_columns
+from cxr_diffusers.data.publishing import (
+    agreement_of,
+    alike,
+    card,
+    count_table,
+    relative,
+    renamed,
+    size_category,
+    with_texts,
+)
+from local_hub import local_hub, run_script
+
+ROOT = Path(__file__).parent.parent
+NET = ["unet.sample_size=16", "unet.block_out_channels=[8, 8, 8]", "unet.attention_head_dim=8"]
+NET += ["unet.norm_num_groups=4", "unet.attn_norm_num_groups=4"]
+NOISY = ["classifier.block_out_channels=[8, 16]", "classifier.norm_num_groups=4", "classifier.attention_head_dim=8"]
+NOISY += ["classifier.down_block_types=[ResnetDownsampleBlock2D, AttnDownBlock2D]", "diffusion.model=runs/train_cfg"]
+GAN = ["generator.sample_size=16", "generator.base_channels=4", "generator.num_res_blocks=1"]
+GAN += ["discriminator.base_channels=4", "train.n_critic=1"]
+SCRIPTS = {"train_cfg": NET, "train_unconditional": NET, "train_classifier": NOISY, "train_fixed_point_gan": GAN}
+CODE = {
+    "train_cfg": "pipeline_cfg_anomaly_",
+    "train_unconditional": "pipeline_diffpir_deblur_",
+    "train_classifier": "classifier/noisy_classifier_",
+    "train_fixed_point_gan": "generator/fixed_point_gan_",
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """healthy/ with one 16-bit picture, diseased/ with one that has a mask and one that has a box; named patients."""
+    rng = np.random.default_rng(0)
+    for home, name in (("healthy", "ADA"), ("diseased", "BOB"), ("diseased", "CLEO")):
+        (tmp_path / "mine" / home / name).mkdir(parents=True)
+        depth = np.uint16 if name == "ADA" else np.uint8
+        picture = rng.integers(0, np.iinfo(depth).max, (20, 40)).astype(depth)
+        Image.fromarray(picture).save(tmp_path / "mine" / home / name / "scan_of_somebody.png")
+    mask = np.zeros((20, 40), np.uint8)
+    mask[4:12, 8:20] = 255
+    Image.fromarray(mask).save(tmp_path / "mine" / "diseased" / "BOB" / "scan_of_somebody_mask.png")
+    (tmp_path / "mine" / "diseased" / "CLEO" / "scan_of_somebody.txt").write_text("4 2 8 6\n")
+    return tmp_path / "mine"
+
+
+def same(a, b):
+    """Every row of two data sets is the same, pictures to the pixel; of `path`, the end."""
+    for ours, theirs in zip(a, b, strict=True):
+        for name, value in ours.items():
+            if name == "path":
+                assert value.endswith(theirs[name])
+            elif isinstance(value, Image.Image):
+                assert value.mode == theirs[name].mode
+                np.testing.assert_array_equal(value, theirs[name])
+            else:
+                assert value == theirs[name], name
+    return True
+
+
+STORY = """if True:
+    import importlib.util, json, warnings
+    from pathlib import Path
+    import numpy as np
+    import torch
+    from cxr_diffusers import load_folder, load_hub, load_phantom
+    from cxr_diffusers.cli import main
+    from cxr_diffusers.data.hub import datasets
+    from test_hub_data import ROOT, SCRIPTS, same
+    torch.set_num_threads(1)
+
+    licence = ["--license", "cc-by-4.0"]
+    test_split = ["--split", "test=phantom:n=4,seed=1,size=32"]
+    assert main(["publish-data", "phantom:n=8,size=32", "me/phantoms", *test_split, *licence, "--about", "Drawn."]) == 0
+    assert main(["publish-data", "mine", "me/mine", *licence, "--private"]) == 0
+    assert main(["publish-data", "mine", "me/numbered", *licence, "--pseudonyms"]) == 0
+    # what is there and public is not made private by saying so
+    assert main(["publish-data", "mine", "me/numbered", *licence, "--private"]) == 2
+
+    assert same(load_phantom(8, size=32), load_hub("me/phantoms"))
+    assert same(load_phantom(4, seed=1, size=32), load_hub("me/phantoms", split="test"))
+    mine, numbered = load_hub("me/mine"), load_hub("me/numbered")
+    assert same(load_folder("mine"), mine)
+    assert same(mine.remove_columns(["patient", "path"]), numbered.remove_columns(["patient", "path"]))
+    assert len(load_hub("me/phantoms", limit=3)) == 3
+
+    whole = load_hub("me/mine", streaming=True)
+    assert same(mine, whole), "a stream loses nothing"
+    assert same(load_phantom(2, size=32), load_hub("me/phantoms", streaming=True, limit=2))
+    small = load_hub("me/mine", streaming=True, size=16)
+    # diseased/BOB, diseased/CLEO, healthy/ADA: 40 x 20 shrinks to 16 x 8 in the middle of 16 x 16
+    assert {row["image"].size for row in small} == {(16, 16)} and small[2]["image"].mode == "I;16"
+    found = np.argwhere(np.asarray(small[0]["mask"]) > 0)
+    assert (found.min(0) == [4 + 2, 3]).all() and (found.max(0) == [4 + 4, 7]).all(), found
+    np.testing.assert_allclose(small[1]["boxes"], [[1.6, 4.8, 3.2, 2.4]], rtol=1e-6)
+    before = small.cache_files
+    assert load_hub("me/mine", streaming=True, size=16).cache_files == before, "kept, not streamed again"
+    assert load_hub("me/mine", streaming=True, size=8).cache_files != before
+
+    for name, options in SCRIPTS.items():
+        spec = importlib.util.spec_from_file_location(name, ROOT / "training" / f"{name}.py")
+        script = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(script)
+        data = ["data.name=hub", "data.path=me/phantoms", "validation.split=test", f"train.output_dir=runs/{name}"]
+        hub = ["--push_to_hub", "--hub_model_id", f"me/{name}"]
+        script.main([*options, *data, "train.max_steps=2", "train.batch_size=4", "train.validation_images=1", *hub])
+    quick = ["--bootstrap", "10", "--num-inference-steps", "4"]
+    assert main(["evaluate", "hub:path=me/phantoms,split=test", "--model", "me/train_cfg", "--out", "out", *quick]) == 0
+    print(json.dumps(numbered.remove_columns(["image", "mask"])[:]))
+"""
+
+
+def test_a_data_set_goes_to_the_hub_and_comes_back_to_be_trained_and_measured_on(folder, tmp_path):
+    with local_hub() as hub:
+        script = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n{STORY}"
+        numbered = json.loads(run_script(hub, script, tmp_path))
+        assert hub.private == {"datasets/me/mine"}
+        files = {name: hub.files(name) for name in hub.repositories}
+
+    assert set(numbered["patient"]) == {"patient000001", "patient000002", "patient000003"}
+    assert numbered["path"] == ["train/000001", "train/000002", "train/000003"]
+    shards = b"".join(content for path, content in files["datasets/me/numbered"].items() if path.endswith(".parquet"))
+    assert b"somebody" not in shards and b"BOB" not in shards and str(tmp_path).encode() not in shards
+    shards = b"".join(files["datasets/me/mine"].values())
+    assert b"somebody" in shards and str(tmp_path).encode() not in shards, "no path of the disk at home"
+
+    text = DatasetCard(files["datasets/me/phantoms"]["README.md"].decode())
+    assert text.data.license == "cc-by-4.0" and text.data.task_categories == [
+        "image-classification",
+        "image-segmentation",
+    ]
+    assert {split["name"]: split["num_examples"] for split in text.data.dataset_info["splits"]} == {
+        "train": 8,
+        "test": 4,
+    }
+    assert "| train | 8 | 8 | 4 | 4 | 8 |" in text.text and "Drawn." in text.text
+
+    for name in SCRIPTS:
+        model = files[f"me/{name}"]
+        assert {"model_index.json", "README.md"} <= set(model)
+        assert sum(path.startswith(CODE[name]) and path.endswith(".py") for path in model) == 1
+        assert not [path for path in model if path.startswith(("checkpoint", "validation", "log", "run"))]
+        about = ModelCard(model["README.md"].decode())
+        assert about.data.datasets == ["me/phantoms"] and "path=me/phantoms" in about.text
+        assert f'from_pretrained("me/{name}", trust_remote_code=True)' in about.text
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["n_images"], summary["n_with_region"]) == (4, 2), "masks come along"
+    assert summary["method"]["pixel_ap"]["value"] > 0
+
+
+def test_nothing_goes_out_without_a_licence(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["publish-data", "phantom:n=2", "me/x"])
+    assert "--license" in capsys.readouterr().err
+    for license in ("", None, "my own words"):
+        with pytest.raises(ValueError, match="identifier as cc-by-4.0"):
+            publish_dataset(load_phantom(2), "me/x", license=license)
+    assert build_parser().parse_args(["publish-data", "d", "me/x", "--license", "mit"]).license == "mit"
+
+
+@pytest.mark.parametrize(
+    ("words", "paths", "agreement"),
+    [
+        ("chexpert:root=/data/small", ["train/1.jpg"], "CheXpert"),
+        ("/data/copy", ["/data/copy/train/patient00001/study1/view1_frontal.png"], "CheXpert"),
+        ("vindr:root=/data/v", ["train/1.png"], "VinDr-CXR"),
+        ("hub:path=them/MIMIC-CXR", ["train/1.png"], "MIMIC-CXR"),
+        ("/data/mine", ["/data/mine/patient1/1.png"], None),
+        ("", ["phantom/seed0/000001"], None),
+    ],
+)
+def test_images_under_an_agreement_are_known(words, paths, agreement):
+    assert agreement_of({"train": {"path": ["a", *paths]}}, words) == agreement
+
+
+def test_images_under_an_agreement_are_refused_before_anything_is_made():
+    """Nothing listens where the Hub would be: whoever asked it would get another error."""
+    data = load_phantom(2, size=16)
+    known = {"train": data, "test": with_texts(data, path=["CheXpert-v1.0/train/a.jpg"] * 2)}
+    with pytest.raises(PermissionError, match="CheXpert.*`private`.*`may_share`"):
+        publish_dataset(known, "me/x", license="other")
+    with pytest.raises(PermissionError, match="VinDr"):
+        publish_dataset(data, "me/x", license="other", opened_as="vindr:root=/data")
+
+
+def test_splits_are_made_alike(folder):
+    plain = load_phantom(2, size=16).remove_columns("mask")
+    boxed = plain.add_column("boxes", [[[1.0, 2.0, 3.0, 4.0]], []])
+    made = alike({"train": plain, "test": load_phantom(2, seed=1, size=16), "boxes": boxed})
+    assert {tuple(found.column_names) for found in made.values()} == {
+        ("image", "label", "patient", "view", "path", "mask", "boxes")
+    }
+    assert len({str(found.features) for found in made.values()}) == 1
+    assert made["train"]["mask"][:] == [None, None] and made["train"]["boxes"][:] == [[], []]
+    assert made["boxes"]["boxes"][:] == [[[1, 2, 3, 4]], []] and made["test"][1]["mask"].size == (16, 16)
+
+
+def test_paths_lose_what_they_share_and_nothing_else(folder):
+    data = load_folder(folder)
+    assert relative(data)["path"][:] == [
+        "diseased/BOB/scan_of_somebody.png",
+        "diseased/CLEO/scan_of_somebody.png",
+        "healthy/ADA/scan_of_somebody.png",
+    ]
+    assert relative(data.select([0]))["path"][:] == ["scan_of_somebody.png"]
+    assert relative(data).column_names == data.column_names
+
+
+def test_a_patient_has_one_number_in_all_splits():
+    splits = {"train": load_phantom(3, size=16), "test": load_phantom(2, size=16)}
+    made = renamed(splits)
+    assert made["train"]["patient"][:2] == made["test"]["patient"][:] != splits["test"]["patient"][:]
+    assert same(made["train"].select_columns(["image", "label"]), splits["train"].select_columns(["image", "label"]))
+
+
+def test_splits_that_do_not_go_together_are_refused():
+    data = load_phantom(2, size=16)
+    other = data.cast_column("label", ClassLabel(names=["healthy", "pneumonia"]))
+    with pytest.raises(ValueError, match="same classes.*pneumonia"):
+        publish_dataset({"train": data, "test": other}, "me/x", license="mit")
+    with pytest.raises(ValueError, match="same further columns.*site"):
+        publish_dataset({"train": data, "test": data.add_column("site", ["a", "b"])}, "me/x", license="mit")
+    with pytest.raises(ValueError, match="'test' is empty"):
+        publish_dataset({"train": data, "test": data.select([])}, "me/x", license="mit")
+    with pytest.raises(ValueError, match="at least one split"):
+        publish_dataset({}, "me/x", license="mit")
+    with pytest.raises(ValueError, match="'label' to be datasets.ClassLabel"):
+        publish_dataset(Dataset.from_dict({"image": data["image"][:], "label": [0, 1]}), "me/x", license="mit")
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [("mask", ["a.png", "b.png"]), ("boxes", [[1, 2, 3, 4], []]), ("boxes", ["1 2 3 4", ""])],
+)
+def test_masks_and_boxes_of_another_kind_are_refused(column, values):
+    data = load_phantom(2, size=16).remove_columns("mask").add_column(column, values)
+    with pytest.raises(ValueError, match=f"'{column}' to be"):
+        check_columns(data.features, "me/x")
+
+
+def test_a_card_says_what_is_in_it(folder):
+    splits = alike({"train": load_folder(folder), "test": load_folder(folder).select([1])})
+    text = DatasetCard(card(splits, "me/mine", license="other", license_link="https://terms"))
+    assert text.data.license == "other" and text.data.license_link == "https://terms"
+    assert text.data.task_categories == ["image-classification", "image-segmentation", "object-detection"]
+    assert (
+        "was not said" in text.text and "Research use only" in text.text and "hub:path=me/mine,split=test" in text.text
+    )
+    # split, images, patients, healthy, diseased, with a region
+    assert "| train | 3 | 3 | 1 | 2 | 2 |" in count_table(splits) and "| test | 1 | 1 | 0 | 1 | 1 |" in count_table(
+        splits
+    )
+    for column in splits["train"].column_names:
+        assert f"| `{column}` |" in text.text
+    bare = load_folder(folder / "healthy" / "ADA")
+    assert "| train | 1 | 1 | 0 | 0 | 1 | 0 |" in count_table({"train": bare}) and "not labelled" in count_table(
+        {"train": bare}
+    )
+
+
+def test_sizes_are_said_as_the_hub_says_them():
+    assert [size_category(n) for n in (999, 1000, 99_999, 10**7)] == ["n<1K", "1K<n<10K", "10K<n<100K", "n>10M"]
+
+
+def test_a_folder_is_not_streamed_and_a_size_is_only_for_streams(tmp_path):
+    load_phantom(2, size=16).to_parquet(tmp_path / "a.parquet")
+    assert load_dataset(str(tmp_path), split="train", cache_dir=str(tmp_path / "c")).num_rows == 2
+    assert main(["evaluate", f"hub:path={tmp_path},streaming=true", "--out", str(tmp_path / "o")]) == 2
+    assert main(["evaluate", f"hub:path={tmp_path},size=16", "--out", str(tmp_path / "o")]) == 2

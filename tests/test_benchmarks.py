@@ -94,7 +94,7 @@ def test_what_the_choices_of_the_method_are_worth_and_cost_is_one_table(tmp_path
     rows = rows_of(capsys.readouterr().out)
     assert [row[0].strip() for row in rows[:4]] == list(methods) and rows[-1][0].strip() == "chance"
     # of 4 steps 2 lie below level 500 and 2 below 300; of 10 steps 5 below 500
-    assert [int(row[-2]) for row in rows[:4]] == [2 + 4, 2 + 4 + 4, 2 + 2, 5 + 10]
+    assert [int(row[-1]) for row in rows[:4]] == [2 + 4, 2 + 4 + 4, 2 + 2, 5 + 10]
     assert all("[" in row[2] for row in rows[1:4]) and rows[0][2].strip() == "–"
     assert Image.open(picture).width > 300
 

@@ -1,5 +1,6 @@
 """Which of the processes of `accelerate launch` or `torchrun` this one is."""
 
+import atexit
 import os
 from datetime import timedelta
 
@@ -17,4 +18,14 @@ def process_state():
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not (alone or torch.accelerator.is_available())
     # a process that is done early waits for the others, for as long as a whole data set may take
-    return PartialState(cpu=cpu, timeout=timedelta(days=7))
+    state = PartialState(cpu=cpu, timeout=timedelta(days=7))
+    if state.num_processes > 1:
+        atexit.unregister(leave)  # it would be registered again at each call
+        atexit.register(leave)
+    return state
+
+
+def leave():
+    """End the group of processes before Python ends: its threads must not outlive what they use, or one aborts."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

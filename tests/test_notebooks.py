@@ -22,6 +22,7 @@ def toy_size(monkeypatch, tmp_path, pipeline):
     path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     for name, value in {
         "CXR_NOTEBOOK_STEPS": "4",
+        "CXR_NOTEBOOK_CHESTS": "4",
         "CXR_NOTEBOOK_MODEL": tmp_path / "model",
         "CXR_NOTEBOOK_IMAGES": tmp_path / "images",
         "TMPDIR": tmp_path,
@@ -32,7 +33,7 @@ def toy_size(monkeypatch, tmp_path, pipeline):
 
 
 def test_every_notebook_is_found():
-    assert [path.name[:3] for path in NOTEBOOKS] == ["01_", "02_"]
+    assert [path.name[:3] for path in NOTEBOOKS] == ["01_", "02_", "03_", "04_"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -43,7 +44,7 @@ def test_a_notebook_runs_from_top_to_bottom(path, toy_size):
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": path.parent}}).execute()
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    pictures = [o for cell in code for o in cell.outputs if "image/jpeg" in o.get("data", {})]
+    pictures = [o for cell in code for o in cell.outputs if {"image/jpeg", "image/png"} & set(o.get("data", {}))]
     assert len(pictures) >= 2
 
 

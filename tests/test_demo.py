@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import socket
 import struct
 import sys
 import zlib
@@ -333,3 +334,16 @@ def test_the_threshold_goes_as_far_as_the_colours_and_says_whose_it_is(toy, uplo
     answer = answers.ask(toy, "toy", upload, {})
     assert "has none" in page.threshold_span(answer, 1)["info"] and page.threshold_span(answer, 3)["maximum"] >= 2.95
     assert answer.vmax == pytest.approx(np.quantile(answer.square, 0.995), rel=1e-5)
+
+
+def test_a_port_that_is_taken_is_said_before_any_model_is_opened(capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["demo", "--port", str(port), "--model", "nowhere"]) == 2
+        assert f"cannot listen on port {port} of 127.0.0.1" in capsys.readouterr().err
+    assert main(["demo", "--port", str(port), "--model", "nowhere"]) == 2
+    assert "nowhere" in capsys.readouterr().err
+    assert main(["demo", "--port", "70000"]) == 2
+    assert "cannot listen on port 70000" in capsys.readouterr().err

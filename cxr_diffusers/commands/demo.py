@@ -40,8 +40,9 @@ def run(options):
     import threading
 
     from ..demo.page import build_page  # first: it says what to install
-    from ..demo.serve import launch, open_models, references, temporary_folder
+    from ..demo.serve import check_port, launch, open_models, references, temporary_folder
 
+    check_port(options.host, options.port)
     healthy = None
     if options.healthy:
         from ..data import open_dataset

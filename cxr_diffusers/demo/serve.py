@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import tempfile
 from contextlib import contextmanager
 from importlib.resources import files
@@ -70,6 +71,18 @@ def references(models, healthy=None, data=""):
 
 def folder_of(pipeline):
     return Path(str(pipeline.config.get("_name_or_path") or default_checkpoint()))
+
+
+def check_port(host, port):
+    """Raise ValueError where nobody can listen: the port is taken, or may not be had. None is always free."""
+    if port is None:
+        return
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind((host, port))
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"cannot listen on port {port} of {host} ({error}): give another --port, or none") from None
 
 
 def launch(page, *, host="127.0.0.1", port=None, share=False, root_path=None, max_megabytes=64, wait=True):

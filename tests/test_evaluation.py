@@ -13,6 +13,7 @@ from datasets import Image as ImageFeature
 from datasets import List as ListFeature
 from diffusers import DDIMScheduler, UNet2DModel
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 
 from cxr_diffusers.evaluation import compare, evaluate, summary_table
 from cxr_diffusers.metrics import hit, pixel_average_precision
@@ -284,6 +285,27 @@ def test_views_and_other_columns_are_tabled_apart():
     part = result.summary["strata"]["style = A"]["rows"]["method"]["pixel_ap"]["value"]
     assert part == pytest.approx(only.summary["rows"]["method"]["pixel_ap"]["value"], abs=1e-6)
     assert quick(BrightSpots(), rows()).summary["strata"] == {}
+
+
+def test_scores_are_measured_among_each_view_alone():
+    """Most of the ill are AP, and AP is brighter: much of the score over all images is the view."""
+    ill = rows(8, view=lambda i: "AP" if i < 6 else "PA")
+    healthy = rows(8, False, view=lambda i: "PA" if i < 6 else "AP")
+    for row in ill + healthy:
+        row["image"] = row["image"].point(lambda grey, bright=60 * (row["view"] == "AP"): grey // 8 + bright)
+    result = quick(BrightSpots(), ill, healthy=healthy)
+    parts = result.summary["image_level_by_view"]
+    assert {view: (part["n_images"], part["n_healthy"]) for view, part in parts.items()} == {"AP": (8, 2), "PA": (8, 6)}
+    table = result.per_image.assign(ill=result.per_image["label"] != 0)
+    for view, part in parts.items():
+        of_view = table[table["view"] == view]
+        expected = roc_auc_score(of_view["ill"], of_view["score"])
+        assert part["rows"]["method"]["image_auroc"]["value"] == pytest.approx(expected)
+    overall = value(result, "method", "image_auroc")
+    assert overall == pytest.approx(roc_auc_score(table["ill"], table["score"]))
+    assert all(part["rows"]["method"]["image_auroc"]["value"] != overall for part in parts.values())
+    assert "Scores among view AP alone: 8 images, 2 of them healthy" in summary_table(result)
+    assert quick(BrightSpots(), rows(), healthy=rows(4, False)).summary["image_level_by_view"] == {}  # one view
 
 
 def test_methods_are_compared_in_one_table():

@@ -43,6 +43,12 @@ def summary_table(result, columns=COLUMNS):
     if summary["differences"]:
         parts.append("Paired differences, same replicates; an interval without 0 is a difference.\n")
         parts.append(markdown("difference", summary["differences"], shown, sign="+"))
+    for view, part in summary.get("image_level_by_view", {}).items():
+        image_columns = {k: v for k, v in shown.items() if k.startswith("image_")}
+        parts.append(
+            f"Scores among view {view} alone: {part['n_images']} images, {part['n_healthy']} of them healthy\n"
+        )
+        parts.append(markdown("", part["rows"], image_columns))
     for name, stratum in summary["strata"].items():
         parts.append(f"{name}: {stratum['n_images']} images of {stratum['n_patients']} patients\n")
         parts.append(markdown("", stratum["rows"], {k: v for k, v in shown.items() if not k.startswith("image_")}))

@@ -33,20 +33,35 @@ def export_pipeline(pipeline, output, format="onnx", overwrite=False):
         pipeline: a `CFGAnomalyPipeline` or a `FixedPointGANPipeline`.
         output: a new folder; written under a temporary name and renamed.
         format: "onnx" or "openvino".
-        overwrite: replace an old folder.
+        overwrite: replace an old folder of a pipeline.
 
     Raises:
-        FileExistsError: `output` exists. ValueError: a pipeline that cannot be exported, or that has been already, an
-            unknown format, or an exported network that does not answer as the original does.
+        FileExistsError: `output` exists; or it is to be overwritten and holds no pipeline, or the very one that is
+            exported, whose weights would be gone. ValueError: a pipeline that cannot be exported, or that has been
+            already, an unknown format, or an exported network that does not answer as the original does.
         ImportError: the packages of the extra `export` are missing.
     """
-    output = Path(output)
-    if output.exists() and not overwrite:
-        raise FileExistsError(f"{output} exists: give another folder, or overwrite it")
+    output, source = Path(output), Path(str(pipeline.config.get("_name_or_path") or ""))
+    check_output(output, source, overwrite)
     exported = with_backend(pipeline, format)
     with new_folder(output) as folder:
         exported.save_pretrained(folder)
         copy_card(pipeline.config.get("_name_or_path"), folder)
+
+
+def check_output(output, source, overwrite):
+    """The door: what must not be written over, whatever was said."""
+    if not output.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f"{output} exists: give another folder, or overwrite it")
+    if not (output / "model_index.json").is_file():
+        raise FileExistsError(f"{output} is no pipeline folder, and all that is in it would be gone: give another one")
+    # an export holds no weights of torch
+    if (source / "model_index.json").is_file() and output.samefile(source):
+        raise FileExistsError(
+            f"{output} is the model that is exported, whose weights would be gone: give another folder"
+        )
 
 
 def with_backend(pipeline, backend):

@@ -124,6 +124,24 @@ def test_a_folder_is_not_overwritten_unasked_and_keeps_its_card(tmp_path):
     assert not (tmp_path / "out" / "mark").exists() and (tmp_path / "out" / "unet" / "net.bin").is_file()
 
 
+def test_an_export_replaces_neither_its_own_model_nor_what_is_none(tmp_path, monkeypatch):
+    small_pipeline().save_pretrained(tmp_path / "torch")
+    (tmp_path / "home").mkdir()
+    for path in (tmp_path / "home" / "thesis.txt", tmp_path / "file"):
+        path.write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    model = load_pipeline("torch")
+    for output, why in (
+        (tmp_path / "torch", "weights would be gone"),
+        ("home", "no pipeline"),
+        ("file", "no pipeline"),
+    ):
+        with pytest.raises(FileExistsError, match=why):
+            export_pipeline(model, output, overwrite=True)
+    assert (tmp_path / "home" / "thesis.txt").exists() and (tmp_path / "file").read_text() == "mine"
+    assert list((tmp_path / "torch" / "unet").glob("*.safetensors"))
+
+
 def test_what_needs_gradients_is_not_exported():
     guided = ClassifierGuidedPipeline(toy_unet(), toy_classifier(), DDIMScheduler(clip_sample=False))
     with pytest.raises(ValueError, match="CFGAnomalyPipeline or FixedPointGANPipeline.*guidance needs gradients"):

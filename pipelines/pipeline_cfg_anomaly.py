@@ -299,7 +299,8 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
             def step(i, t, x):
                 bar.update()
                 x = x if on_step is None else on_step(i, t, x)
-                latents[int(t)] = x
+                if int(t) in last.values():  # not of every step: hundreds of them fill a GPU
+                    latents[int(t)] = x
                 return x
 
             invert(lambda x, t: self.predict(x, t, labels), x, timesteps, self.scheduler, num_refinements, step)

@@ -1,5 +1,7 @@
 """The options of `CFGAnomalyPipeline` that the original did not have, and the recipe that leaves them out."""
 
+import weakref
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
@@ -86,6 +88,18 @@ def test_a_harmonic_mean_is_high_only_where_all_maps_are():
     maps = torch.tensor([[[[0.5, 0.0, 0.2]]], [[[0.5, 1.0, 0.8]]]])
     torch.testing.assert_close(combine_maps(maps, "harmonic"), torch.tensor([[[0.5, 0.0, 0.32]]]), atol=1e-5, rtol=0)
     torch.testing.assert_close(combine_maps(maps), torch.tensor([[[0.5, 0.5, 0.5]]]))
+
+
+def test_latents_of_other_steps_are_let_go(pipeline, images):
+    seen, alive = [], []
+
+    def callback(_, i, t, kwargs):
+        seen.append(weakref.ref(kwargs["latents"]))
+        alive.append(sum(tensor() is not None for tensor in seen))
+        return {}
+
+    pipeline(images[:1], **{**FAST, "noise_level": [800, 200]}, callback_on_step_end=callback)
+    assert alive[7] == 2, "at the end of inversion those of the two levels are kept, and no others"
 
 
 def test_steps_are_counted_through_all_noise_levels(pipeline, images):

@@ -292,9 +292,13 @@ def stamp(path):
 
 
 def keep_settings(output_dir, settings):
-    """Note in a new folder what makes its results; refuse one that something else made."""
+    """Note in a new folder what makes its results; refuse one that something else made.
+
+    One without a result, as a call that was refused leaves it, is as good as new.
+    """
     path = output_dir / "settings.json"
-    if path.exists():
+    settings = json.loads(json.dumps(settings))  # as they come back: a pair is a list
+    if path.exists() and any((output_dir / "rows").glob("*.json")):
         old = {"save_trajectory": False, "dicom": False} | json.loads(path.read_text())  # of before there were these
         differing = [key for key in settings if key != "model" and old.get(key) != settings[key]]
         if differing:

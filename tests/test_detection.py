@@ -133,6 +133,21 @@ def test_results_of_other_settings_are_not_mixed(pipeline, folder, tmp_path):
         run(pipeline, [folder], tmp_path)
 
 
+def test_settings_are_the_same_as_a_pair_and_as_a_list(pipeline, folder, tmp_path):
+    out, call = tmp_path / "out", {**FAST, "guidance_interval": (0, 200)}
+    for computed in (1, 0):
+        summary = detect(pipeline, [folder / "a.png"], out, call_kwargs=call, progress=False)
+        assert summary["computed"] == computed
+
+
+def test_a_call_that_was_refused_does_not_spoil_its_folder(pipeline, folder, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="direction"):
+        detect(pipeline, [folder / "a.png"], out, call_kwargs={**FAST, "direction": "up"}, progress=False)
+    assert run(pipeline, [folder / "a.png"], out)["computed"] == 1
+    assert json.loads((out / "settings.json").read_text())["call"] == FAST
+
+
 def test_what_cannot_be_detected_on_is_refused(pipeline, folder, tmp_path):
     (tmp_path / "empty").mkdir()
     for images, out, error, message in [

@@ -21,6 +21,7 @@ from conftest import toy_generator, toy_resnet
 from cxr_diffusers import FixedPointGANPipeline, GradCAMPipeline, load_phantom, read_image
 from cxr_diffusers.cli import main
 from cxr_diffusers.demo import answers
+from cxr_diffusers.demo.serve import open_models
 from cxr_diffusers.demo.uploads import Upload, read_upload
 from cxr_diffusers.hub import METHODS
 from cxr_diffusers.pipelines.cxr_anomaly import restore_map
@@ -300,6 +301,8 @@ def test_a_method_brings_its_own_settings_and_no_others(toy):
     toy.register_to_config(settings={"noise_level": [300, 500]})
     assert [look["visible"] for look in page.slider_looks(toy)] == [True, False, False, True]
     assert "noise_level" not in page.call_of(toy, [2, 50, 400, 20]), "several levels at once are left as they are"
+    toy.register_to_config(settings={"guidance_scale": 4})
+    assert page.call_of(toy, [4.5, 50, 400, 20])["guidance_scale"] == 4.5, "half a step is not cut off a whole number"
     gan = FixedPointGANPipeline(toy_generator())
     assert not page.has_sliders(gan) and page.call_of(gan, [1, 2, 3, 4]) == {}
     assert set(page.METHODS) == set(METHODS), "every detector has its name on the page"
@@ -334,6 +337,14 @@ def test_the_threshold_goes_as_far_as_the_colours_and_says_whose_it_is(toy, uplo
     answer = answers.ask(toy, "toy", upload, {})
     assert "has none" in page.threshold_span(answer, 1)["info"] and page.threshold_span(answer, 3)["maximum"] >= 2.95
     assert answer.vmax == pytest.approx(np.quantile(answer.square, 0.995), rel=1e-5)
+
+
+def test_a_model_of_the_same_name_as_another_is_not_left_out_without_a_word(toy, tmp_path):
+    for run in ("one", "two"):
+        toy.save_pretrained(tmp_path / run / "final")
+    with pytest.raises(ValueError, match="different names, got final twice"):
+        open_models([tmp_path / "one" / "final", tmp_path / "two" / "final"], "cpu")
+    assert list(open_models(["cxr_cfg_64", "default"], "cpu"))[0] == "cxr_cfg_64", "one model by two names is one"
 
 
 def test_a_port_that_is_taken_is_said_before_any_model_is_opened(capsys):

@@ -331,10 +331,12 @@ def has_sliders(pipeline):
 
 
 def call_of(pipeline, values):
-    """The sliders' values -> arguments of the pipeline's call, those that it has, in the type of its own."""
+    """The sliders' values -> arguments of the pipeline's call, those that it has; steps and timesteps are whole."""
     own = pipeline.settings()
     named = zip(answers.SLIDERS, values, strict=True)
-    return {name: type(own[name])(value) for name, value in named if is_number(own.get(name))}
+    # not in the type of its own: a scale of 4 may become 4.5
+    kinds = {name: float if name.endswith("_scale") else int for name in answers.SLIDERS}
+    return {name: kinds[name](value) for name, value in named if is_number(own.get(name))}
 
 
 def thumbnails(paths):

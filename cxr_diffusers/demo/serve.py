@@ -34,7 +34,8 @@ def open_models(names=(), device=None, trust_remote_code=False):
     """{name: pipeline}: those of `names` first, then the shipped ones, the default one before the others.
 
     Raises:
-        ValueError: a model for pictures of several channels, or one that does not answer with an anomaly map.
+        ValueError: a model for pictures of several channels, one that does not answer with an anomaly map, or two of
+            `names` with one last part.
     """
     from ..detection import model_channels
     from ..processes import process_state
@@ -42,9 +43,11 @@ def open_models(names=(), device=None, trust_remote_code=False):
     shipped = sorted((path.parent.name for path in CHECKPOINTS.glob("*/model_index.json")), key=lambda x: x != DEFAULT)
     models = {}
     for name in (*names, *shipped):
-        short = DEFAULT if name == "default" else Path(name).name
-        if short in models:
+        short = DEFAULT if name == "default" else Path(name).name or Path(name).resolve().name
+        if short in models and name in ("default", *shipped):
             continue
+        if short in models:
+            raise ValueError(f"expected models of different names, got {short} twice: {', '.join(map(str, names))}")
         pipeline = load_pipeline(name, trust_remote_code)
         if model_channels(pipeline) not in (1, 3) or not hasattr(pipeline, "settings"):
             raise ValueError(f"{name}: expected a model of anomalies in radiographs, got a {type(pipeline).__name__}")

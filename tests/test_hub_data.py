@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, load_dataset
+from datasets import Image as DatasetImage
 from huggingface_hub import DatasetCard, ModelCard
 from PIL import Image
 
@@ -216,6 +217,32 @@ def test_paths_lose_what_they_share_and_nothing_else(folder):
     ]
     assert relative(data.select([0]))["path"][:] == ["scan_of_somebody.png"]
     assert relative(data).column_names == data.column_names
+
+
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        (["/x/y/a.png", "/x/b.png", ""], ["y/a.png", "b.png", ""]),
+        (["{here}/c/a.png", "c/d/b.png"], ["a.png", "d/b.png"]),
+        (["", ""], ["", ""]),
+    ],
+)
+def test_paths_that_are_unknown_or_of_two_kinds_come_to_an_end(paths, expected):
+    paths = [path.format(here=Path.cwd()) for path in paths]
+    data = Dataset.from_dict({"path": paths, "label": [0] * len(paths)})
+    assert relative(data)["path"][:] == expected
+
+
+def test_no_name_of_a_mask_goes_out_under_a_pseudonym(tmp_path):
+    for name in ("SOMEBODY.png", "SOMEBODY_mask.png"):
+        Image.new("L", (16, 16), 255).save(tmp_path / name)
+    rows = {"image": [str(tmp_path / "SOMEBODY.png")] * 2, "mask": [str(tmp_path / "SOMEBODY_mask.png"), None]}
+    data = Dataset.from_dict({**rows, "patient": ["S", "S"], "path": ["SOMEBODY", "SOMEBODY"]})
+    data = data.cast_column("image", DatasetImage()).cast_column("mask", DatasetImage())
+    made = renamed({"train": data})["train"]
+    bare = made.cast_column("image", DatasetImage(decode=False)).cast_column("mask", DatasetImage(decode=False))
+    assert [bare[0]["image"]["path"], bare[0]["mask"]["path"], bare[1]["mask"]] == [None, None, None]
+    assert bare[0]["mask"]["bytes"] == (tmp_path / "SOMEBODY_mask.png").read_bytes()
 
 
 def test_a_patient_has_one_number_in_all_splits():

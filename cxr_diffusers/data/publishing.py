@@ -176,12 +176,15 @@ def alike(splits):
 
 def relative(dataset):
     """The same data set, its paths without the folders that all of them share."""
-    paths = dataset["path"][:]
-    parents = [PurePosixPath(path.replace(os.sep, "/")).parent for path in paths]
-    shared = parents[0]
-    while not all(parent.is_relative_to(shared) for parent in parents):
+    paths = [path and PurePosixPath(path.replace(os.sep, "/")) for path in dataset["path"]]  # "" where it is not known
+    known = [path for path in paths if path]
+    if len({path.is_absolute() for path in known}) > 1:  # nothing is above both
+        here = PurePosixPath(Path.cwd().as_posix())
+        paths, known = [path and here / path for path in paths], [here / path for path in known]
+    shared = known[0].parent if known else PurePosixPath()
+    while not all(path.parent.is_relative_to(shared) for path in known):
         shared = shared.parent
-    return with_texts(dataset, path=[PurePosixPath(path).relative_to(shared).as_posix() for path in paths])
+    return with_texts(dataset, path=[path and path.relative_to(shared).as_posix() for path in paths])
 
 
 def renamed(splits):
@@ -201,15 +204,25 @@ def renamed(splits):
 
 
 def nameless(dataset):
-    """The same pictures, byte for byte, without the names of their files."""
+    """The same pictures, masks too, byte for byte, without the names of their files."""
     features = dataset.features
-    bare = dataset.cast_column("image", datasets.Image(decode=False))
+    columns = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    bare = dataset
+    for name in columns:
+        bare = bare.cast_column(name, datasets.Image(decode=False))
 
-    def take(cell):
-        content = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
-        return {"image": {"path": None, "bytes": content}}
+    def take(*cells):
+        return dict(zip(columns, map(bytes_alone, cells), strict=True))
 
-    return bare.map(take, input_columns="image", features=features, desc="taking file names off")
+    return bare.map(take, input_columns=columns, features=features, desc="taking file names off")
+
+
+def bytes_alone(cell):
+    """A picture's cell without the name of its file; None stays None."""
+    if cell is None:
+        return None
+    content = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+    return {"path": None, "bytes": content}
 
 
 def with_texts(dataset, **columns):

@@ -299,7 +299,7 @@ def prepare(image, unet, data_range, scaling, aspect):
 def check_inputs(unet, classifier, scheduler, noise_level, num_steps, target_label, guided):
     if scheduler.config.prediction_type != "epsilon":
         raise ValueError(f"expected a model that predicts the noise, got {scheduler.config.prediction_type!r}")
-    if not 2 <= noise_level <= num_steps:
+    if not isinstance(noise_level, int) or not 2 <= noise_level <= num_steps:
         raise ValueError(
             f"expected `noise_level` to be an index into {num_steps} steps, 2..{num_steps}, got {noise_level}"
         )

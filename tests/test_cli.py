@@ -113,6 +113,8 @@ def test_detect_can_run_as_the_original_did(model, folder, tmp_path, capsys):
     picture = read_image(image)
     np.testing.assert_allclose(found, restore_map(expected.anomaly_map[0], picture.height, picture.width), atol=1e-4)
     assert main([*command, "--smoothing", "1"]) == 2 and "smoothing" in capsys.readouterr().err
+    levels = ["--noise-level", "3", "5", "--out", str(tmp_path / "levels")]
+    assert main([*command, *levels]) == 2 and "expected `noise_level` to be an index" in capsys.readouterr().err
 
 
 def test_detect_hands_the_options_to_the_pipeline(model, folder, tmp_path):

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .data.dicom_checks import warnings_of
 from .data.images import SUFFIXES, describe_skipped, is_dicom, picture_size, read_header, read_image, split_images
-from .dicom_output import Algorithm, DicomOutputError, check_source, import_highdicom, write_objects
+from .dicom_output import ENDINGS, Algorithm, DicomOutputError, check_source, import_highdicom, write_objects
 from .evaluation.answers import fingerprint
 from .pipelines.cxr_anomaly import frame, prepare_image, restore_map
 from .processes import process_state
@@ -128,7 +128,7 @@ def detect(
                     batch.append((name, path, read_picture(path, channels), read_source(path, dicom)))
                 except (ValueError, OSError) as error:
                     failed[str(path)] = str(error)
-                    row_file(output_dir, name).unlink(missing_ok=True)  # of the file that was here before
+                    forget(output_dir, name)
                     bar.update()
             if not batch:
                 continue
@@ -149,7 +149,7 @@ def detect(
                     )
                 except DicomOutputError as error:
                     failed[str(path)] = f"{path}: {error}"
-                    row_file(output_dir, name).unlink(missing_ok=True)
+                    forget(output_dir, name)
                     seconds.pop()
                     bar.update()
                     continue
@@ -310,6 +310,13 @@ def keep_settings(output_dir, settings):
 
 def row_file(output_dir, name):
     return output_dir / "rows" / f"{name}.json"
+
+
+def forget(output_dir, name):
+    """Take away the row and the DICOM objects of the file that was here before: they would be taken for this one's."""
+    objects = [output_dir / "dicom" / f"{name}_{ending}.dcm" for ending in ENDINGS]
+    for path in (row_file(output_dir, name), *objects):
+        path.unlink(missing_ok=True)
 
 
 def read_rows(output_dir):

@@ -3,6 +3,7 @@
 import copy
 import io
 from dataclasses import dataclass
+from hashlib import sha256
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -23,6 +24,7 @@ HOME = "https://github.com/cxr-diffusers/cxr_diffusers"
 BANNER = (120, 0, 0)
 # added to the number of the source's series
 SEGMENTATION_SERIES, CAPTURE_SERIES = 9000, 9500
+ENDINGS = ("seg", "overlay")  # NAME_seg.dcm, NAME_overlay.dcm
 
 
 @dataclass
@@ -162,7 +164,8 @@ def make_capture(source, picture, algorithm):
         "PATIENT",
         series_instance_uid=make_uid("capture series", source.SeriesInstanceUID, algorithm),
         series_number=series_number(source, CAPTURE_SERIES),
-        sop_instance_uid=make_uid("capture", source.SOPInstanceUID, algorithm),
+        # of its pixels, too: colours on another scale are another picture
+        sop_instance_uid=make_uid(f"capture {sha256(shown.tobytes()).hexdigest()}", source.SOPInstanceUID, algorithm),
         instance_number=instance_number(source),
         manufacturer="cxr_diffusers",
         patient_orientation=("L", "F"),  # highdicom wants one: it is replaced below
@@ -241,10 +244,10 @@ class DicomOutputError(ValueError):
 def write_objects(stem, source, mask, picture, algorithm):
     """Write STEM_seg.dcm and STEM_overlay.dcm, see `make_segmentation` and `make_capture`. Raises DicomOutputError."""
     try:
-        made = {"seg": make_segmentation(source, mask, algorithm), "overlay": make_capture(source, picture, algorithm)}
+        made = (make_segmentation(source, mask, algorithm), make_capture(source, picture, algorithm))
     except Exception as error:  # highdicom and pydicom have many, for a date or a sex that is none, say
         raise DicomOutputError(f"no DICOM objects can be made from this header: {error}") from error
-    for ending, dataset in made.items():
+    for ending, dataset in zip(ENDINGS, made, strict=True):
         save_dicom(dataset, stem.with_name(f"{stem.name}_{ending}.dcm"))
 
 

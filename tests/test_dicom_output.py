@@ -187,6 +187,29 @@ def test_a_header_of_which_no_objects_can_be_made_fails_alone(model, tmp_path):
     assert {path.name for path in (tmp_path / "out" / "rows").iterdir()} == {"whole.json"}
 
 
+def test_objects_of_the_file_that_was_here_before_do_not_outlive_it(model, tmp_path):
+    source, out = write_source(tmp_path / "a.dcm"), tmp_path / "out"
+    for broken in (lambda: write_source(source, 1, PatientSex="UNKNOWN"), lambda: source.write_bytes(b"cut off")):
+        write_source(source, 2)
+        assert run(model, [source], out, dicom=True)["computed"] == 1 and len(list((out / "dicom").iterdir())) == 2
+        broken()
+        assert list(run(model, [source, write_source(tmp_path / "b.dcm", 3)], out, dicom=True)["failed"]) == [
+            str(source)
+        ]
+        assert {path.name for path in (out / "dicom").iterdir()} == {"b_seg.dcm", "b_overlay.dcm"}
+        (tmp_path / "b.dcm").unlink()
+        for path in [*(out / "dicom").iterdir(), *(out / "rows").iterdir()]:
+            path.unlink()
+
+
+def test_two_pictures_of_one_map_are_two_captures(tmp_path):
+    source = pydicom.dcmread(write_source(tmp_path / "a.dcm"))
+    uids = [
+        make_capture(source, Image.new("RGB", (90, 80), c), ALGORITHM).SOPInstanceUID for c in ("red", "blue", "red")
+    ]
+    assert uids[0] != uids[1] and uids[0] == uids[2]
+
+
 def test_without_highdicom_it_is_said_what_to_install(model, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "highdicom", None)
     source = write_source(tmp_path / "a.dcm")

@@ -52,6 +52,12 @@ def test_a_plan_can_be_run_for_some_of_its_methods(models, capsys):
     path, out = write_plan(models), models / "out"
     assert main(["evaluate", "--config", str(path), "--only", "Grad-CAM", "--out", str(out)]) == 0
     assert set(pd.read_csv(out / "a" / "per_image.csv")["method"]) == {"Grad-CAM"}
+    assert (
+        main(["evaluate", "--config", str(path), "--only", "Grad-CAM", "--on", "b", "--out", str(models / "one")]) == 0
+    )
+    assert [p.name for p in (models / "one").iterdir() if p.is_dir()] == ["b"]
+    assert main(["evaluate", "--config", str(path), "--on", "c", "--out", str(out)]) == 2
+    assert "no data set c, expected some of a, b" in capsys.readouterr().err
     assert main(["evaluate", "--config", str(path), "--only", "LRP", "--out", str(out)]) == 2
     assert "no method LRP, expected some of ours, Grad-CAM" in capsys.readouterr().err
     assert main(["evaluate", str(models), "--only", "ours", "--out", str(out)]) == 2

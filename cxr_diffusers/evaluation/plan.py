@@ -32,13 +32,13 @@ class Plan:
     options: dict = field(default_factory=dict)  # n_bootstrap, seed, judge, smoothing, quantile, ... of `compare`
 
 
-def load_plan(path, overrides=(), only=()):
+def load_plan(path, overrides=(), only=(), on=()):
     """Read a plan.
 
     Args:
         path: the YAML file.
         overrides: `section.key=value` strings, as for recipes; `root=FOLDER` needs no section.
-        only: the names of the methods to keep; none: all.
+        only, on: the names of the methods and of the data sets to keep; none: all.
 
     Raises:
         ValueError: no YAML, an unknown key (named, with the known ones), a method without a model, or a `???`, which
@@ -61,16 +61,22 @@ def load_plan(path, overrides=(), only=()):
     plan.data = {
         name: build(DataPlan, fill(data, plan.root), f"{path}: data.{name}") for name, data in plan.data.items()
     }
-    unknown = [name for name in only if name not in plan.methods]
-    if unknown:
-        raise ValueError(f"{path}: no method {', '.join(unknown)}, expected some of {', '.join(plan.methods)}")
-    plan.methods = {name: method for name, method in plan.methods.items() if not only or name in only}
+    plan.methods = chosen(plan.methods, only, f"{path}: no method")
+    plan.data = chosen(plan.data, on, f"{path}: no data set")
     for name, method in plan.methods.items():
         if not isinstance(method, dict) or "model" not in method:
             raise ValueError(f"{path}: methods.{name}: expected a `model` and arguments of its call, got {method!r}")
     if not plan.methods or not plan.data:
         raise ValueError(f"{path}: expected at least one method and one data set")
     return plan
+
+
+def chosen(items, names, what):
+    """The items of these names, in the plan's order; without names all. ValueError where there is no such item."""
+    unknown = [name for name in names if name not in items]
+    if unknown:
+        raise ValueError(f"{what} {', '.join(unknown)}, expected some of {', '.join(items)}")
+    return {name: item for name, item in items.items() if not names or name in names}
 
 
 def fill(value, root):

@@ -98,20 +98,18 @@ def detect(
     channels = model_channels(pipeline)
     found, skipped = find_images(images, output_dir, channels)
     algorithm = dicom_algorithm(pipeline, call_kwargs, [path for _, path in found]) if dicom else None
-    keep_settings(
-        output_dir,
-        {
-            "model": str(pipeline.config.get("_name_or_path") or type(pipeline).__name__),
-            "weights": fingerprint(pipeline, {}, 0),
-            "call": call_kwargs,
-            "map_format": map_format,
-            "save_counterfactual": save_counterfactual,
-            "save_trajectory": save_trajectory,
-            "map_threshold": threshold,
-            "vmax": vmax,
-            "dicom": dicom,
-        },
-    )
+    settings = {
+        "model": str(pipeline.config.get("_name_or_path") or type(pipeline).__name__),
+        "weights": fingerprint(pipeline, {}, 0),
+        "call": call_kwargs,
+        "map_format": map_format,
+        "save_counterfactual": save_counterfactual,
+        "save_trajectory": save_trajectory,
+        "map_threshold": threshold,
+        "vmax": vmax,
+        "dicom": dicom,
+    }
+    check_settings(output_dir, settings)
     rows = read_rows(output_dir)
     files = name_files(found, rows)
     todo = [(name, path) for name, path in files.items() if name not in rows or rows[name]["file"] != stamp(path)]
@@ -135,6 +133,7 @@ def detect(
             start = time.perf_counter()
             output = pipeline([picture for _, _, picture, _ in batch], output_type="np", **call_kwargs, **stepwise)
             seconds += [(time.perf_counter() - start) / len(batch)] * len(batch)
+            keep_settings(output_dir, settings)  # now that there are answers: a call that was refused leaves nothing
             for i, (name, path, picture, source) in enumerate(batch):
                 answer = (
                     output.image[i],
@@ -291,20 +290,23 @@ def stamp(path):
     return [str(path.resolve()), sum(s.st_size for s in found), max(s.st_mtime_ns for s in found)]
 
 
-def keep_settings(output_dir, settings):
-    """Note in a new folder what makes its results; refuse one that something else made.
-
-    One without a result, as a call that was refused leaves it, is as good as new.
-    """
+def check_settings(output_dir, settings):
+    """Refuse a folder that something else made."""
     path = output_dir / "settings.json"
+    if not path.exists():
+        return
+    old = {"save_trajectory": False, "dicom": False} | json.loads(path.read_text())  # of before there were these
     settings = json.loads(json.dumps(settings))  # as they come back: a pair is a list
-    if path.exists() and any((output_dir / "rows").glob("*.json")):
-        old = {"save_trajectory": False, "dicom": False} | json.loads(path.read_text())  # of before there were these
-        differing = [key for key in settings if key != "model" and old.get(key) != settings[key]]
-        if differing:
-            what = ", ".join(f"{key} {old.get(key)!r} there, {settings[key]!r} now" for key in differing)
-            raise FileExistsError(f"{output_dir} holds results of other settings ({what}): give another folder")
-    else:
+    differing = [key for key in settings if key != "model" and old.get(key) != settings[key]]
+    if differing:
+        what = ", ".join(f"{key} {old.get(key)!r} there, {settings[key]!r} now" for key in differing)
+        raise FileExistsError(f"{output_dir} holds results of other settings ({what}): give another folder")
+
+
+def keep_settings(output_dir, settings):
+    """Note in a new folder what makes its results."""
+    path = output_dir / "settings.json"
+    if not path.exists():
         write_file(path, json.dumps(settings, indent=2).encode())
 
 

@@ -144,6 +144,7 @@ def test_a_call_that_was_refused_does_not_spoil_its_folder(pipeline, folder, tmp
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="direction"):
         detect(pipeline, [folder / "a.png"], out, call_kwargs={**FAST, "direction": "up"}, progress=False)
+    assert not (out / "settings.json").exists()
     assert run(pipeline, [folder / "a.png"], out)["computed"] == 1
     assert json.loads((out / "settings.json").read_text())["call"] == FAST
 

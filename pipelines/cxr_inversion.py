@@ -1,7 +1,6 @@
 """Deterministic DDIM inversion: an image back to a noise level, and to the image again."""
 
 import torch
-import torch.nn.functional as F
 
 # Swaps for DDIM that share its latents (variance preserving, no scaling of the input) and can be run without noise.
 DETERMINISTIC_SCHEDULERS = (
@@ -81,7 +80,7 @@ def move(x, noise, alpha, new_alpha):
     return new_alpha**0.5 * x0 + (1 - new_alpha) ** 0.5 * noise
 
 
-def harmonize(output, x, t, image, scheduler, scale, sigma=1.5):
+def harmonize(output, x, t, image, scheduler, scale, smooth):
     """The network's output at x_t, corrected: the image it predicts keeps to the picture where it hardly changed.
 
     x_0 <- m x_0 + (1 - m) image, with m the change |image - x_0|, smoothed, in units of `scale` and at most 1: a change
@@ -94,7 +93,7 @@ def harmonize(output, x, t, image, scheduler, scale, sigma=1.5):
         x: (B, C, H, W) latents at `t`.
         image: (B, C, H, W) in the model's range.
         scale: in units of the model's range.
-        sigma: of the smoothing, in pixels.
+        smooth: (B, H, W) -> (B, H, W), a little.
 
     Returns:
         (B, C, H, W), an output of the scheduler's prediction type.
@@ -102,12 +101,7 @@ def harmonize(output, x, t, image, scheduler, scale, sigma=1.5):
     alpha, kind = scheduler.alphas_cumprod[t.long()].to(x), scheduler.config.prediction_type
     noise = noise_from_output(output, x, alpha, kind)
     x0 = (x - (1 - alpha) ** 0.5 * noise) / alpha**0.5
-    radius = round(3 * sigma)
-    taps = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device)
-    kernel = torch.softmax(-(taps**2) / (2 * sigma**2), dim=0)
-    change = (image - x0).abs().mean(dim=1, keepdim=True)
-    change = F.pad(change, (radius,) * 4, mode="replicate")
-    change = F.conv2d(F.conv2d(change, kernel[None, None, :, None]), kernel[None, None, None])
+    change = smooth((image - x0).abs().mean(dim=1))[:, None]
     mask = (change / scale).clamp(max=1)
     x0 = mask * x0 + (1 - mask) * image
     return output_from_noise((x - alpha**0.5 * x0) / (1 - alpha) ** 0.5, x, alpha, kind)

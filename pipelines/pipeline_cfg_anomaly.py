@@ -341,12 +341,17 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
             guided = sum(weight * output for weight, output in zip(weights.values(), outputs, strict=False))
             if harmonization:
                 span = self.config.data_range[1] - self.config.data_range[0]
-                guided = harmonize(guided, both[:batch], t, image, self.scheduler, harmonization * span)
+                guided = harmonize(guided, both[:batch], t, image, self.scheduler, harmonization * span, soften)
             prediction = torch.cat([guided, *outputs[len(weights) :]])
             both = self.scheduler.step(prediction, t, both, **extra).prev_sample
             if on_step is not None:
                 both = torch.cat([on_step(len(timesteps) + i, t, both[:batch]), both[batch:]])
         return both[:batch], (both[batch:] if with_reconstruction else None)
+
+
+def soften(change):
+    """(B, H, W) -> (B, H, W): the change that harmonization looks at, smoothed by 1.5 pixels."""
+    return smooth_map(change, 1.5)
 
 
 def noise_levels(settings):

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .cache import cache_folder
 from .evaluation.answers import config_of, fingerprint
 from .models.exported_net import NET_FILES, ExportedNet
 
@@ -67,9 +68,8 @@ def check_output(output, source, overwrite):
 def with_backend(pipeline, backend):
     """The same pipeline, its network run by "torch", "onnx" or "openvino"; answers with maps equal to 1e-4.
 
-    An export is kept in a cache folder by the network's fingerprint ($CXR_DIFFUSERS_CACHE, else
-    $XDG_CACHE_HOME/cxr_diffusers, else ~/.cache/cxr_diffusers), so that only the first time takes long. The pipeline
-    that is handed in stays as it is.
+    An export is kept by the network's fingerprint (see `cache.cache_folder`), so that only the first time takes long.
+    The pipeline that is handed in stays as it is.
 
     Raises:
         ValueError: a pipeline without such a network (classifier guidance and Grad-CAM need gradients), or whose folder
@@ -113,18 +113,12 @@ def net_of(pipeline, backend):
 def cached_net(net, inputs, format):
     """A network -> its `ExportedNet`, exported now or by an earlier run. OpenVINO's is made from ONNX's."""
     weights = fingerprint(net, {}, 0)
-    folder = cache_folder() / f"{weights}-{format}"
+    folder = cache_folder("exports") / f"{weights}-{format}"
     if not folder.is_dir():
         source = None if format == "onnx" else cached_net(net, inputs, "onnx").folder
         with new_folder(folder) as new:
             export_net(net, inputs, new, format, weights, source)
     return ExportedNet.from_pretrained(folder)
-
-
-def cache_folder():
-    """Where exports are kept."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("CXR_DIFFUSERS_CACHE") or Path(home, "cxr_diffusers")) / "exports"
 
 
 def export_net(net, inputs, folder, format, weights, source=None):

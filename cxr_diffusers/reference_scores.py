@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from .cache import cache_folder
 from .evaluation.answers import fingerprint, picture_digest, quiet
 from .visualization import write_file
 
@@ -87,13 +87,12 @@ def cached_scores(pipeline, dataset, data, *, cache_dir=None, progress=None):
     """As `measure_scores`, once for a model, its settings and these images: the scores, and no picture, are kept.
 
     Args:
-        cache_dir: None: `healthy_scores` in `$XDG_CACHE_HOME/cxr_diffusers`, or in `~/.cache/cxr_diffusers`.
+        cache_dir: None: `healthy_scores` in the cache, see `cache.cache_folder`.
     """
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cxr_diffusers"
     key = hashlib.blake2b(fingerprint(pipeline, pipeline.settings(), 0).encode(), digest_size=16)
     for row in dataset:
         key.update(picture_digest("", row).encode())
-    folder = Path(cache_dir or home / "healthy_scores") / key.hexdigest()
+    folder = Path(cache_dir or cache_folder("healthy_scores")) / key.hexdigest()
     found = kept_scores(folder)
     if found is None:
         found = measure_scores(pipeline, dataset, data, progress=progress)

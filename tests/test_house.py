@@ -18,6 +18,7 @@ FLOORS = {
     "cxr_diffusers.version": 0,
     "cxr_diffusers.pipelines": 1,
     "cxr_diffusers.adversarial_losses": 2,
+    "cxr_diffusers.cache": 2,
     "cxr_diffusers.data": 2,
     "cxr_diffusers.convert": 2,
     "cxr_diffusers.degradations": 2,

@@ -301,6 +301,12 @@ def test_what_does_not_fit_is_refused(released, tmp_path):
         evaluate_chexlocalize({"bright": Bright()}, open_split(*other), progress=False)
 
 
+@pytest.mark.parametrize("names", [["a b", "a_b"], [".."], ["maps"]])
+def test_no_method_writes_over_another_or_beside_the_output(names):
+    with pytest.raises(ValueError, match="expected methods whose names are folders of their own"):
+        evaluate_chexlocalize({name: Bright() for name in names}, None)
+
+
 def test_a_missing_pycocotools_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     with pytest.raises(ImportError, match=r"pip install 'cxr_diffusers\[chexlocalize\]'"):

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..detection import same_frame
+from ..evaluation.answers import harmless
 from ..masks import threshold_map
 from ..pipelines.cxr_anomaly import restore_map
 from ..pipelines.cxr_inversion import timesteps_below
@@ -164,7 +165,7 @@ def film_file(answer):
 def stem(answer):
     """The beginning of a download's name, in harmless letters."""
     name = answer.name.rsplit(".", 1)[0]
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name).strip(".")[:80] or "radiograph"
+    return harmless(name).strip(".")[:80] or "radiograph"
 
 
 def score_card(answer, reference, fits, meaning):

@@ -145,7 +145,12 @@ def stem(row):
     """A file name to recognise a picture by: the end of its path, in harmless letters."""
     path = Path(row.get("path") or "image")
     name = "-".join([*path.parts[-3:-1], path.stem])
-    return "".join(c if c.isalnum() or c in "._-" else "_" for c in name)[-80:].lstrip(".-")
+    return harmless(name)[-80:].lstrip(".-")
+
+
+def harmless(name):
+    """A name in letters that every file system takes, in one folder."""
+    return "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
 
 
 def save_answer(answer, path):

@@ -30,7 +30,7 @@ from ..masks import drop_small
 from ..processes import process_state
 from ..version import __version__
 from ..visualization import contact_sheet, save_png, write_file
-from .answers import detect
+from .answers import detect, harmless
 from .comparison import as_method
 from .controls import CENTRE, centre_prior, resample
 from .report import SHEET_ROWS, is_number, markdown, plain
@@ -115,7 +115,7 @@ def evaluate_chexlocalize(
 
     Raises:
         ValueError: a picture of another size than its segmentation, patients in both splits, a method that is named as
-            the control is, or several processes without `output_dir`.
+            the control is or that is no folder's name of its own, or several processes without `output_dir`.
     """
     splits = {"test": test} | ({"validation": validation} if validation else {})
     check(pipelines, splits, output_dir)
@@ -148,7 +148,7 @@ def evaluate_chexlocalize(
         tables.append(table.assign(method=name))
         if output_dir is not None and method:
             maps = maps_of(method, test, answers[name, "test"])
-            write_predictions(maps, test, thresholds, Path(output_dir) / safe(name), progress, name)
+            write_predictions(maps, test, thresholds, Path(output_dir) / harmless(name), progress, name)
     described = {method.name: describe_method(method) for method in methods}
     summary["settings"] = {"cxr_diffusers": __version__, "methods": described, "n_bootstrap": n_bootstrap, "seed": seed}
     if output_dir is not None:
@@ -163,6 +163,9 @@ def evaluate_chexlocalize(
 def check(pipelines, splits, output_dir):
     if not pipelines or CENTRE in pipelines:
         raise ValueError(f"expected at least one method, none of them named {CENTRE!r}, got {list(pipelines)}")
+    folders = [harmless(name) for name in pipelines]
+    if len(set(folders)) < len(folders) or {"maps", "", ".", ".."} & set(folders):
+        raise ValueError(f"expected methods whose names are folders of their own, got {list(pipelines)}")
     if process_state().num_processes > 1 and output_dir is None:
         raise ValueError("expected `output_dir` with several processes: they meet in its files")
     patients = [{cxr_id(path).split("_")[0] for path in split.images["path"]} for split in splits.values()]
@@ -369,10 +372,6 @@ def write_sheet(methods, test, answers, path):
         rows.append({"image": image, "mask": truth, "maps": maps, "title": patients[k]})
     title = f"{len(rows)} of {len(found)} patients with {ANY}, evenly over the data set"
     save_png(contact_sheet(rows, [method.name for method in methods], title=title), path)
-
-
-def safe(name):
-    return "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
 
 
 def chexlocalize_table(summary):

@@ -246,7 +246,9 @@ def write_objects(stem, source, mask, picture, algorithm):
     try:
         made = (make_segmentation(source, mask, algorithm), make_capture(source, picture, algorithm))
     except Exception as error:  # highdicom and pydicom have many, for a date or a sex that is none, say
-        raise DicomOutputError(f"no DICOM objects can be made from this header: {error}") from error
+        # not their words, which quote the header: a birth date, say, in failed.csv
+        reason = f"no DICOM objects can be made from this header ({type(error).__name__})"
+        raise DicomOutputError(f"{reason}: check it, for example with dciodvfy") from error
     for ending, dataset in zip(ENDINGS, made, strict=True):
         save_dicom(dataset, stem.with_name(f"{stem.name}_{ending}.dcm"))
 

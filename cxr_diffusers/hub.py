@@ -320,7 +320,7 @@ def publish(folder, repo_id, *, private=None, token=None, create_pr=False):
 
     Raises:
         FileNotFoundError: `folder` has no `model_index.json` (nothing was saved there), or no card. ValueError: it is
-            the shipped model's, which has no code beside it.
+            the shipped model's, which has no code beside it, or an export.
     """
     from . import pipelines
     from .pipelines.cxr_portable import named
@@ -331,6 +331,9 @@ def publish(folder, repo_id, *, private=None, token=None, create_pr=False):
         raise ValueError(
             f"expected a folder with its code beside it, got {folder}: open it and use pipeline.push_to_hub"
         )
+    if any(isinstance(part, list) and part[-1] == "ExportedNet" for part in index.values()):
+        # diffusers fetches no *.onnx, and of OpenVINO's two files one: what is there could not be opened
+        raise ValueError(f"{folder} is an export, which does not open from the Hub: publish the model it was made from")
     if not (folder / "README.md").is_file():
         raise FileNotFoundError(f"no README.md in {folder}: a model goes out with its card, see write_model_card")
     api = HfApi(token=token)

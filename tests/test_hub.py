@@ -146,6 +146,14 @@ def test_nothing_is_published_that_was_not_saved_or_has_no_card(folder, tmp_path
         publish(folder, "me/model")
 
 
+def test_an_export_is_not_published_since_it_would_not_open(folder):
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "README.md").write_text("a card")
+    (folder / "model_index.json").write_text(json.dumps({**index, "unet": ["exported_net_1a2b3c4d", "ExportedNet"]}))
+    with pytest.raises(ValueError, match="is an export, which does not open from the Hub"):
+        publish(folder, "me/model")
+
+
 def test_a_model_opens_by_the_class_that_it_names(folder):
     assert type(load_pipeline(folder)) is CFGAnomalyPipeline
     index = json.loads((folder / "model_index.json").read_text())

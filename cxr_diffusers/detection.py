@@ -81,7 +81,7 @@ def detect(
     Raises:
         FileNotFoundError: no such file or folder, or no image in it.
         FileExistsError: `output_dir` holds results of another model or other settings.
-        ValueError: `output_dir` is where the images are, an unknown `map_format`, `save_trajectory` for a pipeline
+        ValueError: `output_dir` is where the images are, an unknown `map_format`, a `vmax` of 0 or less, `save_trajectory` for a pipeline
             without steps; or `dicom` for a model without a threshold, or without any DICOM file.
         ImportError: `dicom`, and highdicom is not installed.
     """
@@ -94,7 +94,10 @@ def detect(
         trajectory = Trajectory(predicted=not call_kwargs.get("eta"))
     state, output_dir = process_state(), Path(output_dir)
     threshold = pipeline.config.get("map_threshold")
-    vmax = vmax or (3 * threshold if threshold else None)
+    if vmax is None:
+        vmax = 3 * threshold if threshold else None
+    elif not vmax > 0:
+        raise ValueError(f"expected `vmax` above 0, got {vmax!r}")
     channels = model_channels(pipeline)
     found, skipped = find_images(images, output_dir, channels)
     algorithm = dicom_algorithm(pipeline, call_kwargs, [path for _, path in found]) if dicom else None

@@ -161,6 +161,8 @@ def test_what_cannot_be_detected_on_is_refused(pipeline, folder, tmp_path):
             run(pipeline, [images], tmp_path / out)
     with pytest.raises(ValueError, match="png or npy, got 'tif'"):
         run(pipeline, [folder], tmp_path / "out", map_format="tif")
+    with pytest.raises(ValueError, match="expected `vmax` above 0, got 0"):
+        run(pipeline, [folder], tmp_path / "out", vmax=0)
 
 
 def test_a_threshold_gives_one_colour_scale_and_a_fraction(pipeline, folder, tmp_path):

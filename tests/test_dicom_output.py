@@ -184,9 +184,7 @@ def test_a_header_of_which_no_objects_can_be_made_fails_alone(model, tmp_path):
     summary = run(model, [tmp_path / "in"], tmp_path / "out", dicom=True)
     assert summary["computed"] == 1 and list(summary["failed"]) == [str(strange)]
     assert "strange.dcm: no DICOM objects can be made" in summary["failed"][str(strange)]
-    assert "UNKNOWN" not in (tmp_path / "out" / "failed.csv").read_text(), (
-        "what the header says of the patient stays there"
-    )
+    assert "UNKNOWN" not in (tmp_path / "out" / "failed.csv").read_text(), "what a header says stays there"
     assert {path.name for path in (tmp_path / "out" / "rows").iterdir()} == {"whole.json"}
 
 

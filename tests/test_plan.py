@@ -74,6 +74,8 @@ def test_several_models_need_no_plan(models, capsys):
     assert main([*command, "--model", str(models / "cfg"), str(models / "cam")]) == 0
     assert set(pd.read_csv(models / "out" / "per_image.csv")["method"]) == {"cfg", "cam"}
     capsys.readouterr()
+    assert main([*command[:-1], "0", "--model", str(models / "cfg")]) == 2
+    assert "expected --bootstrap of 1 or more, got 0" in capsys.readouterr().err
     assert main([*command, "--model", str(models / "cfg"), str(models / "cfg")]) == 2
     assert "different names" in capsys.readouterr().err
     assert main([*command, "--model", str(models / "cam"), "--guidance-scale", "3"]) == 2

@@ -44,7 +44,10 @@ def run(options):
     from ..evaluation.plan import plan_table
 
     shared = {"batch_size": options.batch_size, "call_kwargs": call_kwargs(options)}
-    shared |= {"n_bootstrap": options.bootstrap} if options.bootstrap else {}
+    if options.bootstrap is not None:
+        if options.bootstrap < 1:
+            raise ValueError(f"expected --bootstrap of 1 or more, got {options.bootstrap}")
+        shared["n_bootstrap"] = options.bootstrap
     shared |= {"judge": options.judge} if options.judge else {}
     if options.config:
         if options.model or options.healthy or options.strata or shared["call_kwargs"]:

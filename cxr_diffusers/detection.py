@@ -81,8 +81,9 @@ def detect(
     Raises:
         FileNotFoundError: no such file or folder, or no image in it.
         FileExistsError: `output_dir` holds results of another model or other settings.
-        ValueError: `output_dir` is where the images are, an unknown `map_format`, a `vmax` of 0 or less, `save_trajectory` for a pipeline
-            without steps; or `dicom` for a model without a threshold, or without any DICOM file.
+        ValueError: `output_dir` is where the images are, an unknown `map_format`, a `vmax` of 0 or less,
+            `save_trajectory` for a pipeline without steps; or `dicom` for a model without a threshold, or without any
+            DICOM file.
         ImportError: `dicom`, and highdicom is not installed.
     """
     if map_format not in ("png", "npy"):

@@ -138,13 +138,14 @@ def contact_sheet(rows, columns, *, vmax=None, title=None, panel_size=160, opaci
         cells.append(line)
     first = 2 if any(known) else 1
     how = "fixed" if all(given.get(name) for name in columns) else "99.5 % quantile of its maps"
+    scale = f"one colour scale a column ({how})" if columns else ""
     return _grid(
         cells,
         ["input", "truth"][:first] + list(columns),
         [row.get("title") or "" for row in rows],
         {first + i: scales[name] for i, name in enumerate(columns)},
         title,
-        _note(any(known), f"one colour scale a column ({how})"),
+        _note(any(known), scale),
         panel_size,
         opacity,
     )
@@ -402,7 +403,7 @@ def _write_upright(page, words, position, size, length):
 
 
 def _note(truth_known, scale):
-    return f"{'cyan: true region; ' if truth_known else ''}{scale}"
+    return "; ".join(["cyan: true region"] * truth_known + [scale] * bool(scale))
 
 
 def _ending(path):

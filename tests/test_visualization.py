@@ -124,6 +124,15 @@ def test_a_contact_sheet_has_a_row_a_patient_and_a_column_a_method(image, anomal
         contact_sheet([], ["a"])
 
 
+def test_a_sheet_without_maps_claims_no_colour_scale(image, anomaly_map):
+    def foot(columns):
+        page = np.asarray(contact_sheet([{"image": image, "maps": {"a": anomaly_map}}], columns))
+        return page[-12:]
+
+    assert (foot([]) == foot([])[0, 0]).all(), "nothing is written below"
+    assert not (foot(["a"]) == foot(["a"])[0, 0]).all()
+
+
 def test_all_rows_of_a_column_share_their_colours():
     grey = np.full((32, 32), 128, np.uint8)
     rows = [{"image": grey, "maps": {"m": np.full((32, 32), v, np.float32)}} for v in (0.1, 0.4)]

@@ -20,7 +20,7 @@ from .evaluation.answers import fingerprint
 from .pipelines.cxr_anomaly import frame, prepare_image, restore_map
 from .processes import process_state
 from .trajectory import Trajectory, check_steps
-from .visualization import save_map, save_png, side_by_side, write_file
+from .visualization import save_map, save_png, side_by_side, to_grey, write_file
 
 FIELDS = ["image", "name", "anomaly_score", "abnormal_fraction", "map_max", "height", "width", "seconds", "warnings"]
 WRITTEN = ("maps", "counterfactuals", "trajectories", "dicom")  # folders of results, which are no input
@@ -158,7 +158,7 @@ def detect(
                     continue
                 row["warnings"] = "; ".join(warnings_of(source)) if source is not None else ""
                 if save_counterfactual:
-                    save_png(to_8_bit(answer[1]), output_dir / "counterfactuals" / f"{name}.png")
+                    save_png(to_grey(answer[1].mean(-1)), output_dir / "counterfactuals" / f"{name}.png")
                 if trajectory:
                     trajectory.save(output_dir / "trajectories" / f"{name}.webp", index=i)
                 row |= {"seconds": round(seconds[-1], 4), "file": stamp(path), "process": state.process_index}
@@ -379,11 +379,6 @@ def in_model_greys(picture, size, scaling, aspect, longest=SHOWN):
         seen = seen[max(top, 0) : max(top, 0) + h, max(left, 0) : max(left, 0) + w].numpy()  # without the bars
         shown = (shown - seen.min()) / max(np.ptp(seen), 1e-12)
     return shown.clip(0, 1)
-
-
-def to_8_bit(image):
-    """(H, W, C) in [0, 1] -> grey PIL image."""
-    return Image.fromarray((image.mean(-1) * 255).round().astype(np.uint8))
 
 
 def write_csv(path, fields, rows):

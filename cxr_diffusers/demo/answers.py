@@ -248,7 +248,7 @@ ABOUT_FILM = (
 
 def grey_png(array):
     """(H, W) in [0, 1] -> the content of an 8-bit PNG."""
-    return png(Image.fromarray((array.clip(0, 1) * 255).round().astype(np.uint8)))
+    return png(to_grey(array.clip(0, 1)))
 
 
 def png(image):

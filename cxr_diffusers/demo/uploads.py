@@ -38,7 +38,7 @@ def read_upload(path, max_megapixels=MAX_MEGAPIXELS):
         kinds = ", ".join(suffix[1:] for suffix in (*PIL_SUFFIXES, *DICOM_SUFFIXES[:1]))
         raise ValueError(f"{path.name} is no picture that this page reads. Expected a radiograph as {kinds}.")
     try:
-        check_size(*(dicom_size(path) if dicom else picture_size(path)), max_megapixels)
+        check_size(*(dicom_size(path) if dicom else header_size(path)), max_megapixels)
         warnings = dicom_warnings(path) if dicom else colour_warnings(path)
         picture = read_image(path)
     except Refused as error:
@@ -66,7 +66,7 @@ def check_size(width, height, max_megapixels=MAX_MEGAPIXELS):
         raise Refused(f"{size} are no radiograph of a chest: one side is over {LONGEST} times as long as the other.")
 
 
-def picture_size(path):
+def header_size(path):
     """(width, height) of a png, jpg, bmp or tif file, from its header."""
     with PIL.Image.open(path, formats=FORMATS) as image:
         return image.size

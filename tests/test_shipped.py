@@ -162,3 +162,8 @@ def test_the_fixed_point_gan_is_small_opens_by_its_name_and_says_what_it_is_wort
     # the classes differ in the interior, not at the border alone
     assert abs(healthy.counterfactual - ill.counterfactual)[:, 16:48, 16:48].mean() > 0.01
     assert 0 < gan.config.map_threshold < healthy.anomaly_map.max()
+
+
+def test_each_card_says_how_it_opens():
+    for folder in Path(default_checkpoint()).parent.iterdir():
+        assert f'`load_pipeline("{folder.name}")`' in (folder / "README.md").read_text()

@@ -55,7 +55,7 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         "negative_label": "null",
         "source_label": "null",
         "num_refinements": 0,
-        "guidance_interval": (0, 1000),
+        "guidance_interval": None,
         "harmonization": 0.0,
         "combine": "mean",
         "compare_with": "image",
@@ -139,6 +139,7 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
             num_refinements: fixed-point iterations of each inversion step, one UNet evaluation each.
             guidance_interval: the lowest and the highest timestep that are guided (Kynkaanniemi et al. 2024,
                 https://arxiv.org/abs/2404.07724); the steps outside are plainly conditional, one evaluation each.
+                Without it all are guided.
             harmonization: the change, as a share of the data's range, up to which decoding gives way to the picture
                 itself (see `harmonize`); 0 switches it off.
             combine: of the maps of several noise levels: "mean" or "harmonic" (the harmonic mean: all must agree).
@@ -255,7 +256,7 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         check_number("guidance_scale", settings["guidance_scale"], low=-math.inf)
         check_number("harmonization", settings["harmonization"])
         pair = isinstance(interval, (list, tuple)) and len(interval) == 2 and all(isinstance(t, int) for t in interval)
-        if not pair or interval[0] > interval[1]:
+        if interval is not None and not (pair and interval[0] <= interval[1]):
             raise ValueError(f"expected `guidance_interval` as two timesteps (lowest, highest), got {interval!r}")
         if settings["combine"] not in ("mean", "harmonic"):
             raise ValueError(f"expected `combine` mean or harmonic, got {settings['combine']!r}")
@@ -316,7 +317,7 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         guidance_scale,
         negative_label="null",
         source_label="null",
-        guidance_interval=(-math.inf, math.inf),
+        guidance_interval=None,
         harmonization=0.0,
         image=None,
         with_reconstruction=False,
@@ -333,7 +334,7 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         extra = {"eta": eta, "generator": generator} if eta else {}
         both = torch.cat([x, x]) if with_reconstruction else x
         for i, t in enumerate(self.progress_bar(timesteps)):
-            inside = guidance_interval[0] <= t <= guidance_interval[1]
+            inside = guidance_interval is None or guidance_interval[0] <= t <= guidance_interval[1]
             weights = guidance_weights(target_label, negative_label, w if inside else 0.0)
             labels = self.label_tensor([*weights] + [source_label] * with_reconstruction, batch, x.device)
             inputs = torch.cat([both[:batch]] * len(weights) + [both[batch:]])

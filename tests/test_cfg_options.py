@@ -132,6 +132,13 @@ def test_outside_the_interval_there_is_no_guidance(pipeline, images):
     assert not torch.allclose(between.anomaly_map, plain, atol=1e-3)
 
 
+def test_a_longer_chain_is_guided_to_its_end(images):
+    pipeline = quiet(CFGAnomalyPipeline(toy_unet(), DDIMScheduler(clip_sample=False, num_train_timesteps=4000)))
+    call = {"num_inference_steps": 20, "noise_level": 2000, "output_type": "pt"}
+    _, shown = evaluations(pipeline, images[:1], **call)
+    assert shown == 10 + 2 * 10
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_harmonization_takes_small_changes_back_and_leaves_large_ones(pipeline, images, prediction_type):
     pipeline.scheduler = DDIMScheduler(clip_sample=False, prediction_type=prediction_type)

@@ -9,8 +9,12 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from PIL import Image
+from test_data import write_chexpert
+from test_dicom_output import write_source
 
-from cxr_diffusers.cli import build_parser
+from cxr_diffusers import load_phantom
+from cxr_diffusers.cli import build_parser, main
 from cxr_diffusers.recipe import AdversarialRecipe, ClassifierRecipe, Recipe, parse_command_line
 
 ROOT = Path(__file__).parent.parent
@@ -110,3 +114,34 @@ def test_the_site_builds_without_a_warning_and_has_every_page(tmp_path):
     home = (tmp_path / "site" / "index.html").read_text()
     assert "fonts.googleapis" not in home and 'href="train.html"' in home
     assert "load_hub" in (tmp_path / "site" / "api" / "data.html").read_text()
+
+
+AS_SHOWN = [  # page, the command whose first line there is run, and what is there afterwards
+    ("README.md", "detect", "maps/results.csv"),
+    ("README.md", "prepare", "data/chexpert-256/train.csv"),
+    ("docs/clinic.md", "detect", "maps/dicom/IM0001_seg.dcm"),
+    ("docs/deblurring.md", "deblur", None),  # it only says how long it would take
+    ("docs/detect.md", "detect", "maps/chest.png"),
+    ("docs/evaluation.md", "evaluate", "report/summary.md"),
+    ("docs/trajectory.md", "detect", "maps/trajectories/1.webp"),
+]
+
+
+@pytest.mark.parametrize("page, command, made", AS_SHOWN, ids=lambda value: str(value).replace("/", "_"))
+def test_a_command_works_as_it_is_shown(page, command, made, tmp_path, monkeypatch, capsys):
+    """In a folder that holds what the pages name; what they name below /data is below the folder's data."""
+    data, ill = tmp_path / "data", load_phantom(2, size=32)[1]
+    for path in write_chexpert(data, "CheXpert-v1.0").rglob("*.jpg"):
+        Image.open(path).resize((24, 20)).save(path)
+    for folder in (tmp_path / "MY_IMAGES", data / "validation" / "healthy", data / "testing" / "diseased"):
+        folder.mkdir(parents=True)
+        ill["image"].save(folder / "1.png")
+    ill["image"].save(tmp_path / "chest.png")
+    ill["mask"].save(data / "testing" / "diseased" / "1_mask.png")
+    (data / "pacs_export").mkdir()
+    write_source(data / "pacs_export" / "IM0001")
+    monkeypatch.chdir(tmp_path)
+    line = next(line for line in lines((ROOT / page).read_text(), "cxr-diffusers ") if line[1] == command)
+    assert main([argument.replace("/data/", f"{data}/") for argument in line[1:]]) == 0, capsys.readouterr().err
+    assert capsys.readouterr().out or command == "prepare"
+    assert made is None or (tmp_path / made).is_file()

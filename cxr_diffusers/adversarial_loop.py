@@ -1,31 +1,12 @@
 """The other training loop: two players, each with its own optimizer, who move in turn."""
 
-import math
-from pathlib import Path
-
 import torch
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, send_to_device, set_seed
+from accelerate.utils import send_to_device, set_seed
 from diffusers.training_utils import EMAModel
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from .adversarial_losses import discriminator_loss, generator_loss
 from .data import augment
-from .processes import process_state
-from .training_loop import (
-    FREE,
-    RunLog,
-    ShuffledForever,
-    averaged,
-    checkpoint,
-    checkpoints,
-    flat,
-    keep_settings,
-    log_pictures,
-    replace_into,
-    resume,
-)
+from .run import Run
 
 
 def train_adversarial(generator, discriminator, dataset, config, *, save, validate=None, identity=None):
@@ -50,14 +31,8 @@ def train_adversarial(generator, discriminator, dataset, config, *, save, valida
         ValueError: a loss is no longer finite, the data set is smaller than one batch, half precision fp16, or
             `output_dir` holds a run of other settings.
     """
-    output_dir = Path(config.output_dir)
-    process_state()
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        log_with=config.report_to,
-        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
-        step_scheduler_with_optimizer=False,
-    )
+    run = Run(config, save=save, validate=validate, identity=identity)
+    accelerator = run.accelerator
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(
             f"expected mixed_precision no or bf16, got {accelerator.mixed_precision}: the scores of a critic have no "
@@ -65,14 +40,7 @@ def train_adversarial(generator, discriminator, dataset, config, *, save, valida
         )
     if config.n_critic < 1 or config.max_steps < 1:
         raise ValueError(f"expected n_critic and max_steps of 1 or more, got {config.n_critic} and {config.max_steps}")
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        settings = {key: value for key, value in vars(config).items() if key not in FREE}
-        keep_settings(output_dir, {**settings, **(identity or {}), "num_processes": accelerator.num_processes})
-        accelerator.print(f"{accelerator.num_processes} process(es) on {accelerator.device}")
-    if config.report_to is not None:
-        accelerator.init_trackers(config.tracker_project_name, config=flat(vars(config)))
-
+    run.open()
     players = {"discriminator": discriminator, "generator": generator}
     optimizers = {}
     for name, player in players.items():
@@ -82,37 +50,7 @@ def train_adversarial(generator, discriminator, dataset, config, *, save, valida
         optimizer = torch.optim.Adam(player.parameters(), lr=config.learning_rate, betas=tuple(config.adam_betas))
         optimizers[name] = accelerator.prepare_optimizer(optimizer)
     ema = EMAModel(generator.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
-    ema.to(accelerator.device)
-    step = resume(accelerator, ema, output_dir)
-    ema.optimization_step = step // config.n_critic
-
-    batches = ShuffledForever(
-        len(dataset),
-        config.batch_size,
-        config.seed,
-        start=step,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-    )
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=config.dataloader_num_workers)
-    log = RunLog(output_dir / "log.jsonl", step) if accelerator.is_main_process else None
-    bar = tqdm(
-        total=config.max_steps, initial=step, desc="training", unit="step", disable=not accelerator.is_main_process
-    )
-    if accelerator.is_main_process and step:
-        bar.write(f"resumed from {checkpoints(output_dir)[-1]}")
-
-    def save_average():
-        with averaged(accelerator, ema, generator) as unwrapped:
-            if accelerator.is_main_process:
-                replace_into(output_dir, lambda folder: save(unwrapped, folder))
-
-    def show_average():
-        if validate is None:
-            return
-        with averaged(accelerator, ema, generator) as unwrapped:
-            if accelerator.is_main_process:
-                log_pictures(accelerator, validate(unwrapped, step), step)
+    ema.optimization_step = run.resume(generator, ema) // config.n_critic
 
     def move(name, loss, terms):
         """One update of one player; {term: value} over all processes, with the loss itself."""
@@ -124,10 +62,8 @@ def train_adversarial(generator, discriminator, dataset, config, *, save, valida
         values = accelerator.reduce(values, reduction="mean").tolist()
         return {f"{name}/{term}": value for term, value in zip(("loss", *terms), values, strict=True)}
 
-    if step >= config.max_steps:  # it may have been stopped between its last checkpoint and its end
-        save_average()
-        show_average()
-    for batch in loader if step < config.max_steps else ():
+    for batch in run.batches(dataset):
+        step = run.step
         set_seed(config.seed + step * accelerator.num_processes + accelerator.process_index)
         batch = send_to_device(batch, accelerator.device)
         images, labels = batch["images"], batch["labels"]
@@ -150,8 +86,7 @@ def train_adversarial(generator, discriminator, dataset, config, *, save, valida
                 lambda_gp=config.lambda_gp,
             )
         values = move("discriminator", loss, terms)
-        step += 1
-        if step % config.n_critic == 0:
+        if (step + 1) % config.n_critic == 0:
             with accelerator.autocast():
                 loss, terms = generator_loss(
                     generator,
@@ -165,27 +100,9 @@ def train_adversarial(generator, discriminator, dataset, config, *, save, valida
                 )
             values |= move("generator", loss, terms)
             ema.step(generator.parameters())
-        broken = {name: value for name, value in values.items() if not math.isfinite(value)}
-        if broken:
-            raise ValueError(f"at step {step} the losses are {broken}: lower train.learning_rate or look at the data")
-        accelerator.log({**values, "lr": rate}, step=step)
-        bar.update()
-        bar.set_postfix({name[0]: f"{values[f'{name}/loss']:.3f}" for name in players if f"{name}/loss" in values})
-        if log:
-            log.write(step, **values, lr=rate)
-
-        last = step == config.max_steps
-        if step % config.save_every == 0 or last:
-            checkpoint(accelerator, ema, output_dir, step, config.checkpoints_total_limit)
-            save_average()
-        if step % config.validate_every == 0 or last:
-            show_average()
-        if last:
-            break
-    bar.close()
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return output_dir
+        shown = {name[0]: f"{values[f'{name}/loss']:.3f}" for name in players if f"{name}/loss" in values}
+        run.end_step({**values, "lr": rate}, shown)
+    return run.end()
 
 
 def decay(step, max_steps, decay_steps):

@@ -135,7 +135,7 @@ def shared_components(folder, index):
 
 
 def load_unet(folder, unconditional=False):
-    """The UNet of a pipeline folder or Hub name, to train on from its weights.
+    """The UNet of a pipeline folder, a Hub name or a shipped model, to train on from its weights.
 
     With `unconditional`, a class-conditional UNet is answered as its unconditional equal: the last class embedding, the
     null label, is a constant vector beside that of the time, so it goes into a bias there.
@@ -144,6 +144,7 @@ def load_unet(folder, unconditional=False):
 
     from .models.class_matrix_unet import ClassMatrixUNet
 
+    folder = shipped_folder(folder) or folder
     found = UNet2DModel.load_config(folder, subfolder="unet")["_class_name"]
     kind = ClassMatrixUNet if found == ClassMatrixUNet.__name__ else UNet2DModel
     unet = kind.from_pretrained(folder, subfolder="unet")
@@ -156,6 +157,12 @@ def load_unet(folder, unconditional=False):
     weights["time_embedding.linear_2.bias"] = weights["time_embedding.linear_2.bias"] + null
     plain.load_state_dict(weights)
     return plain
+
+
+def shipped_folder(name):
+    """The folder of a shipped model, "default" for the default one; None where that is no name of one."""
+    folder = CHECKPOINTS / (DEFAULT if name == "default" else name)
+    return folder if (folder / "model_index.json").is_file() and not Path(name).exists() else None
 
 
 def load_pipeline(name, trust_remote_code=False):
@@ -172,9 +179,7 @@ def load_pipeline(name, trust_remote_code=False):
 
     from . import pipelines
 
-    shipped = CHECKPOINTS / (DEFAULT if name == "default" else name)
-    if (shipped / "model_index.json").is_file() and not Path(name).exists():
-        name = shipped
+    name = shipped_folder(name) or name
     index = Path(name) / "model_index.json"
     if not index.is_file():
         if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):

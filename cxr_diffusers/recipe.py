@@ -9,26 +9,16 @@ import yaml
 
 
 @dataclass
-class TrainConfig:
-    """How a run is trained; the `train:` section of a recipe with a UNet or a classifier."""
+class RunConfig:
+    """How a run goes on, whatever it trains."""
 
     output_dir: str
     max_steps: int = 50_000  # optimizer updates
     batch_size: int = 4  # per process
-    gradient_accumulation_steps: int = 1
     learning_rate: float = 1e-4
-    lr_scheduler: str = "constant_with_warmup"  # a name of diffusers.optimization.get_scheduler
-    lr_warmup_steps: int = 0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
     mixed_precision: str | None = None  # no, fp16, bf16; None: what `accelerate launch --mixed_precision` says
     ema_decay: float = 0.9999  # reached slowly: EMAModel's warm-up
-    p_uncond: float = 0.1  # how often a label is dropped; 0 trains no null label
-    snr_gamma: float | None = None  # min-SNR weighting; 5 is the paper's
-    logit_normal: list | None = None  # [mean, std] of logit(t / T) of the training timesteps; None: uniform
-    vlb_weight: float = 1.0  # of the variational bound, for models with learned variance
     augment: dict | None = None  # keyword arguments of data.augment; None: none
-    init_from: str | None = None  # a pipeline folder or Hub name whose UNet weights the run starts from
     save_every: int = 5_000  # steps between checkpoints
     checkpoints_total_limit: int = 2  # older ones are deleted; 0 keeps all
     validate_every: int = 5_000  # steps between pictures
@@ -40,6 +30,22 @@ class TrainConfig:
     push_to_hub: bool = False  # publish the finished model
     hub_model_id: str | None = None  # USER/NAME; None: the name of output_dir
     hub_private: bool = False
+
+
+@dataclass
+class TrainConfig(RunConfig):
+    """How a UNet or a classifier is trained; the `train:` section of its recipe."""
+
+    gradient_accumulation_steps: int = 1
+    lr_scheduler: str = "constant_with_warmup"  # a name of diffusers.optimization.get_scheduler
+    lr_warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    p_uncond: float = 0.1  # how often a label is dropped; 0 trains no null label
+    snr_gamma: float | None = None  # min-SNR weighting; 5 is the paper's
+    logit_normal: list | None = None  # [mean, std] of logit(t / T) of the training timesteps; None: uniform
+    vlb_weight: float = 1.0  # of the variational bound, for models with learned variance
+    init_from: str | None = None  # a pipeline folder or Hub name whose weights of the same part the run starts from
 
 
 @dataclass
@@ -61,34 +67,20 @@ class Recipe:
 
 
 @dataclass
-class AdversarialConfig:
-    """How two players are trained against each other; the `train:` section of a recipe with a generator."""
+class AdversarialConfig(RunConfig):
+    """How two players are trained against each other; the `train:` section of a recipe with a generator.
 
-    output_dir: str
-    max_steps: int = 50_000  # updates of the critic
-    n_critic: int = 5  # the generator is updated once in so many of them
-    batch_size: int = 4  # per process
-    learning_rate: float = 1e-4  # of both
+    `max_steps` are updates of the critic, `learning_rate` is of both, and `mixed_precision` is no or bf16.
+    """
+
+    ema_decay: float = 0.999  # of the generator, per update of it
+    n_critic: int = 5  # the generator is updated once in so many steps
     lr_decay_steps: int = 0  # over the last so many steps the rate falls linearly to 0
     adam_betas: list = field(default_factory=lambda: [0.5, 0.999])
     lambda_cls: float = 1.0  # domain classification
     lambda_rec: float = 10.0  # cycle consistency
     lambda_id: float = 10.0  # conditional identity
     lambda_gp: float = 10.0  # gradient penalty
-    mixed_precision: str | None = None  # no, bf16; None: what `accelerate launch --mixed_precision` says
-    ema_decay: float = 0.999  # of the generator, per update of it; reached slowly: EMAModel's warm-up
-    augment: dict | None = None  # keyword arguments of data.augment; None: none
-    save_every: int = 5_000  # steps between checkpoints
-    checkpoints_total_limit: int = 2  # older ones are deleted; 0 keeps all
-    validate_every: int = 5_000  # steps between pictures
-    validation_images: int = 4
-    dataloader_num_workers: int = 0
-    seed: int = 0
-    report_to: str | None = None  # tensorboard, wandb, trackio, ... or all
-    tracker_project_name: str = "cxr_diffusers"
-    push_to_hub: bool = False  # publish the finished model
-    hub_model_id: str | None = None  # USER/NAME; None: the name of output_dir
-    hub_private: bool = False
 
 
 @dataclass

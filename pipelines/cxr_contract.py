@@ -76,7 +76,7 @@ class ContractMixin:
             raise ValueError(f"expected `output_type` pil, np or pt, got {output_type!r}")
 
     def check_span(self, settings, tensor_inputs):
-        """ValueError where there is no such part of the chain, or the callback asks for what there is not."""
+        """ValueError where the settings of inversion are not what they can be, or the callback asks for what is not."""
         chain = self.scheduler.config.num_train_timesteps
         allowed = {"noise_level": f"to be a timestep, 1..{chain}", "num_inference_steps": f"from 1 to {chain}"}
         for name, what in allowed.items():
@@ -84,6 +84,10 @@ class ContractMixin:
                 raise ValueError(f"expected `{name}` to be a whole number, got {settings[name]!r}")
             if not 1 <= settings[name] <= chain:
                 raise ValueError(f"expected `{name}` {what}, got {settings[name]!r}")
+        if not isinstance(settings["num_refinements"], int) or settings["num_refinements"] < 0:
+            raise ValueError(
+                f"expected `num_refinements` to be a whole number of 0 or more, got {settings['num_refinements']!r}"
+            )
         unknown = set(tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(

@@ -261,10 +261,6 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         if settings["combine"] not in ("mean", "harmonic"):
             raise ValueError(f"expected `combine` mean or harmonic, got {settings['combine']!r}")
         check_number("eta", eta, high=1.0)
-        if not isinstance(settings["num_refinements"], int) or settings["num_refinements"] < 0:
-            raise ValueError(
-                f"expected `num_refinements` to be a whole number of 0 or more, got {settings['num_refinements']!r}"
-            )
         if settings["compare_with"] not in ("image", "reconstruction"):
             raise ValueError(f"expected `compare_with` image or reconstruction, got {settings['compare_with']!r}")
         if eta and type(self.scheduler).__name__ != "DDIMScheduler":

@@ -201,10 +201,6 @@ class ClassifierGuidedPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         self.check_span(settings, tensor_inputs)
         self.check_map(settings, output_type)
         check_number("classifier_scale", settings["classifier_scale"])
-        if not isinstance(settings["num_refinements"], int) or settings["num_refinements"] < 0:
-            raise ValueError(
-                f"expected `num_refinements` to be a whole number of 0 or more, got {settings['num_refinements']!r}"
-            )
 
     def predict(self, x, t, named):
         """(B, C, H, W) latents, a timestep, a class id or None -> (B, C, H, W) float32; no learned variance."""

@@ -24,7 +24,7 @@ from cxr_diffusers.adversarial_losses import (
 from cxr_diffusers.loss_curves import loss_curves
 from cxr_diffusers.models.fixed_point_gan import FixedPointDiscriminatorOutput, FixedPointGeneratorOutput
 from cxr_diffusers.recipe import AdversarialConfig, load_recipe, parse_command_line
-from cxr_diffusers.training_loop import checkpoints
+from cxr_diffusers.run import checkpoints
 
 ROOT = Path(__file__).parent.parent
 IMAGES = torch.rand(4, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1

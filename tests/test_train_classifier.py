@@ -97,6 +97,19 @@ def test_a_recipe_that_cannot_work_says_why(script, guided, change, message):
         script.main([*guided, change])
 
 
+def test_it_goes_on_from_the_classifier_of_another_model(script, guided, tmp_path):
+    script.main(guided)
+    still = ["train.learning_rate=0.0", "train.max_steps=1", "train.ema_decay=0.0"]
+    again = [f"train.init_from={tmp_path / 'run'}", f"train.output_dir={tmp_path / 'again'}"]
+    script.main([*guided, *still, *again])
+    before, after = (ClassifierGuidedPipeline.from_pretrained(tmp_path / name) for name in ("run", "again"))
+    for ours, theirs in zip(after.classifier.parameters(), before.classifier.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    for other in (tmp_path / "guided", "cxr_classifier_64"):  # no classifier, and one of another size
+        with pytest.raises(ValueError, match="train.init_from: expected a classifier of this recipe"):
+            script.main([*guided, f"train.init_from={other}", f"train.output_dir={tmp_path / 'third'}"])
+
+
 def test_the_recipe_of_another_script_is_refused(script):
     with pytest.raises(ValueError, match="expected a recipe with the sections .*classifier"):
         script.main([str(ROOT / "configs" / "phantom_cfg_32.yaml")])

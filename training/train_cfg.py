@@ -11,14 +11,14 @@ the script, e.g. `accelerate launch --multi_gpu --num_processes 4 training/train
 import sys
 from pathlib import Path
 
-from accelerate import PartialState
 from diffusers import DDIMScheduler, UNet2DModel
 
 from cxr_diffusers import CFGAnomalyPipeline, build_dataset, denoising_loss
 from cxr_diffusers.data import TensorImages, augment
-from cxr_diffusers.hub import describe_training, load_unet, publish, trained_on, write_model_card
+from cxr_diffusers.hub import load_unet
 from cxr_diffusers.recipe import parse_command_line
-from cxr_diffusers.training_loop import seeded, train
+from cxr_diffusers.run import diseased_rows, finish, seeded, write_card
+from cxr_diffusers.training_loop import train
 from cxr_diffusers.visualization import save_png, validation_strip
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "phantom_cfg_32.yaml"
@@ -30,11 +30,7 @@ def main(arguments):
     dataset = build_dataset(**recipe.data)
     class_names = dataset.features["label"].names
     images = TensorImages(dataset, recipe.unet["sample_size"], num_channels=recipe.unet["in_channels"], **recipe.images)
-    shown = build_dataset(**{**recipe.data, **recipe.validation})
-    shown = shown.filter(lambda label: label > 0, input_columns="label")
-    if min(dataset["label"][:]) < 0 or not len(shown):
-        raise ValueError(f"expected a label for every image and diseased ones among them, got {recipe.data}")
-    shown = shown.select(range(min(config.validation_images, len(shown))))
+    shown = diseased_rows(recipe, dataset)
 
     with seeded(config.seed):
         unet = load_unet(config.init_from) if config.init_from else UNet2DModel(**recipe.unet)
@@ -65,8 +61,7 @@ def main(arguments):
 
     def save(model, folder):
         pipeline(model).save_pretrained(folder)
-        training, sources = describe_training(recipe, images.size, len(dataset)), trained_on(recipe)
-        write_model_card(folder, training=training, name=config.hub_model_id, datasets=sources)
+        write_card(folder, recipe, images.size, len(dataset))
 
     def validate(model, step):
         detector = pipeline(model)
@@ -78,18 +73,11 @@ def main(arguments):
 
     pipeline(unet)  # what is wrong with the recipe's `pipeline` or `images` is said now, not at the first checkpoint
     output_dir = train(unet, loss_fn, images, config, save=save, validate=validate, identity=recipe.identity())
-    if PartialState().is_main_process:
-        if config.push_to_hub:
-            print(
-                "published at", publish(output_dir, config.hub_model_id or output_dir.name, private=config.hub_private)
-            )
-        print(f"model:   {output_dir}\npicture: {sorted((output_dir / 'validation').glob('*.png'))[-1]}")
-        print(f"detect:  cxr-diffusers detect YOUR_IMAGES --model {output_dir} --out maps")
-        if recipe.data["name"] == "phantom":
-            print(
-                "CheXpert: accelerate launch training/train_cfg.py configs/chexpert_cfg_256.yaml "
-                "data.root=/path/to/CheXpert-v1.0"
-            )
+    hints = [f"detect:  cxr-diffusers detect YOUR_IMAGES --model {output_dir} --out maps"]
+    if recipe.data["name"] == "phantom":
+        command = "accelerate launch training/train_cfg.py configs/chexpert_cfg_256.yaml data.root=/data/CheXpert-v1.0"
+        hints.append(f"CheXpert: {command}")
+    finish(output_dir, config, *hints)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
     accelerate launch training/train_classifier.py configs/cxr_grad_cam_128.yaml data.root=/data/CheXpert-v1.0-small
 
 A recipe with a `diffusion` section ends in a `ClassifierGuidedPipeline` around its UNet, one whose classifier has a
-`model_type` of transformers in a `GradCAMPipeline`. To resume, run the same command again.
+`model_type` of transformers in a `GradCAMPipeline`. To resume, run the same command again. `train.init_from` may name a
+model whose classifier it goes on from.
 """
 
 import json
@@ -14,15 +15,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from sklearn.metrics import roc_auc_score
 
 from cxr_diffusers import ClassifierGuidedPipeline, GradCAMPipeline, NoisyClassifier, build_dataset
 from cxr_diffusers.data import TensorImages, augment
-from cxr_diffusers.hub import describe_training, load_pipeline, publish, trained_on, write_model_card
+from cxr_diffusers.hub import load_pipeline
 from cxr_diffusers.losses import noisy_classification_loss
 from cxr_diffusers.recipe import ClassifierRecipe, parse_command_line
-from cxr_diffusers.training_loop import seeded, train
+from cxr_diffusers.run import finish, seeded, write_card
+from cxr_diffusers.training_loop import train
 from cxr_diffusers.visualization import line_figure, save_png, write_file
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "phantom_classifier_32.yaml"
@@ -37,6 +38,8 @@ def main(arguments):
         raise ValueError(f"expected a label for every image and more than one class to tell apart, got {recipe.data}")
     with seeded(recipe.train.seed):
         task = (OfPictures if "model_type" in recipe.classifier else OfNoisedPictures)(recipe, class_names)
+    if recipe.train.init_from:
+        start_from(recipe.train.init_from, task.model)
     options = {"num_channels": getattr(task.model.config, "in_channels", 1), **task.preparation}
     images, held_out = (TensorImages(found, task.size, **options) for found in (dataset, held_out))
     task.pipeline(task.model)  # what is wrong with the recipe is said now, not at the first checkpoint
@@ -49,8 +52,7 @@ def main(arguments):
 
     def save(model, folder):
         task.pipeline(model).save_pretrained(folder)
-        training = describe_training(recipe, task.size, len(dataset))
-        write_model_card(folder, training=training, name=recipe.train.hub_model_id, datasets=trained_on(recipe))
+        write_card(folder, recipe, task.size, len(dataset))
 
     def validate(model, step):
         path = Path(recipe.train.output_dir) / "validation" / f"step-{step:07d}.png"
@@ -61,12 +63,7 @@ def main(arguments):
         return {"validation": path}
 
     output_dir = train(task.model, loss_fn, images, recipe.train, save=save, validate=validate, identity=task.identity)
-    if PartialState().is_main_process:
-        if recipe.train.push_to_hub:
-            name = recipe.train.hub_model_id or output_dir.name
-            print("published at", publish(output_dir, name, private=recipe.train.hub_private))
-        print(f"model:   {output_dir}\npicture: {sorted((output_dir / 'validation').glob('*.png'))[-1]}")
-        print(f"detect:  cxr-diffusers detect YOUR_IMAGES --model {output_dir} --out maps")
+    finish(output_dir, recipe.train, f"detect:  cxr-diffusers detect YOUR_IMAGES --model {output_dir} --out maps")
 
 
 class OfNoisedPictures:
@@ -142,6 +139,15 @@ class OfPictures:
 
     def pipeline(self, model):
         return GradCAMPipeline(model, sample_size=self.size, settings=self.settings or None, **self.options)
+
+
+def start_from(name, model):
+    """Give `model` the weights of the classifier of another pipeline; ValueError where they do not fit."""
+    found = getattr(load_pipeline(name), "classifier", None)
+    try:
+        model.load_state_dict({} if found is None else found.state_dict())
+    except RuntimeError as error:
+        raise ValueError(f"train.init_from: expected a classifier of this recipe in {name}: {error}") from None
 
 
 @torch.no_grad()

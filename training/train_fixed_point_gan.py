@@ -10,8 +10,6 @@ To resume, run the same command again. The method and what is known of it: docs/
 import sys
 from pathlib import Path
 
-from accelerate import PartialState
-
 from cxr_diffusers import (
     FixedPointDiscriminator,
     FixedPointGANPipeline,
@@ -20,10 +18,9 @@ from cxr_diffusers import (
     train_adversarial,
 )
 from cxr_diffusers.data import TensorImages
-from cxr_diffusers.hub import describe_training, publish, trained_on, write_model_card
 from cxr_diffusers.loss_curves import loss_curves
 from cxr_diffusers.recipe import AdversarialRecipe, parse_command_line
-from cxr_diffusers.training_loop import seeded
+from cxr_diffusers.run import diseased_rows, finish, seeded, write_card
 from cxr_diffusers.visualization import save_png, validation_strip
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "phantom_fixed_point_gan_32.yaml"
@@ -42,19 +39,14 @@ def main(arguments):
             f"{generator.config.num_classes}"
         )
     images = TensorImages(dataset, generator.config.sample_size, **recipe.images)
-    shown = build_dataset(**{**recipe.data, **recipe.validation})
-    shown = shown.filter(lambda label: label > 0, input_columns="label")
-    if min(dataset["label"][:]) < 0 or not len(shown):
-        raise ValueError(f"expected a label for every image and diseased ones among them, got {recipe.data}")
-    shown = shown.select(range(min(config.validation_images, len(shown))))
+    shown = diseased_rows(recipe, dataset)
 
     def pipeline(model):
         return FixedPointGANPipeline(model, class_names, settings=recipe.pipeline or None, **recipe.images)
 
     def save(model, folder):
         pipeline(model).save_pretrained(folder)
-        training, sources = describe_training(recipe, images.size, len(dataset)), trained_on(recipe)
-        write_model_card(folder, training=training, name=config.hub_model_id, datasets=sources)
+        write_card(folder, recipe, images.size, len(dataset))
 
     def validate(model, step):
         found = pipeline(model)(shown["image"][:], output_type="np")
@@ -64,20 +56,12 @@ def main(arguments):
         save_png(loss_curves({"losses": curves.with_name("log.jsonl")}), curves)
         return {"validation": path, "losses": curves}
 
-    pipeline(
-        generator
-    )  # what is wrong with the recipe's `pipeline` or `images` is said now, not at the first checkpoint
+    pipeline(generator)  # what is wrong with the recipe is said now, not at the first checkpoint
     output_dir = train_adversarial(
         generator, discriminator, images, config, save=save, validate=validate, identity=recipe.identity()
     )
-    if PartialState().is_main_process:
-        if config.push_to_hub:
-            print(
-                "published at", publish(output_dir, config.hub_model_id or output_dir.name, private=config.hub_private)
-            )
-        print(f"model:   {output_dir}\npicture: {sorted((output_dir / 'validation').glob('*.png'))[-1]}")
-        print(f"losses:  {output_dir / 'losses.png'}")
-        print(f"detect:  cxr-diffusers detect YOUR_IMAGES --model {output_dir} --out maps")
+    losses = f"losses:  {output_dir / 'losses.png'}"
+    finish(output_dir, config, losses, f"detect:  cxr-diffusers detect YOUR_IMAGES --model {output_dir} --out maps")
 
 
 def build_players(recipe):

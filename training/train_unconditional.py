@@ -11,14 +11,14 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from diffusers import DDIMScheduler, UNet2DModel
 
 from cxr_diffusers import DiffPIRDeblurPipeline, build_dataset, denoising_loss
 from cxr_diffusers.data import TensorImages, augment
-from cxr_diffusers.hub import describe_training, load_unet, publish, trained_on, write_model_card
+from cxr_diffusers.hub import load_unet
 from cxr_diffusers.recipe import parse_command_line
-from cxr_diffusers.training_loop import seeded, train
+from cxr_diffusers.run import finish, seeded, write_card
+from cxr_diffusers.training_loop import train
 from cxr_diffusers.visualization import contact_sheet, save_png
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "phantom_unconditional_32.yaml"
@@ -54,8 +54,7 @@ def main(arguments):
 
     def save(model, folder):
         pipeline(model).save_pretrained(folder)
-        training, sources = describe_training(recipe, size, len(images)), trained_on(recipe)
-        write_model_card(folder, training=training, name=config.hub_model_id, datasets=sources)
+        write_card(folder, recipe, size, len(images))
 
     def validate(model, step):
         """Samples: what the prior believes a chest looks like."""
@@ -66,13 +65,8 @@ def main(arguments):
 
     pipeline(unet)  # what is wrong with the recipe is said now, not at the first checkpoint
     output_dir = train(unet, loss_fn, images, config, save=save, validate=validate, identity=recipe.identity())
-    if PartialState().is_main_process:
-        if config.push_to_hub:
-            print(
-                "published at", publish(output_dir, config.hub_model_id or output_dir.name, private=config.hub_private)
-            )
-        print(f"model:   {output_dir}\npicture: {sorted((output_dir / 'validation').glob('*.png'))[-1]}")
-        print(f"deblur:  cxr-diffusers deblur IMAGES OUT --model {output_dir} --kernel gaussian:sigma=1.5")
+    hint = f"deblur:  cxr-diffusers deblur IMAGES OUT --model {output_dir} --kernel gaussian:sigma=1.5"
+    finish(output_dir, config, hint)
 
 
 @torch.no_grad()

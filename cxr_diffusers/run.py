@@ -1,0 +1,318 @@
+"""What every training run has, whoever learns in it: its folder, processes, batches, averages, checkpoints and log."""
+
+import json
+import math
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from .data import build_dataset
+from .hub import describe_training, publish, trained_on, write_model_card
+from .processes import process_state
+from .visualization import write_file
+
+# settings of a run that may change when it is taken up again
+FREE = (
+    "output_dir max_steps save_every checkpoints_total_limit validate_every validation_images dataloader_num_workers "
+    "report_to tracker_project_name push_to_hub hub_model_id hub_private mixed_precision"
+).split()
+
+
+class Run:
+    """A run in `config.output_dir`: open it, resume it, take its batches, end each step and, at the end, the run.
+
+    Args:
+        config: a `recipe.RunConfig`.
+        save: `save(model, folder)` writes the finished thing with the averaged (EMA) weights in place.
+        validate: `validate(model, step) -> {name: picture path}` or None, every `config.validate_every` steps.
+        identity: what else makes this run itself, as plain values; it resumes only where this and the settings that
+            decide its numbers are the same.
+        gradient_accumulation_steps: batches of a step.
+    """
+
+    def __init__(self, config, *, save, validate=None, identity=None, gradient_accumulation_steps=1):
+        self.config, self.save, self.validate, self.identity = config, save, validate, identity or {}
+        self.output_dir, self.step = Path(config.output_dir), 0
+        process_state()  # before the Accelerator, which alone would not see the other processes of a CPU run
+        self.accelerator = Accelerator(
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            mixed_precision=config.mixed_precision,
+            log_with=config.report_to,
+            project_config=ProjectConfiguration(
+                project_dir=str(self.output_dir), logging_dir=str(self.output_dir / "logs")
+            ),
+            step_scheduler_with_optimizer=False,
+        )
+        self.is_main = self.accelerator.is_main_process
+
+    def open(self):
+        """Make the folder and start the trackers; ValueError where it holds a run of other settings."""
+        if self.is_main:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            settings = {key: value for key, value in vars(self.config).items() if key not in FREE}
+            processes = {"num_processes": self.accelerator.num_processes}
+            keep_settings(self.output_dir, {**settings, **self.identity, **processes})
+            print(f"{self.accelerator.num_processes} process(es) on {self.accelerator.device}")
+        if self.config.report_to is not None:
+            self.accelerator.init_trackers(self.config.tracker_project_name, config=flat(vars(self.config)))
+
+    def resume(self, model, ema):
+        """Take up the newest checkpoint of what the accelerator has prepared, and of `ema`, the average of `model`."""
+        self.model, self.ema = model, ema
+        ema.to(self.accelerator.device)
+        self.step = resume(self.accelerator, ema, self.output_dir)
+        return self.step
+
+    def batches(self, dataset):
+        """The batches from where the run is to its end, of this process; `end_step` counts the steps.
+
+        A run that has had all its steps has no batches, but is saved and shown again: it may have been stopped between
+        its last checkpoint and its end.
+        """
+        accumulated = self.accelerator.gradient_accumulation_steps
+        indices = ShuffledForever(
+            len(dataset),
+            self.config.batch_size,
+            self.config.seed,
+            start=self.step * accumulated,
+            process_index=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+        )
+        loader = DataLoader(dataset, batch_sampler=indices, num_workers=self.config.dataloader_num_workers)
+        self.log = RunLog(self.output_dir / "log.jsonl", self.step) if self.is_main else None
+        self.bar = tqdm(
+            total=self.config.max_steps, initial=self.step, desc="training", unit="step", disable=not self.is_main
+        )
+        if self.is_main and self.step:
+            self.bar.write(f"resumed from {checkpoints(self.output_dir)[-1]}")
+        if self.step >= self.config.max_steps:
+            self.save_average()
+            self.show_average()
+            return
+        for batch in loader:
+            yield batch
+            if self.step == self.config.max_steps:
+                return
+
+    def end_step(self, values, shown):
+        """Log {name: number} of the step that was made, `shown` beside the bar; write down what is due after it.
+
+        Raises:
+            ValueError: a number is not finite.
+        """
+        self.step += 1
+        broken = {name: value for name, value in values.items() if not math.isfinite(value)}
+        if broken:
+            raise ValueError(f"at step {self.step} not finite: {broken}; lower train.learning_rate or look at the data")
+        self.accelerator.log(values, step=self.step)
+        self.bar.update()
+        self.bar.set_postfix(shown)
+        if self.log:
+            self.log.write(self.step, **values)
+        last = self.step == self.config.max_steps
+        if self.step % self.config.save_every == 0 or last:
+            checkpoint(self.accelerator, self.ema, self.output_dir, self.step, self.config.checkpoints_total_limit)
+            self.save_average()
+        if self.step % self.config.validate_every == 0 or last:
+            self.show_average()
+
+    def end(self):
+        """Close what is open; the folder of the run."""
+        self.bar.close()
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        return self.output_dir
+
+    def save_average(self):
+        """The finished thing, as it would be if the run ended now, into the folder."""
+        with averaged(self.accelerator, self.ema, self.model) as unwrapped:
+            if self.is_main:
+                replace_into(self.output_dir, lambda folder: self.save(unwrapped, folder))
+
+    def show_average(self):
+        """Its pictures to the trackers."""
+        if self.validate is None:
+            return
+        with averaged(self.accelerator, self.ema, self.model) as unwrapped:
+            if self.is_main:
+                log_pictures(self.accelerator, self.validate(unwrapped, self.step), self.step)
+
+
+class ShuffledForever:
+    """Batches of indices without end, each a function of `seed` and its number alone: so a run resumes mid-epoch.
+
+    With several processes the global batch is `batch_size * num_processes` and each takes its own slice of it.
+    """
+
+    def __init__(self, size, batch_size, seed, start=0, process_index=0, num_processes=1):
+        if size < batch_size * num_processes:
+            raise ValueError(
+                f"expected at least one global batch of {batch_size} x {num_processes} processes, "
+                f"got a data set of {size} images: lower train.batch_size"
+            )
+        self.size, self.batch_size, self.seed, self.start = size, batch_size, seed, start
+        self.process_index, self.num_processes = process_index, num_processes
+
+    def __iter__(self):
+        together = self.batch_size * self.num_processes
+        per_epoch = self.size // together
+        epoch, i = divmod(self.start, per_epoch)
+        while True:
+            order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed + epoch))
+            for j in range(i, per_epoch):
+                first = j * together + self.process_index * self.batch_size
+                yield order[first : first + self.batch_size].tolist()
+            epoch, i = epoch + 1, 0
+
+
+@contextmanager
+def averaged(accelerator, ema, model):
+    """`with averaged(accelerator, ema, model) as unwrapped:` the model in eval mode, EMA weights in place."""
+    ema.store(model.parameters())
+    ema.copy_to(model.parameters())
+    yield accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
+    ema.restore(model.parameters())
+    model.train()
+    accelerator.wait_for_everyone()
+
+
+@contextmanager
+def seeded(seed):
+    """Draw torch's random numbers from `seed` inside the block; afterwards all is as before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def checkpoints(output_dir):
+    """The finished checkpoint folders of a run, oldest first."""
+    return sorted(p for p in Path(output_dir).glob("checkpoint-*") if p.suffix != ".tmp")
+
+
+def checkpoint(accelerator, ema, output_dir, step, limit):
+    """Write `checkpoint-STEP` under a temporary name, rename it when it is whole, then drop the oldest over `limit`."""
+    final = Path(output_dir) / f"checkpoint-{step:07d}"
+    temporary = final.with_suffix(".tmp")
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(temporary))
+    if accelerator.is_main_process:
+        averages = {str(i): p.contiguous() for i, p in enumerate(ema.shadow_params)}
+        save_file(averages, temporary / "ema.safetensors", metadata={"optimization_step": str(ema.optimization_step)})
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        for old in checkpoints(output_dir)[:-limit] if limit else ():
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def resume(accelerator, ema, output_dir):
+    """Load the newest checkpoint, if there is one; the number of steps already done."""
+    found = checkpoints(output_dir)
+    if not found:
+        return 0
+    accelerator.load_state(str(found[-1]))
+    averages = load_file(found[-1] / "ema.safetensors")
+    for i, parameter in enumerate(ema.shadow_params):
+        parameter.copy_(averages[str(i)])
+    step = int(found[-1].name.split("-")[1])
+    ema.optimization_step = step
+    return step
+
+
+def keep_settings(output_dir, settings):
+    """Write down what decides a run's numbers; ValueError where a run that has begun was of other settings."""
+    path = output_dir / "run.json"
+    settings = json.loads(json.dumps(settings, default=str))
+    if path.exists() and checkpoints(output_dir):
+        old = json.loads(path.read_text())
+        changed = sorted(key for key in old.keys() | settings.keys() if old.get(key) != settings.get(key))
+        if changed:
+            found = ", ".join(f"{key}: {old.get(key)!r}, now {settings.get(key)!r}" for key in changed)
+            raise ValueError(f"{output_dir} holds a run of other settings ({found}): name a new train.output_dir")
+    write_file(path, (json.dumps(settings, indent=2) + "\n").encode())
+
+
+def replace_into(folder, write):
+    """`write(temporary)`, then move what it wrote into `folder`, `model_index.json` last: no half-written model."""
+    temporary = Path(folder) / ".saving"
+    shutil.rmtree(temporary, ignore_errors=True)
+    write(temporary)
+    for item in sorted(temporary.iterdir(), key=lambda p: p.name == "model_index.json"):
+        target = Path(folder) / item.name
+        if item.is_dir() and target.exists():
+            shutil.rmtree(target)
+        os.replace(item, target)
+    temporary.rmdir()
+
+
+class RunLog:
+    """One JSON object a line. A resumed run first forgets the lines after its checkpoint, which it will write again."""
+
+    def __init__(self, path, step):
+        self.path = Path(path)
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        write_file(self.path, "".join(kept).encode())
+
+    def write(self, step, **values):
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def log_pictures(accelerator, pictures, step):
+    """Hand {name: path} to the trackers that show images."""
+    for tracker in accelerator.trackers:
+        if not hasattr(tracker, "log_images"):
+            continue
+        loaded = {name: Image.open(path).convert("RGB") for name, path in pictures.items()}
+        if tracker.name == "tensorboard":
+            tracker.log_images({k: np.asarray(v)[None] for k, v in loaded.items()}, step=step, dataformats="NHWC")
+        else:
+            tracker.log_images({k: [v] for k, v in loaded.items()}, step=step)
+
+
+def flat(values):
+    """A tracker's hyper-parameters: numbers and strings only."""
+    return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in values.items()}
+
+
+def diseased_rows(recipe, dataset):
+    """The diseased images that are shown while `recipe` is trained on `dataset`: `train.validation_images` at most.
+
+    Raises:
+        ValueError: an image of `dataset` has no label, or none is diseased.
+    """
+    shown = build_dataset(**{**recipe.data, **recipe.validation})
+    shown = shown.filter(lambda label: label > 0, input_columns="label")
+    if min(dataset["label"][:]) < 0 or not len(shown):
+        raise ValueError(f"expected a label for every image and diseased ones among them, got {recipe.data}")
+    return shown.select(range(min(recipe.train.validation_images, len(shown))))
+
+
+def write_card(folder, recipe, size, num_images):
+    """The model card of what `recipe` made of `num_images` images of `size` pixels."""
+    training, sources = describe_training(recipe, size, num_images), trained_on(recipe)
+    write_model_card(folder, training=training, name=recipe.train.hub_model_id, datasets=sources)
+
+
+def finish(output_dir, config, *hints):
+    """The end of a training script, in the main process: publish if that was asked, and say what is where."""
+    if not process_state().is_main_process:
+        return
+    if config.push_to_hub:
+        print("published at", publish(output_dir, config.hub_model_id or output_dir.name, private=config.hub_private))
+    print(f"model:   {output_dir}\npicture: {sorted((output_dir / 'validation').glob('*.png'))[-1]}")
+    print(*hints, sep="\n")

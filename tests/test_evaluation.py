@@ -222,6 +222,8 @@ def test_other_settings_weights_or_pictures_have_maps_of_their_own(tmp_path, pip
     changed = rows(2)
     changed[0]["image"] = chest(77)[0]  # the same path, another picture
     assert number_of_maps(pipeline, changed) == 7
+    for disk in ("/disk", "../disk"):  # the same picture at another mount point is the same
+        assert number_of_maps(pipeline, [{**rows(1)[0], "path": f"{disk}/patient/study/view.png"}]) == 8
 
 
 def test_what_cannot_be_told_apart_is_computed_anew(tmp_path):

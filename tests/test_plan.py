@@ -55,13 +55,21 @@ def test_a_plan_can_be_run_for_some_of_its_methods(models, capsys):
     assert (
         main(["evaluate", "--config", str(path), "--only", "Grad-CAM", "--on", "b", "--out", str(models / "one")]) == 0
     )
-    assert [p.name for p in (models / "one").iterdir() if p.is_dir()] == ["b"]
+    assert {p.name for p in (models / "one").iterdir() if p.is_dir()} == {"b", "maps"}
     assert main(["evaluate", "--config", str(path), "--on", "c", "--out", str(out)]) == 2
     assert "no data set c, expected some of a, b" in capsys.readouterr().err
     assert main(["evaluate", "--config", str(path), "--only", "LRP", "--out", str(out)]) == 2
     assert "no method LRP, expected some of ours, Grad-CAM" in capsys.readouterr().err
     assert main(["evaluate", str(models), "--only", "ours", "--out", str(out)]) == 2
     assert "expected a plan (--config)" in capsys.readouterr().err
+
+
+def test_a_picture_in_several_data_sets_is_computed_once(models):
+    path, out = write_plan(models), models / "out"
+    overrides = ["data.b.images.seed=0", "data.b.images.n=7"]
+    assert main(["evaluate", "--config", str(path), *overrides, "--out", str(out)]) == 0
+    assert len(list((out / "maps").iterdir())) == 2 * 7, "two methods, and six of b's seven pictures are a's"
+    assert not (out / "a" / "maps").exists()
 
 
 def test_several_models_need_no_plan(models, capsys):

@@ -134,10 +134,11 @@ def config_of(part):
 
 
 def picture_digest(key, row):
+    """The name of a picture under `key`, whatever its file is called and wherever it lies."""
     image = row["image"]
     # a PIL picture, or an array of several channels
     kind = f"{image.mode} {image.size}" if hasattr(image, "mode") else f"{image.dtype} {image.shape}"
-    content = f"{key} {row.get('path')} {kind}".encode() + image.tobytes()
+    content = f"{key} {kind}".encode() + image.tobytes()
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 

@@ -60,6 +60,7 @@ def evaluate(
     quantile=0.99,
     strata=(),
     judge=None,
+    maps_dir=None,
     name="method",
 ):
     """How well does a pipeline find what is abnormal, and better than what?
@@ -104,6 +105,7 @@ def evaluate(
         judge: an image classifier that had no part in making the counterfactuals, as a pipeline (`GradCAMPipeline`) or
             as the name of a model: it says how many of them it calls healthy, and its features how far they are from
             healthy pictures; see `counterfactuals.counterfactual_level`. Its class 0 is healthy. None: no such numbers.
+        maps_dir: where the answers are kept; None: maps/ of `output_dir`. Evaluations may share one.
         name: of the row in the table.
 
     Returns:
@@ -115,7 +117,7 @@ def evaluate(
     """
     options = dict(healthy=healthy, output_dir=output_dir, batch_size=batch_size, n_bootstrap=n_bootstrap, seed=seed)
     options |= dict(call_kwargs=call_kwargs, progress=progress, smoothing=smoothing, quantile=quantile, strata=strata)
-    options |= dict(judge=judge)
+    options |= dict(judge=judge, maps_dir=maps_dir)
     return compare({name: pipeline}, dataset, **options)
 
 
@@ -134,6 +136,7 @@ def compare(
     quantile=0.99,
     strata=(),
     judge=None,
+    maps_dir=None,
 ):
     """Several methods in one table, with the paired difference of the first to each other one.
 
@@ -148,8 +151,8 @@ def compare(
     methods = [as_method(name, pipeline, call_kwargs or {}) for name, pipeline in pipelines.items()]
 
     # 1. pictures -> answers, the hours of it; the rest is the main process's alone
-    folder = None if output_dir is None else Path(output_dir) / "maps"
-    run = dict(folder=folder, batch_size=batch_size, seed=seed, progress=progress)
+    folder = maps_dir if maps_dir or output_dir is None else Path(output_dir) / "maps"
+    run = dict(folder=folder and Path(folder), batch_size=batch_size, seed=seed, progress=progress)
     for method in methods:
         method.answers = detect(method, dataset, desc=method.name, **run)
         method.healthy_answers = detect(method, healthy, desc=f"{method.name}, healthy", **run)

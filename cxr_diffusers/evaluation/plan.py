@@ -94,7 +94,8 @@ def run_plan(plan, open_model, output_dir, **options):
     Args:
         plan: a `Plan`.
         open_model: `open_model(model)` -> pipeline, placed on its device.
-        output_dir: a folder for each data set is written below it, see `evaluate`; and summary.md with all tables.
+        output_dir: a folder for each data set is written below it, see `evaluate`; and summary.md with all tables, and
+            maps/, which they share: a picture that is in several of them is computed once.
         options: of `compare`, over those of the plan.
 
     Returns:
@@ -114,9 +115,9 @@ def run_plan(plan, open_model, output_dir, **options):
     }
     results = {}
     for name, (images, healthy, strata) in opened.items():
-        folder = Path(output_dir) / name
+        folders = dict(output_dir=Path(output_dir) / name, maps_dir=Path(output_dir) / "maps")
         settings = {**plan.options, **options}
-        results[name] = compare(pipelines, images, healthy=healthy, strata=tuple(strata), output_dir=folder, **settings)
+        results[name] = compare(pipelines, images, healthy=healthy, strata=tuple(strata), **folders, **settings)
     if any(result is None for result in results.values()):
         return None
     write_file(Path(output_dir) / "summary.md", plan_table(results).encode())

@@ -1,10 +1,11 @@
 """What each choice of the method is worth and what it costs: the table and the picture of docs/method.md.
 
-    cxr-diffusers evaluate --config configs/method.yaml root=../shared/cxr --out results_method
+    cxr-diffusers evaluate --config configs/method.yaml root=../shared/cxr --on implants --out results_method
     python benchmarks/method.py --results results_method --picture method_cost.png
 
-The figures are those of the evaluation. Forwards are counted by a hook on a tiny UNet with the same steps, one for each
-picture that passes through it. What they take is measured by benchmarks/detect.py.
+Of the plan's other data sets, where they were evaluated, it prints a table each. The figures are those of the
+evaluation. Forwards are counted by a hook on a tiny UNet with the same steps, one for each picture that passes through
+it. What they take is measured by benchmarks/detect.py.
 """
 
 import argparse
@@ -33,6 +34,10 @@ def main(arguments=None):
     names = [name for name in plan.methods if name in summary["rows"]]
     forwards = {name: count_forwards(plan.methods[name]) for name in names}
     print(table(summary, names, forwards))
+    for other in plan.data:
+        path = options.results / other / "summary.json"
+        if other != options.data and path.is_file():
+            print(f"\n{other}:\n\n{short_table(json.loads(path.read_text()), names)}")
     if options.picture:
         save_png(cost_figure(summary, names, forwards), options.picture)
 
@@ -57,6 +62,20 @@ def table(summary, names, forwards):
             ]
         )
     return markdown(header, rows)
+
+
+def short_table(summary, names):
+    """Of a data set that was not chosen on: what its boxes and its scores say of each row."""
+    first = next(name for name in names if name in summary["rows"])
+    rows = []
+    for name in [*names, OTHERS_TRUTH, CHANCE]:
+        if name not in summary["rows"]:
+            continue
+        found, difference = summary["rows"][name], summary["differences"].get(f"{first} - {name}", {})
+        cells = [interval(found["pixel_ap"]), interval(difference.get("pixel_ap"), "+"), number(found["pixel_auroc"])]
+        cells += [interval(found.get("image_auroc")), interval(difference.get("image_auroc"), "+")]
+        rows.append([name, *cells])
+    return markdown(["", "pixel AP", f"{first} - it", "pixel AUROC", "image AUROC", f"{first} - it"], rows)
 
 
 def interval(found, sign=""):

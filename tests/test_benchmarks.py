@@ -1,3 +1,4 @@
+import json
 import sys
 from pathlib import Path
 
@@ -84,15 +85,20 @@ def test_what_the_choices_of_the_method_are_worth_and_cost_is_one_table(tmp_path
         "unguided": {**own, "guidance_scale": 0.0},
     }
     methods["original"] = {**own, "recipe": "original", "num_inference_steps": 10}
-    data = {"implants": {"images": {"name": "phantom", "n": 6, "size": 32, "diseased_fraction": 1.0}}}
+    phantoms = {"name": "phantom", "n": 6, "size": 32}
+    data = {"implants": {"images": {**phantoms, "diseased_fraction": 1.0}}, "boxes": {"images": phantoms}}
     plan = tmp_path / "plan.yaml"
     plan.write_text(yaml.safe_dump({"methods": methods, "data": data, "options": {"n_bootstrap": 9}}, sort_keys=False))
     assert main(["evaluate", "--config", str(plan), "--out", str(tmp_path / "out")]) == 0
     capsys.readouterr()
     picture = tmp_path / "cost.png"
     method.main(["--results", str(tmp_path / "out"), "--config", str(plan), "--picture", str(picture)])
-    rows = rows_of(capsys.readouterr().out)
+    shown, boxes = capsys.readouterr().out.split("boxes:")
+    rows, others = rows_of(shown), rows_of(boxes)
     assert [row[0].strip() for row in rows[:4]] == list(methods) and rows[-1][0].strip() == "chance"
+    assert [row[0].strip() for row in others] == [*methods, "others' truth", "chance"]
+    summary = json.loads((tmp_path / "out" / "boxes" / "summary.json").read_text())["rows"]["unguided"]
+    assert others[2][4].startswith(f"{summary['image_auroc']['value']:.3f} [")
     # of 4 steps 2 lie below level 500 and 2 below 300; of 10 steps 5 below 500
     assert [int(row[-1]) for row in rows[:4]] == [2 + 4, 2 + 4 + 4, 2 + 2, 5 + 10]
     assert all("[" in row[2] for row in rows[1:4]) and rows[0][2].strip() == "–"

@@ -58,6 +58,9 @@ def test_a_plan_can_be_run_for_some_of_its_methods(models, capsys):
     assert {p.name for p in (models / "one").iterdir() if p.is_dir()} == {"b", "maps"}
     assert main(["evaluate", "--config", str(path), "--on", "c", "--out", str(out)]) == 2
     assert "no data set c, expected some of a, b" in capsys.readouterr().err
+    assert set(load_plan(path, skip=["ours"]).methods) == {"Grad-CAM"}
+    assert main(["evaluate", "--config", str(path), "--skip", "LRP", "--out", str(out)]) == 2
+    assert "no method LRP, expected some of ours, Grad-CAM" in capsys.readouterr().err
     assert main(["evaluate", "--config", str(path), "--only", "LRP", "--out", str(out)]) == 2
     assert "no method LRP, expected some of ours, Grad-CAM" in capsys.readouterr().err
     assert main(["evaluate", str(models), "--only", "ours", "--out", str(out)]) == 2

@@ -28,6 +28,7 @@ def add(commands):
     )
     evaluate.add_argument("--config", type=Path, help="a plan: several methods on several data sets, one table each")
     evaluate.add_argument("--only", metavar="METHOD", nargs="+", default=[], help="of the plan: these methods alone")
+    evaluate.add_argument("--skip", metavar="METHOD", nargs="+", default=[], help="of the plan: all but these methods")
     evaluate.add_argument("--on", metavar="NAME", nargs="+", default=[], help="of the plan: these data sets alone")
     evaluate.add_argument("--healthy", metavar="DATA", help="healthy validation images: they give the threshold")
     evaluate.add_argument("--out", type=Path, required=True, help="folder for tables, pictures and maps")
@@ -52,11 +53,11 @@ def run(options):
     if options.config:
         if options.model or options.healthy or options.strata or shared["call_kwargs"]:
             raise ValueError("expected models, data and arguments of the call in the plan, not beside --config")
-        plan = load_plan(options.config, options.data, options.only, options.on)
+        plan = load_plan(options.config, options.data, options.only, options.on, options.skip)
         results = run_plan(plan, lambda model: open_pipeline(options, model), options.out, **shared)
     else:
-        if options.only or options.on:
-            raise ValueError("expected a plan (--config) of which --only and --on name parts, got none")
+        if options.only or options.on or options.skip:
+            raise ValueError("expected a plan (--config) of which --only, --skip and --on name parts, got none")
         if len(options.data) != 1:
             raise ValueError(f"expected one data set, or a plan with --config, got {options.data}")
         healthy = open_dataset(options.healthy) if options.healthy else None

@@ -32,13 +32,14 @@ class Plan:
     options: dict = field(default_factory=dict)  # n_bootstrap, seed, judge, smoothing, quantile, ... of `compare`
 
 
-def load_plan(path, overrides=(), only=(), on=()):
+def load_plan(path, overrides=(), only=(), on=(), skip=()):
     """Read a plan.
 
     Args:
         path: the YAML file.
         overrides: `section.key=value` strings, as for recipes; `root=FOLDER` needs no section.
         only, on: the names of the methods and of the data sets to keep; none: all.
+        skip: the names of methods to leave out.
 
     Raises:
         ValueError: no YAML, an unknown key (named, with the known ones), a method without a model, or a `???`, which
@@ -61,7 +62,10 @@ def load_plan(path, overrides=(), only=(), on=()):
     plan.data = {
         name: build(DataPlan, fill(data, plan.root), f"{path}: data.{name}") for name, data in plan.data.items()
     }
-    plan.methods = chosen(plan.methods, only, f"{path}: no method")
+    chosen(plan.methods, skip, f"{path}: no method")
+    plan.methods = {
+        name: method for name, method in chosen(plan.methods, only, f"{path}: no method").items() if name not in skip
+    }
     plan.data = chosen(plan.data, on, f"{path}: no data set")
     for name, method in plan.methods.items():
         if not isinstance(method, dict) or "model" not in method:

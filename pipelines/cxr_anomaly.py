@@ -21,7 +21,8 @@ class AnomalyOutput(BaseOutput):
         likewise
     anomaly_map: how much each pixel had to change, in [0, 1]: 0 nothing, 1 from black to white.
         list of PIL images (mode I;16, value / 65535) | (B, H, W) array | (B, H, W) tensor
-    anomaly_score: one number an image, higher is more abnormal: the mean of the map's highest 5 % of pixels.
+    anomaly_score: one number an image, higher is more abnormal: the mean of the map's highest 5 % of pixels, unless the
+        pipeline has another one (see its call).
         (B,) array | (B,) array | (B,) tensor
     """
 
@@ -144,12 +145,15 @@ def score_map(anomaly_map, fraction=0.05):
     return flat.topk(max(1, round(fraction * flat.shape[1])), dim=1).values.mean(dim=1)
 
 
-def anomaly_output(image, counterfactual, anomaly_map, data_range, output_type):
-    """Tensors in the model's range -> `AnomalyOutput` in the documented range and `output_type`."""
+def anomaly_output(image, counterfactual, anomaly_map, data_range, output_type, score=None):
+    """Tensors in the model's range -> `AnomalyOutput` in the documented range and `output_type`.
+
+    `score` is a (B,) tensor; None: that of the map.
+    """
     low, high = data_range
     image, counterfactual = (((x.float() - low) / (high - low)).clamp(0, 1) for x in (image, counterfactual))
     anomaly_map = anomaly_map.float().clamp(0, 1)
-    score = score_map(anomaly_map)
+    score = score_map(anomaly_map) if score is None else score.float()
     if output_type == "pt":
         return AnomalyOutput(image, counterfactual, anomaly_map, score)
     image, counterfactual = (x.permute(0, 2, 3, 1).cpu().numpy() for x in (image, counterfactual))

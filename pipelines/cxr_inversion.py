@@ -1,4 +1,4 @@
-"""Deterministic DDIM inversion: an image back to a noise level, and to the image again."""
+"""Deterministic DDIM inversion: an image to a noise level and back; and which label explains it, by the same chain."""
 
 import torch
 
@@ -137,6 +137,44 @@ def invert(predict, x, timesteps, scheduler, num_refinements=0, on_step=None):
         if on_step is not None:
             x = on_step(i, t, x)
     return x
+
+
+def evidence_timesteps(scheduler):
+    """The timesteps of `class_evidence`: a tenth to seven tenths of the chain."""
+    return [scheduler.config.num_train_timesteps * k // 10 for k in range(1, 8)]
+
+
+def class_evidence(predict, x, scheduler):
+    """Which of two labels explains a picture better, and where: noised alike, it is predicted under either.
+
+    A diffusion model is a classifier of its labels: the label with which it finds the noise better is the likelier one
+    (Li et al. 2023, https://arxiv.org/abs/2303.16203). And where the predictions differ is where the labels do (after
+    Couairon et al. 2022, https://arxiv.org/abs/2210.11427, section 3). All pictures get the same noise, another one at
+    each level, so that a picture's answer is its own in any batch.
+
+    Args:
+        predict: `predict(x, t)` -> the network's outputs (2 * B, C, H, W) under the one and under the other label, the
+            variance already split off, float32.
+        x: (B, C, H, W) images in the model's range.
+
+    Returns:
+        (first, second, log_ratio): the images predicted under either label, (B, C, H, W) each, the mean over the
+        levels; and (B,) log(error of the first / error of the second), errors being the squared errors of the noise,
+        summed over levels and pixels. So 0.01 is one percent of error less under the second label.
+    """
+    alphas, kind = scheduler.alphas_cumprod.to(x.device, torch.float32), scheduler.config.prediction_type
+    images, errors = 0.0, 0.0
+    timesteps = evidence_timesteps(scheduler)
+    for t in timesteps:
+        alpha, generator = alphas[t], torch.Generator().manual_seed(t)
+        noise = torch.randn((1, *x.shape[1:]), generator=generator).to(x.device)
+        noised = alpha**0.5 * x + (1 - alpha) ** 0.5 * noise
+        both = torch.cat([noised, noised])
+        found = noise_from_output(predict(noised, torch.tensor(t, device=x.device)), both, alpha, kind)
+        images = images + (both - (1 - alpha) ** 0.5 * found) / alpha**0.5 / len(timesteps)
+        errors = errors + ((found - noise) ** 2).flatten(1).sum(dim=1)
+    first, second = images.chunk(2)
+    return first, second, (errors[: len(x)] / errors[len(x) :]).log()
 
 
 def clean_alpha(scheduler):

@@ -1,5 +1,6 @@
 """The options of `CFGAnomalyPipeline` that the original did not have, and the recipe that leaves them out."""
 
+import math
 import weakref
 
 import pytest
@@ -8,7 +9,8 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from conftest import toy_classifier, toy_unet
 from cxr_diffusers import CFGAnomalyPipeline, ClassifierGuidedPipeline
-from cxr_diffusers.pipelines.cxr_anomaly import combine_maps
+from cxr_diffusers.pipelines.cxr_anomaly import combine_maps, difference_map, score_map, smooth_map
+from cxr_diffusers.pipelines.cxr_inversion import class_evidence, evidence_timesteps, output_from_noise
 
 FAST = dict(num_inference_steps=10, noise_level=300, output_type="pt")
 
@@ -151,9 +153,72 @@ def test_harmonization_takes_small_changes_back_and_leaves_large_ones(pipeline, 
     assert maps[2].max() < 1e-3  # every change is small: the image comes back
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_the_label_that_knows_the_picture_better_has_the_evidence(prediction_type):
+    """Of two networks that are certain of one picture each, the errors and their ratio are known in closed form."""
+    scheduler = DDIMScheduler(prediction_type=prediction_type)
+    first, second = torch.full((1, 4, 4), -0.5), torch.full((1, 4, 4), 0.5)
+    x = torch.stack([first, torch.full((1, 4, 4), 0.4)])
+
+    def predict(noised, t):
+        alpha = scheduler.alphas_cumprod[t]
+        believed = torch.stack([first, first, second, second])
+        noise = (torch.cat([noised, noised]) - alpha**0.5 * believed) / (1 - alpha) ** 0.5
+        return output_from_noise(noise, torch.cat([noised, noised]), alpha, prediction_type)
+
+    as_first, as_second, ratio = class_evidence(predict, x, scheduler)
+    torch.testing.assert_close(as_first, torch.stack([first, first]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(as_second, torch.stack([second, second]), atol=1e-4, rtol=0)
+    assert ratio[0] < -10 and ratio[1].item() == pytest.approx(math.log(0.9**2 / 0.1**2), abs=1e-2)
+
+
+def test_evidence_is_added_to_the_map_and_costs_two_evaluations_a_level(pipeline, images):
+    call = {**FAST, "negative_label": 1, "direction": "bright", "smoothing": 1.0}
+    plain, shown = evaluations(pipeline, images, **call)
+    added, with_evidence = evaluations(pipeline, images, **call, evidence=3.0)
+    assert with_evidence - shown == len(images) * 2 * 7
+    x = plain.image * 2 - 1
+    healthy, diseased, ratio = pipeline.weigh(x, 0, 1)
+    painted = smooth_map(difference_map(diseased, healthy, direction="bright"), 1.0)
+    assert painted.max() > 1e-3
+    torch.testing.assert_close(added.anomaly_map, (plain.anomaly_map + 3 * painted).clamp(0, 1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(added.anomaly_score, score_map(added.anomaly_map))
+    scored = pipeline(images, **call, score="evidence")
+    torch.testing.assert_close(scored.anomaly_map, plain.anomaly_map)
+    torch.testing.assert_close(scored.anomaly_score, ratio, atol=1e-5, rtol=0)
+    other_way = pipeline(images, **{**call, "target_label": 1, "negative_label": 0}, score="evidence").anomaly_score
+    torch.testing.assert_close(other_way, -ratio, atol=1e-5, rtol=0)
+
+
+def test_evidence_of_a_picture_is_its_own_in_any_batch(pipeline, images):
+    call = {**FAST, "negative_label": 1, "evidence": 2.0, "score": "evidence"}
+    together = pipeline(images, **call)
+    for i, image in enumerate(images):
+        alone = pipeline(image, **call)
+        torch.testing.assert_close(alone.anomaly_map[0], together.anomaly_map[i], atol=1e-5, rtol=0)
+        torch.testing.assert_close(alone.anomaly_score[0], together.anomaly_score[i], atol=1e-5, rtol=0)
+
+
+def test_between_labels_that_mean_the_same_there_is_no_evidence(pipeline, images):
+    weight = pipeline.unet.class_embedding.weight
+    weight.data[1] = weight.data[0]
+    call = {**FAST, "negative_label": 1}
+    found = pipeline(images, **call, evidence=5.0, score="evidence")
+    torch.testing.assert_close(found.anomaly_score, torch.zeros(len(images)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.anomaly_map, pipeline(images, **call).anomaly_map, atol=1e-5, rtol=0)
+
+
+def test_the_levels_of_evidence_are_shares_of_the_chain():
+    assert evidence_timesteps(DDIMScheduler()) == [100, 200, 300, 400, 500, 600, 700]
+    assert evidence_timesteps(DDIMScheduler(num_train_timesteps=50)) == [5, 10, 15, 20, 25, 30, 35]
+
+
 @pytest.mark.parametrize(
     "wrong, message",
     [
+        (dict(evidence=-1.0), "expected a finite `evidence` of 0 or more, got -1.0"),
+        (dict(score="mean"), "expected `score` map or evidence, got 'mean'"),
+        (dict(score="evidence", guidance_scale=0.0, negative_label=9), "expected `negative_label` among"),
         ({"noise_level": []}, "expected at least one `noise_level`"),
         ({"noise_level": [300, 2000]}, "expected `noise_level` to be a timestep, 1..1000, got 2000"),
         ({"noise_level": [300, 0.5]}, "expected `noise_level` to be a whole number, got 0.5"),

@@ -9,7 +9,8 @@ several GPUs, or several processes on a CPU:
 """
 CALL = (
     "guidance_scale noise_level num_inference_steps negative_label source_label classifier_scale unet_label "
-    "explained_label num_refinements guidance_interval harmonization combine compare_with direction smoothing recipe"
+    "explained_label num_refinements guidance_interval harmonization combine compare_with direction smoothing evidence "
+    "score recipe"
 ).split()
 
 BACKENDS = ("torch", "onnx", "openvino")
@@ -67,6 +68,10 @@ def add_pipeline_options(parser, several=False):
     call.add_argument("--compare-with", choices=["image", "reconstruction"])
     call.add_argument("--direction", choices=["both", "bright", "dark"])
     call.add_argument("--smoothing", type=float, help="sigma, in pixels of the model's resolution")
+    text = "weight of the class evidence in the map: where more is painted when the negative label is named"
+    call.add_argument("--evidence", type=float, metavar="WEIGHT", help=text)
+    text = "of the map, or how much better the negative label explains the picture"
+    call.add_argument("--score", choices=["map", "evidence"], help=text)
     text = "the original procedure's settings instead of the model's own (1,500 evaluations an image)"
     call.add_argument("--recipe", choices=["original"], help=text)
 

@@ -1,7 +1,9 @@
 """The command line, `cxr-diffusers COMMAND ...`."""
 
 import argparse
+import logging
 import sys
+import warnings
 
 from .commands import COMMANDS
 from .version import __version__
@@ -14,6 +16,9 @@ def main(arguments=None):
     if not hasattr(options, "run"):
         parser.print_help()
         return 2
+    # pydicom quotes what it cannot read, a name or a birth date; what is wrong with a header is ours to say
+    warnings.filterwarnings("ignore", module=r"pydicom\.")
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     try:
         return options.run(options) or 0
     except (ValueError, OSError, ImportError) as error:

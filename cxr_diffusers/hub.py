@@ -372,12 +372,12 @@ def read_index(folder):
 def finished_files(folder, index):
     """The files of a pipeline folder that belong to the model, as paths below it; whatever else lies there stays.
 
-    They are the index, the card and the pictures it shows, the licence, the code that the index names with the siblings
-    it imports, and the components.
+    They are the index, the card and the pictures it shows, the licence, the scores of healthy images, the code that the
+    index names with the siblings it imports, and the components.
     """
     from diffusers.utils.dynamic_modules_utils import get_relative_imports
 
-    beside = [folder / name for name in ("model_index.json", "conversion.json", "README.md")]
+    beside = [folder / name for name in ("model_index.json", "conversion.json", "README.md", "healthy_scores.json")]
     beside += folder.glob("LICENSE*")
     card = (folder / "README.md").read_text()
     beside += [path for path in folder.glob("*.png") if f"({path.name})" in card]

@@ -2,9 +2,13 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
+import torch
+from huggingface_hub import hf_hub_download
 from tqdm.auto import tqdm
 
 from .cache import cache_folder
@@ -12,6 +16,7 @@ from .evaluation.answers import fingerprint, picture_digest, quiet
 from .visualization import write_file
 
 KEPT = "healthy_scores.json"  # in a model's folder
+DIGESTS = WeakKeyDictionary()  # of pipelines in use, whose weights stay as they are
 
 
 @dataclass
@@ -19,15 +24,17 @@ class ReferenceScores:
     """Scores of images that are known to be healthy.
 
     data: what the images are, in words. call: all settings of the calls that gave them. scores: one an image, sorted.
+    weights: `weights_digest` of the model that gave them.
     """
 
     data: str
     call: dict
     scores: list[float]
+    weights: str = ""
 
     def fits(self, pipeline, call_kwargs):
         """True where a call of `pipeline` with `call_kwargs` means what the reference's calls meant."""
-        return self.call == as_kept(pipeline.settings(**call_kwargs))
+        return self.call == as_kept(pipeline.settings(**call_kwargs)) and self.weights == weights_digest(pipeline)
 
     def share_below(self, score):
         """How many of the healthy images score less than `score`: (how many, of how many)."""
@@ -64,7 +71,20 @@ def measure_scores(pipeline, dataset, data, *, call_kwargs=None, batch_size=8, p
             bar.update(len(batch))
             if progress is not None:
                 progress(len(scores), len(dataset))
-    return ReferenceScores(data, as_kept(pipeline.settings(**call)), sorted(round(s, 6) for s in scores))
+    settings, weights = as_kept(pipeline.settings(**call)), weights_digest(pipeline)
+    return ReferenceScores(data, settings, sorted(round(s, 6) for s in scores), weights)
+
+
+def weights_digest(pipeline):
+    """A hash of all weights of a pipeline, as float32: the same in whatever precision and order they lie in memory."""
+    if pipeline not in DIGESTS:
+        digest = hashlib.blake2b(digest_size=16)
+        for part, module in sorted(pipeline.components.items()):
+            for name, tensor in module.state_dict().items() if isinstance(module, torch.nn.Module) else ():
+                values = tensor.detach().float().cpu().contiguous().numpy()
+                digest.update(f"{part}.{name}".encode() + values.tobytes())
+        DIGESTS[pipeline] = digest.hexdigest()
+    return DIGESTS[pipeline]
 
 
 def as_kept(settings):
@@ -77,9 +97,14 @@ def keep_scores(reference, folder):
     write_file(Path(folder) / KEPT, (json.dumps(asdict(reference), indent=1) + "\n").encode())
 
 
-def kept_scores(folder):
-    """What `keep_scores` wrote into a model's folder, or None."""
-    path = Path(folder) / KEPT
+def kept_scores(model):
+    """What `keep_scores` wrote into a model's folder, here or (`publish` sends it along) on the Hub, or None."""
+    path = Path(model) / KEPT
+    if not Path(model).is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+        try:
+            path = Path(hf_hub_download(str(model), KEPT))
+        except (OSError, ValueError):  # there is none, or nobody to ask for it
+            return None
     return ReferenceScores(**json.loads(path.read_text())) if path.is_file() else None
 
 
@@ -97,4 +122,4 @@ def cached_scores(pipeline, dataset, data, *, cache_dir=None, progress=None):
     if found is None:
         found = measure_scores(pipeline, dataset, data, progress=progress)
         keep_scores(found, folder)
-    return ReferenceScores(data, found.call, found.scores)
+    return replace(found, data=data)

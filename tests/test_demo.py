@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 from test_images import write_dicom
@@ -26,12 +27,14 @@ from cxr_diffusers.demo.uploads import Upload, read_upload
 from cxr_diffusers.hub import METHODS
 from cxr_diffusers.pipelines.cxr_anomaly import restore_map
 from cxr_diffusers.reference_scores import (
+    DIGESTS,
     ReferenceScores,
     as_kept,
     cached_scores,
     keep_scores,
     kept_scores,
     measure_scores,
+    weights_digest,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -188,16 +191,29 @@ def test_methods_of_one_step_have_no_film_and_grad_cam_no_counterfactual(upload)
     assert picture_of(answers.picture_file(cam)[1]).width < picture_of(answers.picture_file(gan)[1]).width
 
 
-def test_a_score_is_compared_with_its_like_alone(toy, upload):
+def test_a_score_is_compared_with_its_like_alone(toy, upload, tmp_path):
     answer = answers.ask(toy, "toy", upload, {})
     scores = [answer.score - 0.01, answer.score - 0.005, answer.score + 0.01]
-    reference = ReferenceScores("3 <healthy> chests", as_kept(toy.settings()), scores)
+    reference = ReferenceScores("3 <healthy> chests", as_kept(toy.settings()), scores, weights_digest(toy))
     card = answers.score_card(answer, reference, reference.fits(toy, {}), "a mean")
     assert "<b>2 of 3</b>" in card and "3 &lt;healthy&gt; chests" in card and "svg+xml" in card
     assert reference.fits(toy, {"noise_level": 300}) and not reference.fits(toy, {"noise_level": 200})
     other = answers.score_card(answer, reference, reference.fits(toy, {"noise_level": 200}), "a mean")
     assert "cannot be compared" in other and "2 of 3" not in other and "svg" not in other
     assert "--healthy" in answers.score_card(answer, None, False, "a mean")
+    half = type(toy).from_pretrained(toy.save_pretrained(tmp_path) or tmp_path, dtype=torch.float64)
+    assert reference.fits(half, {}), "precision is not another model"
+    half.unet.conv_out.bias.data += 1e-3
+    DIGESTS.clear()
+    assert not reference.fits(half, {}), "other weights are"
+
+
+def test_scores_below_zero_have_a_place_in_the_figure(toy, upload):
+    answer = answers.ask(toy, "toy", upload, {"score": "evidence"})
+    reference = ReferenceScores("3 chests", {}, [answer.score - 0.5, -0.2, 0.1])
+    svg = base64.b64decode(answers.score_figure(answer.score, reference).partition(",")[2]).decode()
+    dots = re.findall(r'<use xlink:href="#[^"]+" x="([\d.]+)"', svg)
+    assert len(set(dots)) >= 3 and all(0 < float(x) < 360 for x in dots)
 
 
 def test_a_file_name_is_text_and_nothing_else(toy):

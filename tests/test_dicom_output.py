@@ -259,6 +259,19 @@ def test_the_command_line_tells_what_was_left_out_and_what_has_warnings(model, t
     assert len(list((tmp_path / "out" / "dicom").iterdir())) == 4
 
 
+def test_what_pydicom_cannot_read_is_not_quoted(model, tmp_path, capsys, recwarn):
+    model.save_pretrained(tmp_path / "model")
+    source = write_source(tmp_path / "a.dcm", StudyInstanceUID="1.2.MUELLER")
+    with pytest.warns(UserWarning, match="MUELLER"):
+        assert pydicom.dcmread(source).StudyInstanceUID
+    recwarn.clear()
+    settings = ["--model", str(tmp_path / "model"), "--num-inference-steps", "20", "--noise-level", "300"]
+    main(["detect", str(source), "--out", str(tmp_path / "out"), "--dicom", *settings])
+    assert not [str(found.message) for found in recwarn if "MUELLER" in str(found.message)]
+    shown = capsys.readouterr()
+    assert "MUELLER" not in shown.out + shown.err
+
+
 def test_a_file_of_before_there_were_warnings_is_read(model, tmp_path):
     """A folder of results that an older version wrote is gone on with."""
     source = write_source(tmp_path / "a.dcm", ViewPosition="RL")

@@ -9,6 +9,7 @@ from PIL import Image
 
 from cxr_diffusers import CFGAnomalyPipeline
 from cxr_diffusers.hub import load_pipeline, load_unet, publish, write_model_card
+from cxr_diffusers.reference_scores import ReferenceScores, as_kept, keep_scores, weights_digest
 from local_hub import local_hub, run_script
 
 FAST = dict(num_inference_steps=20, noise_level=300, guidance_scale=2.0, output_type="pt")
@@ -60,9 +61,11 @@ def run(hub, script, cwd):
 def test_a_published_model_runs_from_the_hub_and_takes_its_card_along(pipeline, images, folder, tmp_path):
     expected = pipeline(images, **FAST).anomaly_map
     torch.save(images, tmp_path / "images.pt")
+    keep_scores(ReferenceScores("toys", as_kept(pipeline.settings()), [0.25], weights_digest(pipeline)), folder)
     at_home = f"""if True:
         import json, torch
         from cxr_diffusers import CFGAnomalyPipeline, publish
+        from cxr_diffusers.demo.serve import references
         from cxr_diffusers.hub import load_pipeline
         images = torch.load("images.pt")
         address = publish("run", "me/model")
@@ -71,7 +74,9 @@ def test_a_published_model_runs_from_the_hub_and_takes_its_card_along(pipeline, 
         again = publish("run", "trained", private=True)
         CFGAnomalyPipeline.from_pretrained("run").push_to_hub("me/other")
         load_pipeline("me/other").push_to_hub("me/third")
-        print(json.dumps([address, again]))
+        reference_of = references({{"one": hers, "other": load_pipeline("me/third")}})
+        healthy = [reference_of("one").scores, reference_of("one").fits(hers, {{}}), reference_of("other")]
+        print(json.dumps([address, again, healthy]))
     """
     with local_hub() as hub:
         addresses = run(hub, at_home, tmp_path)
@@ -85,10 +90,13 @@ def test_a_published_model_runs_from_the_hub_and_takes_its_card_along(pipeline, 
     code = {name for name in published if name.endswith(".py")}
     assert sum(name.startswith("pipeline_cfg_anomaly_") for name in code) == 1 and len(code) > 1  # and its siblings
     model = {"unet/config.json", "unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"}
-    assert set(published) == {"model_index.json", "README.md", "example.png"} | model | code
+    assert set(published) == {"model_index.json", "README.md", "example.png", "healthy_scores.json"} | model | code
+    assert addresses[2] == [[0.25], True, None], "the scores of healthy images go out with the model"
     # `push_to_hub` of a pipeline that was loaded takes the card and its picture along, from a folder or from the Hub
     for name, files in pushed.items():
-        assert set(files) >= set(published) and files["example.png"] == published["example.png"]
+        assert (
+            set(files) >= set(published) - {"healthy_scores.json"} and files["example.png"] == published["example.png"]
+        )
         assert (
             b"Phantoms, drawn by the package" in files["README.md"] and f'("me/{name}", '.encode() in files["README.md"]
         )
@@ -171,3 +179,4 @@ def test_what_is_no_model_is_named(name):
 def test_training_can_start_from_a_saved_unet(pipeline, folder):
     for ours, theirs in zip(pipeline.unet.parameters(), load_unet(folder).parameters(), strict=True):
         assert torch.equal(ours, theirs)
+    assert load_unet("default").config.sample_size == 64

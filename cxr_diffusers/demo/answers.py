@@ -210,14 +210,15 @@ def score_figure(score, reference):
     FigureCanvasSVG(figure)
     axes = figure.add_subplot(xlabel="anomaly score")
     values = np.asarray(reference.scores)
-    high = max(values.max(), score) * 1.08
-    bins = np.linspace(0, high, 46)
+    low, high = min(0, values.min(), score), max(0, values.max(), score)
+    low, high = (edge + 0.08 * (high - low or 1) * np.sign(edge) for edge in (low, high))
+    bins = np.linspace(low, high, 46)
     column = np.digitize(values, bins)
     height = [int(np.sum(column[:i] == c)) for i, c in enumerate(column)]
-    centre = bins[column - 1] + bins[1] / 2
+    centre = bins[column - 1] + (high - low) / 90
     axes.scatter(centre, height, s=26, color="#8b95a5", linewidths=0)
     axes.axvline(score, color="#f59e42", linewidth=2)
-    axes.set(xlim=(0, high), ylim=(-0.8, max(*height, 5) + 1), yticks=[])
+    axes.set(xlim=(low, high), ylim=(-0.8, max(*height, 5) + 1), yticks=[])
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color("#8b95a5")
     axes.tick_params(colors="#aab3c0", labelsize=9)

@@ -290,8 +290,11 @@ METHODS = {  # class: (name on the page, what it does)
 
 
 def score_words(pipeline):
-    grad_cam = type(pipeline).__name__ == "GradCAMPipeline"
-    return "the classifier's probability of not healthy" if grad_cam else "mean of the map's highest 5 % of pixels"
+    if type(pipeline).__name__ == "GradCAMPipeline":
+        return "the classifier's probability of not healthy"
+    if pipeline.settings().get("score") == "evidence":
+        return "how much better the disease explains the picture than health does; 0: neither, 0.01: by 1 %"
+    return "mean of the map's highest 5 % of pixels"
 
 
 def threshold_span(answer, times):

@@ -66,14 +66,15 @@ def references(models, healthy=None, data=""):
             if healthy is not None:
                 known[name] = cached_scores(models[name], healthy, data, progress=progress)
             else:
-                known[name] = kept_scores(folder_of(models[name]))
+                known[name] = kept_scores(source_of(models[name]))
         return known[name]
 
     return reference_of
 
 
-def folder_of(pipeline):
-    return Path(str(pipeline.config.get("_name_or_path") or default_checkpoint()))
+def source_of(pipeline):
+    """The folder or the Hub name that a pipeline was opened from."""
+    return str(pipeline.config.get("_name_or_path") or default_checkpoint())
 
 
 def check_port(host, port):

@@ -62,7 +62,7 @@ def test_any_size_and_sizes_mixed(deblur):
     mixed = deblur(pictures, generator=seeds(3), **FAST).restored
     assert [tuple(x.shape) for x in mixed] == [(1, 40, 21), (1, 16, 16), (1, 40, 21)]
     alone = deblur(pictures[2], generator=seeds(1, 2), **FAST).restored[0]
-    torch.testing.assert_close(mixed[2], alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(mixed[2], alone, atol=5e-5, rtol=0)
 
 
 def test_each_picture_can_have_its_own_kernel(deblur, images):
@@ -139,7 +139,7 @@ def test_a_class_conditional_unet_serves_with_its_null_label(unet, images, tmp_p
     CFGAnomalyPipeline(unet, DDIMScheduler()).save_pretrained(tmp_path)
     plain = load_unet(tmp_path, unconditional=True)
     assert plain.config.num_class_embeds is None
-    torch.testing.assert_close(prior(plain)(images, generator=seeds(2), **FAST).restored, named, atol=1e-5, rtol=0)
+    torch.testing.assert_close(prior(plain)(images, generator=seeds(2), **FAST).restored, named, atol=5e-5, rtol=0)
 
 
 def test_any_model_of_ours_is_opened_as_a_prior(unet, images, tmp_path):

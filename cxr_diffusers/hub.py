@@ -159,6 +159,11 @@ def load_unet(folder, unconditional=False):
     return plain
 
 
+def is_hub_name(name):
+    """Whether this can only be USER/NAME on the Hub: it is formed so, and nothing here is called so."""
+    return not Path(name).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) is not None
+
+
 def shipped_folder(name):
     """The folder of a shipped model, "default" for the default one; None where that is no name of one."""
     folder = CHECKPOINTS / (DEFAULT if name == "default" else name)
@@ -182,7 +187,7 @@ def load_pipeline(name, trust_remote_code=False):
     name = shipped_folder(name) or name
     index = Path(name) / "model_index.json"
     if not index.is_file():
-        if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        if not is_hub_name(name):
             raise FileNotFoundError(f"expected a folder with a model_index.json or a Hub name USER/NAME, got {name}")
         index = Path(hf_hub_download(str(name), "model_index.json"))
     content = json.loads(index.read_text())

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -13,6 +12,7 @@ from tqdm.auto import tqdm
 
 from .cache import cache_folder
 from .evaluation.answers import fingerprint, picture_digest, quiet
+from .hub import is_hub_name
 from .visualization import write_file
 
 KEPT = "healthy_scores.json"  # in a model's folder
@@ -100,7 +100,7 @@ def keep_scores(reference, folder):
 def kept_scores(model):
     """What `keep_scores` wrote into a model's folder, here or (`publish` sends it along) on the Hub, or None."""
     path = Path(model) / KEPT
-    if not Path(model).is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+    if is_hub_name(model):
         try:
             path = Path(hf_hub_download(str(model), KEPT))
         except (OSError, ValueError):  # there is none, or nobody to ask for it

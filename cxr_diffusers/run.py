@@ -16,8 +16,6 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .data import build_dataset
-from .hub import describe_training, publish, trained_on, write_model_card
 from .processes import process_state
 from .visualization import write_file
 
@@ -287,32 +285,3 @@ def log_pictures(accelerator, pictures, step):
 def flat(values):
     """A tracker's hyper-parameters: numbers and strings only."""
     return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in values.items()}
-
-
-def diseased_rows(recipe, dataset):
-    """The diseased images that are shown while `recipe` is trained on `dataset`: `train.validation_images` at most.
-
-    Raises:
-        ValueError: an image of `dataset` has no label, or none is diseased.
-    """
-    shown = build_dataset(**{**recipe.data, **recipe.validation})
-    shown = shown.filter(lambda label: label > 0, input_columns="label")
-    if min(dataset["label"][:]) < 0 or not len(shown):
-        raise ValueError(f"expected a label for every image and diseased ones among them, got {recipe.data}")
-    return shown.select(range(min(recipe.train.validation_images, len(shown))))
-
-
-def write_card(folder, recipe, size, num_images):
-    """The model card of what `recipe` made of `num_images` images of `size` pixels."""
-    training, sources = describe_training(recipe, size, num_images), trained_on(recipe)
-    write_model_card(folder, training=training, name=recipe.train.hub_model_id, datasets=sources)
-
-
-def finish(output_dir, config, *hints):
-    """The end of a training script, in the main process: publish if that was asked, and say what is where."""
-    if not process_state().is_main_process:
-        return
-    if config.push_to_hub:
-        print("published at", publish(output_dir, config.hub_model_id or output_dir.name, private=config.hub_private))
-    print(f"model:   {output_dir}\npicture: {sorted((output_dir / 'validation').glob('*.png'))[-1]}")
-    print(*hints, sep="\n")

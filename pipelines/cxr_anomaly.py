@@ -19,7 +19,8 @@ class AnomalyOutput(BaseOutput):
         list of PIL images (mode L) | (B, H, W, C) array | (B, C, H, W) tensor
     counterfactual: the same chest as if healthy, in the same scale as `image`.
         likewise
-    anomaly_map: how much each pixel had to change, in [0, 1]: 0 nothing, 1 from black to white.
+    anomaly_map: how much each pixel had to change, in [0, 1]: 0 nothing, 1 from black to white; with what the
+        pipeline was asked to add to it (see its call).
         list of PIL images (mode I;16, value / 65535) | (B, H, W) array | (B, H, W) tensor
     anomaly_score: one number an image, higher is more abnormal: the mean of the map's highest 5 % of pixels, unless the
         pipeline has another one (see its call).

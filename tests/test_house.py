@@ -38,6 +38,7 @@ FLOORS = {
     "cxr_diffusers.visualization": 2,
     "cxr_diffusers.adversarial_loop": 3,
     "cxr_diffusers.run": 3,
+    "cxr_diffusers.scripts": 3,
     "cxr_diffusers.training_loop": 3,
     "cxr_diffusers.evaluation": 3,
     "cxr_diffusers.deblurring": 3,

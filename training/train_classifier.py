@@ -22,7 +22,8 @@ from cxr_diffusers.data import TensorImages, augment
 from cxr_diffusers.hub import load_pipeline
 from cxr_diffusers.losses import noisy_classification_loss
 from cxr_diffusers.recipe import ClassifierRecipe, parse_command_line
-from cxr_diffusers.run import finish, seeded, write_card
+from cxr_diffusers.run import seeded
+from cxr_diffusers.scripts import finish, write_card
 from cxr_diffusers.training_loop import train
 from cxr_diffusers.visualization import line_figure, save_png, write_file
 

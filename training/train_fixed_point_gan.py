@@ -20,7 +20,8 @@ from cxr_diffusers import (
 from cxr_diffusers.data import TensorImages
 from cxr_diffusers.loss_curves import loss_curves
 from cxr_diffusers.recipe import AdversarialRecipe, parse_command_line
-from cxr_diffusers.run import diseased_rows, finish, seeded, write_card
+from cxr_diffusers.run import seeded
+from cxr_diffusers.scripts import diseased_rows, finish, write_card
 from cxr_diffusers.visualization import save_png, validation_strip
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "phantom_fixed_point_gan_32.yaml"

@@ -211,7 +211,8 @@ def score_figure(score, reference):
     axes = figure.add_subplot(xlabel="anomaly score")
     values = np.asarray(reference.scores)
     low, high = min(0, values.min(), score), max(0, values.max(), score)
-    low, high = (edge + 0.08 * (high - low or 1) * np.sign(edge) for edge in (low, high))
+    margin = 0.08 * (high - low)
+    low, high = low - margin * (low < 0), high + margin * (high > 0)
     bins = np.linspace(low, high, 46)
     column = np.digitize(values, bins)
     height = [int(np.sum(column[:i] == c)) for i, c in enumerate(column)]

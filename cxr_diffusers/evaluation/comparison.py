@@ -151,7 +151,7 @@ def compare(
     methods = [as_method(name, pipeline, call_kwargs or {}) for name, pipeline in pipelines.items()]
 
     # 1. pictures -> answers, the hours of it; the rest is the main process's alone
-    folder = maps_dir if maps_dir or output_dir is None else Path(output_dir) / "maps"
+    folder = maps_dir or (output_dir and Path(output_dir) / "maps")
     run = dict(folder=folder and Path(folder), batch_size=batch_size, seed=seed, progress=progress)
     for method in methods:
         method.answers = detect(method, dataset, desc=method.name, **run)

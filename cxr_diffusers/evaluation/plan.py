@@ -62,10 +62,9 @@ def load_plan(path, overrides=(), only=(), on=(), skip=()):
     plan.data = {
         name: build(DataPlan, fill(data, plan.root), f"{path}: data.{name}") for name, data in plan.data.items()
     }
-    chosen(plan.methods, skip, f"{path}: no method")
-    plan.methods = {
-        name: method for name, method in chosen(plan.methods, only, f"{path}: no method").items() if name not in skip
-    }
+    skipped = chosen(plan.methods, skip, f"{path}: no method") if skip else {}
+    kept = chosen(plan.methods, only, f"{path}: no method")
+    plan.methods = {name: method for name, method in kept.items() if name not in skipped}
     plan.data = chosen(plan.data, on, f"{path}: no data set")
     for name, method in plan.methods.items():
         if not isinstance(method, dict) or "model" not in method:

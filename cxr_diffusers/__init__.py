@@ -25,6 +25,8 @@ _HOME = {
     "FixedPointGenerator": "models.fixed_point_gan",
     "GradCAMPipeline": "pipelines",
     "NoisyClassifier": "models.noisy_classifier",
+    "PyramidCAMPipeline": "pipelines",
+    "PyramidClassifier": "models.pyramid_classifier",
     "DeblurOutput": "pipelines",
     "DiffPIRDeblurPipeline": "pipelines",
     "build_dataset": "data",

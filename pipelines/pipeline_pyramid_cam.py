@@ -78,9 +78,9 @@ class PyramidCAMPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
             return_dict: False returns the plain tuple.
 
         Returns:
-            `AnomalyOutput`, or the tuple (image, counterfactual, anomaly_map, anomaly_score). The map is 1 / (1 + exp(-s))
-            of the log-odds s of each place, the classifier's probability there. It is on one scale for all pictures; none
-            is stretched to its own maximum.
+            `AnomalyOutput`, or the tuple (image, counterfactual, anomaly_map, anomaly_score). The map is the
+            probability of each place, 1 / (1 + exp(-s)) of its log-odds s. It is on one scale for all pictures; none is
+            stretched to its own maximum.
 
         Raises:
             TypeError: `image` is not a picture. ValueError: an argument out of its range; each says what was expected.

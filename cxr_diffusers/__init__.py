@@ -26,6 +26,8 @@ _HOME = {
     "GradCAMPipeline": "pipelines",
     "NoisyClassifier": "models.noisy_classifier",
     "SpaceToDepthUNet": "models.space_to_depth_unet",
+    "PyramidCAMPipeline": "pipelines",
+    "PyramidClassifier": "models.pyramid_classifier",
     "DeblurOutput": "pipelines",
     "DiffPIRDeblurPipeline": "pipelines",
     "build_dataset": "data",

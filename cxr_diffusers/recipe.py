@@ -18,7 +18,7 @@ class RunConfig:
     batch_size: int = 4  # per process
     learning_rate: float = 1e-4
     mixed_precision: str | None = (
-        None  # no, fp16, bf16; auto: bf16 where it is fast; None: what `accelerate launch` says
+        None  # no, fp16, bf16; auto: bf16 where fast; None: what `accelerate launch` says
     )
     compile: bool = False  # torch.compile the network: a minute or two once, then faster steps on a GPU
     ema_decay: float = 0.9999  # reached slowly: EMAModel's warm-up
@@ -45,7 +45,7 @@ class TrainConfig(RunConfig):
     lr_warmup_steps: int = 0
     weight_decay: float = 0.0
     ema_width: float | None = (
-        None  # relative width of a power-function average in place of `ema_decay`, for example 0.1
+        None  # relative width of a power-function average in place of `ema_decay`, e.g. 0.1
     )
     balance: bool = False  # draw every (class, view), and the images without a class, equally often
     validation_loss_images: int = 0  # so many validation images give a loss with fixed noise; the best model is kept
@@ -118,17 +118,21 @@ class ClassifierRecipe:
     """A classifier: of noised pictures, to guide a diffusion model with, or of pictures as they are."""
 
     data: dict  # `name` of a loader in cxr_diffusers.data, and its keyword arguments
-    classifier: dict  # of NoisyClassifier; with a `model_type`, of that transformers config (resnet, convnext, ...)
+    # of NoisyClassifier; with `architecture: pyramid`, of PyramidClassifier; with a `model_type`, of that transformers
+    # config (resnet, convnext, ...)
+    classifier: dict
     train: TrainConfig
     diffusion: dict = field(default_factory=dict)  # `model`: folder or Hub name of the pipeline that is to be guided
     images: dict = field(default_factory=dict)  # size, scaling, aspect of the pictures, where there is no `diffusion`
+    loss: dict = field(default_factory=dict)  # label_smoothing, balanced (classes weigh the same), likewise
     validation: dict = field(default_factory=dict)  # keys of `data` that differ for the images measured while training
     pipeline: dict = field(default_factory=dict)  # the pipeline's `settings`: defaults of its call
 
     def identity(self):
         """As `Recipe.identity`."""
         data = {key: value for key, value in self.data.items() if key != "root"}
-        return {"data": data, "classifier": self.classifier, "diffusion": self.diffusion, "images": self.images}
+        parts = {"classifier": self.classifier, "diffusion": self.diffusion, "images": self.images}
+        return {"data": data, **parts, "loss": self.loss or None}  # as in the runs of before there was such a section
 
 
 # a section that only one kind of recipe has -> the kind, and that of its `train:`

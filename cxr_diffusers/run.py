@@ -27,7 +27,8 @@ from .visualization import write_file
 
 # settings of a run that may change when it is taken up again
 FREE = (
-    "output_dir max_steps max_seconds compile save_every checkpoints_total_limit validate_every validation_images dataloader_num_workers "
+    "output_dir max_steps max_seconds compile save_every checkpoints_total_limit validate_every validation_images "
+    "dataloader_num_workers "
     "report_to tracker_project_name push_to_hub hub_model_id hub_private mixed_precision validation_loss_images"
 ).split()
 
@@ -303,7 +304,8 @@ def averaged(accelerator, ema, model):
 
 
 class PowerEMA(EMAModel):
-    """An average of the weights with a power-function profile (Karras et al. 2024, https://arxiv.org/abs/2312.02696, eq. 127).
+    """An average of the weights with a power-function profile (Karras et al. 2024,
+    https://arxiv.org/abs/2312.02696, section 3.1).
 
     Its decay is (1 - 1/t)^(gamma + 1): it forgets in proportion to the length of the run.
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from cxr_diffusers import CFGAnomalyPipeline, FixedPointGenerator, NoisyClassifier
+from cxr_diffusers import CFGAnomalyPipeline, FixedPointGenerator, NoisyClassifier, PyramidClassifier
 
 torch.set_num_threads(1)
 
@@ -65,6 +65,17 @@ TOY_GENERATOR = dict(sample_size=16, in_channels=1, num_classes=2, base_channels
 def toy_generator(seed=0, **changes):
     torch.manual_seed(seed)
     return FixedPointGenerator(**{**TOY_GENERATOR, **changes}).eval()
+
+
+TOY_PYRAMID = dict(
+    sample_size=16, block_out_channels=(8, 8, 16), layers_per_block=1, decoder_channels=8, norm_num_groups=4
+)
+
+
+def toy_pyramid(num_classes=2, seed=0, **changes):
+    """The real class, 16 x 16, a few thousand weights."""
+    torch.manual_seed(seed)
+    return PyramidClassifier(**{**TOY_PYRAMID, "attention_head_dim": 8, **changes}, num_classes=num_classes).eval()
 
 
 @pytest.fixture

@@ -8,13 +8,14 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from conftest import toy_classifier, toy_generator, toy_resnet, toy_unet
+from conftest import toy_classifier, toy_generator, toy_pyramid, toy_resnet, toy_unet
 from cxr_diffusers import (
     CFGAnomalyPipeline,
     ClassifierGuidedPipeline,
     DiffPIRDeblurPipeline,
     FixedPointGANPipeline,
     GradCAMPipeline,
+    PyramidCAMPipeline,
     detect,
     evaluate,
     load_phantom,
@@ -41,6 +42,7 @@ PIPELINES = {
     ),
     "fixed_point_gan": lambda: FixedPointGANPipeline(toy_generator(), CLASSES, settings={"direction": "bright"}),
     "grad_cam": lambda: GradCAMPipeline(toy_resnet(), class_names=CLASSES, sample_size=16, settings={"smoothing": 1.0}),
+    "pyramid_cam": lambda: PyramidCAMPipeline(toy_pyramid(), CLASSES, settings={"smoothing": 1.0}),
 }
 
 

@@ -45,8 +45,8 @@ def main(arguments):
     scheduler = DDIMScheduler(**recipe.scheduler)
     if unet.config.num_class_embeds != conditions.num_embeddings:
         raise ValueError(
-            f"expected unet.num_class_embeds={conditions.num_embeddings}: {len(class_names)} classes {class_names}, views {views} "
-            f"and the null label, got {unet.config.num_class_embeds}"
+            f"expected unet.num_class_embeds={conditions.num_embeddings}: {len(class_names)} classes {class_names}, "
+            f"views {views} and the null label, got {unet.config.num_class_embeds}"
         )
 
     ranges = {"data_range": recipe.images["data_range"]} if "data_range" in recipe.images else {}

@@ -62,7 +62,8 @@ def build_dataset(name, **kwargs):
 def open_dataset(text):
     """Open a data set by one line, as the command line does: a folder, or `NAME:key=value,key=value`.
 
-    Values are read as YAML, lists in brackets, mappings in braces: "chexpert:root=/data/CheXpert-v1.0,split=valid,classes=[Pneumonia]".
+    Values are read as YAML, lists in brackets, mappings in braces; for example
+    "chexpert:root=/data/CheXpert-v1.0,split=valid,classes=[Pneumonia]".
 
     Raises:
         ValueError: neither a folder nor the name of a loader, or a part that is no key=value.

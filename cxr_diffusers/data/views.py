@@ -48,7 +48,7 @@ def fill_views(dataset, views=VIEWS):
 
 
 def view_features(image):
-    """PIL image -> (288,) means of 16 x 16 cells, and a histogram of 32 bins, of the grey values stretched to [0, 1]."""
+    """PIL image -> (288,) means of 16 x 16 cells, and a histogram, of the grey values stretched to [0, 1]."""
     import PIL.Image
 
     values = np.asarray(to_grey(image)).astype(np.float32)

@@ -17,9 +17,7 @@ class RunConfig:
     max_seconds: float | None = None  # end after so much training time, the learning rate decaying with the clock
     batch_size: int = 4  # per process
     learning_rate: float = 1e-4
-    mixed_precision: str | None = (
-        None  # no, fp16, bf16; auto: bf16 where fast; None: what `accelerate launch` says
-    )
+    mixed_precision: str | None = None  # no, fp16, bf16; auto: bf16 where fast; None: what `accelerate launch` says
     compile: bool = False  # torch.compile the network: a minute or two once, then faster steps on a GPU
     ema_decay: float = 0.9999  # reached slowly: EMAModel's warm-up
     augment: dict | None = None  # keyword arguments of data.augment; None: none
@@ -44,9 +42,7 @@ class TrainConfig(RunConfig):
     lr_scheduler: str = "constant_with_warmup"  # a name of diffusers.optimization.get_scheduler
     lr_warmup_steps: int = 0
     weight_decay: float = 0.0
-    ema_width: float | None = (
-        None  # relative width of a power-function average in place of `ema_decay`, e.g. 0.1
-    )
+    ema_width: float | None = None  # relative width of a power-function average in place of `ema_decay`, e.g. 0.1
     balance: bool = False  # draw every (class, view), and the images without a class, equally often
     validation_loss_images: int = 0  # so many validation images give a loss with fixed noise; the best model is kept
     max_grad_norm: float = 1.0

@@ -142,9 +142,10 @@ class Run:
             self.save_average()
             self.show_average()
             return
-        self.started = time.monotonic()
         for batch in loader:
             yield batch
+            if self.started is None:  # the first step may have compiled the network: it is not of the time given
+                self.started = time.monotonic()
             if self.last:
                 return
 

@@ -180,8 +180,8 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
                 when told `negative_label` than when told `target_label`, as the log of the ratio of the errors: 0
                 neither, 0.01 by one percent.
             view: "PA" or "AP", or a list with one for each image, for a model that is conditioned on the view; None
-            or "" where it is unknown: then the view is taken under which the model explains the image better, 14 evaluations
-            more.
+            or "" where it is unknown: then the view is taken under which the model explains the image better, 14
+            evaluations more.
             recipe: "original": what is left out takes the original procedure's value, not the checkpoint's own.
             eta: of DDIM decoding: 0 deterministic, 1 ancestral; only with `DDIMScheduler`.
             generator: for eta > 0.

@@ -21,9 +21,9 @@ from skimage import restoration
 
 from cxr_diffusers.deblurring import load_prior
 from cxr_diffusers.degradations import degrade, make_kernel
+from cxr_diffusers.files import save_png
 from cxr_diffusers.metrics import interval_of, mean_of, patient_weights, psnr, ssim
 from cxr_diffusers.pipelines.cxr_anomaly import prepare_image
-from cxr_diffusers.visualization import save_png
 
 ROOT = Path(__file__).parent.parent.parent / "shared" / "cxr"
 BLURS = {  # name: kernel, noise

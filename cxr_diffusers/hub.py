@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, hf_hub_download
 
-from .visualization import write_file
+from .files import write_file
 
 # the numbers of an evaluation that go into a card: its table and its YAML
 HEADLINES = {

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from .files import keep_settings, write_file
 from .processes import process_state
-from .visualization import write_file
 
 # settings of a run that may change when it is taken up again
 FREE = (
@@ -59,7 +59,10 @@ class Run:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             settings = {key: value for key, value in vars(self.config).items() if key not in FREE}
             processes = {"num_processes": self.accelerator.num_processes}
-            keep_settings(self.output_dir, {**settings, **self.identity, **processes})
+            path, settings = self.output_dir / "run.json", {**settings, **self.identity, **processes}
+            if not checkpoints(self.output_dir):  # nothing was learned from those that lie there
+                path.unlink(missing_ok=True)
+            keep_settings(path, settings, advice="name a new train.output_dir")
             print(f"{self.accelerator.num_processes} process(es) on {self.accelerator.device}")
         if self.config.report_to is not None:
             self.accelerator.init_trackers(self.config.tracker_project_name, config=flat(vars(self.config)))
@@ -228,19 +231,6 @@ def resume(accelerator, ema, output_dir):
     step = int(found[-1].name.split("-")[1])
     ema.optimization_step = step
     return step
-
-
-def keep_settings(output_dir, settings):
-    """Write down what decides a run's numbers; ValueError where a run that has begun was of other settings."""
-    path = output_dir / "run.json"
-    settings = json.loads(json.dumps(settings, default=str))
-    if path.exists() and checkpoints(output_dir):
-        old = json.loads(path.read_text())
-        changed = sorted(key for key in old.keys() | settings.keys() if old.get(key) != settings.get(key))
-        if changed:
-            found = ", ".join(f"{key}: {old.get(key)!r}, now {settings.get(key)!r}" for key in changed)
-            raise ValueError(f"{output_dir} holds a run of other settings ({found}): name a new train.output_dir")
-    write_file(path, (json.dumps(settings, indent=2) + "\n").encode())
 
 
 def replace_into(folder, write):

@@ -21,7 +21,7 @@ from cxr_diffusers.adversarial_losses import (
     generator_loss,
     gradient_penalty,
 )
-from cxr_diffusers.loss_curves import loss_curves
+from cxr_diffusers.figures import loss_curves
 from cxr_diffusers.models.fixed_point_gan import FixedPointDiscriminatorOutput, FixedPointGeneratorOutput
 from cxr_diffusers.recipe import AdversarialConfig, load_recipe, parse_command_line
 from cxr_diffusers.run import checkpoints

@@ -19,8 +19,8 @@ from cxr_diffusers.commands.convert import NOT_NEEDED
 from cxr_diffusers.commands.options import CALL
 from cxr_diffusers.convert import ConversionFlags
 from cxr_diffusers.data import LOADERS, open_dataset
+from cxr_diffusers.files import load_map
 from cxr_diffusers.pipelines.cxr_anomaly import restore_map
-from cxr_diffusers.visualization import load_map
 
 ROOT = Path(__file__).parent.parent
 # MODEL_FLAGS, DIFFUSION_FLAGS, TRAIN_FLAGS and SAMPLE_FLAGS of the original's README, at toy size

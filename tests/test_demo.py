@@ -24,17 +24,16 @@ from cxr_diffusers.cli import main
 from cxr_diffusers.demo import answers
 from cxr_diffusers.demo.serve import open_models
 from cxr_diffusers.demo.uploads import Upload, read_upload
+from cxr_diffusers.files import as_json
+from cxr_diffusers.fingerprints import DIGESTS, weights_digest
 from cxr_diffusers.hub import METHODS
 from cxr_diffusers.pipelines.cxr_anomaly import restore_map
 from cxr_diffusers.reference_scores import (
-    DIGESTS,
     ReferenceScores,
-    as_kept,
     cached_scores,
     keep_scores,
     kept_scores,
     measure_scores,
-    weights_digest,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -194,7 +193,7 @@ def test_methods_of_one_step_have_no_film_and_grad_cam_no_counterfactual(upload)
 def test_a_score_is_compared_with_its_like_alone(toy, upload, tmp_path):
     answer = answers.ask(toy, "toy", upload, {})
     scores = [answer.score - 0.01, answer.score - 0.005, answer.score + 0.01]
-    reference = ReferenceScores("3 <healthy> chests", as_kept(toy.settings()), scores, weights_digest(toy))
+    reference = ReferenceScores("3 <healthy> chests", as_json(toy.settings()), scores, weights_digest(toy))
     card = answers.score_card(answer, reference, reference.fits(toy, {}), "a mean")
     assert "<b>2 of 3</b>" in card and "3 &lt;healthy&gt; chests" in card and "svg+xml" in card
     assert reference.fits(toy, {"noise_level": 300}) and not reference.fits(toy, {"noise_level": 200})

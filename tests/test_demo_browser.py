@@ -17,8 +17,10 @@ import pytest
 from PIL import Image
 from test_demo import FAST, chest, picture_of
 
+from cxr_diffusers.files import as_json
+from cxr_diffusers.fingerprints import weights_digest
 from cxr_diffusers.pipelines.cxr_anomaly import restore_map
-from cxr_diffusers.reference_scores import ReferenceScores, as_kept, keep_scores, weights_digest
+from cxr_diffusers.reference_scores import ReferenceScores, keep_scores
 from cxr_diffusers.visualization import overlay
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +51,7 @@ def toy(pipeline):
 @pytest.fixture
 def server(toy, tmp_path):
     toy.save_pretrained(tmp_path / "toy")
-    keep_scores(ReferenceScores("2 toys", as_kept(toy.settings()), [0.0, 0.9], weights_digest(toy)), tmp_path / "toy")
+    keep_scores(ReferenceScores("2 toys", as_json(toy.settings()), [0.0, 0.9], weights_digest(toy)), tmp_path / "toy")
     (tmp_path / "tmp").mkdir()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -16,7 +16,7 @@ from test_images import write_dicom
 from cxr_diffusers import detection
 from cxr_diffusers.cli import main
 from cxr_diffusers.dicom_output import Algorithm, make_capture, make_segmentation
-from cxr_diffusers.visualization import load_map
+from cxr_diffusers.files import load_map
 
 ALGORITHM = Algorithm("CFGAnomalyPipeline", "toy", "0123456789abcdef", 0.05)
 THRESHOLD = 0.05

@@ -8,8 +8,10 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from cxr_diffusers import CFGAnomalyPipeline
+from cxr_diffusers.files import as_json
+from cxr_diffusers.fingerprints import weights_digest
 from cxr_diffusers.hub import load_pipeline, load_unet, publish, write_model_card
-from cxr_diffusers.reference_scores import ReferenceScores, as_kept, keep_scores, weights_digest
+from cxr_diffusers.reference_scores import ReferenceScores, keep_scores
 from local_hub import local_hub, run_script
 
 FAST = dict(num_inference_steps=20, noise_level=300, guidance_scale=2.0, output_type="pt")
@@ -61,7 +63,7 @@ def run(hub, script, cwd):
 def test_a_published_model_runs_from_the_hub_and_takes_its_card_along(pipeline, images, folder, tmp_path):
     expected = pipeline(images, **FAST).anomaly_map
     torch.save(images, tmp_path / "images.pt")
-    keep_scores(ReferenceScores("toys", as_kept(pipeline.settings()), [0.25], weights_digest(pipeline)), folder)
+    keep_scores(ReferenceScores("toys", as_json(pipeline.settings()), [0.25], weights_digest(pipeline)), folder)
     at_home = f"""if True:
         import json, torch
         from cxr_diffusers import CFGAnomalyPipeline, publish

@@ -66,7 +66,7 @@ def test_a_stopped_run_goes_on_and_leaves_finished_images_alone(tmp_path):
 def test_other_settings_need_another_folder_or_a_word(tmp_path):
     save_image(tmp_path / "in" / "a.png")
     prepare(tmp_path / "in", tmp_path / "out", size=16)
-    with pytest.raises(ValueError, match="size 16 -> 32"):
+    with pytest.raises(ValueError, match="size: 16, now 32"):
         prepare(tmp_path / "in", tmp_path / "out", size=32)
     assert read_image(tmp_path / "out" / "a.png").size == (16, 16)
     prepare(tmp_path / "in", tmp_path / "out", size=32, overwrite=True)

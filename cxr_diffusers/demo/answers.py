@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..detection import same_frame
-from ..evaluation.answers import harmless
+from ..files import safe_name
 from ..masks import threshold_map
 from ..pipelines.cxr_anomaly import restore_map
 from ..pipelines.cxr_inversion import timesteps_below
@@ -165,7 +165,7 @@ def film_file(answer):
 def stem(answer):
     """The beginning of a download's name, in harmless letters."""
     name = answer.name.rsplit(".", 1)[0]
-    return harmless(name).strip(".")[:80] or "radiograph"
+    return safe_name(name).strip(".")[:80] or "radiograph"
 
 
 def score_card(answer, reference, fits, meaning):

@@ -1,14 +1,12 @@
 """Several methods on several data sets, as a YAML file names them: a table for each data set."""
 
 import inspect
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
+from ..config import build, override_value, read_sections
 from ..data import build_dataset
-from ..recipe import build, override_value
-from ..visualization import write_file
+from ..files import write_file
 from .comparison import compare
 from .report import COLUMNS, counterfactual_table, summary_table
 
@@ -45,12 +43,7 @@ def load_plan(path, overrides=(), only=(), on=(), skip=()):
         ValueError: no YAML, an unknown key (named, with the known ones), a method without a model, or a `???`, which
             means "yours to give".
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected the sections {[f.name for f in fields(Plan)]}, got {values!r}")
+    values = read_sections(path, Plan)
     for override in overrides:
         if override.startswith("root="):
             values["root"] = override.removeprefix("root=")

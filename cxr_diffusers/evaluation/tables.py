@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from .. import metrics
-from .answers import config_of
+from ..fingerprints import config_of
 from .statistics import UNKNOWN
 
 

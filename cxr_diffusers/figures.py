@@ -16,7 +16,7 @@ def loss_curves(logs, *, parts=60, title=None):
         parts: points along a line, at most.
 
     Returns:
-        matplotlib `Figure`, for `visualization.save_png`.
+        matplotlib `Figure`, for `files.save_png`.
 
     Raises:
         ValueError: nothing has been logged yet.

@@ -30,7 +30,7 @@ EXAMPLE_DOC_STRING = """
         ```py
         >>> from PIL import Image
         >>> from cxr_diffusers import load_prior
-        >>> from cxr_diffusers.degradations import gaussian_kernel
+        >>> from cxr_diffusers.deblurring.degradations import gaussian_kernel
 
         >>> pipeline = load_prior()  # the shipped model's UNet, with its null label, is the prior
         >>> output = pipeline(Image.open("chest.png"), kernel=gaussian_kernel(1.5), num_inference_steps=20)

@@ -10,15 +10,15 @@ from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
 from goldens.original_unet import OriginalUNet
 
 from cxr_diffusers import CFGAnomalyPipeline, ClassMatrixUNet
-from cxr_diffusers.convert import (
+from cxr_diffusers.guided_diffusion import (
     ConversionFlags,
     convert_checkpoint,
     convert_state_dict,
     parse_flag,
     read_checkpoint,
 )
-from cxr_diffusers.hub import load_unet
-from cxr_diffusers.recipe import load_recipe
+from cxr_diffusers.hub.loading import load_unet
+from cxr_diffusers.training.recipe import load_recipe
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent

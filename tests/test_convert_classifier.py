@@ -9,7 +9,7 @@ from test_convert import flags_of, random_original
 
 from cxr_diffusers import ClassifierGuidedPipeline, NoisyClassifier
 from cxr_diffusers.cli import main
-from cxr_diffusers.convert import convert_checkpoint, convert_state_dict
+from cxr_diffusers.guided_diffusion import convert_checkpoint, convert_state_dict
 
 torch.set_num_threads(1)
 

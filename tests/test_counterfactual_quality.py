@@ -12,11 +12,11 @@ from torchmetrics.image.fid import _compute_fid
 from torchmetrics.image.kid import poly_mmd
 
 from conftest import toy_resnet
-from cxr_diffusers import GradCAMPipeline
+from cxr_diffusers import GradCAMPipeline, load_pipeline
 from cxr_diffusers.evaluation import compare, counterfactual_table, evaluate
-from cxr_diffusers.evaluation.judge import is_its_own_judge, look, open_judge
-from cxr_diffusers.feature_distances import frechet_distance, kernel_distance, kernel_distance_of
-from cxr_diffusers.metrics import image_auroc, interval_of, mean_of, patient_weights
+from cxr_diffusers.evaluation.feature_distances import frechet_distance, kernel_distance, kernel_distance_of
+from cxr_diffusers.evaluation.judge import check_judge, is_its_own_judge, look, name_of
+from cxr_diffusers.evaluation.metrics import image_auroc, interval_of, mean_of, patient_weights
 from cxr_diffusers.pipelines import AnomalyOutput
 
 
@@ -241,6 +241,8 @@ def test_a_judge_without_an_image_classifier_is_refused(pipeline):
 
 
 def test_the_shipped_classifier_is_a_judge():
-    judge = open_judge("cxr_grad_cam_128")
+    judge = load_pipeline("cxr_grad_cam_128")
+    check_judge(judge)
+    assert name_of(judge) == "cxr_grad_cam_128"
     probabilities, features = look(judge, [np.asarray(row["image"], np.float32) / 255 for row in rows(2)])
     assert probabilities.shape == (2, 3) and features.shape == (2, 192) and judge.class_names[0] == "healthy"

@@ -13,7 +13,6 @@ from test_images import write_dicom
 
 from cxr_diffusers.data import (
     LOADERS,
-    TensorImages,
     build_dataset,
     load_chexpert,
     load_folder,
@@ -24,6 +23,7 @@ from cxr_diffusers.data import (
 )
 from cxr_diffusers.data.chexpert import label_rows
 from cxr_diffusers.data.selection import lottery, select_rows
+from cxr_diffusers.training.tensors import TensorImages
 
 SHARED = Path(__file__).parents[2] / "shared" / "cxr"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real radiographs are not here: {SHARED}")

@@ -21,8 +21,8 @@ from test_images import write_dicom
 from conftest import toy_unet
 from cxr_diffusers import DiffPIRDeblurPipeline, load_chexpert, load_folder, load_table, read_image
 from cxr_diffusers.cli import main
-from cxr_diffusers.deblurring import deblur, describe_plan, measure
-from cxr_diffusers.degradations import gaussian_kernel
+from cxr_diffusers.deblurring.dataset import deblur, describe_plan, measure
+from cxr_diffusers.deblurring.degradations import gaussian_kernel
 
 KERNEL = "gaussian:sigma=0.8"
 FAST = {"num_inference_steps": 2}

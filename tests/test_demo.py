@@ -26,15 +26,15 @@ from cxr_diffusers.demo.serve import open_models
 from cxr_diffusers.demo.uploads import Upload, read_upload
 from cxr_diffusers.files import as_json
 from cxr_diffusers.fingerprints import DIGESTS, weights_digest
-from cxr_diffusers.hub import METHODS
-from cxr_diffusers.pipelines.cxr_anomaly import restore_map
-from cxr_diffusers.reference_scores import (
+from cxr_diffusers.hub.model_card import METHODS
+from cxr_diffusers.inference.reference_scores import (
     ReferenceScores,
     cached_scores,
     keep_scores,
     kept_scores,
     measure_scores,
 )
+from cxr_diffusers.pipelines.cxr_anomaly import restore_map
 
 ROOT = Path(__file__).parent.parent
 FAST = {"num_inference_steps": 10, "noise_level": 300}

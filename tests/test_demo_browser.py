@@ -19,8 +19,8 @@ from test_demo import FAST, chest, picture_of
 
 from cxr_diffusers.files import as_json
 from cxr_diffusers.fingerprints import weights_digest
+from cxr_diffusers.inference.reference_scores import ReferenceScores, keep_scores
 from cxr_diffusers.pipelines.cxr_anomaly import restore_map
-from cxr_diffusers.reference_scores import ReferenceScores, keep_scores
 from cxr_diffusers.visualization import overlay
 
 ROOT = Path(__file__).parent.parent

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 from test_images import write_dicom
 
-from cxr_diffusers.detection import detect, in_model_greys
 from cxr_diffusers.files import load_map
+from cxr_diffusers.inference.detection import detect, in_model_greys
 from cxr_diffusers.pipelines.cxr_anomaly import restore_map
 
 ROOT = Path(__file__).parent.parent

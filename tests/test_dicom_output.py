@@ -13,10 +13,10 @@ from pydicom.uid import ComputedRadiographyImageStorage
 from test_detection import FAST, run
 from test_images import write_dicom
 
-from cxr_diffusers import detection
 from cxr_diffusers.cli import main
-from cxr_diffusers.dicom_output import Algorithm, make_capture, make_segmentation
 from cxr_diffusers.files import load_map
+from cxr_diffusers.inference import detection
+from cxr_diffusers.inference.dicom_output import Algorithm, make_capture, make_segmentation
 
 ALGORITHM = Algorithm("CFGAnomalyPipeline", "toy", "0123456789abcdef", 0.05)
 THRESHOLD = 0.05

@@ -15,7 +15,7 @@ from test_dicom_output import write_source
 
 from cxr_diffusers import load_phantom
 from cxr_diffusers.cli import build_parser, main
-from cxr_diffusers.recipe import AdversarialRecipe, ClassifierRecipe, Recipe, parse_command_line
+from cxr_diffusers.training.recipe import AdversarialRecipe, ClassifierRecipe, Recipe, parse_command_line
 
 ROOT = Path(__file__).parent.parent
 PAGES = [

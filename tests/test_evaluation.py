@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from cxr_diffusers.evaluation import compare, evaluate, summary_table
-from cxr_diffusers.metrics import hit, pixel_average_precision
+from cxr_diffusers.evaluation.metrics import hit, pixel_average_precision
 from cxr_diffusers.pipelines import AnomalyOutput, CFGAnomalyPipeline
 from cxr_diffusers.pipelines.cxr_anomaly import prepare_image, restore_map, score_map
 

@@ -13,9 +13,8 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from goldens.original_unet import OriginalUNet
 
 from cxr_diffusers import CFGAnomalyPipeline
-from cxr_diffusers.convert import convert_state_dict
-from cxr_diffusers.losses import denoising_terms, variational_bound
-from cxr_diffusers.original import (
+from cxr_diffusers.guided_diffusion import convert_state_dict
+from cxr_diffusers.guided_diffusion.original import (
     ddim_step,
     first_noising,
     guided_predictor,
@@ -24,6 +23,7 @@ from cxr_diffusers.original import (
     run_as_original,
     travel,
 )
+from cxr_diffusers.training.losses import denoising_terms, variational_bound
 
 torch.set_num_threads(1)
 HERE = Path(__file__).with_name("goldens")

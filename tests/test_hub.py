@@ -10,8 +10,10 @@ from PIL import Image
 from cxr_diffusers import CFGAnomalyPipeline
 from cxr_diffusers.files import as_json
 from cxr_diffusers.fingerprints import weights_digest
-from cxr_diffusers.hub import load_pipeline, load_unet, publish, write_model_card
-from cxr_diffusers.reference_scores import ReferenceScores, keep_scores
+from cxr_diffusers.hub.loading import load_pipeline, load_unet
+from cxr_diffusers.hub.model_card import write_model_card
+from cxr_diffusers.hub.publishing import publish
+from cxr_diffusers.inference.reference_scores import ReferenceScores, keep_scores
 from local_hub import local_hub, run_script
 
 FAST = dict(num_inference_steps=20, noise_level=300, guidance_scale=2.0, output_type="pt")
@@ -68,7 +70,7 @@ def test_a_published_model_runs_from_the_hub_and_takes_its_card_along(pipeline, 
         import json, torch
         from cxr_diffusers import CFGAnomalyPipeline, publish
         from cxr_diffusers.demo.serve import references
-        from cxr_diffusers.hub import load_pipeline
+        from cxr_diffusers.hub.loading import load_pipeline
         images = torch.load("images.pt")
         address = publish("run", "me/model")
         hers = CFGAnomalyPipeline.from_pretrained("me/model")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from cxr_diffusers.cli import build_parser
-from cxr_diffusers.recipe import parse_command_line
+from cxr_diffusers.training.recipe import parse_command_line
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -5,7 +5,7 @@ import torch
 import yaml
 
 from conftest import TOY_UNET
-from cxr_diffusers.recipe import load_recipe, parse_command_line
+from cxr_diffusers.training.recipe import load_recipe, parse_command_line
 
 MINIMAL = {
     "data": {"name": "phantom", "root": "???"},

@@ -14,8 +14,8 @@ from PIL import Image, ImageSequence
 from conftest import toy_classifier, toy_generator, toy_resnet, toy_unet
 from cxr_diffusers import CFGAnomalyPipeline, ClassifierGuidedPipeline, FixedPointGANPipeline, GradCAMPipeline
 from cxr_diffusers.cli import main
-from cxr_diffusers.detection import detect
-from cxr_diffusers.trajectory import Trajectory
+from cxr_diffusers.inference.detection import detect
+from cxr_diffusers.inference.trajectory import Trajectory
 
 ROOT = Path(__file__).parent.parent
 FAST = {"num_inference_steps": 20, "noise_level": 300}

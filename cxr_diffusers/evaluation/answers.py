@@ -13,10 +13,10 @@ from tqdm.auto import tqdm
 
 from ..files import safe_name, write_file
 from ..fingerprints import config_of, fingerprint, picture_digest
-from ..masks import smooth_map
 from ..pipelines.cxr_anomaly import restore_map
 from ..processes import process_state, quiet
 from .lazy import Lazy
+from .masks import smooth_map
 
 
 @dataclass

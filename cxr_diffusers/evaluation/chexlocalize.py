@@ -27,13 +27,13 @@ from ..data.chexlocalize import (
 from ..data.images import picture_size
 from ..data.rows import to_dataset
 from ..files import safe_name, save_png, write_file
-from ..masks import drop_small
 from ..processes import process_state
 from ..version import __version__
 from ..visualization import contact_sheet
 from .answers import detect
 from .comparison import as_method
 from .controls import CENTRE, centre_prior, resample
+from .masks import drop_small
 from .report import SHEET_ROWS, is_number, markdown, plain
 from .tables import describe_method
 

@@ -11,7 +11,7 @@ from ..version import __version__
 from .answers import Method, detect
 from .controls import CHANCE, EDGES, OTHERS_TRUTH, controls, edge_maps, is_control, picture_score
 from .counterfactuals import counterfactual_level
-from .judge import name_of, open_judge
+from .judge import check_judge, name_of
 from .report import sheet_rows, write
 from .statistics import (
     differences,
@@ -102,9 +102,10 @@ def evaluate(
             of 256); 0: none.
         quantile: of the healthy maps' pixels.
         strata: names of further columns to split by. `view` is split by itself where there are both AP and PA.
-        judge: an image classifier that had no part in making the counterfactuals, as a pipeline (`GradCAMPipeline`) or
-            as the name of a model: it says how many of them it calls healthy, and its features how far they are from
-            healthy pictures; see `counterfactuals.counterfactual_level`. Its class 0 is healthy. None: no such numbers.
+        judge: an image classifier that had no part in making the counterfactuals, as a pipeline (`GradCAMPipeline`,
+            `load_pipeline("cxr_grad_cam_128")`): it says how many of them it calls healthy, and its features how far
+            they are from healthy pictures; see `counterfactuals.counterfactual_level`. Its class 0 is healthy.
+            None: no such numbers.
         maps_dir: where the answers are kept; None: maps/ of `output_dir`. Evaluations may share one.
         name: of the row in the table.
 
@@ -146,7 +147,7 @@ def compare(
     """
     healthy = healthy or []
     check(pipelines, dataset, healthy, output_dir, strata)
-    given, judge = judge, open_judge(judge)
+    check_judge(judge)
     rows, healthy_rows = describe(dataset, strata), describe(healthy)
     methods = [as_method(name, pipeline, call_kwargs or {}) for name, pipeline in pipelines.items()]
 
@@ -194,7 +195,7 @@ def compare(
             "smoothing": smoothing,
             "n_bootstrap": n_bootstrap,
             "seed": seed,
-            "judge": name_of(given),
+            "judge": name_of(judge),
         },
         **counts(rows, seen, healthy_rows),
         "seconds_per_image": {m.name: float(np.mean([a["seconds"] for a in m.answers])) for m in methods},

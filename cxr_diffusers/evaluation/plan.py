@@ -89,7 +89,7 @@ def run_plan(plan, open_model, output_dir, **options):
 
     Args:
         plan: a `Plan`.
-        open_model: `open_model(model)` -> pipeline, placed on its device.
+        open_model: `open_model(model)` -> pipeline, placed on its device; opens the methods and the judge.
         output_dir: a folder for each data set is written below it, see `evaluate`; and summary.md with all tables, and
             maps/, which they share: a picture that is in several of them is computed once.
         options: of `compare`, over those of the plan.
@@ -109,10 +109,12 @@ def run_plan(plan, open_model, output_dir, **options):
         name: (build_dataset(**data.images), build_dataset(**data.healthy) if data.healthy else None, data.strata)
         for name, data in plan.data.items()
     }
+    settings = {**plan.options, **options}
+    if isinstance(settings.get("judge"), str):
+        settings["judge"] = open_model(settings["judge"])
     results = {}
     for name, (images, healthy, strata) in opened.items():
         folders = dict(output_dir=Path(output_dir) / name, maps_dir=Path(output_dir) / "maps")
-        settings = {**plan.options, **options}
         results[name] = compare(pipelines, images, healthy=healthy, strata=tuple(strata), **folders, **settings)
     if any(result is None for result in results.values()):
         return None

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .files import keep_settings, write_file
-from .processes import process_state
+from ..files import keep_settings, write_file
+from ..processes import process_state
 
 # settings of a run that may change when it is taken up again
 FREE = (

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from .config import build, override_value, read_sections
+from ..config import build, override_value, read_sections
 
 
 @dataclass

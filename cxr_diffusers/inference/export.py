@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .files import cache_folder, new_folder
-from .fingerprints import config_of, fingerprint
-from .models.exported_net import NET_FILES, ExportedNet
+from ..files import cache_folder, new_folder
+from ..fingerprints import config_of, fingerprint
+from ..models.exported_net import NET_FILES, ExportedNet
 
 # a pipeline's class -> the component that does its work, and the inputs of that
 NETS = {

@@ -13,15 +13,15 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .data.dicom_checks import warnings_of
-from .data.images import SUFFIXES, describe_skipped, is_dicom, picture_size, read_header, read_image, split_images
+from ..data.dicom_checks import warnings_of
+from ..data.images import SUFFIXES, describe_skipped, is_dicom, picture_size, read_header, read_image, split_images
+from ..files import check_settings, keep_settings, save_map, save_png, write_file
+from ..fingerprints import fingerprint
+from ..pipelines.cxr_anomaly import frame, prepare_image, restore_map
+from ..processes import process_state
+from ..visualization import side_by_side, to_grey
 from .dicom_output import ENDINGS, Algorithm, DicomOutputError, check_source, import_highdicom, write_objects
-from .files import check_settings, keep_settings, save_map, save_png, write_file
-from .fingerprints import fingerprint
-from .pipelines.cxr_anomaly import frame, prepare_image, restore_map
-from .processes import process_state
 from .trajectory import Trajectory, check_steps
-from .visualization import side_by_side, to_grey
 
 FIELDS = ["image", "name", "anomaly_score", "abnormal_fraction", "map_max", "height", "width", "seconds", "warnings"]
 WRITTEN = ("maps", "counterfactuals", "trajectories", "dicom")  # folders of results, which are no input
@@ -229,7 +229,7 @@ def read_picture(path, channels):
     Raises ValueError where it is broken, or where the model takes pictures of other `channels`.
     """
     if path.is_dir():
-        from .data.brats import read_slice
+        from ..data.brats import read_slice
 
         picture = read_slice(path)
     else:
@@ -269,7 +269,7 @@ def find_images(images, output_dir, channels=1):
 
 
 def list_slices_of(folder):
-    from .data.brats import list_slices
+    from ..data.brats import list_slices
 
     return list_slices(folder)
 

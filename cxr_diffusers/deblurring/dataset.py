@@ -14,15 +14,15 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .data.images import read_image
-from .data.preparation import plan_copy
+from ..data.images import read_image
+from ..data.preparation import plan_copy
+from ..files import keep_settings, write_file
+from ..fingerprints import fingerprint
+from ..hub.loading import default_checkpoint, load_pipeline
+from ..pipelines import DiffPIRDeblurPipeline
+from ..processes import process_state
 from .degradations import make_kernel
-from .files import keep_settings, write_file
-from .fingerprints import fingerprint
-from .hub import default_checkpoint, load_pipeline
 from .kernel_estimation import estimate_kernel
-from .pipelines import DiffPIRDeblurPipeline
-from .processes import process_state
 
 SETTINGS, SUMMARY, SKIPPED = "deblur_settings.json", "deblur_summary.json", "skipped.csv"
 ESTIMATE = "estimate"

@@ -8,10 +8,10 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from tqdm.auto import tqdm
 
-from .files import as_json, cache_folder, write_file
-from .fingerprints import fingerprint, picture_digest, weights_digest
-from .hub import is_hub_name
-from .processes import quiet
+from ..files import as_json, cache_folder, write_file
+from ..fingerprints import fingerprint, picture_digest, weights_digest
+from ..hub.loading import is_hub_name
+from ..processes import quiet
 
 KEPT = "healthy_scores.json"  # in a model's folder
 

@@ -6,8 +6,16 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin
 from diffusers.utils import replace_example_docstring
 
-from .cxr_anomaly import AnomalyOutput, anomaly_output, combine_maps, difference_map, prepare_image, smooth_map
-from .cxr_contract import ContractMixin, check_number
+from .cxr_anomaly import (
+    AnomalyOutput,
+    ContractMixin,
+    anomaly_output,
+    check_number,
+    combine_maps,
+    difference_map,
+    smooth_map,
+)
+from .cxr_images import prepare_image
 from .cxr_inversion import check_scheduler, class_evidence, harmonize, invert, timesteps_below
 from .cxr_portable import PortableMixin
 

@@ -10,7 +10,6 @@ from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
 from diffusers.utils import BaseOutput, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 
-from .cxr_anomaly import read_pictures
 from .cxr_deconvolution import (
     canvas_size,
     check_kernel,
@@ -21,6 +20,7 @@ from .cxr_deconvolution import (
     middle,
     transfer_function,
 )
+from .cxr_images import read_pictures
 from .cxr_inversion import noise_from_output
 from .cxr_portable import PortableMixin
 from .cxr_tiles import blend

@@ -23,8 +23,8 @@ from cxr_diffusers.training.adversarial_losses import (
     generator_loss,
     gradient_penalty,
 )
+from cxr_diffusers.training.checkpoints import checkpoints
 from cxr_diffusers.training.recipe import AdversarialConfig, load_recipe, parse_command_line
-from cxr_diffusers.training.run import checkpoints
 
 ROOT = Path(__file__).parent.parent
 IMAGES = torch.rand(4, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1

@@ -8,7 +8,6 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from conftest import toy_classifier, toy_generator, toy_resnet, toy_unet
 from cxr_diffusers import (
     CFGAnomalyPipeline,
     ClassifierGuidedPipeline,
@@ -21,6 +20,7 @@ from cxr_diffusers import (
 )
 from cxr_diffusers.hub.loading import load_pipeline
 from cxr_diffusers.hub.model_card import write_model_card
+from helpers import toy_classifier, toy_generator, toy_resnet, toy_unet
 from local_hub import local_hub, run_script
 
 CLASSES = ["healthy", "pleural effusion"]

@@ -7,11 +7,10 @@ import numpy as np
 import pandas as pd
 import PIL.Image
 import pytest
-from test_data import HEADER, SHARED, chexpert_row, load_chexpert, needs_shared, save_image, write_chexpert
-from test_images import write_dicom
 
-from cxr_diffusers.data import load_folder, load_nih, prepare, read_image
+from cxr_diffusers.data import load_chexpert, load_folder, load_nih, prepare, read_image
 from cxr_diffusers.data.images import equalize, fit_image
+from helpers import HEADER, SHARED, chexpert_row, needs_shared, save_image, write_chexpert, write_dicom
 
 NAME = "CheXpert-v1.0-small"
 

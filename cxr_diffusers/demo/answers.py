@@ -13,7 +13,7 @@ from ..evaluation.masks import threshold_map
 from ..files import safe_name
 from ..inference.detection import same_frame
 from ..inference.trajectory import Trajectory, check_steps
-from ..pipelines.cxr_anomaly import restore_map
+from ..pipelines.cxr_images import restore_map
 from ..pipelines.cxr_inversion import timesteps_below
 from ..visualization import common_vmax, contact_sheet, map_colours, side_by_side, to_grey
 

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..files import safe_name, write_file
 from ..fingerprints import config_of, fingerprint, picture_digest
-from ..pipelines.cxr_anomaly import restore_map
+from ..pipelines.cxr_images import restore_map
 from ..processes import process_state, quiet
 from .lazy import Lazy
 from .masks import smooth_map

@@ -17,7 +17,7 @@ from ..data.dicom_checks import warnings_of
 from ..data.images import SUFFIXES, describe_skipped, is_dicom, picture_size, read_header, read_image, split_images
 from ..files import check_settings, keep_settings, save_map, save_png, write_file
 from ..fingerprints import fingerprint
-from ..pipelines.cxr_anomaly import frame, prepare_image, restore_map
+from ..pipelines.cxr_images import frame, prepare_image, restore_map
 from ..processes import process_state
 from ..visualization import side_by_side, to_grey
 from .dicom_output import ENDINGS, Algorithm, DicomOutputError, check_source, import_highdicom, write_objects

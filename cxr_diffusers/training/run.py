@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,12 +10,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..files import keep_settings, write_file
 from ..processes import process_state
+from .checkpoints import checkpoint, checkpoints, replace_into, resume
 
 # settings of a run that may change when it is taken up again
 FREE = (
@@ -193,57 +191,6 @@ def seeded(seed):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
-
-
-def checkpoints(output_dir):
-    """The finished checkpoint folders of a run, oldest first."""
-    return sorted(p for p in Path(output_dir).glob("checkpoint-*") if p.suffix != ".tmp")
-
-
-def checkpoint(accelerator, ema, output_dir, step, limit):
-    """Write `checkpoint-STEP` under a temporary name, rename it when it is whole, then drop the oldest over `limit`."""
-    final = Path(output_dir) / f"checkpoint-{step:07d}"
-    temporary = final.with_suffix(".tmp")
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
-    if accelerator.is_main_process:
-        averages = {str(i): p.contiguous() for i, p in enumerate(ema.shadow_params)}
-        save_file(averages, temporary / "ema.safetensors", metadata={"optimization_step": str(ema.optimization_step)})
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(temporary, final)
-        for old in checkpoints(output_dir)[:-limit] if limit else ():
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-
-
-def resume(accelerator, ema, output_dir):
-    """Load the newest checkpoint, if there is one; the number of steps already done."""
-    found = checkpoints(output_dir)
-    if not found:
-        return 0
-    accelerator.load_state(str(found[-1]))
-    averages = load_file(found[-1] / "ema.safetensors")
-    for i, parameter in enumerate(ema.shadow_params):
-        parameter.copy_(averages[str(i)])
-    step = int(found[-1].name.split("-")[1])
-    ema.optimization_step = step
-    return step
-
-
-def replace_into(folder, write):
-    """`write(temporary)`, then move what it wrote into `folder`, `model_index.json` last: no half-written model."""
-    temporary = Path(folder) / ".saving"
-    shutil.rmtree(temporary, ignore_errors=True)
-    write(temporary)
-    for item in sorted(temporary.iterdir(), key=lambda p: p.name == "model_index.json"):
-        target = Path(folder) / item.name
-        if item.is_dir() and target.exists():
-            shutil.rmtree(target)
-        os.replace(item, target)
-    temporary.rmdir()
 
 
 class RunLog:

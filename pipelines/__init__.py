@@ -6,6 +6,7 @@ from .pipeline_classifier_guided import ClassifierGuidedPipeline
 from .pipeline_diffpir_deblur import DeblurOutput, DiffPIRDeblurPipeline
 from .pipeline_fixed_point_gan import FixedPointGANPipeline
 from .pipeline_grad_cam import GradCAMPipeline
+from .pipeline_pyramid_cam import PyramidCAMPipeline
 
 __all__ = [
     "AnomalyOutput",
@@ -15,4 +16,5 @@ __all__ = [
     "DiffPIRDeblurPipeline",
     "FixedPointGANPipeline",
     "GradCAMPipeline",
+    "PyramidCAMPipeline",
 ]

@@ -50,6 +50,12 @@ def ask(classifier, pictures, feature_extractor=None, **options):
     return classifier(pixel_values=pixels, **options)
 
 
+def log_odds_against(logits, target):
+    """(B, K, ...) logits -> (B, ...) log-odds of all classes but `target` together."""
+    others = [k for k in range(logits.shape[1]) if k != target]
+    return logits[:, others].logsumexp(dim=1) - logits[:, target]
+
+
 def edge_lengths(feature_extractor):
     """(height, width) that an image processor hands to its model, or None."""
     for name in ("crop_size", "size"):

@@ -1,6 +1,7 @@
 """Deterministic DDIM inversion: an image to a noise level and back; and which label explains it, by the same chain."""
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 
 # Swaps for DDIM that share its latents (variance preserving, no scaling of the input) and can be run without noise.
 DETERMINISTIC_SCHEDULERS = (
@@ -166,8 +167,7 @@ def class_evidence(predict, x, scheduler):
     images, errors = 0.0, 0.0
     timesteps = evidence_timesteps(scheduler)
     for t in timesteps:
-        alpha, generator = alphas[t], torch.Generator().manual_seed(t)
-        noise = torch.randn((1, *x.shape[1:]), generator=generator).to(x.device)
+        alpha, noise = alphas[t], evidence_noise(x, t)
         noised = alpha**0.5 * x + (1 - alpha) ** 0.5 * noise
         both = torch.cat([noised, noised])
         found = noise_from_output(predict(noised, torch.tensor(t, device=x.device)), both, alpha, kind)
@@ -175,6 +175,37 @@ def class_evidence(predict, x, scheduler):
         errors = errors + ((found - noise) ** 2).flatten(1).sum(dim=1)
     first, second = images.chunk(2)
     return first, second, (errors[: len(x)] / errors[len(x) :]).log()
+
+
+def class_evidence_errors(predict, x, scheduler, num_labels):
+    """How badly images under noise are predicted under each of several labels; noise and levels of `class_evidence`.
+
+    Args:
+        predict: `predict(x, t)` -> the network's outputs (num_labels * B, C, H, W), label by label, float32.
+        x: (B, C, H, W) images in the model's range.
+
+    Returns:
+        (output_errors, noise_errors), (num_labels, B) each: the mean squared error of what the network predicts, the
+        mean over the levels; and the squared error of the noise, summed over levels and pixels.
+    """
+    alphas, kind = scheduler.alphas_cumprod.to(x.device, torch.float32), scheduler.config.prediction_type
+    output_errors, noise_errors = 0.0, 0.0
+    timesteps = evidence_timesteps(scheduler)
+    for t in timesteps:
+        alpha, noise = alphas[t], evidence_noise(x, t)
+        noised = alpha**0.5 * x + (1 - alpha) ** 0.5 * noise
+        output = predict(noised, torch.tensor(t, device=x.device)).unflatten(0, (num_labels, len(x)))
+        target = output_from_noise(noise, noised, alpha, kind)
+        output_errors = output_errors + ((output - target) ** 2).flatten(2).mean(dim=2) / len(timesteps)
+        predicted_noise = noise_from_output(output, noised, alpha, kind)
+        noise_errors = noise_errors + ((predicted_noise - noise) ** 2).flatten(2).sum(dim=2)
+    return output_errors, noise_errors
+
+
+def evidence_noise(x, t):
+    """(1, C, H, W), the noise that `class_evidence` adds at timestep `t`: the same for all images, on any device."""
+    generator = torch.Generator().manual_seed(int(t))
+    return randn_tensor((1, *x.shape[1:]), generator=generator, device=x.device, dtype=torch.float32)
 
 
 def clean_alpha(scheduler):

@@ -6,7 +6,14 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import replace_example_docstring
 
 from .cxr_anomaly import AnomalyOutput, ContractMixin, anomaly_output, smooth_map
-from .cxr_classifier import ask, edge_lengths, is_image_classifier, names_of_classes, number_of_classes
+from .cxr_classifier import (
+    ask,
+    edge_lengths,
+    is_image_classifier,
+    log_odds_against,
+    names_of_classes,
+    number_of_classes,
+)
 from .cxr_images import prepare_image
 from .cxr_portable import PortableMixin
 
@@ -140,8 +147,7 @@ class GradCAMPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             output = ask(self.classifier, x, self.feature_extractor, output_hidden_states=True)
             features, logits = output.hidden_states[-1], output.logits.float()
-            others = [k for k in range(logits.shape[1]) if k != target]
-            odds = logits[:, others].logsumexp(dim=1) - logits[:, target]
+            odds = log_odds_against(logits, target)
             explained = odds if explained_label is None else logits[:, explained_label]
             if not features.requires_grad:  # frozen weights
                 raise ValueError("expected a classifier whose last hidden state has a gradient: unfreeze its weights")

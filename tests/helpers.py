@@ -17,7 +17,7 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian, generate_uid
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from cxr_diffusers import FixedPointGenerator, NoisyClassifier
+from cxr_diffusers import FixedPointGenerator, NoisyClassifier, PyramidClassifier
 from cxr_diffusers.guided_diffusion import convert_state_dict
 from cxr_diffusers.inference.detection import detect
 from cxr_diffusers.pipelines import AnomalyOutput
@@ -297,3 +297,14 @@ def flags_of(net):
 @pytest.fixture
 def net():
     return random_original(mult=(1, 2), attention=(1,), classes=2, class_mlp=True)
+
+
+TOY_PYRAMID = dict(
+    sample_size=16, block_out_channels=(8, 8, 16), layers_per_block=1, decoder_channels=8, norm_num_groups=4
+)
+
+
+def toy_pyramid(num_classes=2, seed=0, **changes):
+    """The real class, 16 x 16, a few thousand weights."""
+    torch.manual_seed(seed)
+    return PyramidClassifier(**{**TOY_PYRAMID, "attention_head_dim": 8, **changes}, num_classes=num_classes).eval()

@@ -1,9 +1,12 @@
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 
@@ -23,6 +26,7 @@ def benchmarks(monkeypatch):
         "deblurring",
         "deblurring_detection",
         "detect",
+        "gpu",
         "kernel_estimation",
         "machine",
         "method",
@@ -168,3 +172,58 @@ def test_detection_is_measured_with_and_without_deblurring(tmp_path, pipeline, r
     rows = rows_of(capsys.readouterr().out)
     assert [row[0].strip() for row in rows][:4] == list(deblurring_detection.NAMES)
     assert any("blurred, deblurred - blurred" in row[0] for row in rows)
+
+
+# the program runs where little is installed; no time for what compiles
+GPU_PROGRAM = """
+import sys
+sys.modules.update(dict.fromkeys(["datasets", "pydicom", "sklearn", "simplejpeg", "torchvision", "onnxruntime"]))
+import gpu
+gpu.COMPILE_SECONDS = 1e9
+sys.exit(gpu.main(sys.argv[1:]))
+"""
+
+
+def test_a_gpu_is_measured_while_time_lasts(tmp_path):
+    options = ["--device", "cpu", "--toy", "--seconds", "1e6", "--out", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS.parent)])}
+    subprocess.run([sys.executable, "-c", GPU_PROGRAM, *options], env=environment, check=True, capture_output=True)
+    results = json.loads((tmp_path / "results.json").read_text())
+    tables = results["tables"]
+    assert all(tables.values()) and not results["failed"]
+    assert len(results["skipped"]) > 5 and all("compile" in name for name in results["skipped"])
+    assert {row["precision"] for row in tables["forward"]} == {"float32", "tf32", "bf16 autocast", "bf16 weights"}
+    for row in tables["forward"]:
+        rate = results["rates"]["bf16" if "bf16" in row["precision"] else row["precision"]]
+        share = float(row["images a second"]) * results["gflop_an_image"] * 1e9 / rate
+        assert float(row["of the card's rate"].rstrip("%")) / 100 == pytest.approx(share, abs=1e-3)
+        assert (float(row["off by"]) > 1e-3) == ("bf16" in row["precision"]) and float(row["off by"]) < 0.05
+    apart = {(row[""], row["precision"]): float(row["max. difference"]) for row in tables["agreement"]}
+    assert apart["an anomaly map", "float32"] == 0 < apart["an anomaly map", "bf16 weights"] < 0.05
+    text = (tmp_path / "table.md").read_text()
+    assert "goal 60%" in text and "No time for" in text and not list(tmp_path.glob(".*"))
+
+
+def test_a_compiled_forward_with_channelwise_norms_is_the_same_network(tmp_path):
+    import gpu
+
+    options = ["--device", "cpu", "--toy", "--out", str(tmp_path)]
+    bench = gpu.Bench(gpu.parser().parse_args(options))
+    variant = gpu.Variant("float32", 1, channels_last=True, compile="default", channelwise=True)
+    ((section, row),) = bench.forward(variant)
+    assert section == "forward" and 0 < float(row[6]) < 1e-5 and bench.compile_seconds != gpu.COMPILE_SECONDS
+    norm = torch.nn.GroupNorm(4, 16)
+    torch.nn.init.normal_(norm.weight)
+    x = 100 + torch.randn(2, 16, 8, 8)  # a mean far from zero must not cost digits
+    torch.testing.assert_close(gpu.channelwise_group_norm(norm, x), norm(x), atol=1e-4, rtol=1e-4)
+    assert gpu.channelwise_group_norm(norm, x.flatten(2).bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_measurement_that_fails_costs_no_other(tmp_path, monkeypatch):
+    import gpu
+
+    monkeypatch.setattr(gpu.Bench, "matrix_rate", lambda self, kind: 1 / 0)
+    assert gpu.main(["--device", "cpu", "--toy", "--only", "rates", "--out", str(tmp_path)]) == 1
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results["tables"]["rates"]) == 1 and len(results["failed"]) == 3
+    assert "ZeroDivisionError" in results["failed"][0]

@@ -15,6 +15,8 @@ from cxr_diffusers import (
     FixedPointGenerator,
     GradCAMPipeline,
     NoisyClassifier,
+    PyramidCAMPipeline,
+    PyramidClassifier,
 )
 from cxr_diffusers.data import LOADERS
 from cxr_diffusers.training.recipe import AdversarialRecipe, ClassifierRecipe, Recipe, load_recipe
@@ -53,6 +55,10 @@ def build_unet(recipe):
 
 
 def build_classifier(recipe):
+    if recipe.classifier.pop("architecture", None) == "pyramid":
+        with torch.device("meta"):
+            PyramidClassifier(sample_size=recipe.images["size"], **recipe.classifier)
+        return "train_classifier.py", PyramidCAMPipeline.ORIGINAL_SETTINGS
     if "model_type" in recipe.classifier:
         with torch.device("meta"):
             AutoModelForImageClassification.from_config(AutoConfig.for_model(**recipe.classifier))

@@ -14,13 +14,14 @@ from cxr_diffusers import (
     DiffPIRDeblurPipeline,
     FixedPointGANPipeline,
     GradCAMPipeline,
+    PyramidCAMPipeline,
     detect,
     evaluate,
     load_phantom,
 )
 from cxr_diffusers.hub.loading import load_pipeline
 from cxr_diffusers.hub.model_card import write_model_card
-from helpers import toy_classifier, toy_generator, toy_resnet, toy_unet
+from helpers import toy_classifier, toy_generator, toy_pyramid, toy_resnet, toy_unet
 from local_hub import local_hub, run_script
 
 CLASSES = ["healthy", "pleural effusion"]
@@ -42,6 +43,7 @@ PIPELINES = {
     ),
     "fixed_point_gan": lambda: FixedPointGANPipeline(toy_generator(), CLASSES, settings={"direction": "bright"}),
     "grad_cam": lambda: GradCAMPipeline(toy_resnet(), class_names=CLASSES, sample_size=16, settings={"smoothing": 1.0}),
+    "pyramid_cam": lambda: PyramidCAMPipeline(toy_pyramid(), CLASSES, settings={"smoothing": 1.0}),
 }
 
 

@@ -11,17 +11,20 @@ the script, e.g. `accelerate launch --multi_gpu --num_processes 4 training/train
 import sys
 from pathlib import Path
 
+import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
-from cxr_diffusers import CFGAnomalyPipeline, build_dataset, denoising_loss
+from cxr_diffusers import CFGAnomalyPipeline, SpaceToDepthUNet, build_dataset, denoising_loss
 from cxr_diffusers.files import save_png
 from cxr_diffusers.hub.loading import load_unet
+from cxr_diffusers.pipelines.cxr_conditions import Conditions
 from cxr_diffusers.training.augmentation import augment
 from cxr_diffusers.training.loop import train
 from cxr_diffusers.training.recipe import parse_command_line
 from cxr_diffusers.training.run import seeded
 from cxr_diffusers.training.script import diseased_rows, finish, write_card
 from cxr_diffusers.training.tensors import TensorImages
+from cxr_diffusers.training.validation_loss import ValidationLoss
 from cxr_diffusers.visualization import validation_strip
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "phantom_cfg_32.yaml"
@@ -32,27 +35,33 @@ def main(arguments):
     config = recipe.train
     dataset = build_dataset(**recipe.data)
     class_names = dataset.features["label"].names
-    images = TensorImages(dataset, recipe.unet["sample_size"], num_channels=recipe.unet["in_channels"], **recipe.images)
-    shown = diseased_rows(recipe, dataset)
+    kind = SpaceToDepthUNet if "patch_size" in recipe.unet else UNet2DModel
+    views = recipe.conditions.get("views") or []
+    options = dict(num_channels=recipe.unet["in_channels"], views=views, **recipe.images)
+    images = TensorImages(dataset, recipe.unet["sample_size"], **options)
+    shown = diseased_rows(recipe, dataset, unlabelled=True)
+    conditions = Conditions(len(class_names), tuple(views))
 
     with seeded(config.seed):
-        unet = load_unet(config.init_from) if config.init_from else UNet2DModel(**recipe.unet)
+        unet = load_unet(config.init_from) if config.init_from else kind(**recipe.unet)
     scheduler = DDIMScheduler(**recipe.scheduler)
-    if unet.config.num_class_embeds != len(class_names) + 1:
+    if unet.config.num_class_embeds != conditions.num_embeddings:
         raise ValueError(
-            f"expected unet.num_class_embeds={len(class_names) + 1}: {len(class_names)} classes {class_names} and the "
-            f"null label, got {unet.config.num_class_embeds}"
+            f"expected unet.num_class_embeds={conditions.num_embeddings}: {len(class_names)} classes {class_names}, "
+            f"views {views} and the null label, got {unet.config.num_class_embeds}"
         )
 
     ranges = {"data_range": recipe.images["data_range"]} if "data_range" in recipe.images else {}
 
     def loss_fn(model, batch):
         x = augment(batch["images"], **ranges, **config.augment) if config.augment else batch["images"]
+        labels, null_labels = embedding_ids(conditions, batch["labels"], batch["views"])
         return denoising_loss(
             model,
             scheduler,
             x,
-            batch["labels"],
+            labels,
+            null_labels=null_labels,
             p_uncond=config.p_uncond,
             snr_gamma=config.snr_gamma,
             logit_normal=config.logit_normal,
@@ -60,7 +69,10 @@ def main(arguments):
         )
 
     def pipeline(model):
-        return CFGAnomalyPipeline(model, scheduler, class_names, settings=recipe.pipeline or None, **recipe.images)
+        settings = recipe.pipeline or None
+        return CFGAnomalyPipeline(
+            model, scheduler, class_names, settings=settings, views=views or None, **recipe.images
+        )
 
     def save(model, folder):
         pipeline(model).save_pretrained(folder)
@@ -74,13 +86,28 @@ def main(arguments):
         save_png(validation_strip(found.image, found.counterfactual, found.anomaly_map, title=f"step {step}"), path)
         return {"validation": path}
 
+    measure = None
+    if config.validation_loss_images:
+        unseen = TensorImages(build_dataset(**{**recipe.data, **recipe.validation}), images.size, **options)
+        measure = ValidationLoss(unseen, conditions, class_names, scheduler, config.validation_loss_images)
+
     pipeline(unet)  # what is wrong with the recipe's `pipeline` or `images` is said now, not at the first checkpoint
-    output_dir = train(unet, loss_fn, images, config, save=save, validate=validate, identity=recipe.identity())
+    output_dir = train(
+        unet, loss_fn, images, config, save=save, validate=validate, measure=measure, identity=recipe.identity()
+    )
     hints = [f"detect:  cxr-diffusers detect YOUR_IMAGES --model {output_dir} --out maps"]
     if recipe.data["name"] == "phantom":
         command = "accelerate launch training/train_cfg.py configs/chexpert_cfg_256.yaml data.root=/data/CheXpert-v1.0"
         hints.append(f"CheXpert: {command}")
     finish(output_dir, config, *hints)
+
+
+def embedding_ids(conditions, labels, views):
+    """(B,) class ids and (B,) indices of views, -1 for unknown -> (B,) ids of embeddings, and of their null labels."""
+    unknown = labels < 0 if not conditions.views else (labels < 0) | (views < 0)
+    view = views.clamp(min=0)
+    ids = torch.where(unknown, conditions.unlabelled, conditions.of_class(labels, view))
+    return ids, torch.where(unknown, conditions.unlabelled, conditions.null(view))
 
 
 if __name__ == "__main__":

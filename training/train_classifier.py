@@ -3,10 +3,11 @@
     accelerate launch training/train_classifier.py                              (phantoms: minutes, after train_cfg.py)
     accelerate launch training/train_classifier.py configs/chexpert_classifier_256.yaml data.root=/data/CheXpert-v1.0
     accelerate launch training/train_classifier.py configs/cxr_grad_cam_128.yaml data.root=/data/CheXpert-v1.0-small
+    accelerate launch training/train_classifier.py configs/cxr_pyramid_128.yaml data.root=/data/CheXpert-v1.0-small
 
 A recipe with a `diffusion` section ends in a `ClassifierGuidedPipeline` around its UNet, one whose classifier has a
-`model_type` of transformers in a `GradCAMPipeline`. To resume, run the same command again. `train.init_from` may name a
-model whose classifier it goes on from.
+`model_type` of transformers in a `GradCAMPipeline`, one with `architecture: pyramid` in a `PyramidCAMPipeline`. To
+resume, run the same command again. `train.init_from` may name a model whose classifier it goes on from.
 """
 
 import json
@@ -17,7 +18,14 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 
-from cxr_diffusers import ClassifierGuidedPipeline, GradCAMPipeline, NoisyClassifier, build_dataset
+from cxr_diffusers import (
+    ClassifierGuidedPipeline,
+    GradCAMPipeline,
+    NoisyClassifier,
+    PyramidCAMPipeline,
+    PyramidClassifier,
+    build_dataset,
+)
 from cxr_diffusers.figures import line_figure
 from cxr_diffusers.files import save_png, write_file
 from cxr_diffusers.hub.loading import load_pipeline
@@ -40,7 +48,7 @@ def main(arguments):
     if min(dataset["label"][:]) < 0 or len(set(held_out["label"][:])) < 2:
         raise ValueError(f"expected a label for every image and more than one class to tell apart, got {recipe.data}")
     with seeded(recipe.train.seed):
-        task = (OfPictures if "model_type" in recipe.classifier else OfNoisedPictures)(recipe, class_names)
+        task = task_of(recipe)(recipe, class_names, dataset["label"][:])
     if recipe.train.init_from:
         start_from(recipe.train.init_from, task.model)
     options = {"num_channels": getattr(task.model.config, "in_channels", 1), **task.preparation}
@@ -69,12 +77,24 @@ def main(arguments):
     finish(output_dir, recipe.train, f"detect:  cxr-diffusers detect YOUR_IMAGES --model {output_dir} --out maps")
 
 
+def task_of(recipe):
+    """Which of the classes below makes what the recipe asks for; ValueError for an unknown architecture."""
+    architecture = recipe.classifier.get("architecture")
+    if architecture not in (None, "pyramid"):
+        raise ValueError(f"expected `classifier.architecture` pyramid, or none, got {architecture!r}")
+    if architecture:
+        return OfPicturesByPyramid
+    return OfPictures if "model_type" in recipe.classifier else OfNoisedPictures
+
+
 class OfNoisedPictures:
     """p(label | x_t, t), in the range, at the size and on the noise schedule of the UNet that it is to guide."""
 
-    def __init__(self, recipe, class_names):
+    def __init__(self, recipe, class_names, labels):
         if not recipe.diffusion.get("model"):
             raise ValueError("give diffusion.model, the pipeline to be guided, or the classifier's model_type")
+        if recipe.loss:
+            raise ValueError(f"expected no loss section for a classifier of noised pictures, got {recipe.loss}")
         try:
             guided = load_pipeline(recipe.diffusion["model"])
         except FileNotFoundError as error:
@@ -118,30 +138,56 @@ class OfPictures:
 
     levels = [0]
 
-    def __init__(self, recipe, class_names):
-        from transformers import AutoConfig, AutoModelForImageClassification
-
+    def __init__(self, recipe, class_names, labels):
         options = dict(recipe.images)
         self.size = options.pop("size", None)
         if not self.size or recipe.diffusion:
-            raise ValueError(f"expected images.size and no diffusion section with a model_type, got {recipe.images}")
-        names = dict(enumerate(class_names))
-        config = AutoConfig.for_model(**{"num_channels": 1, **recipe.classifier}, id2label=names)
-        config.label2id = {name: i for i, name in names.items()}
-        self.model = AutoModelForImageClassification.from_config(config)
-        self.settings, self.options = recipe.pipeline, options
+            raise ValueError(f"expected images.size and no diffusion section, got {recipe.images}, {recipe.diffusion}")
+        unknown = set(recipe.loss) - {"balanced", "label_smoothing"}
+        if unknown:
+            raise ValueError(f"expected `loss` with balanced, label_smoothing, got {sorted(unknown)}")
+        self.class_names, self.settings, self.options = class_names, recipe.pipeline, options
         self.preparation = {**options, "data_range": (-1.0, 1.0)}
         self.identity = recipe.identity()
+        self.label_smoothing, self.weights = recipe.loss.get("label_smoothing", 0.0), None
+        if recipe.loss.get("balanced"):
+            counts = torch.bincount(torch.tensor(labels), minlength=len(class_names))
+            self.weights = len(labels) / (len(class_names) * counts.clamp(min=1))
+        self.model = self.build(recipe.classifier)
+
+    def build(self, classifier):
+        from transformers import AutoConfig, AutoModelForImageClassification
+
+        names = dict(enumerate(self.class_names))
+        config = AutoConfig.for_model(**{"num_channels": 1, **classifier}, id2label=names)
+        config.label2id = {name: i for i, name in names.items()}
+        return AutoModelForImageClassification.from_config(config)
 
     def loss(self, model, images, labels):
-        logits = model(pixel_values=images).logits.float()
-        return F.cross_entropy(logits, labels), {"accuracy": (logits.argmax(dim=1) == labels).float().mean()}
+        logits = self.logits(model, images, level=0).float()
+        weights = None if self.weights is None else self.weights.to(logits.device)
+        loss = F.cross_entropy(logits, labels, weights, label_smoothing=self.label_smoothing)
+        return loss, {"accuracy": (logits.argmax(dim=1) == labels).float().mean()}
 
     def logits(self, model, images, level):
         return model(pixel_values=images).logits
 
     def pipeline(self, model):
         return GradCAMPipeline(model, sample_size=self.size, settings=self.settings or None, **self.options)
+
+
+class OfPicturesByPyramid(OfPictures):
+    """p(label | x) pooled from the maps of a `PyramidClassifier`."""
+
+    def build(self, classifier):
+        options = {name: value for name, value in classifier.items() if name != "architecture"}
+        return PyramidClassifier(sample_size=self.size, num_classes=len(self.class_names), **options)
+
+    def logits(self, model, images, level):
+        return model(images).logits
+
+    def pipeline(self, model):
+        return PyramidCAMPipeline(model, self.class_names, settings=self.settings or None, **self.options)
 
 
 def start_from(name, model):

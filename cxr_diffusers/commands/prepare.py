@@ -8,7 +8,9 @@ from .options import add_command
 def add(commands):
     text = "a small grey copy of a data set, paths in its CSVs rewritten"
     prepare = add_command(commands, "prepare", run, text)
-    prepare.add_argument("source", type=Path, help="CheXpert or ChestX-ray14 as downloaded, or any folder")
+    prepare.add_argument(
+        "source", help="CheXpert or ChestX-ray14 as downloaded, or any folder; with --pack also NAME:key=value,..."
+    )
     prepare.add_argument("output", type=Path)
     prepare.add_argument("--size", type=int, default=256, help="side, in pixels (default: 256)")
     prepare.add_argument("--aspect", choices=["pad", "crop", "squash"], default="pad", help="default: pad")
@@ -17,9 +19,19 @@ def add(commands):
     prepare.add_argument("--frontal-only", action="store_true", help="leave lateral views out")
     prepare.add_argument("--workers", type=int, default=None, help="processes (default: one for each CPU)")
     prepare.add_argument("--overwrite", action="store_true", help="make the copies anew")
+    pack = prepare.add_argument_group("one file instead of a folder")
+    text = "write OUTPUT as one Parquet file of JPEG images and labels, for `data.name=packed data.root=OUTPUT`"
+    pack.add_argument("--pack", action="store_true", help=text)
+    text = "data sets whose images are packed without a class, for the null label"
+    pack.add_argument("--unlabelled", nargs="+", default=[], metavar="DATA", help=text)
+    text = "predict AP or PA from the image where the table does not say"
+    pack.add_argument("--fill-views", action="store_true", help=text)
+    pack.add_argument("--quality", type=int, default=92, help="of the JPEG images (default: 92)")
 
 
 def run(options):
+    if options.pack:
+        return pack(options)
     from ..data.preparation import prepare
 
     prepare(
@@ -33,3 +45,27 @@ def run(options):
         num_workers=options.workers,
         overwrite=options.overwrite,
     )
+
+
+def pack(options):
+    from ..data import open_dataset
+    from ..data.packing import pack
+    from ..data.views import fill_views
+
+    if options.output.exists() and not options.overwrite:
+        raise ValueError(f"expected a new file, {options.output} exists: give --overwrite to make it anew")
+    dataset = open_dataset(options.source)
+    if options.fill_views:
+        dataset, auroc = fill_views(dataset)
+        print("every view was known" if auroc is None else f"views filled in; cross-validated AUROC {auroc:.3f}")
+    unlabelled = [open_dataset(text) for text in options.unlabelled]
+    path = pack(
+        dataset,
+        options.output,
+        size=options.size,
+        aspect=options.aspect,
+        quality=options.quality,
+        unlabelled=unlabelled,
+    )
+    images = len(dataset) + sum(map(len, unlabelled))
+    print(f"{path}: {images} images, {path.stat().st_size / 1e6:.1f} MB")

@@ -13,6 +13,7 @@ from .folder import load_folder, load_table
 from .hub import load_hub
 from .images import fit_image, list_images, read_image
 from .nih import load_nih
+from .packing import load_packed
 from .phantom import load_phantom
 from .preparation import prepare
 from .vindr import load_vindr
@@ -24,6 +25,7 @@ LOADERS = {
     "folder": load_folder,
     "hub": load_hub,
     "nih": load_nih,
+    "packed": load_packed,
     "phantom": load_phantom,
     "table": load_table,
     "vindr": load_vindr,
@@ -55,7 +57,8 @@ def build_dataset(name, **kwargs):
 def open_dataset(text):
     """Open a data set by one line, as the command line does: a folder, or `NAME:key=value,key=value`.
 
-    Values are read as YAML, lists in brackets: "chexpert:root=/data/CheXpert-v1.0,split=valid,classes=[Pneumonia]".
+    Values are read as YAML, lists in brackets, mappings in braces; for example
+    "chexpert:root=/data/CheXpert-v1.0,split=valid,classes=[Pneumonia]".
 
     Raises:
         ValueError: neither a folder nor the name of a loader, or a part that is no key=value.
@@ -66,7 +69,7 @@ def open_dataset(text):
     if name not in LOADERS:
         raise ValueError(f"expected a folder or NAME:key=value,... with NAME of {', '.join(LOADERS)}, got {text!r}")
     kwargs = {}
-    for item in re.split(r",(?![^\[]*\])", rest) if rest else []:
+    for item in re.split(r",(?![^\[{]*[\]}])", rest) if rest else []:
         key, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"expected a data set as name:key=value,..., got {item!r} in {text!r}")

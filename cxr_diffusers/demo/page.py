@@ -286,11 +286,15 @@ METHODS = {  # class: (name on the page, what it does)
     ),
     "FixedPointGANPipeline": ("Fixed-Point GAN", "A generator makes a healthy picture of it, in one step."),
     "GradCAMPipeline": ("Grad-CAM", "Where a plain classifier finds its evidence. It makes no healthy picture."),
+    "PyramidCAMPipeline": (
+        "Pyramid CAM",
+        "Where a classifier with a feature pyramid finds disease. It makes no healthy picture.",
+    ),
 }
 
 
 def score_words(pipeline):
-    if type(pipeline).__name__ == "GradCAMPipeline":
+    if type(pipeline).__name__ in ("GradCAMPipeline", "PyramidCAMPipeline"):
         return "the classifier's probability of not healthy"
     if pipeline.settings().get("score") == "evidence":
         return "how much better the disease explains the picture than health does; 0: neither, 0.01: by 1 %"

@@ -46,15 +46,16 @@ def load_unet(folder, unconditional=False):
     from diffusers import UNet2DModel
 
     from ..models.class_matrix_unet import ClassMatrixUNet
+    from ..models.space_to_depth_unet import SpaceToDepthUNet
 
     folder = shipped_folder(folder) or folder
     found = UNet2DModel.load_config(folder, subfolder="unet")["_class_name"]
-    kind = ClassMatrixUNet if found == ClassMatrixUNet.__name__ else UNet2DModel
+    kind = {cls.__name__: cls for cls in (ClassMatrixUNet, SpaceToDepthUNet)}.get(found, UNet2DModel)
     unet = kind.from_pretrained(folder, subfolder="unet")
     if not unconditional or unet.config.num_class_embeds is None:
         return unet
     config = {key: value for key, value in unet.config.items() if key != "num_class_embeds" and key[0] != "_"}
-    plain = UNet2DModel(**config)
+    plain = kind(**config)
     weights = unet.state_dict()
     null = weights.pop("class_embedding.weight")[-1]
     weights["time_embedding.linear_2.bias"] = weights["time_embedding.linear_2.bias"] + null

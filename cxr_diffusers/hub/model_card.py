@@ -105,6 +105,8 @@ METHODS = {
     "pass; the anomaly map is what had to change.",
     "GradCAMPipeline": "The map is where an image classifier finds its evidence against healthy (Grad-CAM). There is\n"
     "no counterfactual in it: a comparison partner for methods that make one.",
+    "PyramidCAMPipeline": "The map is where a classifier with a feature pyramid finds disease (after PYLON). There is\n"
+    "no counterfactual in it: a comparison partner for methods that make one.",
 }
 
 

@@ -100,8 +100,7 @@ def train_adversarial(generator, discriminator, dataset, config, *, save, valida
                 )
             values |= move("generator", loss, terms)
             ema.step(generator.parameters())
-        shown = {name[0]: f"{values[f'{name}/loss']:.3f}" for name in players if f"{name}/loss" in values}
-        run.end_step({**values, "lr": rate}, shown)
+        run.end_step({**values, "lr": rate}, {name[0]: f"{name}/loss" for name in players})
     return run.end()
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 
-def augment(images, degrees=0.0, zoom=0.0, shift=0.0, gamma=0.0, data_range=(-1.0, 1.0)):
+def augment(images, degrees=0.0, zoom=0.0, shift=0.0, gamma=0.0, contrast=0.0, clip=0.0, data_range=(-1.0, 1.0)):
     """(B, C, H, W) in `data_range` -> the same, each image turned, zoomed, shifted and exposed a little differently.
 
     There is no mirroring: the heart is on the left, and a mirrored chest is a rare finding (situs inversus), not a
@@ -16,7 +16,9 @@ def augment(images, degrees=0.0, zoom=0.0, shift=0.0, gamma=0.0, data_range=(-1.
         degrees: rotation, uniform in +- degrees.
         zoom: scale, uniform in 1 +- zoom.
         shift: translation along each axis, uniform in +- shift of the side. What comes in repeats the border.
+        clip: share of the grey scale that is clipped at each end, uniform in 0..clip; the rest is stretched.
         gamma: exposure, v -> v ** exp(u) on [0, 1] with u uniform in +- gamma.
+        contrast: v -> v + u (s(v) - v) on [0, 1] with s(v) = 3 v^2 - 2 v^3 and u uniform in +- contrast (at most 1).
     """
     batch, device = len(images), images.device
 
@@ -33,8 +35,15 @@ def augment(images, degrees=0.0, zoom=0.0, shift=0.0, gamma=0.0, data_range=(-1.
     theta = torch.stack(rows).permute(2, 0, 1)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     images = F.grid_sample(images, grid.to(images.dtype), padding_mode="border", align_corners=False)
-    if gamma:
+    if gamma or contrast or clip:
         low, high = data_range
-        exponent = uniform(gamma).exp()[:, None, None, None]
-        images = ((images - low) / (high - low)).clamp(0, 1) ** exponent * (high - low) + low
+        values = ((images - low) / (high - low)).clamp(0, 1)
+        if clip:
+            dark, bright = (torch.rand(2, batch, device=device) * clip)[:, :, None, None, None]
+            values = ((values - dark) / (1 - dark - bright)).clamp(0, 1)
+        if gamma:
+            values = values ** uniform(gamma).exp()[:, None, None, None]
+        if contrast:
+            values = values + uniform(contrast)[:, None, None, None] * (values**2 * (3 - 2 * values) - values)
+        images = values * (high - low) + low
     return images

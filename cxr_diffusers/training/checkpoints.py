@@ -4,6 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 
@@ -12,7 +13,7 @@ def checkpoints(output_dir):
     return sorted(p for p in Path(output_dir).glob("checkpoint-*") if p.suffix != ".tmp")
 
 
-def checkpoint(accelerator, ema, output_dir, step, limit):
+def checkpoint(accelerator, ema, output_dir, step, limit, seconds=0.0):
     """Write `checkpoint-STEP` under a temporary name, rename it when it is whole, then drop the oldest over `limit`."""
     final = Path(output_dir) / f"checkpoint-{step:07d}"
     temporary = final.with_suffix(".tmp")
@@ -22,7 +23,8 @@ def checkpoint(accelerator, ema, output_dir, step, limit):
     accelerator.save_state(str(temporary))
     if accelerator.is_main_process:
         averages = {str(i): p.contiguous() for i, p in enumerate(ema.shadow_params)}
-        save_file(averages, temporary / "ema.safetensors", metadata={"optimization_step": str(ema.optimization_step)})
+        metadata = {"optimization_step": str(ema.optimization_step), "seconds": str(seconds)}
+        save_file(averages, temporary / "ema.safetensors", metadata=metadata)
         if final.exists():
             shutil.rmtree(final)
         os.replace(temporary, final)
@@ -32,17 +34,19 @@ def checkpoint(accelerator, ema, output_dir, step, limit):
 
 
 def resume(accelerator, ema, output_dir):
-    """Load the newest checkpoint, if there is one; the number of steps already done."""
+    """Load the newest checkpoint, if there is one; (steps, seconds) of training already done."""
     found = checkpoints(output_dir)
     if not found:
-        return 0
+        return 0, 0.0
     accelerator.load_state(str(found[-1]))
     averages = load_file(found[-1] / "ema.safetensors")
     for i, parameter in enumerate(ema.shadow_params):
         parameter.copy_(averages[str(i)])
     step = int(found[-1].name.split("-")[1])
     ema.optimization_step = step
-    return step
+    with safe_open(found[-1] / "ema.safetensors", "pt") as file:
+        seconds = float((file.metadata() or {}).get("seconds", 0.0))
+    return step, seconds
 
 
 def replace_into(folder, write):

@@ -8,7 +8,7 @@ from diffusers.training_utils import compute_density_for_timestep_sampling, comp
 
 
 def drop_labels(labels, p_uncond, null_label):
-    """(B,) class ids -> (B,) class ids, each replaced by the null label with probability `p_uncond`.
+    """(B,) class ids -> (B,) class ids, each replaced by the null label (one, or (B,)) with probability `p_uncond`.
 
     Drawn per sample, so that one batch trains both the conditional and the unconditional score (Ho & Salimans 2022,
     https://arxiv.org/abs/2207.12598, algorithm 1).
@@ -17,7 +17,16 @@ def drop_labels(labels, p_uncond, null_label):
 
 
 def denoising_loss(
-    unet, scheduler, images, labels=None, *, p_uncond=0.1, snr_gamma=None, vlb_weight=1.0, logit_normal=None
+    unet,
+    scheduler,
+    images,
+    labels=None,
+    *,
+    null_labels=None,
+    p_uncond=0.1,
+    snr_gamma=None,
+    vlb_weight=1.0,
+    logit_normal=None,
 ):
     """The denoising objective of a (class-conditional) UNet, as one scalar.
 
@@ -27,8 +36,9 @@ def denoising_loss(
             `vlb_weight` times the variational bound of the sampled step, in bits per dimension.
         scheduler: gives `add_noise`, and decides by `prediction_type` (epsilon, v_prediction, sample) what is learned.
         images: (B, C, H, W), in the range the model is meant for ([-1, 1] in our recipes).
-        labels: (B,) class ids, or None for a model without classes.
-        p_uncond: how often a label is replaced by the null label, the last class embedding.
+        labels: (B,) ids of class embeddings, or None for a model without classes.
+        null_labels: (B,) what each label is replaced by when it is dropped; None: the last class embedding.
+        p_uncond: how often a label is dropped.
         snr_gamma: None, or the gamma of min-SNR weighting (Hang et al. 2023, https://arxiv.org/abs/2303.09556).
         logit_normal: None draws timesteps uniformly; (mean, std) draws logit(t / T) from that normal, so that most are
             spent where detection works (Esser et al. 2024, https://arxiv.org/abs/2403.03206, section 3.1).
@@ -40,7 +50,9 @@ def denoising_loss(
     noise = torch.randn_like(images)
     timesteps = draw_timesteps(len(images), scheduler.config.num_train_timesteps, logit_normal).to(images.device)
     if labels is not None:
-        labels = drop_labels(labels, p_uncond, unwrapped_config(unet).num_class_embeds - 1)
+        if null_labels is None:
+            null_labels = unwrapped_config(unet).num_class_embeds - 1
+        labels = drop_labels(labels, p_uncond, null_labels)
     terms = denoising_terms(unet, scheduler, images, labels, noise, timesteps)
     weight = min_snr_weight(scheduler, timesteps, snr_gamma) if snr_gamma is not None else 1.0
     loss = weight * terms["mse"]

@@ -12,9 +12,11 @@ class RunConfig:
 
     output_dir: str
     max_steps: int = 50_000  # optimizer updates
+    max_seconds: float | None = None  # end after so much training time, the learning rate decaying with the clock
     batch_size: int = 4  # per process
     learning_rate: float = 1e-4
-    mixed_precision: str | None = None  # no, fp16, bf16; None: what `accelerate launch --mixed_precision` says
+    mixed_precision: str | None = None  # no, fp16, bf16; auto: bf16 where fast; None: what `accelerate launch` says
+    compile: bool = False  # torch.compile the network: a minute or two once, then faster steps on a GPU
     ema_decay: float = 0.9999  # reached slowly: EMAModel's warm-up
     augment: dict | None = None  # keyword arguments of data.augment; None: none
     save_every: int = 5_000  # steps between checkpoints
@@ -38,6 +40,9 @@ class TrainConfig(RunConfig):
     lr_scheduler: str = "constant_with_warmup"  # a name of diffusers.optimization.get_scheduler
     lr_warmup_steps: int = 0
     weight_decay: float = 0.0
+    ema_width: float | None = None  # relative width of a power-function average in place of `ema_decay`, e.g. 0.1
+    balance: bool = False  # draw every (class, view), and the images without a class, equally often
+    validation_loss_images: int = 0  # so many validation images give a loss with fixed noise; the best model is kept
     max_grad_norm: float = 1.0
     p_uncond: float = 0.1  # how often a label is dropped; 0 trains no null label
     snr_gamma: float | None = None  # min-SNR weighting; 5 is the paper's
@@ -56,12 +61,14 @@ class Recipe:
     train: TrainConfig
     images: dict = field(default_factory=dict)  # scaling, aspect, data_range: of prepare_image, kept by the pipeline
     validation: dict = field(default_factory=dict)  # keys of `data` that differ for the pictures shown while training
+    conditions: dict = field(default_factory=dict)  # `views`, e.g. [PA, AP]: the network is told the view too
     pipeline: dict = field(default_factory=dict)  # the pipeline's `settings`: defaults of its call
 
     def identity(self):
         """What makes a run this run and no other, apart from `train`: a run resumes only where it is the same."""
         data = {key: value for key, value in self.data.items() if key != "root"}  # a disk may be mounted elsewhere
-        return {"data": data, "unet": self.unet, "scheduler": self.scheduler, "images": self.images}
+        conditions = {"conditions": self.conditions} if self.conditions else {}
+        return {"data": data, "unet": self.unet, "scheduler": self.scheduler, "images": self.images, **conditions}
 
 
 @dataclass
@@ -105,17 +112,21 @@ class ClassifierRecipe:
     """A classifier: of noised pictures, to guide a diffusion model with, or of pictures as they are."""
 
     data: dict  # `name` of a loader in cxr_diffusers.data, and its keyword arguments
-    classifier: dict  # of NoisyClassifier; with a `model_type`, of that transformers config (resnet, convnext, ...)
+    # of NoisyClassifier; with `architecture: pyramid`, of PyramidClassifier; with a `model_type`, of that transformers
+    # config (resnet, convnext, ...)
+    classifier: dict
     train: TrainConfig
     diffusion: dict = field(default_factory=dict)  # `model`: folder or Hub name of the pipeline that is to be guided
     images: dict = field(default_factory=dict)  # size, scaling, aspect of the pictures, where there is no `diffusion`
+    loss: dict = field(default_factory=dict)  # label_smoothing, balanced (classes weigh the same), likewise
     validation: dict = field(default_factory=dict)  # keys of `data` that differ for the images measured while training
     pipeline: dict = field(default_factory=dict)  # the pipeline's `settings`: defaults of its call
 
     def identity(self):
         """As `Recipe.identity`."""
         data = {key: value for key, value in self.data.items() if key != "root"}
-        return {"data": data, "classifier": self.classifier, "diffusion": self.diffusion, "images": self.images}
+        parts = {"classifier": self.classifier, "diffusion": self.diffusion, "images": self.images}
+        return {"data": data, **parts, "loss": self.loss or None}  # as in the runs of before there was such a section
 
 
 # a section that only one kind of recipe has -> the kind, and that of its `train:`

@@ -6,15 +6,19 @@ from ..hub.publishing import publish
 from ..processes import process_state
 
 
-def diseased_rows(recipe, dataset):
+def diseased_rows(recipe, dataset, unlabelled=False):
     """The diseased images that are shown while `recipe` is trained on `dataset`: `train.validation_images` at most.
+
+    Args:
+        unlabelled: whether images of `dataset` may lack a label.
 
     Raises:
         ValueError: an image of `dataset` has no label, or none is diseased.
     """
     shown = build_dataset(**{**recipe.data, **recipe.validation})
     shown = shown.filter(lambda label: label > 0, input_columns="label")
-    if min(dataset["label"][:]) < 0 or not len(shown):
+    labels = dataset["label"][:]
+    if (max(labels) < 1 if unlabelled else min(labels) < 0) or not len(shown):
         raise ValueError(f"expected a label for every image and diseased ones among them, got {recipe.data}")
     return shown.select(range(min(recipe.train.validation_images, len(shown))))
 

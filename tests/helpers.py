@@ -294,11 +294,6 @@ def flags_of(net):
     )
 
 
-@pytest.fixture
-def net():
-    return random_original(mult=(1, 2), attention=(1,), classes=2, class_mlp=True)
-
-
 TOY_PYRAMID = dict(
     sample_size=16, block_out_channels=(8, 8, 16), layers_per_block=1, decoder_channels=8, norm_num_groups=4
 )

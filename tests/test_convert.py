@@ -20,6 +20,12 @@ from cxr_diffusers.hub.loading import load_unet
 from cxr_diffusers.training.recipe import load_recipe
 from helpers import flags_of, random_original
 
+
+@pytest.fixture
+def net():
+    return random_original(mult=(1, 2), attention=(1,), classes=2, class_mlp=True)
+
+
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 

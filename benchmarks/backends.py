@@ -16,7 +16,7 @@ from machine import describe_machine, markdown
 
 from cxr_diffusers import default_checkpoint, load_phantom, load_pipeline
 from cxr_diffusers.commands.options import BACKENDS
-from cxr_diffusers.export import with_backend
+from cxr_diffusers.inference.export import with_backend
 
 HEADER = ["backend", "images a call", "seconds an image", "times as fast as torch", "map differs by at most"]
 

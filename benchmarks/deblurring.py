@@ -19,11 +19,11 @@ from machine import describe_machine, markdown
 from PIL import Image, ImageDraw
 from skimage import restoration
 
-from cxr_diffusers.deblurring import load_prior
-from cxr_diffusers.degradations import degrade, make_kernel
-from cxr_diffusers.metrics import interval_of, mean_of, patient_weights, psnr, ssim
-from cxr_diffusers.pipelines.cxr_anomaly import prepare_image
-from cxr_diffusers.visualization import save_png
+from cxr_diffusers.deblurring.dataset import load_prior
+from cxr_diffusers.deblurring.degradations import degrade, make_kernel
+from cxr_diffusers.evaluation.metrics import interval_of, mean_of, patient_weights, psnr, ssim
+from cxr_diffusers.files import save_png
+from cxr_diffusers.pipelines.cxr_images import prepare_image
 
 ROOT = Path(__file__).parent.parent.parent / "shared" / "cxr"
 BLURS = {  # name: kernel, noise

@@ -15,8 +15,8 @@ from deblurring import ROOT
 from machine import describe_machine, markdown
 
 from cxr_diffusers import CFGAnomalyPipeline, compare, default_checkpoint, load_prior, load_table
-from cxr_diffusers.degradations import degrade, make_kernel
-from cxr_diffusers.pipelines.cxr_anomaly import prepare_image
+from cxr_diffusers.deblurring.degradations import degrade, make_kernel
+from cxr_diffusers.pipelines.cxr_images import prepare_image
 
 NAMES = {
     "as they are": [],

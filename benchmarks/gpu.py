@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cxr_diffusers
 from cxr_diffusers import CFGAnomalyPipeline, default_checkpoint, denoising_loss, load_recipe
-from cxr_diffusers.visualization import write_file
+from cxr_diffusers.files import write_file
 
 RECIPE = Path(__file__).parent.parent / "configs" / "chexpert_cfg_256.yaml"
 SAMPLES = Path(cxr_diffusers.__file__).with_name("samples")

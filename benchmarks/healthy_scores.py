@@ -13,8 +13,8 @@ import numpy as np
 
 from cxr_diffusers import load_pipeline
 from cxr_diffusers.data import open_dataset
-from cxr_diffusers.hub import default_checkpoint
-from cxr_diffusers.reference_scores import keep_scores, measure_scores
+from cxr_diffusers.hub.loading import default_checkpoint
+from cxr_diffusers.inference.reference_scores import keep_scores, measure_scores
 
 
 def main(arguments=None):

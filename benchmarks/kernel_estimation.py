@@ -15,9 +15,9 @@ import torch
 from deblurring import BALANCES, BEYOND, ROOT, inside, interval, measure, open_pictures, psnr_of, wiener
 from machine import markdown
 
-from cxr_diffusers.degradations import make_kernel
-from cxr_diffusers.kernel_estimation import EDGE_HEIGHT, LEAST_RATIO, calibrate, estimate_blur
-from cxr_diffusers.metrics import patient_weights
+from cxr_diffusers.deblurring.degradations import make_kernel
+from cxr_diffusers.deblurring.kernel_estimation import EDGE_HEIGHT, LEAST_RATIO, calibrate, estimate_blur
+from cxr_diffusers.evaluation.metrics import patient_weights
 
 BLURS = [
     ("none", None, 0.5 / 255),

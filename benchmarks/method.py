@@ -22,7 +22,7 @@ from PIL import Image
 from cxr_diffusers import CFGAnomalyPipeline, load_pipeline
 from cxr_diffusers.evaluation import load_plan
 from cxr_diffusers.evaluation.controls import CHANCE, OTHERS_TRUTH, mean_map_of
-from cxr_diffusers.visualization import save_png
+from cxr_diffusers.files import save_png
 
 PLAN = Path(__file__).parent.parent / "configs" / "method.yaml"
 

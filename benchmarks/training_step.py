@@ -18,7 +18,8 @@ from diffusers import DDIMScheduler, UNet2DModel
 from machine import describe_machine, markdown
 
 from cxr_diffusers import denoising_loss, load_phantom, load_recipe, train
-from cxr_diffusers.data import TensorImages, augment
+from cxr_diffusers.training.augmentation import augment
+from cxr_diffusers.training.tensors import TensorImages
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 HEADER = ["recipe", "images", "parameters", "batch", "seconds a step", "images a second", "waiting for data"]

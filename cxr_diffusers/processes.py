@@ -2,6 +2,7 @@
 
 import atexit
 import os
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -29,3 +30,17 @@ def leave():
     """End the group of processes before Python ends: its threads must not outlive what they use, or one aborts."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def quiet(pipeline):
+    """No progress bar of the pipeline's own inside ours."""
+    if not hasattr(pipeline, "set_progress_bar_config"):
+        yield
+        return
+    before = dict(getattr(pipeline, "_progress_bar_config", {}))
+    pipeline.set_progress_bar_config(**{**before, "disable": True})
+    try:
+        yield
+    finally:
+        pipeline.set_progress_bar_config(**before)

@@ -1,7 +1,5 @@
 """Pictures for people: overlays, panels and contact sheets, on one colour scale that is written beside them."""
 
-import io
-import os
 from functools import cache
 from pathlib import Path
 
@@ -184,119 +182,6 @@ def to_grey(image):
     return Image.fromarray((array * 255).round().astype(np.uint8))
 
 
-def save_png(image, path):
-    """Write a PIL image or a matplotlib figure as PNG, under its name only when complete."""
-    with io.BytesIO() as buffer:
-        if isinstance(image, Image.Image):
-            image.save(buffer, format="png")
-        else:
-            image.savefig(buffer, format="png", dpi=150)
-        write_file(path, buffer.getvalue())
-
-
-def save_map(anomaly_map, path):
-    """Write an (H, W) map in [0, 1], under its name only when complete: .png (16 bits, value * 65535) or .npy (exact).
-
-    Raises:
-        ValueError: another ending, another shape, or values outside [0, 1].
-    """
-    anomaly_map = np.asarray(anomaly_map, np.float32)
-    if anomaly_map.ndim != 2 or not (anomaly_map.min() >= 0 and anomaly_map.max() <= 1):
-        low, high = anomaly_map.min(), anomaly_map.max()
-        raise ValueError(f"expected an (H, W) map in [0, 1], got {anomaly_map.shape} from {low:g} to {high:g}")
-    with io.BytesIO() as buffer:
-        if _ending(path) == ".npy":
-            np.save(buffer, anomaly_map)
-        else:
-            Image.fromarray((anomaly_map * 65535).round().astype(np.uint16)).save(buffer, format="png")
-        write_file(path, buffer.getvalue())
-
-
-def write_file(path, content):
-    """Write bytes under a temporary name in the same folder, then rename: nobody ever reads half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
-def load_map(path):
-    """What `save_map` wrote -> (H, W) float32 in [0, 1]; a PNG is exact to 1 / 131070."""
-    if _ending(path) == ".npy":
-        return np.load(path)
-    with Image.open(path) as image:
-        if not image.mode.startswith("I"):
-            raise ValueError(f"expected a 16-bit map, got a PNG of mode {image.mode}: {path}")
-        return np.asarray(image).astype(np.float32) / 65535
-
-
-def precision_recall_figure(rankings, *, title=None):
-    """Precision against recall, one curve a method.
-
-    Args:
-        rankings: {name: `metrics.Ranking`}, all of the same truth.
-
-    Returns:
-        matplotlib `Figure`, for `save_png`; legend entries carry the average precision. The dotted line is chance.
-    """
-    figure, axes = _axes("recall", "precision", title)
-    for (name, ranking), style in zip(rankings.items(), line_styles(), strict=False):
-        recall, precision, _ = ranking.curve()
-        axes.step(recall, precision, where="pre", label=f"{name}  AP {ranking.average_precision():.3f}", **style)
-    axes.axhline(ranking.prevalence, color="0.5", linestyle=":", label=f"chance  AP {ranking.prevalence:.3f}")
-    axes.legend(frameon=False, fontsize=8)
-    return figure
-
-
-def roc_figure(rankings, *, title=None):
-    """True-positive rate against false-positive rate; arguments and result as in `precision_recall_figure`."""
-    figure, axes = _axes("false-positive rate", "true-positive rate", title)
-    for (name, ranking), style in zip(rankings.items(), line_styles(), strict=False):
-        true, _, false = ranking.curve()
-        label = f"{name}  AUROC {ranking.auroc():.3f}"
-        axes.plot(np.r_[0, false, 1], np.r_[0, true, 1], label=label, **style)
-    axes.plot([0, 1], [0, 1], color="0.5", linestyle=":", label="chance  AUROC 0.500")
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
-    return figure
-
-
-def line_figure(x, lines, xlabel, *, ylabel="", title=None, ylim=(0, 1.02)):
-    """Lines over a common axis, a marker on each value.
-
-    Args:
-        x: N numbers.
-        lines: {name: N numbers}.
-
-    Returns:
-        matplotlib `Figure`, for `save_png`.
-    """
-    figure, axes = _axes(xlabel, ylabel, title)
-    axes.set(xlim=(min(x) - 0.02 * (max(x) - min(x) or 1), max(x) + 0.02 * (max(x) - min(x) or 1)), ylim=ylim)
-    for (name, y), style in zip(lines.items(), line_styles(), strict=False):
-        axes.plot(x, y, marker="o", markersize=3, label=name, **style)
-    axes.legend(frameon=False, fontsize=8)
-    return figure
-
-
-def line_styles():
-    """Line styles without end: colours that the colour-blind tell apart (Okabe & Ito 2008), then other dashes."""
-    for dash in ("-", "--", "-.") * 100:
-        for colour in ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"):
-            yield {"color": colour, "linestyle": dash, "linewidth": 1.4}
-
-
-def _axes(xlabel, ylabel, title):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)  # drawn without pyplot's global state
-    axes = figure.add_subplot(xlim=(0, 1), ylim=(0, 1.02), xlabel=xlabel, ylabel=ylabel, title=title or "")
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
 def _cover(grey, level, opacity):
     """(H, W) grey 0..255, (H, W) level 0..1 -> (H, W, 3) uint8; nothing is laid over level 0, so the anatomy stays."""
     alpha = (opacity * level**0.8)[..., None]
@@ -404,10 +289,3 @@ def _write_upright(page, words, position, size, length):
 
 def _note(truth_known, scale):
     return "; ".join(["cyan: true region"] * truth_known + [scale] * bool(scale))
-
-
-def _ending(path):
-    ending = Path(path).suffix.lower()
-    if ending not in (".png", ".npy"):
-        raise ValueError(f"expected a map file that ends in .png or .npy, got {path}")
-    return ending

@@ -1,5 +1,8 @@
-"""What every anomaly pipeline here takes and returns."""
+"""What every anomaly pipeline here returns, its map, and what the calls have in common."""
 
+import itertools
+import math
+import numbers
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,77 +34,6 @@ class AnomalyOutput(BaseOutput):
     counterfactual: list | np.ndarray | torch.Tensor
     anomaly_map: list | np.ndarray | torch.Tensor
     anomaly_score: np.ndarray | torch.Tensor
-
-
-def prepare_image(image, size, scaling="minmax", aspect="pad", data_range=(-1.0, 1.0), num_channels=1):
-    """Any picture(s) -> (B, num_channels, size, size) float32 in `data_range`, ready for a model.
-
-    Args:
-        image: a PIL image, an array or a tensor, or a list of them (sizes and depths may differ). Arrays are (H, W),
-            (H, W, C) or (B, H, W, C), tensors (H, W), (C, H, W) or (B, C, H, W).
-        size: side of the model's square, in pixels.
-        scaling: "minmax" stretches each picture's own darkest and brightest value to the range, after resizing and
-            inside the frame, so that neither a hot pixel nor the padding decides. "dtype" maps the range of the type
-            (0..255, 0..65535; floats: [0, 1] or, if any value is negative, [-1, 1]) and keeps exposure as it is.
-        aspect: "pad" (bars in the darkest value, nothing lost), "crop" (centre square), "squash" (the sides are
-            stretched to a square, as guided-diffusion's CheXpert scripts do), or "keep" (the picture's own pixels,
-            bars around them or the centre of them: MRI slices of 240 pixels in a square of 256).
-        data_range: the darkest and the brightest value that the model knows.
-        num_channels: channels of the model; colour pictures become grey for one channel.
-
-    Raises:
-        TypeError: neither PIL image, array nor tensor (a path, say).
-        ValueError: a shape, a value (NaN) or an option that is not as said above.
-    """
-    if aspect not in ("pad", "crop", "squash", "keep"):
-        raise ValueError(f"expected `aspect` pad, crop, squash or keep, got {aspect!r}")
-    if scaling not in ("minmax", "dtype"):
-        raise ValueError(f"expected `scaling` minmax or dtype, got {scaling!r}")
-    pictures = [_one_picture(p, size, scaling, aspect, num_channels) for p in _each_picture(image, num_channels)]
-    low, high = data_range
-    return torch.stack(pictures) * (high - low) + low
-
-
-def read_pictures(image, num_channels=1):
-    """Any picture(s) -> [((num_channels, H, W) float32 in [0, 1], has it more than 8 bits)], each at its own size.
-
-    [0, 1] is the range of the type. What may be handed in and what is refused: see `prepare_image`, whose
-    `scaling="dtype"` this is.
-    """
-    channels = [_channels(picture, num_channels) for picture in _each_picture(image, num_channels)]
-    return [(_scale_by_type(*c).clamp(0, 1), c[2] not in (torch.uint8, torch.bool)) for c in channels]
-
-
-def frame(height, width, size, aspect):
-    """Where a picture of `height` x `width` lies in the model's square: (top, left, height, width), in its pixels.
-
-    "crop", and "keep" of a larger picture, answer with a frame larger than the square and a negative corner.
-    """
-    if aspect == "squash":
-        return 0, 0, size, size
-    if aspect == "keep":
-        return (size - height) // 2, (size - width) // 2, height, width
-    fit = max if aspect == "pad" else min
-    scale = size / fit(height, width)
-    h, w = max(1, round(height * scale)), max(1, round(width * scale))
-    return (size - h) // 2, (size - w) // 2, h, w
-
-
-def restore_map(anomaly_map, height, width, aspect="pad"):
-    """(size, size) map of the model's square -> (height, width) float32 array, the picture's own resolution.
-
-    Bars are cut away; what was cropped away comes back as 0.
-    """
-    tensor = torch.as_tensor(np.asarray(anomaly_map, dtype=np.float32))
-    size = tensor.shape[-1]
-    top, left, h, w = frame(height, width, size, aspect)
-    inside = tensor[max(top, 0) : max(top, 0) + min(h, size), max(left, 0) : max(left, 0) + min(w, size)]
-    # the part of the picture that the model saw, in the picture's own pixels
-    y, x = (round(max(-corner, 0) * side / shown) for corner, side, shown in ((top, height, h), (left, width, w)))
-    seen_h, seen_w = round(inside.shape[0] * height / h), round(inside.shape[1] * width / w)
-    restored = torch.zeros(height, width)
-    restored[y : y + seen_h, x : x + seen_w] = _resize(inside[None], seen_h, seen_w)[0].clamp(0, 1)
-    return restored.numpy()
 
 
 def difference_map(reference, counterfactual, data_range=(-1.0, 1.0), direction="both"):
@@ -175,91 +107,116 @@ def _to_pil(array):
     return PIL.Image.fromarray(array if array.shape[-1] == 3 else array[..., 0])
 
 
-def _each_picture(image, num_channels):
-    """Whatever was handed in -> a list of (C, H, W) arrays or tensors, each in its own type."""
-    if isinstance(image, (list, tuple)):
-        if not image:
-            raise ValueError("expected at least one image, got an empty list")
-        return [picture for item in image for picture in _each_picture(item, num_channels)]
-    if isinstance(image, PIL.Image.Image):
-        return [_from_pil(image, num_channels)]
-    if isinstance(image, np.ndarray):
-        if image.ndim == 2:
-            return [image[None]]
-        if image.ndim in (3, 4) and image.shape[-1] in (1, 3, 4, num_channels):
-            return list(np.moveaxis(image, -1, -3).reshape(-1, image.shape[-1], *image.shape[-3:-1]))
-        raise ValueError(f"expected arrays of shape (H, W), (H, W, C) or (B, H, W, C), got {image.shape}")
-    if torch.is_tensor(image):
-        if image.ndim == 2:
-            return [image[None]]
-        if image.ndim in (3, 4) and image.shape[-3] in (1, 3, 4, num_channels):
-            return list(image.reshape(-1, *image.shape[-3:]))
-        raise ValueError(f"expected tensors of shape (H, W), (C, H, W) or (B, C, H, W), got {tuple(image.shape)}")
-    raise TypeError(f"expected a PIL image, an array, a tensor or a list of them, got {type(image).__name__}")
+class ContractMixin:
+    """Put before `DiffusionPipeline` among the bases of a pipeline class that answers with an `AnomalyOutput`.
+
+    A class of it has `ORIGINAL_SETTINGS`: what a call means when neither the caller nor the checkpoint says otherwise.
+    """
+
+    ORIGINAL_SETTINGS = {}
+
+    def register_contract(self, num_classes, class_names, data_range, scaling, aspect, settings, map_threshold):
+        """Into the pipeline's config: what its pictures, its classes and the defaults of its call are.
+
+        `data_range` None: the class has no choice of it.
+
+        Raises:
+            ValueError: as many names as there are no classes, or a setting that the call does not have.
+        """
+        unknown = set(settings or {}) - set(self.ORIGINAL_SETTINGS)
+        if unknown:
+            raise ValueError(f"expected `settings` among {sorted(self.ORIGINAL_SETTINGS)}, got {sorted(unknown)}")
+        if isinstance(class_names, dict):
+            class_names = [class_names[str(i)] for i in range(len(class_names))]
+        if class_names is not None and len(class_names) != num_classes:
+            raise ValueError(f"expected {num_classes} class names (a null label has none), got {class_names}")
+        if data_range is not None:
+            self.register_to_config(data_range=list(data_range))
+        self.register_to_config(
+            # not a list: diffusers takes a list in a pipeline's config for a component
+            class_names=class_names and {str(i): name for i, name in enumerate(class_names)},
+            scaling=scaling,
+            aspect=aspect,
+            settings=settings,
+            map_threshold=map_threshold,
+        )
+
+    @property
+    def class_names(self):
+        """The classes' names in the order of their ids, or [] where none were given."""
+        return list((self.config.class_names or {}).values())
+
+    def settings(self, recipe=None, **given):
+        """The settings of a call: those given, over the checkpoint's own, over the original procedure's.
+
+        `recipe` "original" leaves the checkpoint's out.
+        """
+        if recipe not in (None, "original"):
+            raise ValueError(f"expected `recipe` to be original, or None for the checkpoint's own, got {recipe!r}")
+        given = {name: value for name, value in given.items() if value is not None}
+        own = {} if recipe == "original" else self.config.settings or {}
+        return {**self.ORIGINAL_SETTINGS, **own, **given}
+
+    def find_label(self, label, name, count, null=None):
+        """A class id below `count`, a class name or "null" -> the id; `null` is that of the null label, if any."""
+        names = self.class_names
+        if isinstance(label, str) and label in names:
+            return names.index(label)
+        if label == "null" and null is not None:
+            return null
+        if isinstance(label, int) and 0 <= label < count:
+            return label
+        known = [f"0..{count - 1}", *map(repr, names), *(["'null'"] if null is not None else [])]
+        raise ValueError(f"expected `{name}` among {', '.join(known)}, got {label!r}")
+
+    def check_map(self, settings, output_type):
+        """ValueError where the settings of the map, or the type of the answer, are not what they can be."""
+        if settings["direction"] not in ("both", "bright", "dark"):
+            raise ValueError(f"expected `direction` both, bright or dark, got {settings['direction']!r}")
+        check_number("smoothing", settings["smoothing"])
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"expected `output_type` pil, np or pt, got {output_type!r}")
+
+    def check_span(self, settings, tensor_inputs):
+        """ValueError where the settings of inversion are not what they can be, or the callback asks for what is not."""
+        chain = self.scheduler.config.num_train_timesteps
+        allowed = {"noise_level": f"to be a timestep, 1..{chain}", "num_inference_steps": f"from 1 to {chain}"}
+        for name, what in allowed.items():
+            if not isinstance(settings[name], int):
+                raise ValueError(f"expected `{name}` to be a whole number, got {settings[name]!r}")
+            if not 1 <= settings[name] <= chain:
+                raise ValueError(f"expected `{name}` {what}, got {settings[name]!r}")
+        if not isinstance(settings["num_refinements"], int) or settings["num_refinements"] < 0:
+            raise ValueError(
+                f"expected `num_refinements` to be a whole number of 0 or more, got {settings['num_refinements']!r}"
+            )
+        unknown = set(tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"expected `callback_on_step_end_tensor_inputs` among {self._callback_tensor_inputs}, got "
+                f"{sorted(unknown)}"
+            )
+
+    def on_step(self, callback, tensor_inputs):
+        """diffusers' step callback as `on_step(i, t, latents) -> latents`, or None."""
+        if callback is None:
+            return None
+
+        steps = itertools.count()  # of the whole call, over inversion and all decodings
+
+        def call(_, t, latents):
+            kwargs = {}
+            for name in tensor_inputs:
+                kwargs[name] = latents
+            return (callback(self, next(steps), t, kwargs) or {}).get("latents", latents)
+
+        return call
 
 
-def _from_pil(image, num_channels):
-    if num_channels == 3:
-        return np.moveaxis(np.asarray(image.convert("RGB")), -1, 0)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        array = np.asarray(image)
-        # mode I is what PIL makes of many 16-bit files
-        return (array.astype(np.uint16) if image.mode == "I" and array.min() >= 0 and array.max() < 65536 else array)[
-            None
-        ]
-    return np.asarray(image.convert("L"))[None]
-
-
-def _one_picture(picture, size, scaling, aspect, num_channels):
-    """(C, H, W) of any type -> (num_channels, size, size) float32 in [0, 1]."""
-    tensor, floating, kind = _channels(picture, num_channels)
-    top, left, h, w = frame(*tensor.shape[1:], size, aspect)
-    if scaling == "dtype":
-        tensor = _scale_by_type(tensor, floating, kind)
-    tensor = _resize(tensor, h, w)
-    tensor = tensor[:, max(-top, 0) : max(-top, 0) + size, max(-left, 0) : max(-left, 0) + size]
-    if scaling == "minmax":
-        low, high = tensor.amin(dim=(1, 2), keepdim=True), tensor.amax(dim=(1, 2), keepdim=True)
-        tensor = (tensor - low) / (high - low).clamp(min=1e-12)
-    top, left = max(top, 0), max(left, 0)
-    return F.pad(tensor.clamp(0, 1), (left, size - tensor.shape[2] - left, top, size - tensor.shape[1] - top))
-
-
-def _channels(picture, num_channels):
-    """(C, H, W) of any type -> ((num_channels, H, W) float32 in its own values, was it floating, its type)."""
-    if not torch.is_tensor(picture):
-        picture = torch.from_numpy(np.array(picture, dtype=picture.dtype.newbyteorder("=")))  # of some TIFFs it is not
-    if picture.numel() == 0 or picture.is_complex():
-        raise ValueError(f"expected real pixels, got {picture.dtype} of shape {tuple(picture.shape)}")
-    tensor = picture.detach().cpu()
-    floating, kind = tensor.is_floating_point(), tensor.dtype
-    tensor = tensor.float()
-    if not torch.isfinite(tensor).all():
-        raise ValueError("expected finite pixel values, got NaN or infinity")
-    if len(tensor) != num_channels:
-        if num_channels != 1:
-            raise ValueError(f"expected images of {num_channels} channels, got {len(tensor)}")
-        # the weights of PIL's convert("L"); a fourth channel is alpha
-        tensor = (tensor[:3] * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True)
-    return tensor, floating, kind
-
-
-def _scale_by_type(tensor, floating, kind):
-    if floating:
-        low, high = tensor.min().item(), tensor.max().item()
-        if low < -1 or high > 1:
-            raise ValueError(f"expected float images in [0, 1] or [-1, 1], got values from {low:g} to {high:g}")
-        return (tensor + 1) / 2 if low < 0 else tensor
-    if tensor.min() < 0:
-        raise ValueError(f"expected integer images of 0 and more, got {int(tensor.min())}: use `scaling='minmax'`")
-    return tensor / {torch.uint8: 255, torch.bool: 1}.get(kind, 65535)
-
-
-def _resize(tensor, height, width):
-    """(C, H, W) -> (C, height, width): area means along a side that shrinks, bilinear along one that grows."""
-    pictures = []
-    for channel in tensor.numpy():
-        picture = PIL.Image.fromarray(channel)
-        picture = picture.resize((min(width, picture.width), min(height, picture.height)), PIL.Image.Resampling.BOX)
-        pictures.append(np.asarray(picture.resize((width, height), PIL.Image.Resampling.BILINEAR)))
-    return torch.from_numpy(np.stack(pictures))
+def check_number(name, value, low=0.0, high=math.inf):
+    """ValueError unless `value` is a finite number from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"expected `{name}` to be a number, got {value!r}")
+    if not math.isfinite(value) or not low <= value <= high:
+        limits = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of {low:g} or more"
+        raise ValueError(f"expected a finite `{name}` {limits if math.isfinite(low) else ''}, got {value!r}")

@@ -6,9 +6,17 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin
 from diffusers.utils import replace_example_docstring
 
-from .cxr_anomaly import AnomalyOutput, anomaly_output, combine_maps, difference_map, prepare_image, smooth_map
+from .cxr_anomaly import (
+    AnomalyOutput,
+    ContractMixin,
+    anomaly_output,
+    check_number,
+    combine_maps,
+    difference_map,
+    smooth_map,
+)
 from .cxr_conditions import Conditions
-from .cxr_contract import ContractMixin, check_number
+from .cxr_images import prepare_image
 from .cxr_inversion import (
     check_scheduler,
     class_evidence,

@@ -4,9 +4,9 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
 from diffusers.utils import replace_example_docstring
 
-from .cxr_anomaly import AnomalyOutput, anomaly_output, difference_map, prepare_image, smooth_map
+from .cxr_anomaly import AnomalyOutput, ContractMixin, anomaly_output, check_number, difference_map, smooth_map
 from .cxr_classifier import ask, is_image_classifier, names_of_classes, number_of_classes
-from .cxr_contract import ContractMixin, check_number
+from .cxr_images import prepare_image
 from .cxr_inversion import check_scheduler, invert, noise_from_output, output_from_noise, timesteps_below
 from .cxr_portable import PortableMixin
 

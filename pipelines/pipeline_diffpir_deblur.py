@@ -10,7 +10,6 @@ from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
 from diffusers.utils import BaseOutput, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 
-from .cxr_anomaly import read_pictures
 from .cxr_deconvolution import (
     canvas_size,
     check_kernel,
@@ -21,6 +20,7 @@ from .cxr_deconvolution import (
     middle,
     transfer_function,
 )
+from .cxr_images import read_pictures
 from .cxr_inversion import noise_from_output
 from .cxr_portable import PortableMixin
 from .cxr_tiles import blend
@@ -30,7 +30,7 @@ EXAMPLE_DOC_STRING = """
         ```py
         >>> from PIL import Image
         >>> from cxr_diffusers import load_prior
-        >>> from cxr_diffusers.degradations import gaussian_kernel
+        >>> from cxr_diffusers.deblurring.degradations import gaussian_kernel
 
         >>> pipeline = load_prior()  # the shipped model's UNet, with its null label, is the prior
         >>> output = pipeline(Image.open("chest.png"), kernel=gaussian_kernel(1.5), num_inference_steps=20)

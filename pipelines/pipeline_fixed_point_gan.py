@@ -4,8 +4,8 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import replace_example_docstring
 
-from .cxr_anomaly import AnomalyOutput, anomaly_output, difference_map, prepare_image, smooth_map
-from .cxr_contract import ContractMixin
+from .cxr_anomaly import AnomalyOutput, ContractMixin, anomaly_output, difference_map, smooth_map
+from .cxr_images import prepare_image
 from .cxr_portable import PortableMixin
 
 EXAMPLE_DOC_STRING = """

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.utils import replace_example_docstring
 
-from .cxr_anomaly import AnomalyOutput, anomaly_output, prepare_image, smooth_map
+from .cxr_anomaly import AnomalyOutput, ContractMixin, anomaly_output, smooth_map
 from .cxr_classifier import (
     ask,
     edge_lengths,
@@ -14,7 +14,7 @@ from .cxr_classifier import (
     names_of_classes,
     number_of_classes,
 )
-from .cxr_contract import ContractMixin
+from .cxr_images import prepare_image
 from .cxr_portable import PortableMixin
 
 EXAMPLE_DOC_STRING = """

@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import replace_example_docstring
 
-from .cxr_anomaly import AnomalyOutput, anomaly_output, prepare_image, smooth_map
+from .cxr_anomaly import AnomalyOutput, ContractMixin, anomaly_output, smooth_map
 from .cxr_classifier import log_odds_against
-from .cxr_contract import ContractMixin
+from .cxr_images import prepare_image
 from .cxr_portable import PortableMixin
 
 EXAMPLE_DOC_STRING = """

@@ -14,17 +14,17 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from cxr_diffusers import FixedPointDiscriminator, FixedPointGANPipeline, FixedPointGenerator, train_adversarial
-from cxr_diffusers.adversarial_loop import decay
-from cxr_diffusers.adversarial_losses import (
+from cxr_diffusers.figures import loss_curves
+from cxr_diffusers.models.fixed_point_gan import FixedPointDiscriminatorOutput, FixedPointGeneratorOutput
+from cxr_diffusers.training.adversarial_loop import decay
+from cxr_diffusers.training.adversarial_losses import (
     discriminator_loss,
     domain_classification_loss,
     generator_loss,
     gradient_penalty,
 )
-from cxr_diffusers.loss_curves import loss_curves
-from cxr_diffusers.models.fixed_point_gan import FixedPointDiscriminatorOutput, FixedPointGeneratorOutput
-from cxr_diffusers.recipe import AdversarialConfig, load_recipe, parse_command_line
-from cxr_diffusers.run import checkpoints
+from cxr_diffusers.training.checkpoints import checkpoints
+from cxr_diffusers.training.recipe import AdversarialConfig, load_recipe, parse_command_line
 
 ROOT = Path(__file__).parent.parent
 IMAGES = torch.rand(4, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -268,7 +268,7 @@ def test_two_processes_hold_the_same_players(tmp_path):
         import sys
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from cxr_diffusers import train_adversarial
-        from cxr_diffusers.recipe import AdversarialConfig
+        from cxr_diffusers.training.recipe import AdversarialConfig
         from test_adversarial import SETTINGS, Pictures, players
 
         both = players()

@@ -10,8 +10,8 @@ import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 
-from conftest import toy_generator, toy_unet
 from cxr_diffusers import CFGAnomalyPipeline, DiffPIRDeblurPipeline, FixedPointGANPipeline, load_phantom
+from helpers import toy_generator, toy_unet
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

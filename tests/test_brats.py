@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import toy_unet
 from cxr_diffusers import CFGAnomalyPipeline, build_dataset, detect, evaluate, load_brats
-from cxr_diffusers.data import TensorImages
 from cxr_diffusers.data.brats import list_slices, read_slice
-from cxr_diffusers.original import OriginalProcedure, run_as_original
-from cxr_diffusers.pipelines.cxr_anomaly import prepare_image
+from cxr_diffusers.guided_diffusion.original import OriginalProcedure, run_as_original
+from cxr_diffusers.pipelines.cxr_images import prepare_image
+from cxr_diffusers.training.tensors import TensorImages
+from helpers import toy_unet
 
 nibabel = pytest.importorskip("nibabel")
 ROOT = Path(__file__).parent.parent

@@ -7,10 +7,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
-from conftest import toy_classifier, toy_unet
 from cxr_diffusers import CFGAnomalyPipeline, ClassifierGuidedPipeline
 from cxr_diffusers.pipelines.cxr_anomaly import combine_maps, difference_map, score_map, smooth_map
 from cxr_diffusers.pipelines.cxr_inversion import class_evidence, evidence_timesteps, output_from_noise
+from helpers import toy_classifier, toy_unet
 
 FAST = dict(num_inference_steps=10, noise_level=300, output_type="pt")
 

@@ -17,7 +17,8 @@ from cxr_diffusers.evaluation import chexlocalize as protocol
 from cxr_diffusers.evaluation import evaluate, evaluate_chexlocalize
 from cxr_diffusers.evaluation.chexlocalize import ANY, THRESHOLDS, open_split
 from cxr_diffusers.pipelines import AnomalyOutput
-from cxr_diffusers.pipelines.cxr_anomaly import prepare_image, score_map
+from cxr_diffusers.pipelines.cxr_anomaly import score_map
+from cxr_diffusers.pipelines.cxr_images import prepare_image
 
 EFFUSION, EDEMA = "Pleural Effusion", "Edema"
 

@@ -17,10 +17,10 @@ from cxr_diffusers import CFGAnomalyPipeline, pipelines, read_image, run_as_orig
 from cxr_diffusers.cli import main
 from cxr_diffusers.commands.convert import NOT_NEEDED
 from cxr_diffusers.commands.options import CALL
-from cxr_diffusers.convert import ConversionFlags
 from cxr_diffusers.data import LOADERS, open_dataset
-from cxr_diffusers.pipelines.cxr_anomaly import restore_map
-from cxr_diffusers.visualization import load_map
+from cxr_diffusers.files import load_map
+from cxr_diffusers.guided_diffusion import ConversionFlags
+from cxr_diffusers.pipelines.cxr_images import restore_map
 
 ROOT = Path(__file__).parent.parent
 # MODEL_FLAGS, DIFFUSION_FLAGS, TRAIN_FLAGS and SAMPLE_FLAGS of the original's README, at toy size

@@ -19,7 +19,7 @@ from cxr_diffusers import (
     PyramidClassifier,
 )
 from cxr_diffusers.data import LOADERS
-from cxr_diffusers.recipe import AdversarialRecipe, ClassifierRecipe, Recipe, load_recipe
+from cxr_diffusers.training.recipe import AdversarialRecipe, ClassifierRecipe, Recipe, load_recipe
 
 ROOT = Path(__file__).parent.parent
 PLANS = {"evaluate", "method"}  # what is compared on what: see test_plan.py

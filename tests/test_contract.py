@@ -8,7 +8,6 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from conftest import toy_classifier, toy_generator, toy_pyramid, toy_resnet, toy_unet
 from cxr_diffusers import (
     CFGAnomalyPipeline,
     ClassifierGuidedPipeline,
@@ -20,7 +19,9 @@ from cxr_diffusers import (
     evaluate,
     load_phantom,
 )
-from cxr_diffusers.hub import load_pipeline, write_model_card
+from cxr_diffusers.hub.loading import load_pipeline
+from cxr_diffusers.hub.model_card import write_model_card
+from helpers import toy_classifier, toy_generator, toy_pyramid, toy_resnet, toy_unet
 from local_hub import local_hub, run_script
 
 CLASSES = ["healthy", "pleural effusion"]
@@ -143,7 +144,7 @@ def another_version(folder, other):
 HERE = """if True:
     import torch
     from cxr_diffusers import publish
-    from cxr_diffusers.hub import load_pipeline
+    from cxr_diffusers.hub.loading import load_pipeline
     torch.set_num_threads(1)
     image, expected = torch.load("expected.pt")
     for name, (call, found) in expected.items():

@@ -7,18 +7,24 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
-from goldens.original_unet import OriginalUNet
 
 from cxr_diffusers import CFGAnomalyPipeline, ClassMatrixUNet
-from cxr_diffusers.convert import (
+from cxr_diffusers.guided_diffusion import (
     ConversionFlags,
     convert_checkpoint,
     convert_state_dict,
     parse_flag,
     read_checkpoint,
 )
-from cxr_diffusers.hub import load_unet
-from cxr_diffusers.recipe import load_recipe
+from cxr_diffusers.hub.loading import load_unet
+from cxr_diffusers.training.recipe import load_recipe
+from helpers import flags_of, random_original
+
+
+@pytest.fixture
+def net():
+    return random_original(mult=(1, 2), attention=(1,), classes=2, class_mlp=True)
+
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
@@ -52,28 +58,6 @@ CONFIGURATIONS = {
     ),
     "three residual blocks, one head at several widths": dict(mult=(1, 2), attention=(0, 1), res_blocks=3),
 }
-
-
-def random_original(**configuration):
-    """A random checkpoint of that configuration, as a callable with `tensors`."""
-    net = OriginalUNet(**configuration)
-    net(
-        torch.zeros(1, net.in_channels, 16, 16),
-        torch.zeros(1),
-        None if net.classes is None else torch.zeros(1, dtype=torch.long),
-    )
-    return net
-
-
-def flags_of(net):
-    return dict(
-        image_size=16, num_heads=net.heads, num_head_channels=net.head_channels, use_new_attention_order=net.new_order
-    )
-
-
-@pytest.fixture
-def net():
-    return random_original(mult=(1, 2), attention=(1,), classes=2, class_mlp=True)
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)

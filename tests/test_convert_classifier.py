@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from goldens.original_unet import OriginalClassifier
-from test_convert import flags_of, random_original
 
 from cxr_diffusers import ClassifierGuidedPipeline, NoisyClassifier
 from cxr_diffusers.cli import main
-from cxr_diffusers.convert import convert_checkpoint, convert_state_dict
+from cxr_diffusers.guided_diffusion import convert_checkpoint, convert_state_dict
+from helpers import flags_of, random_original
 
 torch.set_num_threads(1)
 

@@ -7,17 +7,16 @@ import pytest
 import torch
 from scipy import linalg
 from sklearn.linear_model import LogisticRegression
-from test_evaluation import BrightSpots, rows
 from torchmetrics.image.fid import _compute_fid
 from torchmetrics.image.kid import poly_mmd
 
-from conftest import toy_resnet
-from cxr_diffusers import GradCAMPipeline
+from cxr_diffusers import GradCAMPipeline, load_pipeline
 from cxr_diffusers.evaluation import compare, counterfactual_table, evaluate
-from cxr_diffusers.evaluation.judge import is_its_own_judge, look, open_judge
-from cxr_diffusers.feature_distances import frechet_distance, kernel_distance, kernel_distance_of
-from cxr_diffusers.metrics import image_auroc, interval_of, mean_of, patient_weights
+from cxr_diffusers.evaluation.feature_distances import frechet_distance, kernel_distance, kernel_distance_of
+from cxr_diffusers.evaluation.judge import check_judge, is_its_own_judge, look, name_of
+from cxr_diffusers.evaluation.metrics import image_auroc, interval_of, mean_of, patient_weights
 from cxr_diffusers.pipelines import AnomalyOutput
+from helpers import BrightSpots, spot_rows, toy_resnet
 
 
 @pytest.fixture
@@ -49,7 +48,7 @@ def judge():
     """A real classifier at toy size, whose last layer is fitted to tell spots from none."""
     classifier = toy_resnet()
     judge = GradCAMPipeline(classifier, sample_size=32, class_names=["healthy", "spot"], scaling="dtype")
-    pictures = [np.asarray(row["image"], np.float32) / 255 for row in (*rows(40), *rows(40, spot=False))]
+    pictures = [np.asarray(row["image"], np.float32) / 255 for row in (*spot_rows(40), *spot_rows(40, spot=False))]
     _, features = look(judge, pictures)
     fitted = LogisticRegression(C=1e4, max_iter=5000).fit(features, np.arange(80) < 40)
     layer = classifier.classifier[-1]
@@ -62,9 +61,9 @@ def judge():
 def found(judge):
     methods = {"healer": Healer(), "harmer": Harmer(), "nothing": BrightSpots()}
     # two are called ill and show nothing: what the judge calls healthy already cannot be flipped
-    subtle = [{**row, "label": 1, "patient": f"s{i}"} for i, row in enumerate(rows(2, spot=False, dark=61))]
-    options = dict(healthy=rows(12, spot=False), judge=judge, n_bootstrap=100, progress=False)
-    return compare(methods, rows(14) + subtle, **options)
+    subtle = [{**row, "label": 1, "patient": f"s{i}"} for i, row in enumerate(spot_rows(2, spot=False, dark=61))]
+    options = dict(healthy=spot_rows(12, spot=False), judge=judge, n_bootstrap=100, progress=False)
+    return compare(methods, spot_rows(14) + subtle, **options)
 
 
 def value(result, name, number):
@@ -151,7 +150,9 @@ def test_the_healed_are_nearer_to_healthy_pictures_than_the_ill(found):
 
 def test_the_judges_numbers_are_those_of_its_answers(found, judge):
     table = found.per_image[found.per_image.method == "healer"]
-    pictures = [row["image"] for row in (*rows(14), *rows(2, spot=False, dark=61), *rows(12, spot=False))]
+    pictures = [
+        row["image"] for row in (*spot_rows(14), *spot_rows(2, spot=False, dark=61), *spot_rows(12, spot=False))
+    ]
     pixels = torch.stack([torch.from_numpy(np.asarray(p, np.float32) / 255)[None] for p in pictures])
     healed = torch.where(pixels > 0.3, torch.tensor(0.2), pixels)
     with torch.no_grad():
@@ -168,7 +169,7 @@ def test_the_judges_numbers_are_those_of_its_answers(found, judge):
 
 
 def test_features_are_what_the_last_layer_reads(judge):
-    pictures = [np.asarray(row["image"], np.float32) / 255 for row in rows(3)]
+    pictures = [np.asarray(row["image"], np.float32) / 255 for row in spot_rows(3)]
     probabilities, features = look(judge, pictures)
     layer = judge.classifier.classifier[-1]
     logits = torch.tensor(features, dtype=torch.float32) @ layer.weight.data.T + layer.bias.data
@@ -177,7 +178,7 @@ def test_features_are_what_the_last_layer_reads(judge):
 
 def test_a_counterfactual_is_stretched_as_its_picture_is(judge):
     stretching = GradCAMPipeline(judge.classifier, sample_size=32, scaling="minmax")
-    picture = np.asarray(rows(1)[0]["image"], np.float32) / 255
+    picture = np.asarray(spot_rows(1)[0]["image"], np.float32) / 255
     low, high = picture.min(), picture.max()
     darker = 0.9 * picture
     _, found = look(stretching, [darker], [picture])
@@ -198,31 +199,31 @@ def test_what_has_no_counterfactual_or_is_its_own_judge_is_not_judged(found, jud
     class Guided(Healer):
         components = {"classifier": judge.classifier}
 
-    result = evaluate(Guided(), rows(4), judge=judge, n_bootstrap=5, progress=False)
+    result = evaluate(Guided(), spot_rows(4), judge=judge, n_bootstrap=5, progress=False)
     assert result.summary["counterfactuals"]["not_measured"] == {"method": "the judge is its own classifier"}
     assert set(result.summary["counterfactuals"]["rows"]["method"]) == {"psnr_outside", "ssim_outside"}
 
 
 def test_without_a_judge_there_are_only_the_numbers_of_what_was_kept():
-    result = evaluate(Harmer(), rows(8), n_bootstrap=50, progress=False)
+    result = evaluate(Harmer(), spot_rows(8), n_bootstrap=50, progress=False)
     section = result.summary["counterfactuals"]["rows"]
     assert set(section) == {"method"} and set(section["method"]) == {"psnr_outside", "ssim_outside"}
     assert "p_healthy" not in result.per_image
     for name, found in section["method"].items():
         expected = interval_of(
-            mean_of(result.per_image[name]), patient_weights([row["patient"] for row in rows(8)], 50, 0)
+            mean_of(result.per_image[name]), patient_weights([row["patient"] for row in spot_rows(8)], 50, 0)
         )
         assert found == expected._asdict() and found["low"] < found["value"] < found["high"], name
     assert "| PSNR outside (dB) | SSIM outside |" in counterfactual_table(result)
     assert "flip rate" not in counterfactual_table(result)
-    assert counterfactual_table(evaluate(BrightSpots(), rows(3), n_bootstrap=5, progress=False)) == ""
+    assert counterfactual_table(evaluate(BrightSpots(), spot_rows(3), n_bootstrap=5, progress=False)) == ""
 
 
 def test_the_data_sets_own_healthy_pictures_come_first(judge):
-    dataset = rows(6) + rows(5, spot=False)
-    section = evaluate(Healer(), dataset, healthy=rows(9, spot=False), judge=judge, n_bootstrap=5, progress=False)
+    dataset = spot_rows(6) + spot_rows(5, spot=False)
+    section = evaluate(Healer(), dataset, healthy=spot_rows(9, spot=False), judge=judge, n_bootstrap=5, progress=False)
     assert section.summary["counterfactuals"]["n_healthy"] == 5
-    alone = evaluate(Healer(), rows(6), judge=judge, n_bootstrap=5, progress=False)
+    alone = evaluate(Healer(), spot_rows(6), judge=judge, n_bootstrap=5, progress=False)
     assert alone.summary["counterfactuals"]["n_healthy"] == 0 and "kid" not in alone.summary["counterfactuals"]["rows"]
 
 
@@ -237,10 +238,12 @@ def test_the_table_says_who_judged_what(found, tmp_path):
 
 def test_a_judge_without_an_image_classifier_is_refused(pipeline):
     with pytest.raises(ValueError, match="judge with an image classifier of transformers.*got a CFGAnomalyPipeline"):
-        evaluate(BrightSpots(), rows(2), judge=pipeline, progress=False)
+        evaluate(BrightSpots(), spot_rows(2), judge=pipeline, progress=False)
 
 
 def test_the_shipped_classifier_is_a_judge():
-    judge = open_judge("cxr_grad_cam_128")
-    probabilities, features = look(judge, [np.asarray(row["image"], np.float32) / 255 for row in rows(2)])
+    judge = load_pipeline("cxr_grad_cam_128")
+    check_judge(judge)
+    assert name_of(judge) == "cxr_grad_cam_128"
+    probabilities, features = look(judge, [np.asarray(row["image"], np.float32) / 255 for row in spot_rows(2)])
     assert probabilities.shape == (2, 3) and features.shape == (2, 192) and judge.class_names[0] == "healthy"

@@ -9,11 +9,9 @@ import pandas as pd
 import PIL.Image
 import pytest
 import torch
-from test_images import write_dicom
 
 from cxr_diffusers.data import (
     LOADERS,
-    TensorImages,
     build_dataset,
     load_chexpert,
     load_folder,
@@ -24,51 +22,8 @@ from cxr_diffusers.data import (
 )
 from cxr_diffusers.data.chexpert import label_rows
 from cxr_diffusers.data.selection import lottery, select_rows
-
-SHARED = Path(__file__).parents[2] / "shared" / "cxr"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real radiographs are not here: {SHARED}")
-HEADER = (
-    "Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding,Enlarged Cardiomediastinum,Cardiomegaly,Lung Opacity,Lung Lesion,"
-    "Edema,Consolidation,Pneumonia,Atelectasis,Pneumothorax,Pleural Effusion,Pleural Other,Fracture,Support Devices"
-).split(",")
-
-
-def save_image(path, value=128, size=(12, 10)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    PIL.Image.new("L", size, value).save(path)
-    return path
-
-
-def chexpert_row(path, view="AP", **findings):
-    frontal = "Lateral" if "lateral" in path else "Frontal"
-    row = dict.fromkeys(HEADER, "") | {"Path": path, "Sex": "Female", "Age": 60, "Frontal/Lateral": frontal}
-    return row | {"AP/PA": "" if "lateral" in path else view} | findings
-
-
-def chexpert_rows(name):
-    """Four patients a kind: healthy, effusion, edema, uncertain effusion, nothing known."""
-    kinds = [
-        {"No Finding": 1.0},
-        {"Pleural Effusion": 1.0, "Edema": 1.0},
-        {"Edema": 1.0},
-        {"Pleural Effusion": -1.0},
-        {"Edema": -1.0},
-        {"No Finding": 1.0, "Support Devices": 1.0},
-    ]
-    rows = []
-    for patient in range(24):
-        folder = f"{name}/train/patient{patient:05d}/study1"
-        rows.append(chexpert_row(f"{folder}/view1_frontal.jpg", ["AP", "PA", ""][patient % 3], **kinds[patient % 6]))
-        rows.append(chexpert_row(f"{folder}/view2_lateral.jpg", **kinds[patient % 6]))
-    return rows
-
-
-def write_chexpert(parent, name="CheXpert-v1.0-small", csv_name=None):
-    rows = chexpert_rows(csv_name or name)
-    for row in rows:
-        save_image(parent / name / row["Path"].split("/", 1)[1])
-    pd.DataFrame(rows, columns=HEADER).to_csv(parent / name / "train.csv", index=False)
-    return parent / name
+from cxr_diffusers.training.tensors import TensorImages
+from helpers import HEADER, SHARED, chexpert_rows, needs_shared, save_image, write_chexpert, write_dicom
 
 
 @pytest.fixture
@@ -416,7 +371,7 @@ def test_hub_data_sets_are_checked_and_completed(tmp_path):
 
 
 def test_tensors_are_what_the_pipeline_will_see_cached_or_not():
-    from cxr_diffusers.pipelines.cxr_anomaly import prepare_image
+    from cxr_diffusers.pipelines.cxr_images import prepare_image
 
     phantoms = load_phantom(4, size=48)
     cached, lazy = (TensorImages(phantoms, 32, aspect="crop", cache_bytes=n) for n in (1 << 20, 0))

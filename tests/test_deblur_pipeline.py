@@ -6,12 +6,12 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 
-from conftest import toy_unet
 from cxr_diffusers import CFGAnomalyPipeline, DiffPIRDeblurPipeline
-from cxr_diffusers.deblurring import load_prior
-from cxr_diffusers.degradations import blur, gaussian_kernel, motion_kernel
-from cxr_diffusers.hub import load_unet
+from cxr_diffusers.deblurring.dataset import load_prior
+from cxr_diffusers.deblurring.degradations import blur, gaussian_kernel, motion_kernel
+from cxr_diffusers.hub.loading import load_unet
 from cxr_diffusers.pipelines.cxr_tiles import blend
+from helpers import toy_unet
 
 KERNEL = gaussian_kernel(0.8)
 FAST = dict(kernel=KERNEL, num_inference_steps=3, output_type="pt")

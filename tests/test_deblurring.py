@@ -15,14 +15,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from PIL import Image
-from test_data import HEADER, chexpert_row, save_image
-from test_images import write_dicom
 
-from conftest import toy_unet
 from cxr_diffusers import DiffPIRDeblurPipeline, load_chexpert, load_folder, load_table, read_image
 from cxr_diffusers.cli import main
-from cxr_diffusers.deblurring import deblur, describe_plan, measure
-from cxr_diffusers.degradations import gaussian_kernel
+from cxr_diffusers.deblurring.dataset import deblur, describe_plan, measure
+from cxr_diffusers.deblurring.degradations import gaussian_kernel
+from helpers import HEADER, chexpert_row, save_image, toy_unet, write_dicom
 
 KERNEL = "gaussian:sigma=0.8"
 FAST = {"num_inference_steps": 2}

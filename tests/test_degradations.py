@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from cxr_diffusers.degradations import (
+from cxr_diffusers.deblurring.degradations import (
     add_noise,
     blur,
     blur_adjoint,
@@ -18,7 +18,7 @@ from cxr_diffusers.degradations import (
     make_kernel,
     motion_kernel,
 )
-from cxr_diffusers.kernel_estimation import calibrate, estimate_blur, estimate_kernel
+from cxr_diffusers.deblurring.kernel_estimation import calibrate, estimate_blur, estimate_kernel
 from cxr_diffusers.pipelines.cxr_deconvolution import (
     canvas_size,
     check_kernel,

@@ -1,7 +1,6 @@
 """The web page: what may be handed in, what is shown, and what stands beside a score."""
 
 import base64
-import io
 import json
 import re
 import socket
@@ -16,51 +15,37 @@ import pytest
 import torch
 from PIL import Image
 from pydicom.uid import DeflatedExplicitVRLittleEndian
-from test_images import write_dicom
 
-from conftest import toy_generator, toy_resnet
 from cxr_diffusers import FixedPointGANPipeline, GradCAMPipeline, load_phantom, read_image
 from cxr_diffusers.cli import main
 from cxr_diffusers.demo import answers
 from cxr_diffusers.demo.serve import open_models
 from cxr_diffusers.demo.uploads import Upload, read_upload
-from cxr_diffusers.hub import METHODS
-from cxr_diffusers.pipelines.cxr_anomaly import restore_map
-from cxr_diffusers.reference_scores import (
-    DIGESTS,
+from cxr_diffusers.files import as_json
+from cxr_diffusers.fingerprints import DIGESTS, weights_digest
+from cxr_diffusers.hub.model_card import METHODS
+from cxr_diffusers.inference.reference_scores import (
     ReferenceScores,
-    as_kept,
     cached_scores,
     keep_scores,
     kept_scores,
     measure_scores,
-    weights_digest,
 )
+from cxr_diffusers.pipelines.cxr_images import restore_map
+from helpers import TEN_STEPS, chest, picture_of, toy_generator, toy_resnet, write_dicom
 
 ROOT = Path(__file__).parent.parent
-FAST = {"num_inference_steps": 10, "noise_level": 300}
-
-
-def chest(height=60, width=50, kind=np.uint8):
-    """Something with greys: a ramp with a bright disc."""
-    y, x = np.mgrid[0:height, 0:width] / max(height, width)
-    values = 0.2 + 0.5 * x + 0.3 * ((x - 0.4) ** 2 + (y - 0.5) ** 2 < 0.05)
-    return (values / values.max() * np.iinfo(kind).max).astype(kind)
 
 
 @pytest.fixture
 def toy(pipeline):
-    pipeline.register_to_config(settings=FAST, map_threshold=0.02)
+    pipeline.register_to_config(settings=TEN_STEPS, map_threshold=0.02)
     return pipeline
 
 
 @pytest.fixture
 def upload():
     return Upload(Image.fromarray(chest()), "chest <1>.png", [])
-
-
-def picture_of(content):
-    return Image.open(io.BytesIO(content))
 
 
 # --- what may be handed in
@@ -156,8 +141,8 @@ def test_the_viewer_gets_the_pictures_and_the_map_to_the_last_bit(toy, upload):
 
 
 def test_downloads_are_the_pipelines_own_at_the_pictures_resolution(toy, upload):
-    answer = answers.ask(toy, "toy", upload, FAST)
-    output = toy(upload.picture, output_type="np", **FAST)
+    answer = answers.ask(toy, "toy", upload, TEN_STEPS)
+    output = toy(upload.picture, output_type="np", **TEN_STEPS)
     own = restore_map(output.anomaly_map[0], 60, 50)
     name, content = answers.map_file(answer)
     assert name == "chest__1__map.png"
@@ -174,7 +159,7 @@ def test_progress_counts_real_steps_to_their_end(toy, upload):
     seen = []
     answers.ask(toy, "toy", upload, {"noise_level": 500}, lambda *step: seen.append(step))
     assert seen == [(i + 1, 10, "inversion" if i < 5 else "decoding") for i in range(10)]
-    toy.register_to_config(settings={**FAST, "noise_level": [200, 500]})
+    toy.register_to_config(settings={**TEN_STEPS, "noise_level": [200, 500]})
     answers.ask(toy, "toy", upload, {}, lambda *step: seen.append(step))
     assert seen[-1] == (12, 12, "decoding") and len(seen) == 22
 
@@ -194,7 +179,7 @@ def test_methods_of_one_step_have_no_film_and_grad_cam_no_counterfactual(upload)
 def test_a_score_is_compared_with_its_like_alone(toy, upload, tmp_path):
     answer = answers.ask(toy, "toy", upload, {})
     scores = [answer.score - 0.01, answer.score - 0.005, answer.score + 0.01]
-    reference = ReferenceScores("3 <healthy> chests", as_kept(toy.settings()), scores, weights_digest(toy))
+    reference = ReferenceScores("3 <healthy> chests", as_json(toy.settings()), scores, weights_digest(toy))
     card = answers.score_card(answer, reference, reference.fits(toy, {}), "a mean")
     assert "<b>2 of 3</b>" in card and "3 &lt;healthy&gt; chests" in card and "svg+xml" in card
     assert reference.fits(toy, {"noise_level": 300}) and not reference.fits(toy, {"noise_level": 200})
@@ -237,7 +222,7 @@ def test_healthy_scores_are_measured_once_for_a_model_its_settings_and_the_image
     assert counted == len(calls) > 0 and again.scores == first.scores and again.data == "the same phantoms"
     alone = [float(toy(row["image"]).anomaly_score[0]) for row in dataset]
     assert first.scores == pytest.approx(sorted(alone), abs=1e-5) and first.share_below(1) == (len(alone),) * 2
-    toy.register_to_config(settings={**FAST, "noise_level": 200})
+    toy.register_to_config(settings={**TEN_STEPS, "noise_level": 200})
     assert cached_scores(toy, dataset, "phantoms", cache_dir=tmp_path).call["noise_level"] == 200
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".png", ".npz")], "no picture is kept"
 

@@ -15,11 +15,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
-from test_demo import FAST, chest, picture_of
 
-from cxr_diffusers.pipelines.cxr_anomaly import restore_map
-from cxr_diffusers.reference_scores import ReferenceScores, as_kept, keep_scores, weights_digest
+from cxr_diffusers.files import as_json
+from cxr_diffusers.fingerprints import weights_digest
+from cxr_diffusers.inference.reference_scores import ReferenceScores, keep_scores
+from cxr_diffusers.pipelines.cxr_images import restore_map
 from cxr_diffusers.visualization import overlay
+from helpers import TEN_STEPS, chest, picture_of
 
 ROOT = Path(__file__).parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -42,14 +44,14 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.fixture
 def toy(pipeline):
-    pipeline.register_to_config(settings=FAST, map_threshold=0.02)
+    pipeline.register_to_config(settings=TEN_STEPS, map_threshold=0.02)
     return pipeline
 
 
 @pytest.fixture
 def server(toy, tmp_path):
     toy.save_pretrained(tmp_path / "toy")
-    keep_scores(ReferenceScores("2 toys", as_kept(toy.settings()), [0.0, 0.9], weights_digest(toy)), tmp_path / "toy")
+    keep_scores(ReferenceScores("2 toys", as_json(toy.settings()), [0.0, 0.9], weights_digest(toy)), tmp_path / "toy")
     (tmp_path / "tmp").mkdir()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

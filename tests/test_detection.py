@@ -12,14 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_images import write_dicom
 
-from cxr_diffusers.detection import detect, in_model_greys
-from cxr_diffusers.pipelines.cxr_anomaly import restore_map
-from cxr_diffusers.visualization import load_map
+from cxr_diffusers.files import load_map
+from cxr_diffusers.inference.detection import detect, in_model_greys
+from cxr_diffusers.pipelines.cxr_images import restore_map
+from helpers import FEW_STEPS, run_detect, write_dicom
 
 ROOT = Path(__file__).parent.parent
-FAST = {"num_inference_steps": 20, "noise_level": 300}
 
 
 def picture(seed, height=24, width=18, kind=np.uint8):
@@ -40,10 +39,6 @@ def folder(tmp_path):
     return folder
 
 
-def run(pipeline, images, out, **kwargs):
-    return detect(pipeline, images, out, call_kwargs=FAST, progress=False, **kwargs)
-
-
 def table(out):
     with open(out / "results.csv", newline="") as file:
         return {row["name"]: row for row in csv.DictReader(file)}
@@ -55,7 +50,7 @@ def times(out):
 
 def test_every_image_gets_a_picture_a_map_and_a_row(pipeline, folder, tmp_path):
     out = tmp_path / "out"
-    summary = run(pipeline, [folder], out, batch_size=2)
+    summary = run_detect(pipeline, [folder], out, batch_size=2)
     assert (summary["images"], summary["computed"], summary["failed"]) == (5, 5, {})
     rows = table(out)
     assert {"deep", "study__a", "1.2.840.10008.1", "a"} < set(rows) and len(rows) == 5
@@ -74,8 +69,8 @@ def test_every_image_gets_a_picture_a_map_and_a_row(pipeline, folder, tmp_path):
 
 
 def test_the_map_is_the_pipelines_own_at_the_inputs_resolution(pipeline, folder, tmp_path):
-    run(pipeline, [folder / "a.png"], tmp_path, map_format="npy")
-    output = pipeline(picture(0), output_type="np", **FAST)
+    run_detect(pipeline, [folder / "a.png"], tmp_path, map_format="npy")
+    output = pipeline(picture(0), output_type="np", **FEW_STEPS)
     expected = restore_map(output.anomaly_map[0], 24, 18, "pad")
     np.testing.assert_array_equal(np.load(tmp_path / "maps" / "a.npy"), expected)
     assert float(table(tmp_path)["a"]["anomaly_score"]) == pytest.approx(output.anomaly_score[0])
@@ -83,15 +78,15 @@ def test_the_map_is_the_pipelines_own_at_the_inputs_resolution(pipeline, folder,
 
 def test_a_second_run_computes_nothing_and_a_new_or_changed_file_alone(pipeline, folder, tmp_path):
     out = folder / "out"  # inside the folder: its own pictures are no input
-    run(pipeline, [folder], out)
+    run_detect(pipeline, [folder], out)
     before = times(out)
-    summary = run(pipeline, [folder], out)
+    summary = run_detect(pipeline, [folder], out)
     assert (summary["images"], summary["computed"], summary["seconds_per_image"]) == (5, 0, None)
     assert times(out) == before
     scores = table(out)
     picture(7, 30, 18).save(folder / "a.png")
     picture(8).save(folder / "a.bmp")  # a third of the name `a`, first in the folder's order
-    assert run(pipeline, [folder], out)["computed"] == 2
+    assert run_detect(pipeline, [folder], out)["computed"] == 2
     now = table(out)
     changed = {name for name in now if scores.get(name) != now[name]}
     assert len(now) == 6 and len(changed) == 2
@@ -100,41 +95,41 @@ def test_a_second_run_computes_nothing_and_a_new_or_changed_file_alone(pipeline,
 
 def test_results_of_two_folders_stand_in_one_table(pipeline, folder, tmp_path):
     out = tmp_path / "out"
-    run(pipeline, [folder / "a.png"], out)
-    run(pipeline, [folder / "study"], out)
+    run_detect(pipeline, [folder / "a.png"], out)
+    run_detect(pipeline, [folder / "study"], out)
     assert {Path(row["image"]).name for row in table(out).values()} == {"a.png", "a.tif"}
 
 
 def test_a_broken_file_is_reported_and_picked_up_when_it_is_whole(pipeline, folder, tmp_path):
     whole = (folder / "a.png").read_bytes()
     (folder / "a.png").write_bytes(whole[:60])
-    summary = run(pipeline, [folder], tmp_path / "out")
+    summary = run_detect(pipeline, [folder], tmp_path / "out")
     assert summary["computed"] == 4 and list(summary["failed"]) == [str(folder / "a.png")]
     assert "a.png" in (tmp_path / "out" / "failed.csv").read_text() and len(table(tmp_path / "out")) == 4
     (folder / "a.png").write_bytes(whole)
-    summary = run(pipeline, [folder], tmp_path / "out")
+    summary = run_detect(pipeline, [folder], tmp_path / "out")
     assert summary["computed"] == 1 and not summary["failed"]
     assert len(table(tmp_path / "out")) == 5 and not (tmp_path / "out" / "failed.csv").exists()
 
 
 def test_a_file_that_broke_has_no_row_any_more(pipeline, folder, tmp_path):
-    run(pipeline, [folder / "a.png"], tmp_path)
+    run_detect(pipeline, [folder / "a.png"], tmp_path)
     (folder / "a.png").write_bytes(b"not a picture")
-    assert list(run(pipeline, [folder / "a.png"], tmp_path)["failed"]) == [str(folder / "a.png")]
+    assert list(run_detect(pipeline, [folder / "a.png"], tmp_path)["failed"]) == [str(folder / "a.png")]
     assert not (tmp_path / "results.csv").exists() and not times(tmp_path)
 
 
 def test_results_of_other_settings_are_not_mixed(pipeline, folder, tmp_path):
-    run(pipeline, [folder / "a.png"], tmp_path)
-    with pytest.raises(FileExistsError, match="call .*20.* there, .*30.* now"):
-        detect(pipeline, [folder], tmp_path, call_kwargs={**FAST, "num_inference_steps": 30}, progress=False)
+    run_detect(pipeline, [folder / "a.png"], tmp_path)
+    with pytest.raises(FileExistsError, match="call: .*20.*, now .*30"):
+        detect(pipeline, [folder], tmp_path, call_kwargs={**FEW_STEPS, "num_inference_steps": 30}, progress=False)
     pipeline.unet.conv_out.bias.data += 1
     with pytest.raises(FileExistsError, match="weights"):
-        run(pipeline, [folder], tmp_path)
+        run_detect(pipeline, [folder], tmp_path)
 
 
 def test_settings_are_the_same_as_a_pair_and_as_a_list(pipeline, folder, tmp_path):
-    out, call = tmp_path / "out", {**FAST, "guidance_interval": (0, 200)}
+    out, call = tmp_path / "out", {**FEW_STEPS, "guidance_interval": (0, 200)}
     for computed in (1, 0):
         summary = detect(pipeline, [folder / "a.png"], out, call_kwargs=call, progress=False)
         assert summary["computed"] == computed
@@ -143,10 +138,10 @@ def test_settings_are_the_same_as_a_pair_and_as_a_list(pipeline, folder, tmp_pat
 def test_a_call_that_was_refused_does_not_spoil_its_folder(pipeline, folder, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="direction"):
-        detect(pipeline, [folder / "a.png"], out, call_kwargs={**FAST, "direction": "up"}, progress=False)
+        detect(pipeline, [folder / "a.png"], out, call_kwargs={**FEW_STEPS, "direction": "up"}, progress=False)
     assert not (out / "settings.json").exists()
-    assert run(pipeline, [folder / "a.png"], out)["computed"] == 1
-    assert json.loads((out / "settings.json").read_text())["call"] == FAST
+    assert run_detect(pipeline, [folder / "a.png"], out)["computed"] == 1
+    assert json.loads((out / "settings.json").read_text())["call"] == FEW_STEPS
 
 
 def test_what_cannot_be_detected_on_is_refused(pipeline, folder, tmp_path):
@@ -158,16 +153,16 @@ def test_what_cannot_be_detected_on_is_refused(pipeline, folder, tmp_path):
         (folder / "a.png", "images", ValueError, "an output folder of its own"),
     ]:
         with pytest.raises(error, match=message):
-            run(pipeline, [images], tmp_path / out)
+            run_detect(pipeline, [images], tmp_path / out)
     with pytest.raises(ValueError, match="png or npy, got 'tif'"):
-        run(pipeline, [folder], tmp_path / "out", map_format="tif")
+        run_detect(pipeline, [folder], tmp_path / "out", map_format="tif")
     with pytest.raises(ValueError, match="expected `vmax` above 0, got 0"):
-        run(pipeline, [folder], tmp_path / "out", vmax=0)
+        run_detect(pipeline, [folder], tmp_path / "out", vmax=0)
 
 
 def test_a_threshold_gives_one_colour_scale_and_a_fraction(pipeline, folder, tmp_path):
     pipeline.register_to_config(map_threshold=0.05)
-    run(pipeline, [folder / "a.png"], tmp_path, save_counterfactual=True)
+    run_detect(pipeline, [folder / "a.png"], tmp_path, save_counterfactual=True)
     found = load_map(tmp_path / "maps" / "a.png")
     assert float(table(tmp_path)["a"]["abnormal_fraction"]) == pytest.approx(np.mean(found > 0.05), abs=0.01)
     assert json.loads((tmp_path / "settings.json").read_text())["vmax"] == pytest.approx(0.15)
@@ -229,7 +224,7 @@ def test_processes_share_the_work_on_a_cpu(pipeline, folder, tmp_path):
     shares = [json.loads(path.read_text())["process"] for path in (out / "rows").iterdir()]
     assert sorted(shares) in ([0, 0, 0, 1, 1], [0, 0, 1, 1, 1])
     alone = tmp_path / "alone"
-    run(pipeline, [folder], alone)
+    run_detect(pipeline, [folder], alone)
     together, expected = table(out), table(alone)
     assert len(expected) == 5 and set(together) == set(expected)
     for name in expected:

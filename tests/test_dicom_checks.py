@@ -8,10 +8,10 @@ import pytest
 from pydicom import Dataset, dcmread
 from pydicom.dataelem import RawDataElement
 from pydicom.tag import Tag
-from test_images import write_dicom
 
 from cxr_diffusers.data.dicom_checks import no_picture, warnings_of
 from cxr_diffusers.data.images import describe_skipped, list_images, read_image, split_images
+from helpers import write_dicom
 
 PIXELS = np.arange(64, dtype=np.uint16).reshape(8, 8)
 

@@ -9,44 +9,15 @@ import numpy as np
 import pydicom
 import pytest
 from PIL import Image
-from pydicom.uid import ComputedRadiographyImageStorage
-from test_detection import FAST, run
-from test_images import write_dicom
 
-from cxr_diffusers import detection
 from cxr_diffusers.cli import main
-from cxr_diffusers.dicom_output import Algorithm, make_capture, make_segmentation
-from cxr_diffusers.visualization import load_map
+from cxr_diffusers.files import load_map
+from cxr_diffusers.inference import detection
+from cxr_diffusers.inference.dicom_output import Algorithm, make_capture, make_segmentation
+from helpers import FEW_STEPS, run_detect, write_source
 
 ALGORITHM = Algorithm("CFGAnomalyPipeline", "toy", "0123456789abcdef", 0.05)
 THRESHOLD = 0.05
-
-
-def write_source(path, seed=0, **tags):
-    """A CR image of 24 x 18 pixels with what a modality's worklist puts into it."""
-    values = np.random.default_rng(seed).integers(0, 4096, (8, 6)).astype(np.uint16)
-    values = np.kron(values, np.ones((3, 3), np.uint16))
-    uid = f"1.2.826.0.1.3680043.8.498.{seed + 1}"
-    known = {
-        "SOPClassUID": ComputedRadiographyImageStorage,
-        "SOPInstanceUID": f"{uid}.3",
-        "StudyInstanceUID": f"{uid}.1",
-        "SeriesInstanceUID": f"{uid}.2",
-        "Modality": "CR",
-        "BodyPartExamined": "CHEST",
-        "SpecificCharacterSet": "ISO_IR 100",
-        "PatientName": "Müller^Jörg",
-        "PatientBirthDate": "19500101",
-        "PatientSex": "M",
-        "StudyDate": "20260102",
-        "StudyTime": "101112",
-        "StudyID": "7",
-        "AccessionNumber": "A7",
-        "SeriesNumber": 3,
-        "InstanceNumber": 2,
-        "ImagerPixelSpacing": [0.2, 0.2],
-    }
-    return write_dicom(path, values, 12, **{**known, **tags})
 
 
 @pytest.fixture
@@ -59,7 +30,7 @@ def model(pipeline):
 def found(model, tmp_path):
     """A detection with DICOM objects -> (folder of the results, source)."""
     source = write_source(tmp_path / "mueller.dcm")
-    run(model, [source], tmp_path / "out", dicom=True, map_format="npy")
+    run_detect(model, [source], tmp_path / "out", dicom=True, map_format="npy")
     return tmp_path / "out", pydicom.dcmread(source)
 
 
@@ -109,7 +80,7 @@ def test_the_capture_is_the_picture_under_a_banner_and_without_the_files_name(fo
     title = np.flatnonzero(~same)
     assert same.mean() > 0.8 and len(title) and title.max() < 60  # all but the title, which has the file's name there
     shutil.copy(source.filename, tmp_path / "x.dcm")
-    run(model, [tmp_path / "x.dcm"], tmp_path / "other", dicom=True)
+    run_detect(model, [tmp_path / "x.dcm"], tmp_path / "other", dicom=True)
     renamed = pydicom.dcmread(tmp_path / "other" / "dicom" / "x_overlay.dcm").pixel_array
     np.testing.assert_array_equal(renamed, pixels)
     assert (np.asarray(Image.open(tmp_path / "other" / "x.png")) != strip).any()
@@ -167,11 +138,11 @@ def test_objects_need_a_threshold_and_a_dicom_file_that_names_its_study(pipeline
     whole, lost = write_source(tmp_path / "whole.dcm"), write_source(tmp_path / "lost.dcm", StudyInstanceUID="")
     Image.fromarray(pydicom.dcmread(whole).pixel_array).save(tmp_path / "x.png")
     with pytest.raises(ValueError, match="threshold from healthy .* got one without"):
-        run(pipeline, [whole], tmp_path / "out", dicom=True)
+        run_detect(pipeline, [whole], tmp_path / "out", dicom=True)
     pipeline.register_to_config(map_threshold=THRESHOLD)
     with pytest.raises(ValueError, match="at least one DICOM file"):
-        run(pipeline, [tmp_path / "x.png"], tmp_path / "out", dicom=True)
-    summary = run(pipeline, [whole, lost, tmp_path / "x.png"], tmp_path / "out", dicom=True)
+        run_detect(pipeline, [tmp_path / "x.png"], tmp_path / "out", dicom=True)
+    summary = run_detect(pipeline, [whole, lost, tmp_path / "x.png"], tmp_path / "out", dicom=True)
     assert "StudyInstanceUID" in summary["failed"][str(lost)] and summary["computed"] == 2
     assert summary["without_dicom"] == [str(tmp_path / "x.png")]
     assert {path.name for path in (tmp_path / "out" / "dicom").iterdir()} == {"whole_seg.dcm", "whole_overlay.dcm"}
@@ -181,7 +152,7 @@ def test_a_header_of_which_no_objects_can_be_made_fails_alone(model, tmp_path):
     (tmp_path / "in").mkdir()
     strange = write_source(tmp_path / "in" / "strange.dcm", 1, PatientSex="UNKNOWN")
     write_source(tmp_path / "in" / "whole.dcm", 2)
-    summary = run(model, [tmp_path / "in"], tmp_path / "out", dicom=True)
+    summary = run_detect(model, [tmp_path / "in"], tmp_path / "out", dicom=True)
     assert summary["computed"] == 1 and list(summary["failed"]) == [str(strange)]
     assert "strange.dcm: no DICOM objects can be made" in summary["failed"][str(strange)]
     assert "UNKNOWN" not in (tmp_path / "out" / "failed.csv").read_text(), "what a header says stays there"
@@ -192,9 +163,11 @@ def test_objects_of_the_file_that_was_here_before_do_not_outlive_it(model, tmp_p
     source, out = write_source(tmp_path / "a.dcm"), tmp_path / "out"
     for broken in (lambda: write_source(source, 1, PatientSex="UNKNOWN"), lambda: source.write_bytes(b"cut off")):
         write_source(source, 2)
-        assert run(model, [source], out, dicom=True)["computed"] == 1 and len(list((out / "dicom").iterdir())) == 2
+        assert (
+            run_detect(model, [source], out, dicom=True)["computed"] == 1 and len(list((out / "dicom").iterdir())) == 2
+        )
         broken()
-        assert list(run(model, [source, write_source(tmp_path / "b.dcm", 3)], out, dicom=True)["failed"]) == [
+        assert list(run_detect(model, [source, write_source(tmp_path / "b.dcm", 3)], out, dicom=True)["failed"]) == [
             str(source)
         ]
         assert {path.name for path in (out / "dicom").iterdir()} == {"b_seg.dcm", "b_overlay.dcm"}
@@ -215,8 +188,8 @@ def test_without_highdicom_it_is_said_what_to_install(model, tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, "highdicom", None)
     source = write_source(tmp_path / "a.dcm")
     with pytest.raises(ImportError, match=r"pip install 'cxr_diffusers\[dicom\]'"):
-        run(model, [source], tmp_path / "out", dicom=True)
-    assert not (tmp_path / "out").exists() and run(model, [source], tmp_path / "out")["computed"] == 1
+        run_detect(model, [source], tmp_path / "out", dicom=True)
+    assert not (tmp_path / "out").exists() and run_detect(model, [source], tmp_path / "out")["computed"] == 1
 
 
 def test_a_run_with_objects_resumes_and_is_not_mixed_with_one_without(model, tmp_path):
@@ -229,21 +202,21 @@ def test_a_run_with_objects_resumes_and_is_not_mixed_with_one_without(model, tmp
     make_segmentation(pydicom.dcmread(tree / "ST1" / "IM0002"), np.ones((24, 18), bool), ALGORITHM).save_as(
         tree / "SG1"
     )
-    first = run(model, [tree], out, dicom=True)
+    first = run_detect(model, [tree], out, dicom=True)
     assert (first["images"], first["computed"], first["failed"]) == (2, 2, {})
     assert set(first["skipped"].values()) == {"Secondary Capture of cxr_diffusers", "Segmentation Storage"}
     written = {path: path.stat().st_mtime_ns for path in (out / "dicom").iterdir()}
-    again = run(model, [tree], out, dicom=True)
+    again = run_detect(model, [tree], out, dicom=True)
     assert len(written) == 4 and (again["computed"], again["skipped"]) == (0, first["skipped"])
     assert {path: path.stat().st_mtime_ns for path in (out / "dicom").iterdir()} == written
     assert again["warnings"] == {str(tree / "ST1" / "IM0001"): "a lateral view (ViewPosition LL)"}
     with open(out / "results.csv", newline="") as file:
         rows = {row["name"]: row["warnings"] for row in csv.DictReader(file)}
     assert rows == {"ST1__IM0001": "a lateral view (ViewPosition LL)", "ST1__IM0002": ""}
-    with pytest.raises(FileExistsError, match="dicom True there"):
-        run(model, [tree], out)
+    with pytest.raises(FileExistsError, match="dicom: True, now False"):
+        run_detect(model, [tree], out)
     with pytest.raises(ValueError, match="an output folder of its own"):
-        run(model, [out / "dicom"], out)
+        run_detect(model, [out / "dicom"], out)
 
 
 def test_the_command_line_tells_what_was_left_out_and_what_has_warnings(model, tmp_path, capsys):
@@ -275,12 +248,12 @@ def test_what_pydicom_cannot_read_is_not_quoted(model, tmp_path, capsys, recwarn
 def test_a_file_of_before_there_were_warnings_is_read(model, tmp_path):
     """A folder of results that an older version wrote is gone on with."""
     source = write_source(tmp_path / "a.dcm", ViewPosition="RL")
-    run(model, [source], tmp_path / "out")
+    run_detect(model, [source], tmp_path / "out")
     for path in [tmp_path / "out" / "settings.json", *(tmp_path / "out" / "rows").iterdir()]:
         text = path.read_text()
         path.write_text(
             text.replace(',\n  "dicom": false', "").replace(', "warnings": "a lateral view (ViewPosition RL)"', "")
         )
         assert path.read_text() != text
-    summary = detection.detect(model, [source], tmp_path / "out", call_kwargs=FAST, progress=False)
+    summary = detection.detect(model, [source], tmp_path / "out", call_kwargs=FEW_STEPS, progress=False)
     assert summary["computed"] == 0 and summary["warnings"] == {}

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +11,11 @@ from pathlib import Path
 import nbformat
 import pytest
 from PIL import Image
-from test_data import write_chexpert
-from test_dicom_output import write_source
 
 from cxr_diffusers import load_phantom
 from cxr_diffusers.cli import build_parser, main
-from cxr_diffusers.recipe import AdversarialRecipe, ClassifierRecipe, Recipe, parse_command_line
+from cxr_diffusers.training.recipe import AdversarialRecipe, ClassifierRecipe, Recipe, parse_command_line
+from helpers import write_chexpert, write_source
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -153,3 +153,19 @@ def test_a_command_works_as_it_is_shown(page, part, made, pipeline, tmp_path, mo
     line = next(line for line in shown if part in " ".join(line))
     assert main([argument.replace("/data/", f"{data}/") for argument in line[1:]]) == 0, capsys.readouterr().err
     assert (tmp_path / made).is_file()
+
+
+def test_the_first_python_block_of_the_readme_runs(tmp_path):
+    shutil.copytree(ROOT / "cxr_diffusers" / "samples", tmp_path / "cxr_diffusers" / "samples")
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + blocks((ROOT / "README.md").read_text(), "python")[0]
+    # the folder of samples must not pass for the package
+    done = subprocess.run([sys.executable, "-P", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "map.png").is_file() and (tmp_path / "as_if_healthy.png").is_file()
+
+
+def test_the_readme_shows_commands_training_lines_and_links():
+    text = (ROOT / "README.md").read_text()
+    assert len(list(lines(text, "cxr-diffusers "))) >= 4
+    assert len(list(lines(text, "training/train_"))) >= 1
+    assert len([link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]) >= 6

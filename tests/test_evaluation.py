@@ -16,45 +16,12 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from cxr_diffusers.evaluation import compare, evaluate, summary_table
-from cxr_diffusers.metrics import hit, pixel_average_precision
+from cxr_diffusers.evaluation.metrics import hit, pixel_average_precision
 from cxr_diffusers.pipelines import AnomalyOutput, CFGAnomalyPipeline
-from cxr_diffusers.pipelines.cxr_anomaly import prepare_image, restore_map, score_map
+from cxr_diffusers.pipelines.cxr_images import restore_map
+from helpers import BrightSpots, spot_chest, spot_rows
 
 FAST = {"num_inference_steps": 4, "noise_level": 500, "guidance_scale": 1.0}
-
-
-class BrightSpots:
-    """A detector without weights: what is bright is abnormal (or, inverted, what is dark)."""
-
-    def __init__(self, inverted=False):
-        self.inverted = inverted
-
-    def __call__(self, image, output_type="np"):
-        seen = prepare_image(image, 32, scaling="dtype", data_range=(0, 1))
-        found = 1 - seen[:, 0] if self.inverted else seen[:, 0]
-        picture = seen.permute(0, 2, 3, 1).numpy()
-        return AnomalyOutput(picture, picture, found.numpy(), score_map(found).numpy())
-
-
-def chest(i, spot=True, height=32, width=32, dark=60):
-    """A noisy grey picture, with a bright spot in it or not, and the spot's mask."""
-    rng = np.random.default_rng(i)
-    picture = rng.integers(dark - 20, dark, (height, width)).astype(np.uint8)
-    mask = np.zeros((height, width), np.uint8)
-    if spot:
-        y, x = rng.integers(2, height - 10), rng.integers(2, width - 10)
-        picture[y : y + 6, x : x + 8] += 100
-        mask[y : y + 6, x : x + 8] = 255
-    return Image.fromarray(picture), Image.fromarray(mask)
-
-
-def rows(n=6, spot=True, view=lambda i: "PA", **size):
-    found = []
-    for i in range(n):
-        image, mask = chest(i + (0 if spot else 100), spot, **size)
-        row = {"image": image, "label": int(spot), "patient": f"p{i // 2}" if spot else f"h{i}", "view": view(i)}
-        found.append({**row, "path": f"{'spot' if spot else 'healthy'}/{i}.png", "mask": mask if spot else None})
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +51,7 @@ def value(result, name, number):
 
 
 def test_what_finds_everything_scores_1_and_beats_every_control():
-    result = quick(BrightSpots(), rows(), healthy=rows(4, spot=False), n_bootstrap=200)
+    result = quick(BrightSpots(), spot_rows(), healthy=spot_rows(4, spot=False), n_bootstrap=200)
     for number in ("pixel_ap", "pixel_auroc", "best_dice", "hit_rate", "image_auroc", "dice", "aupro"):
         assert value(result, "method", number) == pytest.approx(1, abs=0.02), number
     assert len(result.summary["differences"]) == 6
@@ -93,14 +60,14 @@ def test_what_finds_everything_scores_1_and_beats_every_control():
 
 
 def test_what_finds_the_opposite_scores_0():
-    result = quick(BrightSpots(inverted=True), rows())
+    result = quick(BrightSpots(inverted=True), spot_rows())
     assert value(result, "method", "pixel_auroc") == pytest.approx(0, abs=0.01)
     assert value(result, "method", "hit_rate") == 0
     assert result.summary["differences"]["method - chance"]["pixel_ap"]["high"] < 0
 
 
 def test_the_numbers_are_those_of_the_maps_at_the_pictures_own_resolution(pipeline):
-    dataset = rows(5, height=40, width=24)
+    dataset = spot_rows(5, height=40, width=24)
     result = quick(pipeline, dataset, call_kwargs=FAST, batch_size=2)
     output = pipeline([row["image"] for row in dataset], output_type="np", **FAST)
     maps = [restore_map(m, 40, 24, "pad") for m in output.anomaly_map]
@@ -116,7 +83,7 @@ def test_the_numbers_are_those_of_the_maps_at_the_pictures_own_resolution(pipeli
 
 
 def test_chance_is_the_share_of_positive_pixels():
-    result = quick(BrightSpots(), rows())
+    result = quick(BrightSpots(), spot_rows())
     share = 48 / 32**2
     assert value(result, "chance", "pixel_ap") == pytest.approx(share)
     assert value(result, "chance", "hit_rate") == pytest.approx(share)
@@ -125,9 +92,9 @@ def test_chance_is_the_share_of_positive_pixels():
 
 
 def test_the_truth_of_others_is_of_other_patients():
-    alone = [{**row, "patient": "one"} for row in rows()]
+    alone = [{**row, "patient": "one"} for row in spot_rows()]
     assert value(quick(BrightSpots(), alone), "others' truth", "pixel_ap") == pytest.approx(48 / 32**2)
-    same_spot = [{**rows(1)[0], "patient": f"p{i}"} for i in range(4)]
+    same_spot = [{**spot_rows(1)[0], "patient": f"p{i}"} for i in range(4)]
     assert value(quick(BrightSpots(), same_spot), "others' truth", "pixel_ap") > 0.9
 
 
@@ -138,17 +105,17 @@ def test_a_method_that_ignores_the_picture_does_not_beat_its_mean_map():
             found = np.tile(np.linspace(0, 1, 32, dtype=np.float32), (len(image), 32, 1))
             return AnomalyOutput(output.image, output.counterfactual, found, output.anomaly_score)
 
-    difference = quick(Blind(), rows()).summary["differences"]["method - mean map"]
+    difference = quick(Blind(), spot_rows()).summary["differences"]["method - mean map"]
     assert difference["pixel_ap"]["value"] == pytest.approx(0, abs=0.02)
 
 
 def test_boxes_are_regions_and_rows_without_truth_only_count_as_images():
-    dataset = rows(4)
+    dataset = spot_rows(4)
     for row in dataset:
         row["boxes"] = [[4, 4, 8, 6]]
         row["mask"] = None
     dataset[0]["boxes"] = None
-    result = quick(BrightSpots(), dataset + rows(2, spot=False))
+    result = quick(BrightSpots(), dataset + spot_rows(2, spot=False))
     assert result.summary["n_images"] == 6 and result.summary["n_with_region"] == 3
     assert result.per_image.prevalence.dropna().tolist() == pytest.approx([48 / 32**2] * 3)
     assert result.summary["undefined"]["pixel_ap"] == 3
@@ -156,25 +123,25 @@ def test_boxes_are_regions_and_rows_without_truth_only_count_as_images():
 
 
 def test_the_threshold_comes_from_healthy_pictures_or_the_pipeline_or_is_not(pipeline):
-    healthy = rows(4, spot=False)
-    result = quick(BrightSpots(), rows(), healthy=healthy, quantile=0.9)
+    healthy = spot_rows(4, spot=False)
+    result = quick(BrightSpots(), spot_rows(), healthy=healthy, quantile=0.9)
     flat = np.concatenate([np.asarray(row["image"]).ravel() for row in healthy]) / 255
     assert result.summary["settings"]["threshold"]["method"] == pytest.approx(np.quantile(flat, 0.9), abs=1e-4)
-    assert quick(BrightSpots(), rows()).summary["settings"]["threshold"]["method"] is None
-    assert np.isnan(value(quick(BrightSpots(), rows()), "method", "dice"))
+    assert quick(BrightSpots(), spot_rows()).summary["settings"]["threshold"]["method"] is None
+    assert np.isnan(value(quick(BrightSpots(), spot_rows()), "method", "dice"))
     stored = CFGAnomalyPipeline(**pipeline.components, map_threshold=0.25)
-    assert quick(stored, rows(), call_kwargs=FAST).summary["settings"]["threshold"]["method"] == 0.25
+    assert quick(stored, spot_rows(), call_kwargs=FAST).summary["settings"]["threshold"]["method"] == 0.25
 
 
 def test_controls_mark_as_many_pixels_as_the_method():
-    result = quick(BrightSpots(), rows(), healthy=rows(4, spot=False))
+    result = quick(BrightSpots(), spot_rows(), healthy=spot_rows(4, spot=False))
     # the method marks about 5 %, all of it right; a random map of that size overlaps by chance
     assert value(result, "random map", "dice") == pytest.approx(48 / 32**2, abs=0.06)
     assert value(result, "centre prior", "iou") > 0 and np.isnan(value(result, "chance", "dice"))
 
 
 def test_a_run_writes_its_table_and_pictures(tmp_path, pipeline):
-    result = quick(pipeline, rows(), healthy=rows(3, spot=False), output_dir=tmp_path, call_kwargs=FAST)
+    result = quick(pipeline, spot_rows(), healthy=spot_rows(3, spot=False), output_dir=tmp_path, call_kwargs=FAST)
     names = {p.name for p in tmp_path.iterdir()}
     assert names == {
         "per_image.csv",
@@ -197,12 +164,12 @@ def test_a_run_writes_its_table_and_pictures(tmp_path, pipeline):
 
 
 def test_a_run_is_taken_up_where_it_stopped(tmp_path, pipeline):
-    first = quick(pipeline, rows(), output_dir=tmp_path, call_kwargs=FAST)
+    first = quick(pipeline, spot_rows(), output_dir=tmp_path, call_kwargs=FAST)
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "maps").iterdir()}
     assert len(files) == 6
     lost = sorted(files)[2]
     lost.unlink()
-    again = quick(pipeline, rows(), output_dir=tmp_path, call_kwargs=FAST)
+    again = quick(pipeline, spot_rows(), output_dir=tmp_path, call_kwargs=FAST)
     new = {p: p.stat().st_mtime_ns for p in (tmp_path / "maps").iterdir()}
     assert set(new) == set(files) and [p for p in files if files[p] != new[p]] == [lost]
     drop = ["seconds"]
@@ -214,27 +181,27 @@ def test_other_settings_weights_or_pictures_have_maps_of_their_own(tmp_path, pip
         quick(p, dataset, output_dir=tmp_path, call_kwargs={**FAST, **kwargs}, n_bootstrap=2)
         return len(list((tmp_path / "maps").iterdir()))
 
-    assert number_of_maps(pipeline, rows(2)) == 2
-    assert number_of_maps(pipeline, rows(2)) == 2
-    assert number_of_maps(pipeline, rows(2), guidance_scale=2.0) == 4
+    assert number_of_maps(pipeline, spot_rows(2)) == 2
+    assert number_of_maps(pipeline, spot_rows(2)) == 2
+    assert number_of_maps(pipeline, spot_rows(2), guidance_scale=2.0) == 4
     other = UNet2DModel.from_config(pipeline.unet.config)
-    assert number_of_maps(CFGAnomalyPipeline(other.eval(), pipeline.scheduler), rows(2)) == 6
-    changed = rows(2)
-    changed[0]["image"] = chest(77)[0]  # the same path, another picture
+    assert number_of_maps(CFGAnomalyPipeline(other.eval(), pipeline.scheduler), spot_rows(2)) == 6
+    changed = spot_rows(2)
+    changed[0]["image"] = spot_chest(77)[0]  # the same path, another picture
     assert number_of_maps(pipeline, changed) == 7
     for disk in ("/disk", "../disk"):  # the same picture at another mount point is the same
-        assert number_of_maps(pipeline, [{**rows(1)[0], "path": f"{disk}/patient/study/view.png"}]) == 8
+        assert number_of_maps(pipeline, [{**spot_rows(1)[0], "path": f"{disk}/patient/study/view.png"}]) == 8
 
 
 def test_what_cannot_be_told_apart_is_computed_anew(tmp_path):
     for inverted in (False, True):
-        result = quick(BrightSpots(inverted), rows(), output_dir=tmp_path)
+        result = quick(BrightSpots(inverted), spot_rows(), output_dir=tmp_path)
         assert value(result, "method", "pixel_auroc") == pytest.approx(1 - inverted, abs=0.01)
 
 
 def test_the_pipelines_own_progress_bar_is_left_as_it_was(pipeline):
     pipeline.set_progress_bar_config(desc="mine")
-    quick(pipeline, rows(2), call_kwargs=FAST, n_bootstrap=2)
+    quick(pipeline, spot_rows(2), call_kwargs=FAST, n_bootstrap=2)
     assert pipeline._progress_bar_config == {"desc": "mine"}
 
 
@@ -250,7 +217,7 @@ class Counting(t.BrightSpots):
         Counting.asked += len(image)
         return super().__call__(image)
 
-result = t.quick(Counting(), t.rows(5), output_dir=sys.argv[1], batch_size=2)
+result = t.quick(Counting(), t.spot_rows(5), output_dir=sys.argv[1], batch_size=2)
 found = None if result is None else t.value(result, "method", "pixel_ap")
 line = json.dumps([process_state().process_index, Counting.asked, found])
 print(f"{line}\\n", end="", flush=True)
@@ -269,11 +236,11 @@ def test_two_processes_share_the_pictures_and_find_what_one_finds(tmp_path):
     assert run.returncode == 0, run.stderr
     lines = sorted(json.loads(line) for line in run.stdout.splitlines() if line.startswith("["))
     assert [(index, asked) for index, asked, _ in lines] == [(0, 3), (1, 2)]
-    assert lines[0][2] == value(quick(BrightSpots(), rows(5)), "method", "pixel_ap") and lines[1][2] is None
+    assert lines[0][2] == value(quick(BrightSpots(), spot_rows(5)), "method", "pixel_ap") and lines[1][2] is None
 
 
 def test_views_and_other_columns_are_tabled_apart():
-    dataset = rows(6, view=lambda i: "AP" if i < 2 else "PA")
+    dataset = spot_rows(6, view=lambda i: "AP" if i < 2 else "PA")
     for i, row in enumerate(dataset):
         row["style"] = "A" if i % 2 else "C"
     result = quick(BrightSpots(), dataset, strata=("style",))
@@ -286,13 +253,13 @@ def test_views_and_other_columns_are_tabled_apart():
     only = quick(BrightSpots(), [row for row in dataset if row["style"] == "A"])
     part = result.summary["strata"]["style = A"]["rows"]["method"]["pixel_ap"]["value"]
     assert part == pytest.approx(only.summary["rows"]["method"]["pixel_ap"]["value"], abs=1e-6)
-    assert quick(BrightSpots(), rows()).summary["strata"] == {}
+    assert quick(BrightSpots(), spot_rows()).summary["strata"] == {}
 
 
 def test_scores_are_measured_among_each_view_alone():
     """Most of the ill are AP, and AP is brighter: much of the score over all images is the view."""
-    ill = rows(8, view=lambda i: "AP" if i < 6 else "PA")
-    healthy = rows(8, False, view=lambda i: "PA" if i < 6 else "AP")
+    ill = spot_rows(8, view=lambda i: "AP" if i < 6 else "PA")
+    healthy = spot_rows(8, False, view=lambda i: "PA" if i < 6 else "AP")
     for row in ill + healthy:
         row["image"] = row["image"].point(lambda grey, bright=60 * (row["view"] == "AP"): grey // 8 + bright)
     result = quick(BrightSpots(), ill, healthy=healthy)
@@ -307,12 +274,14 @@ def test_scores_are_measured_among_each_view_alone():
     assert overall == pytest.approx(roc_auc_score(table["ill"], table["score"]))
     assert all(part["rows"]["method"]["image_auroc"]["value"] != overall for part in parts.values())
     assert "Scores among view AP alone: 8 images, 2 of them healthy" in summary_table(result)
-    assert quick(BrightSpots(), rows(), healthy=rows(4, False)).summary["image_level_by_view"] == {}  # one view
+    assert (
+        quick(BrightSpots(), spot_rows(), healthy=spot_rows(4, False)).summary["image_level_by_view"] == {}
+    )  # one view
 
 
 def test_methods_are_compared_in_one_table():
     methods = {"bright": BrightSpots(), "again": (BrightSpots(), {}), "dark": BrightSpots(inverted=True)}
-    result = compare(methods, rows(), healthy=rows(3, spot=False), n_bootstrap=50, progress=False)
+    result = compare(methods, spot_rows(), healthy=spot_rows(3, spot=False), n_bootstrap=50, progress=False)
     same, worse = (result.summary["differences"][f"bright - {name}"]["pixel_ap"] for name in ("again", "dark"))
     assert (same["value"], same["low"], same["high"]) == (0, 0, 0)
     assert worse["low"] > 0.5
@@ -333,7 +302,7 @@ def test_a_data_set_of_the_house_is_evaluated(pipeline):
             "mask": ImageFeature(),
         }
     )
-    lines = [{**row, "boxes": None} for row in rows(3) + rows(2, spot=False)]
+    lines = [{**row, "boxes": None} for row in spot_rows(3) + spot_rows(2, spot=False)]
     dataset = Dataset.from_list(lines, features=features)
     result = quick(pipeline, dataset, healthy=dataset.select([3, 4]), call_kwargs=FAST, smoothing=0.02)
     assert result.summary["n_with_region"] == 3 and result.summary["n_healthy"] == 2
@@ -347,7 +316,7 @@ def test_counterfactuals_are_judged_outside_the_true_region():
             painted = np.where(output.image > 0.4, 0.2, output.image)
             return AnomalyOutput(output.image, painted, output.anomaly_map, output.anomaly_score)
 
-    table = quick(Painter(), rows(4)).per_image
+    table = quick(Painter(), spot_rows(4)).per_image
     assert (table.ssim_outside > 0.999).all() and (table.psnr_outside > 60).all()
 
 
@@ -365,7 +334,7 @@ def test_counterfactuals_are_judged_outside_the_true_region():
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(change, message):
-    options = change(rows(2))
+    options = change(spot_rows(2))
     with pytest.raises(ValueError, match=message):
         quick(BrightSpots(), options.pop("dataset"), **options)
 
@@ -377,11 +346,11 @@ def test_a_pipeline_that_answers_in_another_shape_is_refused():
             return AnomalyOutput(output.image, output.counterfactual, output.anomaly_map[0], output.anomaly_score)
 
     with pytest.raises(ValueError, match=r"expected 2 maps \(B, H, W\)"):
-        quick(Wrong(), rows(2))
+        quick(Wrong(), spot_rows(2))
 
 
 def test_nothing_to_localise_still_gives_the_image_numbers():
-    dataset = [{**row, "mask": None} for row in rows(3)] + rows(3, spot=False)
+    dataset = [{**row, "mask": None} for row in spot_rows(3)] + spot_rows(3, spot=False)
     result = quick(BrightSpots(), dataset)
     assert result.summary["n_with_region"] == 0 and value(result, "method", "image_auroc") == 1
     assert "pixel_ap" not in result.summary["rows"]["method"] and "| method |" in summary_table(result)

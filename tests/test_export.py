@@ -13,12 +13,19 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
 from PIL import Image
 
-from conftest import toy_classifier, toy_generator, toy_unet
 from cxr_diffusers import CFGAnomalyPipeline, ClassifierGuidedPipeline, FixedPointGANPipeline, load_pipeline
 from cxr_diffusers.cli import main
-from cxr_diffusers.evaluation.answers import fingerprint
-from cxr_diffusers.export import TOLERANCE, check_net, export_pipeline, with_backend, write_onnx, write_openvino
+from cxr_diffusers.fingerprints import fingerprint
+from cxr_diffusers.inference.export import (
+    TOLERANCE,
+    check_net,
+    export_pipeline,
+    with_backend,
+    write_onnx,
+    write_openvino,
+)
 from cxr_diffusers.models.exported_net import ExportedNet, open_openvino
+from helpers import toy_classifier, toy_generator, toy_unet
 
 FAST = {"num_inference_steps": 20, "noise_level": 300}
 FORMATS = ("onnx", "openvino")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from conftest import toy_generator
 from cxr_diffusers import FixedPointDiscriminator, FixedPointGANPipeline, FixedPointGenerator
+from helpers import toy_generator
 
 FAST = dict(output_type="pt")
 

@@ -13,9 +13,8 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from goldens.original_unet import OriginalUNet
 
 from cxr_diffusers import CFGAnomalyPipeline
-from cxr_diffusers.convert import convert_state_dict
-from cxr_diffusers.losses import denoising_terms, variational_bound
-from cxr_diffusers.original import (
+from cxr_diffusers.guided_diffusion import convert_state_dict
+from cxr_diffusers.guided_diffusion.original import (
     ddim_step,
     first_noising,
     guided_predictor,
@@ -24,9 +23,10 @@ from cxr_diffusers.original import (
     run_as_original,
     travel,
 )
+from cxr_diffusers.training.losses import denoising_terms, variational_bound
+from helpers import HERE, compared, converted, correlation, golden, largest, original_checkpoint, shown
 
 torch.set_num_threads(1)
-HERE = Path(__file__).with_name("goldens")
 SHARED = Path(__file__).parents[2] / "shared" / "goldens"
 NETWORKS = ("g1a_v1_seedflags", "g1b_v1_scaleshift_updown_heads", "g1d_wolleb_labelemb_4ch_neworder")
 # whose weights lie beside them under another name
@@ -38,26 +38,6 @@ WEIGHTS = {
 CFG_RUNS = {"g2_cfg_ddim1000_L30_w4": 1000, "g2_cfg_ddim50_L25_w4": 50}
 
 
-def golden(name):
-    """{key: tensor (float32 or integer) or string} of one file."""
-    arrays = np.load(HERE / f"{name}.npz")
-    return {key: str(arrays[key]) if arrays[key].dtype.kind == "U" else torch.from_numpy(arrays[key]) for key in arrays}
-
-
-def original_checkpoint(name):
-    """(state_dict, the flags it was trained with)"""
-    values = golden(name)
-    weights = {key.split("/", 1)[1]: value.float() for key, value in values.items() if key.startswith("weights/")}
-    return weights, json.loads(values["config"])
-
-
-def converted(name, change=lambda weights: weights, **wrong_flags):
-    """(unet, scheduler) of a golden checkpoint; the arguments are for breaking it."""
-    weights, flags = original_checkpoint(name)
-    unet, scheduler, _ = convert_state_dict(change(weights), **{**flags, **wrong_flags})
-    return unet, scheduler
-
-
 @torch.no_grad()
 def forward_error(unet, name, null=False):
     """The largest difference of the UNet's output from the golden one, and from the right one's when broken."""
@@ -65,16 +45,6 @@ def forward_error(unet, name, null=False):
     labels = torch.full_like(g["y"], unet.config.num_class_embeds - 1) if null else g["y"]
     output = unet(g["x"], g["t"], class_labels=labels).sample
     return largest(output, g["out_null" if null else "out_cond"])
-
-
-def largest(a, b):
-    return (a.double() - b.double()).abs().max().item()
-
-
-def shown(what, error, bound):
-    """Print a measured difference and hold it against its bound."""
-    print(f"\n{what}: {error:.1e} (bound {bound:.0e})", end="")
-    return error <= bound
 
 
 @pytest.fixture(scope="module")
@@ -599,12 +569,3 @@ def measure_pipeline(unet, scheduler, x0, theirs, steps, level):
     ours = pipeline(x0, **settings).anomaly_map[0]
     print(f"\n{steps} steps, level {level}: our pipeline: {compared(ours, theirs)}", end="")
     assert correlation(ours, theirs) > 0.5
-
-
-def compared(ours, theirs):
-    difference = (ours - theirs).abs()
-    return f"mean {difference.mean():.4f}, max {difference.max():.3f}, correlation {correlation(ours, theirs):.4f}"
-
-
-def correlation(a, b):
-    return torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].item()

@@ -7,11 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from goldens.original_unet import OriginalClassifier
-from test_goldens import compared, converted, golden, largest, original_checkpoint, shown
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from cxr_diffusers import ClassifierGuidedPipeline, GradCAMPipeline
-from cxr_diffusers.original import (
+from cxr_diffusers.guided_diffusion.original import (
     OriginalProcedure,
     classifier_gradient,
     ddim_step,
@@ -22,7 +21,8 @@ from cxr_diffusers.original import (
     run_as_original,
     travel,
 )
-from cxr_diffusers.original_steps import ancestral_distribution, ancestral_step, noised
+from cxr_diffusers.guided_diffusion.original_steps import ancestral_distribution, ancestral_step, noised
+from helpers import compared, converted, golden, largest, original_checkpoint, shown
 
 torch.set_num_threads(1)
 UNIT, RUN = "g3_classifier_unit", "g3_clfguid_ddim1000_L30_s100"

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from cxr_diffusers import DiffPIRDeblurPipeline
-from cxr_diffusers.convert import convert_state_dict
-from cxr_diffusers.degradations import blur, gaussian_kernel, motion_kernel, motion_path
+from cxr_diffusers.deblurring.degradations import blur, gaussian_kernel, motion_kernel, motion_path
+from cxr_diffusers.guided_diffusion import convert_state_dict
 from cxr_diffusers.pipelines.cxr_deconvolution import data_step, transfer_function
 from cxr_diffusers.pipelines.pipeline_diffpir_deblur import NOISE_FLOOR
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cxr_diffusers.adversarial_losses import discriminator_loss, generator_loss
 from cxr_diffusers.models.fixed_point_gan import FixedPointDiscriminator, FixedPointGenerator
 from cxr_diffusers.pipelines.cxr_anomaly import difference_map
+from cxr_diffusers.training.adversarial_losses import discriminator_loss, generator_loss
 
 torch.set_num_threads(1)
 SHARED = Path(__file__).parents[2] / "shared" / "goldens"

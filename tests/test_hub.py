@@ -8,8 +8,12 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from cxr_diffusers import CFGAnomalyPipeline
-from cxr_diffusers.hub import load_pipeline, load_unet, publish, write_model_card
-from cxr_diffusers.reference_scores import ReferenceScores, as_kept, keep_scores, weights_digest
+from cxr_diffusers.files import as_json
+from cxr_diffusers.fingerprints import weights_digest
+from cxr_diffusers.hub.loading import load_pipeline, load_unet
+from cxr_diffusers.hub.model_card import write_model_card
+from cxr_diffusers.hub.publishing import publish
+from cxr_diffusers.inference.reference_scores import ReferenceScores, keep_scores
 from local_hub import local_hub, run_script
 
 FAST = dict(num_inference_steps=20, noise_level=300, guidance_scale=2.0, output_type="pt")
@@ -61,12 +65,12 @@ def run(hub, script, cwd):
 def test_a_published_model_runs_from_the_hub_and_takes_its_card_along(pipeline, images, folder, tmp_path):
     expected = pipeline(images, **FAST).anomaly_map
     torch.save(images, tmp_path / "images.pt")
-    keep_scores(ReferenceScores("toys", as_kept(pipeline.settings()), [0.25], weights_digest(pipeline)), folder)
+    keep_scores(ReferenceScores("toys", as_json(pipeline.settings()), [0.25], weights_digest(pipeline)), folder)
     at_home = f"""if True:
         import json, torch
         from cxr_diffusers import CFGAnomalyPipeline, publish
         from cxr_diffusers.demo.serve import references
-        from cxr_diffusers.hub import load_pipeline
+        from cxr_diffusers.hub.loading import load_pipeline
         images = torch.load("images.pt")
         address = publish("run", "me/model")
         hers = CFGAnomalyPipeline.from_pretrained("me/model")

@@ -13,7 +13,7 @@ from PIL import Image
 from cxr_diffusers import load_folder, load_phantom, publish_dataset
 from cxr_diffusers.cli import build_parser, main
 from cxr_diffusers.data.hub import check_columns
-from cxr_diffusers.data.publishing import (
+from cxr_diffusers.hub.datasets import (
     agreement_of,
     alike,
     card,

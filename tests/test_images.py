@@ -5,8 +5,7 @@ import PIL.Image
 import PIL.ImageOps
 import pydicom
 import pytest
-from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, JPEGLSLossless, generate_uid
+from pydicom.uid import JPEGLSLossless
 
 from cxr_diffusers.data.images import (
     dicom_header,
@@ -18,30 +17,8 @@ from cxr_diffusers.data.images import (
     list_images,
     read_image,
 )
-from cxr_diffusers.pipelines.cxr_anomaly import prepare_image
-
-
-def write_dicom(path, pixels, bits, photometric="MONOCHROME2", syntax=ExplicitVRLittleEndian, **tags):
-    meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.1.1"
-    meta.MediaStorageSOPInstanceUID = generate_uid()
-    meta.TransferSyntaxUID = syntax
-    dataset = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
-    dataset.PatientID, dataset.ViewPosition, dataset.Modality = "p7", "PA", "DX"
-    dataset.Rows, dataset.Columns = pixels.shape[:2]
-    dataset.SamplesPerPixel = pixels.shape[2] if pixels.ndim == 3 else 1
-    dataset.PhotometricInterpretation = photometric
-    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = pixels.itemsize * 8, bits, bits - 1
-    dataset.PixelRepresentation = int(np.issubdtype(pixels.dtype, np.signedinteger))
-    for name, value in tags.items():
-        setattr(dataset, name, value)
-    if syntax.is_compressed:
-        dataset.PixelData = pydicom.encaps.encapsulate([pixels.tobytes()])
-        dataset["PixelData"].is_undefined_length = True
-    else:
-        dataset.PixelData = pixels.tobytes()
-    dataset.save_as(str(path), enforce_file_format=True)
-    return path
+from cxr_diffusers.pipelines.cxr_images import prepare_image
+from helpers import write_dicom
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from conftest import toy_unet
 from cxr_diffusers import denoising_loss
-from cxr_diffusers.losses import denoising_terms, draw_timesteps, drop_labels, min_snr_weight, normal_kl
+from cxr_diffusers.training.losses import denoising_terms, draw_timesteps, drop_labels, min_snr_weight, normal_kl
+from helpers import toy_unet
 
 IMAGES = torch.rand(4, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
 LABELS = torch.tensor([0, 1, 0, 1])

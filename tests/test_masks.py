@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from cxr_diffusers.masks import drop_small, healthy_threshold, smooth_map, threshold_map
+from cxr_diffusers.evaluation.masks import drop_small, healthy_threshold, smooth_map, threshold_map
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from torchmetrics.functional import classification
 from torchmetrics.functional.image import peak_signal_noise_ratio as torch_psnr
 from torchmetrics.functional.image import structural_similarity_index_measure as torch_ssim
 
-from cxr_diffusers.metrics import (
+from cxr_diffusers.evaluation.metrics import (
     Ranking,
     aupro,
     best_dice,

@@ -4,9 +4,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from conftest import TOY_CLASSIFIER, toy_classifier
 from cxr_diffusers import NoisyClassifier
-from cxr_diffusers.losses import noisy_classification_loss, spread_timesteps
+from cxr_diffusers.training.losses import noisy_classification_loss, spread_timesteps
+from helpers import TOY_CLASSIFIER, toy_classifier
 
 
 @pytest.mark.parametrize("pool", ["attention", "adaptive"])

@@ -16,10 +16,11 @@ from diffusers import (
 )
 from PIL import Image
 
-from conftest import toy_unet
 from cxr_diffusers import CFGAnomalyPipeline
-from cxr_diffusers.pipelines.cxr_anomaly import difference_map, frame, prepare_image, restore_map, score_map, smooth_map
+from cxr_diffusers.pipelines.cxr_anomaly import difference_map, score_map, smooth_map
+from cxr_diffusers.pipelines.cxr_images import frame, prepare_image, restore_map
 from cxr_diffusers.pipelines.cxr_inversion import invert, move, noise_from_output, timesteps_below
+from helpers import toy_unet
 
 FAST = dict(num_inference_steps=10, noise_level=300)
 

@@ -7,11 +7,10 @@ import numpy as np
 import pandas as pd
 import PIL.Image
 import pytest
-from test_data import HEADER, SHARED, chexpert_row, load_chexpert, needs_shared, save_image, write_chexpert
-from test_images import write_dicom
 
-from cxr_diffusers.data import load_folder, load_nih, prepare, read_image
+from cxr_diffusers.data import load_chexpert, load_folder, load_nih, prepare, read_image
 from cxr_diffusers.data.images import equalize, fit_image
+from helpers import HEADER, SHARED, chexpert_row, needs_shared, save_image, write_chexpert, write_dicom
 
 NAME = "CheXpert-v1.0-small"
 
@@ -66,7 +65,7 @@ def test_a_stopped_run_goes_on_and_leaves_finished_images_alone(tmp_path):
 def test_other_settings_need_another_folder_or_a_word(tmp_path):
     save_image(tmp_path / "in" / "a.png")
     prepare(tmp_path / "in", tmp_path / "out", size=16)
-    with pytest.raises(ValueError, match="size 16 -> 32"):
+    with pytest.raises(ValueError, match="size: 16, now 32"):
         prepare(tmp_path / "in", tmp_path / "out", size=32)
     assert read_image(tmp_path / "out" / "a.png").size == (16, 16)
     prepare(tmp_path / "in", tmp_path / "out", size=32, overwrite=True)

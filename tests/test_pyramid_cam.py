@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import toy_pyramid
 from cxr_diffusers import PyramidCAMPipeline, load_phantom
-from cxr_diffusers.data import TensorImages
+from cxr_diffusers.training.tensors import TensorImages
+from helpers import toy_pyramid
 
 ROOT = Path(__file__).parent.parent
 CLASSES = ["healthy", "effusion", "other"]

@@ -4,8 +4,8 @@ import pytest
 import torch
 import yaml
 
-from conftest import TOY_UNET
-from cxr_diffusers.recipe import load_recipe, parse_command_line
+from cxr_diffusers.training.recipe import load_recipe, parse_command_line
+from helpers import TOY_UNET
 
 MINIMAL = {
     "data": {"name": "phantom", "root": "???"},

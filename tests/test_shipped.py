@@ -17,7 +17,8 @@ from cxr_diffusers import (
     read_image,
 )
 from cxr_diffusers.data import list_images
-from cxr_diffusers.hub import HEADLINES, load_pipeline
+from cxr_diffusers.hub.loading import load_pipeline
+from cxr_diffusers.hub.model_card import HEADLINES
 
 SAMPLES = Path(default_checkpoint()).parent.parent / "samples"
 IMPLANTS = Path(__file__).parent.parent.parent / "shared" / "cxr" / "val_implants"

@@ -14,10 +14,11 @@ from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 
-from conftest import TOY_UNET, toy_unet
 from cxr_diffusers import denoising_loss, train
-from cxr_diffusers.recipe import TrainConfig
-from cxr_diffusers.run import ShuffledForever, checkpoints
+from cxr_diffusers.training.checkpoints import checkpoints
+from cxr_diffusers.training.recipe import TrainConfig
+from cxr_diffusers.training.run import ShuffledForever
+from helpers import TOY_UNET, toy_unet
 
 SETTINGS = dict(batch_size=4, learning_rate=1e-3, save_every=2, validate_every=1000, ema_decay=0.9, lr_warmup_steps=3)
 

@@ -11,11 +11,11 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from PIL import Image, ImageSequence
 
-from conftest import toy_classifier, toy_generator, toy_resnet, toy_unet
 from cxr_diffusers import CFGAnomalyPipeline, ClassifierGuidedPipeline, FixedPointGANPipeline, GradCAMPipeline
 from cxr_diffusers.cli import main
-from cxr_diffusers.detection import detect
-from cxr_diffusers.trajectory import Trajectory
+from cxr_diffusers.inference.detection import detect
+from cxr_diffusers.inference.trajectory import Trajectory
+from helpers import toy_classifier, toy_generator, toy_resnet, toy_unet
 
 ROOT = Path(__file__).parent.parent
 FAST = {"num_inference_steps": 20, "noise_level": 300}
@@ -178,7 +178,7 @@ def test_detect_with_films_resumes_and_notices_other_settings(pipeline, folder, 
     (out / "trajectories" / "1.webp").unlink()
     assert detect(pipeline, [folder], out, save_trajectory=True, **options)["computed"] == 1
     assert (out / "trajectories" / "1.webp").is_file()
-    with pytest.raises(FileExistsError, match="save_trajectory True there, False now"):
+    with pytest.raises(FileExistsError, match="save_trajectory: True, now False"):
         detect(pipeline, [folder], out, **options)
     # a folder that was begun before there were films
     settings = json.loads((out / "settings.json").read_text())

@@ -3,11 +3,11 @@
 import numpy as np
 import pandas as pd
 import pytest
-from test_images import write_dicom
 
 from cxr_diffusers import build_dataset, load_table, load_vindr
 from cxr_diffusers.data import prepare
 from cxr_diffusers.data.vindr import read_labels, vote
+from helpers import write_dicom
 
 FINDINGS = ["Aortic enlargement", "Cardiomegaly", "Pleural effusion", "No finding"]
 # image -> what each of its readers saw

@@ -2,17 +2,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxr_diffusers.metrics import Ranking
+from cxr_diffusers.evaluation.metrics import Ranking
+from cxr_diffusers.figures import precision_recall_figure, roc_figure
+from cxr_diffusers.files import load_map, save_map, save_png
 from cxr_diffusers.visualization import (
     TRUTH,
     common_vmax,
     contact_sheet,
-    load_map,
     overlay,
-    precision_recall_figure,
-    roc_figure,
-    save_map,
-    save_png,
     side_by_side,
     to_grey,
     validation_strip,

@@ -15,15 +15,17 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
 from cxr_diffusers import CFGAnomalyPipeline, SpaceToDepthUNet, build_dataset, denoising_loss
-from cxr_diffusers.data import TensorImages, augment
-from cxr_diffusers.hub import load_unet
+from cxr_diffusers.files import save_png
+from cxr_diffusers.hub.loading import load_unet
 from cxr_diffusers.pipelines.cxr_conditions import Conditions
-from cxr_diffusers.recipe import parse_command_line
-from cxr_diffusers.run import seeded
-from cxr_diffusers.scripts import diseased_rows, finish, write_card
-from cxr_diffusers.training_loop import train
-from cxr_diffusers.validation_loss import ValidationLoss
-from cxr_diffusers.visualization import save_png, validation_strip
+from cxr_diffusers.training.augmentation import augment
+from cxr_diffusers.training.loop import train
+from cxr_diffusers.training.recipe import parse_command_line
+from cxr_diffusers.training.run import seeded
+from cxr_diffusers.training.script import diseased_rows, finish, write_card
+from cxr_diffusers.training.tensors import TensorImages
+from cxr_diffusers.training.validation_loss import ValidationLoss
+from cxr_diffusers.visualization import validation_strip
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "phantom_cfg_32.yaml"
 

@@ -26,14 +26,16 @@ from cxr_diffusers import (
     PyramidClassifier,
     build_dataset,
 )
-from cxr_diffusers.data import TensorImages, augment
-from cxr_diffusers.hub import load_pipeline
-from cxr_diffusers.losses import noisy_classification_loss
-from cxr_diffusers.recipe import ClassifierRecipe, parse_command_line
-from cxr_diffusers.run import seeded
-from cxr_diffusers.scripts import finish, write_card
-from cxr_diffusers.training_loop import train
-from cxr_diffusers.visualization import line_figure, save_png, write_file
+from cxr_diffusers.figures import line_figure
+from cxr_diffusers.files import save_png, write_file
+from cxr_diffusers.hub.loading import load_pipeline
+from cxr_diffusers.training.augmentation import augment
+from cxr_diffusers.training.loop import train
+from cxr_diffusers.training.losses import noisy_classification_loss
+from cxr_diffusers.training.recipe import ClassifierRecipe, parse_command_line
+from cxr_diffusers.training.run import seeded
+from cxr_diffusers.training.script import finish, write_card
+from cxr_diffusers.training.tensors import TensorImages
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "phantom_classifier_32.yaml"
 

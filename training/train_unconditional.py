@@ -14,13 +14,15 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
 from cxr_diffusers import DiffPIRDeblurPipeline, build_dataset, denoising_loss
-from cxr_diffusers.data import TensorImages, augment
-from cxr_diffusers.hub import load_unet
-from cxr_diffusers.recipe import parse_command_line
-from cxr_diffusers.run import seeded
-from cxr_diffusers.scripts import finish, write_card
-from cxr_diffusers.training_loop import train
-from cxr_diffusers.visualization import contact_sheet, save_png
+from cxr_diffusers.files import save_png
+from cxr_diffusers.hub.loading import load_unet
+from cxr_diffusers.training.augmentation import augment
+from cxr_diffusers.training.loop import train
+from cxr_diffusers.training.recipe import parse_command_line
+from cxr_diffusers.training.run import seeded
+from cxr_diffusers.training.script import finish, write_card
+from cxr_diffusers.training.tensors import TensorImages
+from cxr_diffusers.visualization import contact_sheet
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "phantom_unconditional_32.yaml"
 

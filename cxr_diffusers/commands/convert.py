@@ -34,7 +34,7 @@ def add_conversion_flags(parser):
     """The originals' flags, in their own spelling."""
     from dataclasses import fields
 
-    from ..convert.flags import ConversionFlags
+    from ..guided_diffusion.flags import ConversionFlags
 
     group = parser.add_argument_group("the flags that the checkpoint was trained with")
     for field in fields(ConversionFlags):
@@ -47,7 +47,7 @@ def add_conversion_flags(parser):
 def run(options):
     from dataclasses import fields
 
-    from ..convert import ConversionFlags, convert_checkpoint, parse_flag
+    from ..guided_diffusion import ConversionFlags, convert_checkpoint, parse_flag
 
     given = {field.name: getattr(options, field.name) for field in fields(ConversionFlags)}
     flags = {}

@@ -39,7 +39,7 @@ def add(commands):
 
 
 def run(options):
-    from ..deblurring import deblur, describe_plan, load_prior, measure
+    from ..deblurring.dataset import deblur, describe_plan, load_prior, measure
     from ..processes import process_state
 
     state = process_state()

@@ -28,7 +28,7 @@ def add(commands):
 
 
 def run(options):
-    from ..detection import detect
+    from ..inference.detection import detect
 
     summary = detect(
         open_pipeline(options),

@@ -49,11 +49,11 @@ def run(options):
         if options.bootstrap < 1:
             raise ValueError(f"expected --bootstrap of 1 or more, got {options.bootstrap}")
         shared["n_bootstrap"] = options.bootstrap
-    shared |= {"judge": options.judge} if options.judge else {}
     if options.config:
         if options.model or options.healthy or options.strata or shared["call_kwargs"]:
             raise ValueError("expected models, data and arguments of the call in the plan, not beside --config")
         plan = load_plan(options.config, options.data, options.only, options.on, options.skip)
+        shared |= open_judge(options.judge or plan.options.get("judge"))
         results = run_plan(plan, lambda model: open_pipeline(options, model), options.out, **shared)
     else:
         if options.only or options.on or options.skip:
@@ -61,6 +61,7 @@ def run(options):
         if len(options.data) != 1:
             raise ValueError(f"expected one data set, or a plan with --config, got {options.data}")
         healthy = open_dataset(options.healthy) if options.healthy else None
+        shared |= open_judge(options.judge)
         result = compare(
             open_methods(options),
             open_dataset(options.data[0]),
@@ -74,6 +75,14 @@ def run(options):
         folders = [options.out / name for name in results] if options.config else [options.out]
         print(plan_table(results))
         print("See " + ", ".join(f"{folder / 'summary.md'} and {folder / 'contact_sheet.png'}" for folder in folders))
+
+
+def open_judge(name):
+    """{"judge": pipeline on the device of this process} of a model's name; {} without one."""
+    from ..hub.loading import load_pipeline
+    from ..processes import process_state
+
+    return {"judge": load_pipeline(name).to(process_state().device)} if name else {}
 
 
 def open_methods(options):

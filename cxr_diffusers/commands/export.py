@@ -24,8 +24,8 @@ def add(commands):
 
 
 def run(options):
-    from ..export import TOLERANCE, export_pipeline
-    from ..hub import load_pipeline
+    from ..hub.loading import load_pipeline
+    from ..inference.export import TOLERANCE, export_pipeline
 
     pipeline = load_pipeline(options.checkpoint, options.trust_remote_code)
     export_pipeline(pipeline, options.output, options.format, overwrite=options.overwrite)

@@ -89,8 +89,8 @@ def open_pipeline(options, model=None):
     import torch
 
     from ..evaluation.plan import checked_call
-    from ..export import with_backend
-    from ..hub import load_pipeline
+    from ..hub.loading import load_pipeline
+    from ..inference.export import with_backend
     from ..processes import process_state
 
     if options.batch_size < 1:
@@ -110,7 +110,7 @@ def open_pipeline(options, model=None):
             part.to(memory_format=torch.channels_last)  # convolutions take three quarters of the time in this order
     if not options.as_original:
         return checked_call(pipeline, call_kwargs(options), model)[0]
-    from ..original import OriginalProcedure
+    from ..guided_diffusion.original import OriginalProcedure
 
     scale = "classifier_scale" if "classifier" in pipeline.components else "guidance_scale"
     unknown = sorted(set(call_kwargs(options)) - {scale, "noise_level", "num_inference_steps"})

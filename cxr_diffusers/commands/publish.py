@@ -26,7 +26,8 @@ def add(commands):
 
 
 def run(options):
-    from ..hub import publish, write_model_card
+    from ..hub.model_card import write_model_card
+    from ..hub.publishing import publish
 
     if options.training:
         write_model_card(

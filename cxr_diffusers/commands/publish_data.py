@@ -35,7 +35,8 @@ def add(commands):
 
 
 def run(options):
-    from ..data import open_dataset, publish_dataset
+    from ..data import open_dataset
+    from ..hub.datasets import publish_dataset
 
     asked = {"train": options.data}
     for item in options.split:

@@ -1,6 +1,5 @@
 """Data sets: `build_dataset(name, ...)`, one loader a file."""
 
-import importlib
 import inspect
 import re
 from pathlib import Path
@@ -17,7 +16,6 @@ from .nih import load_nih
 from .packing import load_packed
 from .phantom import load_phantom
 from .preparation import prepare
-from .publishing import publish_dataset
 from .vindr import load_vindr
 
 LOADERS = {
@@ -33,11 +31,8 @@ LOADERS = {
     "vindr": load_vindr,
 }
 
-# these need torch, which takes seconds to import and which reading a file does not need
-_LAZY = {"TensorImages": "tensors", "augment": "augmentation"}
-
-__all__ = ["LOADERS", "TensorImages", "augment", "build_dataset", "fit_image", "list_images", "open_dataset", "prepare"]
-__all__ += ["publish_dataset", "read_image"]
+__all__ = ["LOADERS", "build_dataset", "fit_image", "list_images", "open_dataset", "prepare"]
+__all__ += ["read_image"]
 __all__ += [loader.__name__ for loader in LOADERS.values()]
 
 
@@ -83,9 +78,3 @@ def open_dataset(text):
         except yaml.YAMLError:
             kwargs[key] = value
     return build_dataset(name, **kwargs)
-
-
-def __getattr__(name):
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)

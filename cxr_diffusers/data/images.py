@@ -142,7 +142,7 @@ def dicom_header(path):
 
 
 def fit_image(image, size, aspect="pad"):
-    """PIL image ("L" or "I;16") -> the same mode, `size` x `size`, in the geometry of `pipelines.cxr_anomaly.frame`.
+    """PIL image ("L" or "I;16") -> the same mode, `size` x `size`, in the geometry of `pipelines.cxr_images.frame`.
 
     Area means along a side that shrinks, bicubic along one that grows.
 
@@ -165,7 +165,7 @@ def fit_boxes(boxes, width, height, size, aspect="pad"):
 
     What a crop cuts off is cut off the boxes; a box that is gone altogether is left out.
     """
-    from ..pipelines.cxr_anomaly import frame
+    from ..pipelines.cxr_images import frame
 
     top, left, h, w = frame(height, width, size, aspect)
     fitted = []
@@ -202,7 +202,7 @@ def equalize(image):
 
 
 def _fit(image, size, aspect, grow, shrink, fill):
-    from ..pipelines.cxr_anomaly import frame  # here: it imports torch, which reading a file does not need
+    from ..pipelines.cxr_images import frame  # here: it imports torch, which reading a file does not need
 
     if image.mode not in ("L", "I;16"):
         raise ValueError(f"expected a picture of mode L or I;16, got {image.mode}")

@@ -1,7 +1,6 @@
 """A data set in one file: compressed images and labels, for a node's scratch disk or a machine without a network."""
 
 import io
-import os
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ import pyarrow.parquet
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from ..files import new_file
 from .images import fit_image, to_grey
 
 COLUMNS = ("image", "label", "patient", "view", "path")
@@ -45,15 +45,9 @@ def pack(dataset, path, *, size, aspect="pad", quality=92, unlabelled=()):
                 for name in ("patient", "view", "path"):
                     columns[name].append(row[name])
                 bar.update()
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with new_file(path) as temporary:
         Dataset.from_dict(columns, features=features).to_parquet(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return Path(path)
 
 
 def load_packed(root, *, part="all"):

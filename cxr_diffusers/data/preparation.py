@@ -15,6 +15,7 @@ import pandas as pd
 import PIL.Image
 from tqdm.auto import tqdm
 
+from ..files import keep_settings, new_file
 from . import chexpert, nih, vindr
 from .folder import MASK_ENDING, MASK_FOLDER
 from .images import SUFFIXES, fit_boxes, fit_image, fit_mask, list_images, read_image
@@ -72,7 +73,7 @@ def prepare(
     if overwrite:  # first of all, so that a run stopped half-way does not mix two settings
         for path in [output_root / SETTINGS, *(output_root / output for _, output, _ in jobs)]:
             path.unlink(missing_ok=True)
-    _keep_settings(output_root, settings)
+    keep_settings(output_root / SETTINGS, settings, advice="give another folder or `overwrite`")
 
     begin = time.monotonic()
     results = _run(jobs, output_root, settings, num_workers)
@@ -367,17 +368,6 @@ def _check(source_root, output_root, settings):
         raise ValueError(f"expected `size` in pixels, 8 or more, got {settings['size']!r}")
 
 
-def _keep_settings(output_root, settings):
-    path = output_root / SETTINGS
-    if path.is_file():
-        before = json.loads(path.read_text())
-        changed = [f"{k} {before.get(k)!r} -> {v!r}" for k, v in settings.items() if before.get(k) != v]
-        if changed:
-            what = ", ".join(changed)
-            raise ValueError(f"{output_root} was made with other settings ({what}): give another folder or `overwrite`")
-    _write_text(path, json.dumps(settings, indent=2))
-
-
 def _renamed(path, settings):
     """Output path of an image: the new suffix in place of a known one, behind any other (DICOM names have dots)."""
     suffix = f".{settings['image_format']}"
@@ -390,13 +380,8 @@ def _kind(reason):
 
 
 def _write(path, save):
-    """`save(temporary)` beside `path`, then rename: there is a whole file or none."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with new_file(path) as temporary:
         save(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_text(path, text):

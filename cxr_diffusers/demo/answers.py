@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..detection import same_frame
-from ..evaluation.answers import harmless
-from ..masks import threshold_map
-from ..pipelines.cxr_anomaly import restore_map
+from ..evaluation.masks import threshold_map
+from ..files import safe_name
+from ..inference.detection import same_frame
+from ..inference.trajectory import Trajectory, check_steps
+from ..pipelines.cxr_images import restore_map
 from ..pipelines.cxr_inversion import timesteps_below
-from ..trajectory import Trajectory, check_steps
 from ..visualization import common_vmax, contact_sheet, map_colours, side_by_side, to_grey
 
 SHOWN = 640  # longer side of the pictures on the page
@@ -165,7 +165,7 @@ def film_file(answer):
 def stem(answer):
     """The beginning of a download's name, in harmless letters."""
     name = answer.name.rsplit(".", 1)[0]
-    return harmless(name).strip(".")[:80] or "radiograph"
+    return safe_name(name).strip(".")[:80] or "radiograph"
 
 
 def score_card(answer, reference, fits, meaning):

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 
-from ..hub import CHECKPOINTS, DEFAULT, default_checkpoint, load_pipeline
-from ..reference_scores import cached_scores, kept_scores
+from ..hub.loading import CHECKPOINTS, DEFAULT, default_checkpoint, load_pipeline
+from ..inference.reference_scores import cached_scores, kept_scores
 
 WAITING = 16  # runs that may wait for the model; further ones are told to come back
 
@@ -37,7 +37,7 @@ def open_models(names=(), device=None, trust_remote_code=False):
         ValueError: a model for pictures of several channels, one that does not answer with an anomaly map, or two of
             `names` with one last part.
     """
-    from ..detection import model_channels
+    from ..inference.detection import model_channels
     from ..processes import process_state
 
     shipped = sorted((path.parent.name for path in CHECKPOINTS.glob("*/model_index.json")), key=lambda x: x != DEFAULT)

@@ -1,12 +1,8 @@
 """Pictures -> a pipeline's answers, each kept in a file of its own: the hours of an evaluation."""
 
-import hashlib
 import inspect
 import io
-import json
 import time
-import uuid
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +11,12 @@ import torch
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
-from ..masks import smooth_map
-from ..pipelines.cxr_anomaly import restore_map
-from ..processes import process_state
-from ..version import __version__
-from ..visualization import write_file
+from ..files import safe_name, write_file
+from ..fingerprints import config_of, fingerprint, picture_digest
+from ..pipelines.cxr_images import restore_map
+from ..processes import process_state, quiet
 from .lazy import Lazy
+from .masks import smooth_map
 
 
 @dataclass
@@ -106,52 +102,11 @@ def ask(method, dataset, batch, digests):
         }
 
 
-def fingerprint(pipeline, call_kwargs, seed):
-    """What decides a map, as a hash: code version, class, configuration, weights, arguments, seed."""
-    components = getattr(pipeline, "components", {"": pipeline})
-    known = hasattr(pipeline, "components") or isinstance(pipeline, torch.nn.Module)
-    digest = hashlib.blake2b(digest_size=16)
-    # what cannot be told apart must not be taken for the same
-    digest.update((f"{type(pipeline).__qualname__} {__version__}" if known else uuid.uuid4().hex).encode())
-    for part in (pipeline, *components.values()):
-        config = config_of(part)
-        config.pop("map_threshold", None)  # it comes after the map
-        digest.update(json.dumps(config, sort_keys=True, default=repr).encode())
-        if isinstance(part, torch.nn.Module):
-            for name, tensor in part.state_dict().items():
-                digest.update(name.encode() + str(tensor.dtype).encode())
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    digest.update(json.dumps([call_kwargs, seed], sort_keys=True, default=repr).encode())
-    return digest.hexdigest()
-
-
-def config_of(part):
-    """The config of a pipeline or component without its library's own bookkeeping; {} for what has none."""
-    config = getattr(part, "config", None) or part
-    # transformers' configs and image processors have `to_dict`
-    config = config.to_dict() if hasattr(config, "to_dict") else config if isinstance(config, dict) else {}
-    return {k: v for k, v in config.items() if not k.startswith("_") and k != "transformers_version"}
-
-
-def picture_digest(key, row):
-    """The name of a picture under `key`, whatever its file is called and wherever it lies."""
-    image = row["image"]
-    # a PIL picture, or an array of several channels
-    kind = f"{image.mode} {image.size}" if hasattr(image, "mode") else f"{image.dtype} {image.shape}"
-    content = f"{key} {kind}".encode() + image.tobytes()
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-
 def stem(row):
     """A file name to recognise a picture by: the end of its path, in harmless letters."""
     path = Path(row.get("path") or "image")
     name = "-".join([*path.parts[-3:-1], path.stem])
-    return harmless(name)[-80:].lstrip(".-")
-
-
-def harmless(name):
-    """A name in letters that every file system takes, in one folder."""
-    return "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
+    return safe_name(name)[-80:].lstrip(".-")
 
 
 def save_answer(answer, path):
@@ -163,17 +118,3 @@ def save_answer(answer, path):
 def load_answer(path):
     with np.load(path) as file:
         return {name: file[name][()] for name in file.files}
-
-
-@contextmanager
-def quiet(pipeline):
-    """No progress bar of the pipeline's own inside ours."""
-    if not hasattr(pipeline, "set_progress_bar_config"):
-        yield
-        return
-    before = dict(getattr(pipeline, "_progress_bar_config", {}))
-    pipeline.set_progress_bar_config(**{**before, "disable": True})
-    try:
-        yield
-    finally:
-        pipeline.set_progress_bar_config(**before)

@@ -26,13 +26,14 @@ from ..data.chexlocalize import (
 )
 from ..data.images import picture_size
 from ..data.rows import to_dataset
-from ..masks import drop_small
+from ..files import safe_name, save_png, write_file
 from ..processes import process_state
 from ..version import __version__
-from ..visualization import contact_sheet, save_png, write_file
-from .answers import detect, harmless
+from ..visualization import contact_sheet
+from .answers import detect
 from .comparison import as_method
 from .controls import CENTRE, centre_prior, resample
+from .masks import drop_small
 from .report import SHEET_ROWS, is_number, markdown, plain
 from .tables import describe_method
 
@@ -148,7 +149,7 @@ def evaluate_chexlocalize(
         tables.append(table.assign(method=name))
         if output_dir is not None and method:
             maps = maps_of(method, test, answers[name, "test"])
-            write_predictions(maps, test, thresholds, Path(output_dir) / harmless(name), progress, name)
+            write_predictions(maps, test, thresholds, Path(output_dir) / safe_name(name), progress, name)
     described = {method.name: describe_method(method) for method in methods}
     summary["settings"] = {"cxr_diffusers": __version__, "methods": described, "n_bootstrap": n_bootstrap, "seed": seed}
     if output_dir is not None:
@@ -163,7 +164,7 @@ def evaluate_chexlocalize(
 def check(pipelines, splits, output_dir):
     if not pipelines or CENTRE in pipelines:
         raise ValueError(f"expected at least one method, none of them named {CENTRE!r}, got {list(pipelines)}")
-    folders = [harmless(name) for name in pipelines]
+    folders = [safe_name(name) for name in pipelines]
     if len(set(folders)) < len(folders) or {"maps", "", ".", ".."} & set(folders):
         raise ValueError(f"expected methods whose names are folders of their own, got {list(pipelines)}")
     if process_state().num_processes > 1 and output_dir is None:

@@ -11,7 +11,7 @@ from ..version import __version__
 from .answers import Method, detect
 from .controls import CHANCE, EDGES, OTHERS_TRUTH, controls, edge_maps, is_control, picture_score
 from .counterfactuals import counterfactual_level
-from .judge import name_of, open_judge
+from .judge import check_judge, name_of
 from .report import sheet_rows, write
 from .statistics import (
     differences,
@@ -45,8 +45,8 @@ class Evaluation:
     rankings: dict
 
 
-def evaluate(
-    pipeline,
+def compare(
+    pipelines,
     dataset,
     *,
     healthy=None,
@@ -61,9 +61,8 @@ def evaluate(
     strata=(),
     judge=None,
     maps_dir=None,
-    name="method",
 ):
-    """How well does a pipeline find what is abnormal, and better than what?
+    """Several methods in one table, with the paired difference of the first to each other one.
 
     Maps are compared with the truth at each picture's own resolution, so pipelines of different sizes are comparable.
     Pixel numbers are over the images with a true region (`mask`, else the union of `boxes`); image numbers are over all
@@ -87,7 +86,8 @@ def evaluate(
     name, so its maps are computed anew.
 
     Args:
-        pipeline: anything that answers `pipeline(list of PIL images, output_type="np")` with an `AnomalyOutput`.
+        pipelines: {name: pipeline} or {name: (pipeline, call_kwargs)}, the latter over the common `call_kwargs`; a
+            pipeline is anything that answers `pipeline(list of PIL images, output_type="np")` with an `AnomalyOutput`.
         dataset: rows with `image` and, if known, `label` (0 healthy), `patient`, `view`, `path`, `mask`, `boxes`.
         healthy: rows of healthy VALIDATION images: their maps' `quantile` is the threshold. Without them it is the
             pipeline's own `config.map_threshold`; without that, Dice and IoU are not defined.
@@ -102,11 +102,11 @@ def evaluate(
             of 256); 0: none.
         quantile: of the healthy maps' pixels.
         strata: names of further columns to split by. `view` is split by itself where there are both AP and PA.
-        judge: an image classifier that had no part in making the counterfactuals, as a pipeline (`GradCAMPipeline`) or
-            as the name of a model: it says how many of them it calls healthy, and its features how far they are from
-            healthy pictures; see `counterfactuals.counterfactual_level`. Its class 0 is healthy. None: no such numbers.
+        judge: an image classifier that had no part in making the counterfactuals, as a pipeline (`GradCAMPipeline`,
+            `load_pipeline("cxr_grad_cam_128")`): it says how many of them it calls healthy, and its features how far
+            they are from healthy pictures; see `counterfactuals.counterfactual_level`. Its class 0 is healthy.
+            None: no such numbers.
         maps_dir: where the answers are kept; None: maps/ of `output_dir`. Evaluations may share one.
-        name: of the row in the table.
 
     Returns:
         `Evaluation`; None in all processes but the main one.
@@ -115,38 +115,9 @@ def evaluate(
         ValueError: an empty data set, an unknown stratum, healthy rows that are not, a mask of another size than its
             picture, a judge without an image classifier, or several processes without `output_dir`.
     """
-    options = dict(healthy=healthy, output_dir=output_dir, batch_size=batch_size, n_bootstrap=n_bootstrap, seed=seed)
-    options |= dict(call_kwargs=call_kwargs, progress=progress, smoothing=smoothing, quantile=quantile, strata=strata)
-    options |= dict(judge=judge, maps_dir=maps_dir)
-    return compare({name: pipeline}, dataset, **options)
-
-
-def compare(
-    pipelines,
-    dataset,
-    *,
-    healthy=None,
-    output_dir=None,
-    batch_size=8,
-    n_bootstrap=1000,
-    seed=0,
-    call_kwargs=None,
-    progress=True,
-    smoothing=0.0,
-    quantile=0.99,
-    strata=(),
-    judge=None,
-    maps_dir=None,
-):
-    """Several methods in one table, with the paired difference of the first to each other one.
-
-    Args:
-        pipelines: {name: pipeline} or {name: (pipeline, call_kwargs)}, the latter over the common `call_kwargs`.
-        The rest, result and errors: see `evaluate`.
-    """
     healthy = healthy or []
     check(pipelines, dataset, healthy, output_dir, strata)
-    given, judge = judge, open_judge(judge)
+    check_judge(judge)
     rows, healthy_rows = describe(dataset, strata), describe(healthy)
     methods = [as_method(name, pipeline, call_kwargs or {}) for name, pipeline in pipelines.items()]
 
@@ -194,7 +165,7 @@ def compare(
             "smoothing": smoothing,
             "n_bootstrap": n_bootstrap,
             "seed": seed,
-            "judge": name_of(given),
+            "judge": name_of(judge),
         },
         **counts(rows, seen, healthy_rows),
         "seconds_per_image": {m.name: float(np.mean([a["seconds"] for a in m.answers])) for m in methods},
@@ -210,6 +181,11 @@ def compare(
     if output_dir is not None:
         write(result, Path(output_dir), sheet_rows(dataset, seen, found, methods))
     return result
+
+
+def evaluate(pipeline, dataset, *, name="method", **options):
+    """Evaluate one pipeline: `compare` with one method, called `name`, and the same options, result and errors."""
+    return compare({name: pipeline}, dataset, **options)
 
 
 def check(pipelines, dataset, healthy, output_dir, strata):

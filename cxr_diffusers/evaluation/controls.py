@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..masks import smooth_map
 from ..pipelines.cxr_anomaly import score_map
 from .answers import soften
 from .lazy import Lazy
+from .masks import smooth_map
 
 CHANCE, RANDOM, CENTRE = "chance", "random map", "centre prior"
 OTHERS_TRUTH, EDGES, MEAN = "others' truth", "|x - blurred x|", "mean map"

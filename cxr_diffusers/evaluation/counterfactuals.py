@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from .. import metrics
-from ..feature_distances import frechet_distance, kernel_distance_of
-from ..masks import smooth_map
+from . import metrics
 from .controls import BLURRED, ITSELF, SPLIT
+from .feature_distances import frechet_distance, kernel_distance_of
 from .judge import HEALTHY, is_its_own_judge, look
 from .lazy import Lazy
+from .masks import smooth_map
 
 KEPT = ("psnr_outside", "ssim_outside")
 BLUR = 0.05  # sigma, of the side: what is gone with it is the evidence, not the disease

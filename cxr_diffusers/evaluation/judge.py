@@ -1,28 +1,21 @@
 """An image classifier that looks at pictures and counterfactuals, and had no part in making them."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from ..pipelines.cxr_classifier import ask, is_image_classifier
-from ..processes import process_state
 
 HEALTHY = 0
 
 
-def open_judge(judge):
-    """A judge, or the name of a shipped model, a folder or a Hub repository -> a pipeline with an image classifier.
-
-    Raises:
-        ValueError: a model without an image classifier of `transformers`.
-    """
+def check_judge(judge):
+    """ValueError unless `judge` is None or a pipeline with an image classifier of `transformers`."""
     if judge is None:
-        return None
-    if isinstance(judge, str):
-        from ..hub import load_pipeline
-
-        judge = load_pipeline(judge).to(process_state().device)
+        return
     classifier = getattr(judge, "components", {}).get("classifier")
     # the classifier of classifier guidance is asked about noised pictures: it is none
     if not is_image_classifier(classifier) or getattr(judge.config, "sample_size", None) is None:
@@ -30,12 +23,14 @@ def open_judge(judge):
             "expected a judge with an image classifier of transformers, as a GradCAMPipeline has it, "
             f"got a {type(judge).__name__} without one"
         )
-    return judge
 
 
 def name_of(judge):
-    """What a judge is called in the tables: the name it was given by, or its class; None without one."""
-    return judge if judge is None or isinstance(judge, str) else type(judge).__name__
+    """The name of a judge in the tables: that of its folder or repository, else its class; None without one."""
+    if judge is None:
+        return None
+    name = str(judge.config.get("_name_or_path") or type(judge).__name__)
+    return Path(name).resolve().name if Path(name).is_dir() else name
 
 
 def is_its_own_judge(pipeline, judge):
@@ -55,7 +50,7 @@ def look(judge, pictures, references=None, *, batch_size=32, progress=False, des
     theirs, so that a counterfactual is never normalised apart from its picture.
 
     Args:
-        judge: see `open_judge`.
+        judge: see `check_judge`.
         pictures: sequence of (H, W) arrays in [0, 1], all square or framed as the judge's own pictures are.
         references: likewise, a picture for each; None: the pictures themselves.
 

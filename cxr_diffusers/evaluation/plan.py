@@ -1,14 +1,12 @@
 """Several methods on several data sets, as a YAML file names them: a table for each data set."""
 
 import inspect
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
+from ..config import build, override_value, read_sections
 from ..data import build_dataset
-from ..recipe import build, override_value
-from ..visualization import write_file
+from ..files import write_file
 from .comparison import compare
 from .report import COLUMNS, counterfactual_table, summary_table
 
@@ -45,12 +43,7 @@ def load_plan(path, overrides=(), only=(), on=(), skip=()):
         ValueError: no YAML, an unknown key (named, with the known ones), a method without a model, or a `???`, which
             means "yours to give".
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected the sections {[f.name for f in fields(Plan)]}, got {values!r}")
+    values = read_sections(path, Plan)
     for override in overrides:
         if override.startswith("root="):
             values["root"] = override.removeprefix("root=")
@@ -96,7 +89,7 @@ def run_plan(plan, open_model, output_dir, **options):
 
     Args:
         plan: a `Plan`.
-        open_model: `open_model(model)` -> pipeline, placed on its device.
+        open_model: `open_model(model)` -> pipeline, placed on its device; opens the methods and the judge.
         output_dir: a folder for each data set is written below it, see `evaluate`; and summary.md with all tables, and
             maps/, which they share: a picture that is in several of them is computed once.
         options: of `compare`, over those of the plan.
@@ -116,10 +109,12 @@ def run_plan(plan, open_model, output_dir, **options):
         name: (build_dataset(**data.images), build_dataset(**data.healthy) if data.healthy else None, data.strata)
         for name, data in plan.data.items()
     }
+    settings = {**plan.options, **options}
+    if isinstance(settings.get("judge"), str):
+        settings["judge"] = open_model(settings["judge"])
     results = {}
     for name, (images, healthy, strata) in opened.items():
         folders = dict(output_dir=Path(output_dir) / name, maps_dir=Path(output_dir) / "maps")
-        settings = {**plan.options, **options}
         results[name] = compare(pipelines, images, healthy=healthy, strata=tuple(strata), **folders, **settings)
     if any(result is None for result in results.values()):
         return None

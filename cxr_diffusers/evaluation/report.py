@@ -4,7 +4,9 @@ import json
 
 import numpy as np
 
-from ..visualization import contact_sheet, precision_recall_figure, roc_figure, save_png, write_file
+from ..figures import precision_recall_figure, roc_figure
+from ..files import save_png, write_file
+from ..visualization import contact_sheet
 from .controls import CHANCE, RANDOM
 
 COLUMNS = {  # of the table: a number of the summary, its heading

@@ -8,9 +8,9 @@ import hashlib
 import numpy as np
 from tqdm.auto import tqdm
 
-from .. import metrics
-from ..masks import healthy_threshold
+from . import metrics
 from .controls import CHANCE, MEAN, mean_map_of
+from .masks import healthy_threshold
 
 MEANS = {"pixel_ap": "pixel_ap_mean", "pixel_auroc": "pixel_auroc_mean", "hit": "hit_rate"}  # others: the same
 UNKNOWN = dict.fromkeys((*metrics.METRICS, *metrics.MASK_METRICS, "prevalence"), np.nan)

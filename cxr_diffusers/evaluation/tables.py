@@ -3,8 +3,8 @@
 import numpy as np
 import pandas as pd
 
-from .. import metrics
-from .answers import config_of
+from ..fingerprints import config_of
+from . import metrics
 from .statistics import UNKNOWN
 
 

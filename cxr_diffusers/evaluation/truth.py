@@ -3,7 +3,7 @@
 import numpy as np
 
 from ..data.images import picture_size
-from ..metrics import box_mask
+from .metrics import box_mask
 
 
 def describe(dataset, strata=()):

@@ -27,7 +27,7 @@ class ExportedNet(ModelMixin, ConfigMixin):
 
     It runs on the CPU, in float32, with as many threads as torch has when it is opened, and has no gradients. Its
     folder holds config.json and the network's file (net.onnx, or net.xml and net.bin), and no weights of torch.
-    `cxr_diffusers.export.export_net` makes one.
+    `cxr_diffusers.inference.export.export_net` makes one.
 
     Args:
         format: "onnx" (run by ONNX Runtime) or "openvino".

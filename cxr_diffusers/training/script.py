@@ -1,8 +1,9 @@
 """What the programs of training/ have in common, around the loop: rows to show, the card, the last words."""
 
-from .data import build_dataset
-from .hub import describe_training, publish, trained_on, write_model_card
-from .processes import process_state
+from ..data import build_dataset
+from ..hub.model_card import describe_training, trained_on, write_model_card
+from ..hub.publishing import publish
+from ..processes import process_state
 
 
 def diseased_rows(recipe, dataset, unlabelled=False):

@@ -13,17 +13,19 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .data.dicom_checks import warnings_of
-from .data.images import SUFFIXES, describe_skipped, is_dicom, picture_size, read_header, read_image, split_images
+from ..data.dicom_checks import warnings_of
+from ..data.images import SUFFIXES, describe_skipped, is_dicom, picture_size, read_header, read_image, split_images
+from ..files import check_settings, keep_settings, save_map, save_png, write_file
+from ..fingerprints import fingerprint
+from ..pipelines.cxr_images import frame, prepare_image, restore_map
+from ..processes import process_state
+from ..visualization import side_by_side, to_grey
 from .dicom_output import ENDINGS, Algorithm, DicomOutputError, check_source, import_highdicom, write_objects
-from .evaluation.answers import fingerprint
-from .pipelines.cxr_anomaly import frame, prepare_image, restore_map
-from .processes import process_state
 from .trajectory import Trajectory, check_steps
-from .visualization import save_map, save_png, side_by_side, to_grey, write_file
 
 FIELDS = ["image", "name", "anomaly_score", "abnormal_fraction", "map_max", "height", "width", "seconds", "warnings"]
 WRITTEN = ("maps", "counterfactuals", "trajectories", "dicom")  # folders of results, which are no input
+SETTINGS = "settings.json"
 SHOWN = 512  # longer side of a panel: sharp enough to read the chest, three of them fit on a screen
 
 
@@ -113,7 +115,8 @@ def detect(
         "vmax": vmax,
         "dicom": dicom,
     }
-    check_settings(output_dir, settings)
+    kept = dict(ignore=("model",), defaults={"save_trajectory": False, "dicom": False})  # of before there were these
+    check_settings(output_dir / SETTINGS, settings, **kept)
     rows = read_rows(output_dir)
     files = name_files(found, rows)
     todo = [(name, path) for name, path in files.items() if name not in rows or rows[name]["file"] != stamp(path)]
@@ -137,7 +140,9 @@ def detect(
             start = time.perf_counter()
             output = pipeline([picture for _, _, picture, _ in batch], output_type="np", **call_kwargs, **stepwise)
             seconds += [(time.perf_counter() - start) / len(batch)] * len(batch)
-            keep_settings(output_dir, settings)  # now that there are answers: a call that was refused leaves nothing
+            keep_settings(
+                output_dir / SETTINGS, settings, **kept
+            )  # now that there are answers: a call that was refused leaves nothing
             for i, (name, path, picture, source) in enumerate(batch):
                 answer = (
                     output.image[i],
@@ -224,7 +229,7 @@ def read_picture(path, channels):
     Raises ValueError where it is broken, or where the model takes pictures of other `channels`.
     """
     if path.is_dir():
-        from .data.brats import read_slice
+        from ..data.brats import read_slice
 
         picture = read_slice(path)
     else:
@@ -264,7 +269,7 @@ def find_images(images, output_dir, channels=1):
 
 
 def list_slices_of(folder):
-    from .data.brats import list_slices
+    from ..data.brats import list_slices
 
     return list_slices(folder)
 
@@ -292,26 +297,6 @@ def stamp(path):
     """What tells a file, or a slice's folder, and its content from another: [path, bytes, time of change in ns]."""
     found = [file.stat() for file in (path.iterdir() if path.is_dir() else [path])]
     return [str(path.resolve()), sum(s.st_size for s in found), max(s.st_mtime_ns for s in found)]
-
-
-def check_settings(output_dir, settings):
-    """Refuse a folder that something else made."""
-    path = output_dir / "settings.json"
-    if not path.exists():
-        return
-    old = {"save_trajectory": False, "dicom": False} | json.loads(path.read_text())  # of before there were these
-    settings = json.loads(json.dumps(settings))  # as they come back: a pair is a list
-    differing = [key for key in settings if key != "model" and old.get(key) != settings[key]]
-    if differing:
-        what = ", ".join(f"{key} {old.get(key)!r} there, {settings[key]!r} now" for key in differing)
-        raise FileExistsError(f"{output_dir} holds results of other settings ({what}): give another folder")
-
-
-def keep_settings(output_dir, settings):
-    """Note in a new folder what makes its results."""
-    path = output_dir / "settings.json"
-    if not path.exists():
-        write_file(path, json.dumps(settings, indent=2).encode())
 
 
 def row_file(output_dir, name):

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from .visualization import GAP, save_png, write_file, write_words
+from ..files import save_png, write_file
+from ..visualization import GAP, write_words
 
 DARK, BRIGHT, DIM, LINE = (14, 17, 22), (235, 238, 242), (150, 158, 170), (245, 158, 66)
 SECONDS = 5.0  # of a film, however many frames it has

@@ -8,10 +8,11 @@ from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 from tqdm.auto import tqdm
 
-from .convert.flags import SOURCES
+from ..pipelines.cxr_anomaly import AnomalyOutput, anomaly_output, difference_map
+from ..pipelines.cxr_classifier import is_image_classifier
+from ..pipelines.cxr_images import prepare_image
+from .flags import SOURCES
 from .original_steps import ancestral_step, ddim_step, first_noising, noised, respaced_chain
-from .pipelines.cxr_anomaly import AnomalyOutput, anomaly_output, difference_map, prepare_image
-from .pipelines.cxr_classifier import is_image_classifier
 
 # where ancestral sampling starts, whatever the noise level: a constant of the originals
 ANCESTRAL_START = 499

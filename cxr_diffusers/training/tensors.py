@@ -3,13 +3,13 @@
 import torch
 from tqdm.auto import tqdm
 
-from ..pipelines.cxr_anomaly import prepare_image
+from ..pipelines.cxr_images import prepare_image
 
 
 class TensorImages(torch.utils.data.Dataset):
     """{"images": (num_channels, size, size) float32 in `data_range`, "labels": int64, "views": int64} for each row.
 
-    `size`, `scaling`, `aspect`, `data_range`, `num_channels`: of `pipelines.cxr_anomaly.prepare_image`, so that a model
+    `size`, `scaling`, `aspect`, `data_range`, `num_channels`: of `pipelines.cxr_images.prepare_image`, so that a model
     is trained on what its pipeline will show it. A set that fits into `cache_bytes` is prepared once, here, and kept as
     float32 (half precision would move images by up to 1/4096); `batch` then gives many rows at once.
 

@@ -3,7 +3,7 @@
 import torch
 from sklearn.metrics import roc_auc_score
 
-from .pipelines.cxr_inversion import class_evidence_errors
+from ..pipelines.cxr_inversion import class_evidence_errors
 
 
 class ValidationLoss:

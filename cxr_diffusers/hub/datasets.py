@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 import datasets
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 
-from .hub import check_columns
-from .rows import BOXES
+from ..data.hub import check_columns
+from ..data.rows import BOXES
 
 # what a data set under an agreement is known by: in the words it is opened with, or in the paths of its images
 AGREEMENTS = {

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import os
 import shutil
 import warnings
 from contextlib import contextmanager
@@ -11,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .cache import cache_folder
-from .evaluation.answers import config_of, fingerprint
-from .models.exported_net import NET_FILES, ExportedNet
+from ..files import cache_folder, new_folder
+from ..fingerprints import config_of, fingerprint
+from ..models.exported_net import NET_FILES, ExportedNet
 
 # a pipeline's class -> the component that does its work, and the inputs of that
 NETS = {
@@ -68,7 +67,7 @@ def check_output(output, source, overwrite):
 def with_backend(pipeline, backend):
     """The same pipeline, its network run by "torch", "onnx" or "openvino"; answers with maps equal to 1e-4.
 
-    An export is kept by the network's fingerprint (see `cache.cache_folder`), so that only the first time takes long.
+    An export is kept by the network's fingerprint (see `files.cache_folder`), so that only the first time takes long.
     The pipeline that is handed in stays as it is.
 
     Raises:
@@ -215,27 +214,6 @@ class SampleOnly(nn.Module):
 
     def forward(self, *inputs):
         return self.net(*inputs).sample
-
-
-@contextmanager
-def new_folder(folder):
-    """A folder to write into, which takes the place of `folder` when it is complete; of one that is not, nothing stays.
-
-    Where another process was quicker with the same thing, its folder stays.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    there = folder.stat().st_mtime_ns if folder.is_dir() else None
-    try:
-        yield temporary
-        if there and folder.stat().st_mtime_ns == there:
-            shutil.rmtree(folder)
-        if not folder.is_dir():
-            os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def copy_card(source, folder):

@@ -5,7 +5,7 @@ from accelerate.utils import send_to_device, set_seed
 from diffusers.training_utils import EMAModel
 
 from .adversarial_losses import discriminator_loss, generator_loss
-from .data import augment
+from .augmentation import augment
 from .run import Run
 
 

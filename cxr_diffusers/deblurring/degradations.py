@@ -13,7 +13,7 @@ import PIL.ImageFilter
 import torch
 import torch.nn.functional as F
 
-from .data.images import read_image
+from ..data.images import read_image
 
 BOUNDARIES = {"reflect": "reflect", "replicate": "replicate", "wrap": "circular"}
 

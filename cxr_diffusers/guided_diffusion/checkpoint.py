@@ -1,15 +1,14 @@
 """Checkpoint files: read, and written as the folder of a pipeline."""
 
 import json
-import os
 import pickle
-import shutil
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DModel
 from safetensors.torch import load_file
 
+from ..files import new_folder
 from .unet import convert_state_dict
 
 
@@ -56,15 +55,13 @@ def convert_checkpoint(path, output_dir, *, classifier_path=None, overwrite=Fals
     pipeline = build_pipeline(network, classifier, scheduler, info)
     info["pipeline"] = pipeline and type(pipeline).__name__
 
-    def write(folder):
+    with new_folder(output_dir) as folder:
         if pipeline is None:
             network.save_pretrained(folder / ("unet" if isinstance(network, UNet2DModel) else "classifier"))
             scheduler.save_pretrained(folder / "scheduler")
         else:
             pipeline.save_pretrained(folder)
         (folder / "conversion.json").write_text(json.dumps(info, indent=2) + "\n")
-
-    write_folder(write, output_dir)
     return info
 
 
@@ -122,22 +119,3 @@ def read_checkpoint(path):
         if not torch.is_tensor(value):
             raise ValueError(f"expected {path} to hold tensors only, got {type(value).__name__} under {name!r}")
     return state_dict
-
-
-def write_folder(write, folder):
-    """`write(temporary)`, which then takes the place of `folder`: never a half-written one."""
-    folder = Path(folder).absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = (folder.with_name(f".{folder.name}.{word}") for word in ("writing", "old"))
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        write(temporary)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(folder, old)
-        os.replace(temporary, folder)
-    finally:
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

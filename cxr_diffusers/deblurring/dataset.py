@@ -14,15 +14,15 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .data.images import read_image
-from .data.preparation import plan_copy
+from ..data.images import read_image
+from ..data.preparation import plan_copy
+from ..files import keep_settings, write_file
+from ..fingerprints import fingerprint
+from ..hub.loading import default_checkpoint, load_pipeline
+from ..pipelines import DiffPIRDeblurPipeline
+from ..processes import process_state
 from .degradations import make_kernel
-from .evaluation.answers import fingerprint
-from .hub import default_checkpoint, load_pipeline
 from .kernel_estimation import estimate_kernel
-from .pipelines import DiffPIRDeblurPipeline
-from .processes import process_state
-from .visualization import write_file
 
 SETTINGS, SUMMARY, SKIPPED = "deblur_settings.json", "deblur_summary.json", "skipped.csv"
 ESTIMATE = "estimate"
@@ -100,7 +100,7 @@ def deblur(
         "call": dict(call_kwargs or {}),
     }
     plan = plan_copy(source_root, output_root, {**SAME, "image_format": image_format})
-    keep_settings(output_root, settings)
+    keep_settings(output_root / SETTINGS, settings, ignore=("model",))
     todo = [job for job in plan.jobs if not (output_root / job[1]).is_file()]
     state.wait_for_everyone()  # all have looked before the first writes, or they would share out different lists
 
@@ -287,19 +287,6 @@ def check(source_root, output_root, image_format, batch_size):
         raise ValueError(f"expected `image_format` png or jpg, got {image_format!r}")
     if batch_size < 1:
         raise ValueError(f"expected a `batch_size` of 1 or more, got {batch_size}")
-
-
-def keep_settings(output_root, settings):
-    """Note in a new folder what makes its pictures; refuse one that something else made."""
-    path, settings = output_root / SETTINGS, json.loads(json.dumps(settings))
-    if path.is_file():
-        before = json.loads(path.read_text())
-        changed = [f"{k} {before.get(k)!r} -> {v!r}" for k, v in settings.items() if before.get(k) != v]
-        changed = [text for text in changed if not text.startswith("model ")]
-        if changed:
-            raise ValueError(f"{output_root} was made with other settings ({', '.join(changed)}): give another folder")
-    else:
-        write_file(path, json.dumps(settings, indent=2).encode())
 
 
 def carry_tables(source_root, output_root, plan):

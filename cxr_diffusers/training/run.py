@@ -3,8 +3,6 @@
 import itertools
 import json
 import math
-import os
-import shutil
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,14 +14,13 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from diffusers.training_utils import EMAModel
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..files import keep_settings, write_file
+from ..processes import process_state
+from .checkpoints import checkpoint, checkpoints, replace_into, resume
 from .precision import has_fast_bfloat16
-from .processes import process_state
-from .visualization import write_file
 
 # settings of a run that may change when it is taken up again
 FREE = (
@@ -75,7 +72,10 @@ class Run:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             settings = {key: value for key, value in vars(self.config).items() if key not in FREE}
             processes = {"num_processes": self.accelerator.num_processes}
-            keep_settings(self.output_dir, {**settings, **self.identity, **processes})
+            path, settings = self.output_dir / "run.json", {**settings, **self.identity, **processes}
+            if not checkpoints(self.output_dir):  # nothing was learned from those that lie there
+                path.unlink(missing_ok=True)
+            keep_settings(path, settings, advice="name a new train.output_dir")
             print(f"{self.accelerator.num_processes} process(es) on {self.accelerator.device}")
         if self.config.report_to is not None:
             self.accelerator.init_trackers(self.config.tracker_project_name, config=flat(vars(self.config)))
@@ -331,73 +331,6 @@ def seeded(seed):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
-
-
-def checkpoints(output_dir):
-    """The finished checkpoint folders of a run, oldest first."""
-    return sorted(p for p in Path(output_dir).glob("checkpoint-*") if p.suffix != ".tmp")
-
-
-def checkpoint(accelerator, ema, output_dir, step, limit, seconds=0.0):
-    """Write `checkpoint-STEP` under a temporary name, rename it when it is whole, then drop the oldest over `limit`."""
-    final = Path(output_dir) / f"checkpoint-{step:07d}"
-    temporary = final.with_suffix(".tmp")
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
-    if accelerator.is_main_process:
-        averages = {str(i): p.contiguous() for i, p in enumerate(ema.shadow_params)}
-        metadata = {"optimization_step": str(ema.optimization_step), "seconds": str(seconds)}
-        save_file(averages, temporary / "ema.safetensors", metadata=metadata)
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(temporary, final)
-        for old in checkpoints(output_dir)[:-limit] if limit else ():
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-
-
-def resume(accelerator, ema, output_dir):
-    """Load the newest checkpoint, if there is one; (steps, seconds) of training already done."""
-    found = checkpoints(output_dir)
-    if not found:
-        return 0, 0.0
-    accelerator.load_state(str(found[-1]))
-    averages = load_file(found[-1] / "ema.safetensors")
-    for i, parameter in enumerate(ema.shadow_params):
-        parameter.copy_(averages[str(i)])
-    step = int(found[-1].name.split("-")[1])
-    ema.optimization_step = step
-    with safe_open(found[-1] / "ema.safetensors", "pt") as file:
-        seconds = float((file.metadata() or {}).get("seconds", 0.0))
-    return step, seconds
-
-
-def keep_settings(output_dir, settings):
-    """Write down what decides a run's numbers; ValueError where a run that has begun was of other settings."""
-    path = output_dir / "run.json"
-    settings = json.loads(json.dumps(settings, default=str))
-    if path.exists() and checkpoints(output_dir):
-        old = json.loads(path.read_text())
-        changed = sorted(key for key in old.keys() | settings.keys() if old.get(key) != settings.get(key))
-        if changed:
-            found = ", ".join(f"{key}: {old.get(key)!r}, now {settings.get(key)!r}" for key in changed)
-            raise ValueError(f"{output_dir} holds a run of other settings ({found}): name a new train.output_dir")
-    write_file(path, (json.dumps(settings, indent=2) + "\n").encode())
-
-
-def replace_into(folder, write):
-    """`write(temporary)`, then move what it wrote into `folder`, `model_index.json` last: no half-written model."""
-    temporary = Path(folder) / ".saving"
-    shutil.rmtree(temporary, ignore_errors=True)
-    write(temporary)
-    for item in sorted(temporary.iterdir(), key=lambda p: p.name == "model_index.json"):
-        target = Path(folder) / item.name
-        if item.is_dir() and target.exists():
-            shutil.rmtree(target)
-        os.replace(item, target)
-    temporary.rmdir()
 
 
 class RunLog:

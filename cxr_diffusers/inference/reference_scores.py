@@ -4,19 +4,16 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
-import torch
 from huggingface_hub import hf_hub_download
 from tqdm.auto import tqdm
 
-from .cache import cache_folder
-from .evaluation.answers import fingerprint, picture_digest, quiet
-from .hub import is_hub_name
-from .visualization import write_file
+from ..files import as_json, cache_folder, write_file
+from ..fingerprints import fingerprint, picture_digest, weights_digest
+from ..hub.loading import is_hub_name
+from ..processes import quiet
 
 KEPT = "healthy_scores.json"  # in a model's folder
-DIGESTS = WeakKeyDictionary()  # of pipelines in use, whose weights stay as they are
 
 
 @dataclass
@@ -34,7 +31,7 @@ class ReferenceScores:
 
     def fits(self, pipeline, call_kwargs):
         """True where a call of `pipeline` with `call_kwargs` means what the reference's calls meant."""
-        return self.call == as_kept(pipeline.settings(**call_kwargs)) and self.weights == weights_digest(pipeline)
+        return self.call == as_json(pipeline.settings(**call_kwargs)) and self.weights == weights_digest(pipeline)
 
     def share_below(self, score):
         """How many of the healthy images score less than `score`: (how many, of how many)."""
@@ -71,25 +68,8 @@ def measure_scores(pipeline, dataset, data, *, call_kwargs=None, batch_size=8, p
             bar.update(len(batch))
             if progress is not None:
                 progress(len(scores), len(dataset))
-    settings, weights = as_kept(pipeline.settings(**call)), weights_digest(pipeline)
+    settings, weights = as_json(pipeline.settings(**call)), weights_digest(pipeline)
     return ReferenceScores(data, settings, sorted(round(s, 6) for s in scores), weights)
-
-
-def weights_digest(pipeline):
-    """A hash of all weights of a pipeline, as float32: the same in whatever precision and order they lie in memory."""
-    if pipeline not in DIGESTS:
-        digest = hashlib.blake2b(digest_size=16)
-        for part, module in sorted(pipeline.components.items()):
-            for name, tensor in module.state_dict().items() if isinstance(module, torch.nn.Module) else ():
-                values = tensor.detach().float().cpu().contiguous().numpy()
-                digest.update(f"{part}.{name}".encode() + values.tobytes())
-        DIGESTS[pipeline] = digest.hexdigest()
-    return DIGESTS[pipeline]
-
-
-def as_kept(settings):
-    """Settings as they come back from JSON, where a pair is a list."""
-    return json.loads(json.dumps(settings))
 
 
 def keep_scores(reference, folder):
@@ -112,7 +92,7 @@ def cached_scores(pipeline, dataset, data, *, cache_dir=None, progress=None):
     """As `measure_scores`, once for a model, its settings and these images: the scores, and no picture, are kept.
 
     Args:
-        cache_dir: None: `healthy_scores` in the cache, see `cache.cache_folder`.
+        cache_dir: None: `healthy_scores` in the cache, see `files.cache_folder`.
     """
     key = hashlib.blake2b(fingerprint(pipeline, pipeline.settings(), 0).encode(), digest_size=16)
     for row in dataset:

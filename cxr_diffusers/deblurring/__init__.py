@@ -1,0 +1,1 @@
+"""Deblurring with a diffusion prior: data sets of images, degradations, kernel estimation."""

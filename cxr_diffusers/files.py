@@ -1,0 +1,153 @@
+"""Files and folders: crash-safe writing, settings of a folder of results, the cache, safe names, maps and PNGs."""
+
+import io
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def cache_folder(name):
+    """`name` in $CXR_DIFFUSERS_CACHE, else in $XDG_CACHE_HOME/cxr_diffusers, else in ~/.cache/cxr_diffusers."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("CXR_DIFFUSERS_CACHE") or Path(home, "cxr_diffusers")) / name
+
+
+def save_png(image, path):
+    """Write a PIL image or a matplotlib figure as PNG, under its name only when complete."""
+    with io.BytesIO() as buffer:
+        if isinstance(image, Image.Image):
+            image.save(buffer, format="png")
+        else:
+            image.savefig(buffer, format="png", dpi=150)
+        write_file(path, buffer.getvalue())
+
+
+def save_map(anomaly_map, path):
+    """Write an (H, W) map in [0, 1], under its name only when complete: .png (16 bits, value * 65535) or .npy (exact).
+
+    Raises:
+        ValueError: another ending, another shape, or values outside [0, 1].
+    """
+    anomaly_map = np.asarray(anomaly_map, np.float32)
+    if anomaly_map.ndim != 2 or not (anomaly_map.min() >= 0 and anomaly_map.max() <= 1):
+        low, high = anomaly_map.min(), anomaly_map.max()
+        raise ValueError(f"expected an (H, W) map in [0, 1], got {anomaly_map.shape} from {low:g} to {high:g}")
+    with io.BytesIO() as buffer:
+        if _ending(path) == ".npy":
+            np.save(buffer, anomaly_map)
+        else:
+            Image.fromarray((anomaly_map * 65535).round().astype(np.uint16)).save(buffer, format="png")
+        write_file(path, buffer.getvalue())
+
+
+@contextmanager
+def new_file(path):
+    """Yield a temporary path in the same folder; what is written there becomes `path` at once, or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_file(path, content):
+    """Write bytes, see `new_file`: nobody ever reads half a file."""
+    with new_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+class OtherSettingsError(FileExistsError, ValueError):
+    """A folder holds results of other settings."""
+
+
+def check_settings(path, settings, *, ignore=(), defaults=None, advice="give another folder"):
+    """Refuse a folder whose results were made with other settings.
+
+    Args:
+        path: the JSON file of the settings in that folder; nothing is refused where there is none.
+        settings: plain values.
+        ignore: keys that may differ.
+        defaults: values of keys that older files lack.
+        advice: what to do about it, for the message.
+
+    Raises:
+        OtherSettingsError: a FileExistsError and a ValueError; names the keys that differ.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return
+    old = {**(defaults or {}), **json.loads(path.read_text())}
+    settings = as_json(settings)
+    differing = [key for key in [*settings, *(old.keys() - settings.keys())] if old.get(key) != settings.get(key)]
+    changes = [f"{key}: {old.get(key)!r}, now {settings.get(key)!r}" for key in differing if key not in ignore]
+    if changes:
+        raise OtherSettingsError(f"{path.parent} holds results of other settings ({', '.join(changes)}): {advice}")
+
+
+def keep_settings(path, settings, **options):
+    """`check_settings`, and write the settings into a folder that has none yet."""
+    check_settings(path, settings, **options)
+    if not Path(path).is_file():
+        write_file(path, (json.dumps(as_json(settings), indent=2) + "\n").encode())
+
+
+def as_json(values):
+    """Plain values as they come back from JSON, where a pair is a list."""
+    return json.loads(json.dumps(values, default=str))
+
+
+def load_map(path):
+    """What `save_map` wrote -> (H, W) float32 in [0, 1]; a PNG is exact to 1 / 131070."""
+    if _ending(path) == ".npy":
+        return np.load(path)
+    with Image.open(path) as image:
+        if not image.mode.startswith("I"):
+            raise ValueError(f"expected a 16-bit map, got a PNG of mode {image.mode}: {path}")
+        return np.asarray(image).astype(np.float32) / 65535
+
+
+def _ending(path):
+    ending = Path(path).suffix.lower()
+    if ending not in (".png", ".npy"):
+        raise ValueError(f"expected a map file that ends in .png or .npy, got {path}")
+    return ending
+
+
+def safe_name(name):
+    """A name in letters that every file system takes, in one folder."""
+    return "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
+
+
+@contextmanager
+def new_folder(folder):
+    """Yield a folder to write into, which takes the place of `folder` when it is complete; if it fails, nothing stays.
+
+    The old `folder` is there until then. Where another process was quicker, that one's folder stays.
+    """
+    folder = Path(folder).absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{word}") for word in ("tmp", "old.tmp"))
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    before = folder.stat().st_mtime_ns if folder.is_dir() else None
+    try:
+        yield temporary
+        if before and folder.is_dir() and folder.stat().st_mtime_ns == before:
+            os.replace(folder, old)
+        if not folder.is_dir():
+            os.replace(temporary, folder)
+    finally:
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)

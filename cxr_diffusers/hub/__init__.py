@@ -1,0 +1,1 @@
+"""Finished models and data sets: loading, model cards, publishing."""

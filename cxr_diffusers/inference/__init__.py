@@ -1,0 +1,1 @@
+"""A trained pipeline at work: detection over files, export, trajectories, DICOM output, reference scores."""

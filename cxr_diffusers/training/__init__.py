@@ -1,0 +1,1 @@
+"""Training: recipes, the run and its checkpoints, the loops and their losses."""

@@ -1,0 +1,54 @@
+"""Crash-safe writing, the settings of a folder, and names that every file system takes."""
+
+import os
+
+import pytest
+
+from cxr_diffusers.files import check_settings, keep_settings, new_file, new_folder, safe_name, write_file
+
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "below" / "a.txt"
+    write_file(path, b"old")
+    with pytest.raises(RuntimeError), new_file(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert contents(tmp_path) == {"below/a.txt": "old"}
+    write_file(path, b"new")
+    assert contents(tmp_path) == {"below/a.txt": "new"}
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "old.txt").write_text("old")
+    with pytest.raises(RuntimeError), new_folder(folder) as temporary:
+        (temporary / "new.txt").write_text("half")
+        raise RuntimeError
+    assert contents(tmp_path) == {"model/old.txt": "old"}
+    with new_folder(folder) as temporary:
+        (temporary / "new.txt").write_text("new")
+    assert contents(tmp_path) == {"model/new.txt": "new"}
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_folder_of_other_settings_is_refused(tmp_path):
+    path = tmp_path / "settings.json"
+    keep_settings(path, {"size": (64, 64), "model": "a"})
+    keep_settings(path, {"size": [64, 64], "model": "b"}, ignore=("model",))
+    keep_settings(path, {"size": [64, 64], "model": "a", "later": 0}, defaults={"later": 0})
+    for error in (FileExistsError, ValueError):
+        with pytest.raises(error, match=r"other settings \(size: \[64, 64\], now 32\): give another folder"):
+            check_settings(path, {"size": 32, "model": "a"})
+    with pytest.raises(ValueError, match="later: None, now 1"):
+        check_settings(path, {"size": [64, 64], "model": "a", "later": 1})
+    with pytest.raises(ValueError, match="model: 'a', now None"):
+        check_settings(path, {"size": [64, 64]})
+
+
+def test_a_safe_name_stays_in_its_folder():
+    assert safe_name("../a b:c/ä.png") == ".._a_b_c_ä.png"

@@ -1,9 +1,23 @@
-"""The lung segmenter: laws of its gate and its zones."""
+"""The lung segmenter: laws of its gate, zones and training images; the training program; shipped weights."""
 
+import csv
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from cxr_diffusers import LungSegmenter
+from cxr_diffusers import LungSegmenter, build_dataset, load_table, read_image
+from cxr_diffusers.data import list_images
+from cxr_diffusers.data.lungs import LungImages, augment_lungs, paint_opacities, split_lungs
+from cxr_diffusers.pipelines.cxr_anomaly import prepare_image
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = ROOT / "cxr_diffusers" / "checkpoints" / "cxr_lung_segmenter_64"
+SAMPLES = list_images(ROOT / "cxr_diffusers" / "samples")
 
 TOY = {"sample_size": 32, "block_out_channels": (4, 8), "norm_num_groups": 2}
 
@@ -102,3 +116,162 @@ def test_an_impossible_configuration_is_refused(wrong, got):
 def test_images_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"expected images of shape \(B, 1, H, W\), got \(3, 32, 32\)"):
         toy_segmenter().field(torch.zeros(3, 32, 32))
+
+
+def drawn_chest(side, middle=0.5):
+    """(image, mask) of uint8: two dark ellipses, the lungs, on a grey body; the right one (image left) is larger."""
+    y, x = np.mgrid[:side, :side] / side
+    lungs = [((x - middle - dx) / w) ** 2 + ((y - 0.45) / 0.3) ** 2 < 1 for dx, w in ((-0.22, 0.15), (0.22, 0.12))]
+    mask = lungs[0] | lungs[1]
+    return np.where(mask, 60, 180).astype(np.uint8) + (y * 20).astype(np.uint8), mask.astype(np.uint8) * 255
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A table of ten drawn chests with masks and one without."""
+    rows = []
+    for i in range(11):
+        image, mask = drawn_chest(48, 0.46 + 0.01 * i)
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+        Image.fromarray(mask).save(tmp_path / f"{i}_lungs.png")
+        lung_mask = f"{i}_lungs.png" if i < 10 else ""
+        rows.append({"file": f"{i}.png", "lung_mask": lung_mask, "patient_id": i, "split": "val" if i < 4 else "train"})
+    with open(tmp_path / "manifest.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return tmp_path
+
+
+def lungs_of(folder, size=32, **options):
+    dataset = load_table(
+        folder / "manifest.csv", label="chest", classes=["chest"], mask="lung_mask", patient="patient_id"
+    )
+    return LungImages(dataset, size, **options)
+
+
+def test_images_without_a_mask_are_left_out_and_the_right_lung_comes_first(folder):
+    lungs = lungs_of(folder)
+    assert len(lungs) == 10
+    image, mask = lungs[3]["images"], lungs[3]["masks"]
+    assert image.shape == (1, 32, 32) and mask.shape == (2, 32, 32) and set(mask.unique().tolist()) == {0, 1}
+    assert image[0][mask.amax(dim=0) > 0].mean() < image[0][mask.amax(dim=0) == 0].mean() - 0.5, "mask and image agree"
+    assert mask[0].sum() > mask[1].sum(), "the larger lung is drawn on the left of the image"
+    columns = mask.sum(dim=1).argmax(dim=1)
+    assert columns[0] < columns[1]
+
+
+def test_masks_that_are_not_two_lungs_are_refused():
+    with pytest.raises(ValueError, match="x.png: expected a mask of two lungs, got 1 connected"):
+        split_lungs(np.ones((8, 8), bool), "x.png")
+    with pytest.raises(ValueError, match="expected images with a lung mask, got none"):
+        LungImages(build_dataset("phantom", n=4, size=32).remove_columns("mask"), 32)
+
+
+def test_augmentation_moves_image_and_mask_alike(folder):
+    lungs = lungs_of(folder, 64)
+    torch.manual_seed(0)
+    options = dict(degrees=12, zoom=0.3, stretch=0.3, shift=0.1, gamma=0.5, mirror=0.5)
+    images, masks = augment_lungs(lungs.images, lungs.masks, 32, **options)
+    assert images.shape == (10, 1, 32, 32) and masks.shape == (10, 2, 32, 32)
+    assert images.min() >= -1 and images.max() <= 1
+    plain, unmoved = augment_lungs(lungs.images, lungs.masks, 32)
+    assert (masks != unmoved).any() and (images - plain).abs().max() > 0.1
+    for image, (right, left) in zip(images[:, 0], masks > 0, strict=True):
+        body = image[~(right | left)]
+        # the body beside the lungs is brighter than the lungs; black beyond the image's border is not body
+        assert image[right].median() < body[body > image[right].median()].median()
+        assert torch.nonzero(right)[:, 1].float().mean() < torch.nonzero(left)[:, 1].float().mean()
+
+
+def test_without_settings_augmentation_only_resizes(folder):
+    lungs = lungs_of(folder, 64)
+    images, masks = augment_lungs(lungs.images, lungs.masks, 32)
+    torch.testing.assert_close(images, torch.nn.functional.avg_pool2d(lungs.images, 2), atol=1e-5, rtol=0)
+    assert (masks.sum(dim=(2, 3)) - lungs.masks.sum(dim=(2, 3)) / 4).abs().max() < 12
+
+
+def test_painting_brightens_lungs_and_leaves_the_rest_and_the_masks(folder):
+    lungs = lungs_of(folder, 64)
+    masks = lungs.masks.clone()
+    torch.manual_seed(0)
+    painted = paint_opacities(lungs.images, masks, 1.0)
+    change = painted - lungs.images
+    assert torch.equal(masks, lungs.masks), "lung behind fluid is lung"
+    assert change.min() >= 0 and painted.max() <= 1
+    lung = masks.amax(dim=1, keepdim=True)
+    assert ((change * lung).flatten(1).amax(dim=1) > 0.1).all(), "every image has an opacity to see"
+    near = torch.nn.functional.max_pool2d(lung, 25, stride=1, padding=12)
+    assert change[near == 0].max() == 0, "far from the lungs nothing is changed"
+    assert torch.equal(paint_opacities(lungs.images, masks, 0.0), lungs.images)
+
+
+@pytest.fixture(scope="module")
+def script():
+    path = ROOT / "training" / "train_lung_segmenter.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def short(folder, steps, *more):
+    return [
+        f"data.root={folder}",
+        "segmenter.sample_size=32",
+        "segmenter.block_out_channels=[4, 8]",
+        "train.batch_size=2",
+        f"train.max_steps={steps}",
+        "train.lr_warmup_steps=0",
+        "train.save_every=1",
+        f"train.output_dir={folder / 'run'}",
+        *more,
+    ]
+
+
+def test_training_leaves_a_segmenter_and_resumes(script, folder):
+    script.main(short(folder, 2))
+    script.main(short(folder, 3))
+    run = folder / "run"
+    steps = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps] == [1, 2, 3] and all(0 <= line["dice"] <= 1 for line in steps)
+    measured = json.loads((run / "validation" / "step-0000003.json").read_text())
+    assert set(measured) == {"dice", "dice with painted opacities"}
+    assert (run / "validation" / "step-0000003.png").is_file()
+    segmenter = LungSegmenter.from_pretrained(run)
+    assert segmenter.config.sample_size == 32 and torch.isfinite(segmenter.field(chests())).all()
+
+
+def test_training_starts_from_given_weights(script, folder):
+    start = toy_segmenter()
+    start.save_pretrained(folder / "start")
+    more = [f"train.init_from={folder / 'start'}", "train.learning_rate=1.0e-9"]
+    script.main(short(folder, 1, *more))
+    for ours, theirs in zip(
+        LungSegmenter.from_pretrained(folder / "run").parameters(), start.parameters(), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+def test_training_learns_where_the_lungs_are(script, folder):
+    deeper = "segmenter.block_out_channels=[4, 8, 16]"
+    augment = "train.augment={degrees: 5, shift: 0.05}"
+    settings = ["train.batch_size=6", "train.learning_rate=1.0e-2", "train.ema_decay=0.5", "train.save_every=1000"]
+    script.main(short(folder, 80, deeper, augment, *settings))
+    measured = json.loads((folder / "run" / "validation" / "step-0000080.json").read_text())
+    assert measured["dice"] > 0.85, measured
+
+
+def test_the_dice_coefficient(script):
+    truth = torch.zeros(2, 2, 10, 10)
+    truth[:, 0, :5] = 1
+    half = truth.clone()
+    half[:, 0, :, 5:] = 0
+    torch.testing.assert_close(script.dice(truth, truth), torch.ones(2))
+    torch.testing.assert_close(script.dice(half, truth), torch.full((2,), 51 / 76))
+
+
+def test_publishing_is_refused_before_training(script, folder):
+    with pytest.raises(ValueError, match="expected no train.push_to_hub"):
+        script.main(short(folder, 1, "train.push_to_hub=true"))
+    assert not (folder / "run").exists()

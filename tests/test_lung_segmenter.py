@@ -171,7 +171,7 @@ def test_masks_that_are_not_two_lungs_are_refused():
 def test_augmentation_moves_image_and_mask_alike(folder):
     lungs = lungs_of(folder, 64)
     torch.manual_seed(0)
-    options = dict(degrees=12, zoom=0.3, stretch=0.3, shift=0.1, gamma=0.5, mirror=0.5)
+    options = dict(degrees=12, zoom=0.3, stretch=0.3, shift=0.1, gamma=0.5, clip=0.2, mirror=0.5)
     images, masks = augment_lungs(lungs.images, lungs.masks, 32, **options)
     assert images.shape == (10, 1, 32, 32) and masks.shape == (10, 2, 32, 32)
     assert images.min() >= -1 and images.max() <= 1
@@ -275,3 +275,42 @@ def test_publishing_is_refused_before_training(script, folder):
     with pytest.raises(ValueError, match="expected no train.push_to_hub"):
         script.main(short(folder, 1, "train.push_to_hub=true"))
     assert not (folder / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return LungSegmenter.from_pretrained(SHIPPED)
+
+
+def test_the_shipped_segmenter_is_small_and_says_what_it_is(shipped):
+    assert sum(path.stat().st_size for path in SHIPPED.iterdir()) < 400_000
+    assert {path.suffix for path in SHIPPED.iterdir()} == {".json", ".md", ".safetensors"}
+    card = " ".join((SHIPPED / "README.md").read_text().split())
+    for part in ("V7 Labs", "CC BY 4.0", "Kermany", "paediatric", "Research use only", "Dice"):
+        assert part in card, part
+    assert sum(p.numel() for p in shipped.parameters()) < 160_000
+
+
+@pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.stem)
+def test_the_shipped_segmenter_finds_two_lungs_in_a_sample(shipped, path):
+    image = prepare_image(read_image(path), 64)
+    zones, gate = shipped.zones(image), shipped.field(image)
+    right, left = zones["right"][0], zones["left"][0]
+    for lung in (right, left):
+        assert 0.05 < lung.float().mean() < 0.3, "a lung takes a tenth to a fifth of a radiograph"
+    columns = torch.arange(64).expand(64, 64).float()
+    assert columns[right].mean() < 26 and columns[left].mean() > 38, "one on each side of the spine"
+    assert gate[0][right | left].mean() > 0.9
+    assert gate[0, :2].mean() < 0.1 and gate[0, :, :1].mean() < 0.2, "neck and arms are outside"
+    assert 0.3 < gate.mean() < 0.8
+
+
+def test_the_shipped_segmenter_still_finds_a_lung_that_is_painted_over(shipped):
+    images = torch.cat([prepare_image(read_image(path), 64) for path in SAMPLES])
+    zones = shipped.zones(images)
+    lungs = torch.stack([zones["right"], zones["left"]], dim=1).float()
+    torch.manual_seed(0)
+    painted = shipped.zones(paint_opacities(images, lungs, 1.0))
+    again = torch.stack([painted["right"], painted["left"]], dim=1).float()
+    overlap = 2 * (lungs * again).flatten(1).sum(dim=1) / (lungs + again).flatten(1).sum(dim=1)
+    assert overlap.mean() > 0.85, overlap

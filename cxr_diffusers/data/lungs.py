@@ -59,7 +59,19 @@ def split_lungs(mask, path="mask"):
     return torch.from_numpy(np.stack(lungs).astype(np.float32))
 
 
-def augment_lungs(images, masks, size, degrees=0.0, zoom=0.0, stretch=0.0, shift=0.0, gamma=0.0, mirror=0.0, paint=0.0):
+def augment_lungs(
+    images,
+    masks,
+    size,
+    degrees=0.0,
+    zoom=0.0,
+    stretch=0.0,
+    shift=0.0,
+    gamma=0.0,
+    clip=0.0,
+    mirror=0.0,
+    paint=0.0,
+):
     """Images in [-1, 1] and their lung masks -> (the same, `size` x `size`, each changed a little and alike).
 
     Args:
@@ -69,6 +81,8 @@ def augment_lungs(images, masks, size, degrees=0.0, zoom=0.0, stretch=0.0, shift
         stretch: ratio of height and width exp(u), u uniform in +- stretch: children's lungs are wider than adults'.
         shift: translation along each axis, uniform in +- shift of the side.
         gamma: exposure, v -> v ** exp(u) on [0, 1] with u uniform in +- gamma.
+        clip: over-exposure, [u, 1 - v] of the grey scale stretched to [0, 1] and the rest clipped, u and v uniform in
+            [0, clip].
         mirror: how often an image is mirrored; the right lung remains the one on the left of the image.
         paint: how often a lung is painted over, see `paint_opacities`.
     """
@@ -98,9 +112,9 @@ def augment_lungs(images, masks, size, degrees=0.0, zoom=0.0, stretch=0.0, shift
 
     if paint:
         images = paint_opacities(images, masks, paint)
-    if gamma:
-        images = ((images + 1) / 2).clamp(0, 1) ** uniform(gamma).exp()[:, None, None, None] * 2 - 1
-    return images, masks
+    low, high = (uniform(clip).abs()[:, None, None, None] for _ in range(2))
+    images = (((images + 1) / 2 - low) / (1 - low - high)).clamp(0, 1)
+    return images ** uniform(gamma).exp()[:, None, None, None] * 2 - 1, masks
 
 
 def paint_opacities(images, masks, probability):

@@ -24,6 +24,7 @@ _HOME = {
     "FixedPointGANPipeline": "pipelines",
     "FixedPointGenerator": "models.fixed_point_gan",
     "GradCAMPipeline": "pipelines",
+    "LungSegmenter": "models.lung_segmenter",
     "NoisyClassifier": "models.noisy_classifier",
     "SpaceToDepthUNet": "models.space_to_depth_unet",
     "PyramidCAMPipeline": "pipelines",

@@ -1,5 +1,6 @@
 """Every recipe builds."""
 
+import inspect
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,14 @@ from cxr_diffusers import (
     FixedPointGANPipeline,
     FixedPointGenerator,
     GradCAMPipeline,
+    LungSegmenter,
     NoisyClassifier,
     PyramidCAMPipeline,
     PyramidClassifier,
 )
 from cxr_diffusers.data import LOADERS
-from cxr_diffusers.training.recipe import AdversarialRecipe, ClassifierRecipe, Recipe, load_recipe
+from cxr_diffusers.training.lungs import augment_lungs
+from cxr_diffusers.training.recipe import AdversarialRecipe, ClassifierRecipe, Recipe, SegmenterRecipe, load_recipe
 
 ROOT = Path(__file__).parent.parent
 PLANS = {"evaluate", "method"}  # what is compared on what: see test_plan.py
@@ -41,7 +44,7 @@ def test_a_recipe_builds(path):
     recipe = open_recipe(path)
     script, settings = BUILD[type(recipe)](recipe)
     assert recipe.data["name"] in LOADERS
-    assert set(recipe.pipeline) <= set(settings)
+    assert set(getattr(recipe, "pipeline", {})) <= set(settings)
     assert recipe.train.output_dir == f"runs/{path.stem}"
     assert f"accelerate launch training/{script}" in path.read_text()
 
@@ -81,8 +84,20 @@ def build_players(recipe):
     return "train_fixed_point_gan.py", FixedPointGANPipeline.ORIGINAL_SETTINGS
 
 
+def build_segmenter(recipe):
+    with torch.device("meta"):
+        LungSegmenter(**recipe.segmenter)
+    assert set(recipe.train.augment) <= set(inspect.signature(augment_lungs).parameters)
+    return "train_lung_segmenter.py", {}
+
+
 # a kind of recipe -> function(recipe) that builds its models and answers with (script, the settings of its pipeline)
-BUILD = {Recipe: build_unet, ClassifierRecipe: build_classifier, AdversarialRecipe: build_players}
+BUILD = {
+    Recipe: build_unet,
+    ClassifierRecipe: build_classifier,
+    AdversarialRecipe: build_players,
+    SegmenterRecipe: build_segmenter,
+}
 
 
 def test_the_seeds_recipe_is_the_seeds_model():

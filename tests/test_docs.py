@@ -14,7 +14,13 @@ from PIL import Image
 
 from cxr_diffusers import load_phantom
 from cxr_diffusers.cli import build_parser, main
-from cxr_diffusers.training.recipe import AdversarialRecipe, ClassifierRecipe, Recipe, parse_command_line
+from cxr_diffusers.training.recipe import (
+    AdversarialRecipe,
+    ClassifierRecipe,
+    Recipe,
+    SegmenterRecipe,
+    parse_command_line,
+)
 from helpers import write_chexpert, write_source
 
 ROOT = Path(__file__).parent.parent
@@ -31,12 +37,14 @@ KINDS = {
     "train_unconditional": Recipe,
     "train_classifier": ClassifierRecipe,
     "train_fixed_point_gan": AdversarialRecipe,
+    "train_lung_segmenter": SegmenterRecipe,
 }
 DEFAULTS = {
     "train_cfg": "phantom_cfg_32",
     "train_unconditional": "phantom_unconditional_32",
     "train_classifier": "phantom_classifier_32",
     "train_fixed_point_gan": "phantom_fixed_point_gan_32",
+    "train_lung_segmenter": "cxr_lung_segmenter_64",
 }
 
 

@@ -129,8 +129,28 @@ class ClassifierRecipe:
         return {"data": data, **parts, "loss": self.loss or None}  # as in the runs of before there was such a section
 
 
+@dataclass
+class SegmenterRecipe:
+    """A lung segmenter, learned from lung masks."""
+
+    data: dict  # `name` of a loader in cxr_diffusers.data that yields masks, and its keyword arguments
+    segmenter: dict  # keyword arguments of LungSegmenter
+    train: TrainConfig  # whose `augment` are keyword arguments of data.lungs.augment_lungs
+    images: dict = field(default_factory=dict)  # aspect: of prepare_image
+    validation: dict = field(default_factory=dict)  # keys of `data` that differ for the images measured while training
+
+    def identity(self):
+        """As `Recipe.identity`."""
+        data = {key: value for key, value in self.data.items() if key != "root"}
+        return {"data": data, "segmenter": self.segmenter, "images": self.images}
+
+
 # a section that only one kind of recipe has -> the kind, and that of its `train:`
-KINDS = {"generator": (AdversarialRecipe, AdversarialConfig), "classifier": (ClassifierRecipe, TrainConfig)}
+KINDS = {
+    "generator": (AdversarialRecipe, AdversarialConfig),
+    "classifier": (ClassifierRecipe, TrainConfig),
+    "segmenter": (SegmenterRecipe, TrainConfig),
+}
 
 
 RENAMES = ("data.name=", "--data.name=")

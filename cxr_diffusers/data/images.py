@@ -1,10 +1,8 @@
 """An image file -> a grey PIL picture that has lost nothing: mode "L" (8 bit) or "I;16" (more)."""
 
 import collections
-import io
 import logging
 import os
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ from .dicom import DICOM_SUFFIXES, dicom_header, has_magic, is_dicom, read_heade
 from .dicom_checks import no_picture
 from .dicom_pixels import read_dicom
 from .limits import MAX_BYTES, check_pixel_count, check_scans
+from .tiff import as_black_is_zero, fits_16_bits, negative
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +93,7 @@ def to_grey(image):
         return PIL.Image.fromarray(np.asarray(image).astype(np.uint16))
     if image.mode in ("I", "F"):
         array = np.asarray(image)
-        return grey_picture(array.astype(np.uint16) if _fits_16_bits(array) else array)
+        return grey_picture(array.astype(np.uint16) if fits_16_bits(array) else array)
     return image.convert("L")
 
 
@@ -278,63 +277,16 @@ def _read_array(path):
 
 
 def _read_picture(path):
-    source, white_is_zero = _as_black_is_zero(path)
+    source, white_is_zero = as_black_is_zero(path)
     PIL.Image.init()  # or the formats that are named are not all there
     with PIL.Image.open(source, formats=FORMATS) as image:
         check_pixel_count(image.width, image.height)
         if image.format in ("JPEG", "MPO"):
             check_scans(path.read_bytes(), image.width * image.height)
+        turned = PIL.ImageOps.exif_transpose(image)
         if white_is_zero:
-            bits = image.tag_v2.get(258, (1,))[0]
-            signed = image.tag_v2.get(339, (1,))[0] == 2
-            image = _negative(image, bits, signed)
-        return to_grey(PIL.ImageOps.exif_transpose(image))
-
-
-def _as_black_is_zero(path):
-    """(what to open, False), or for a TIFF whose zero is white (a copy that says the opposite, True).
-
-    Pillow honours that tag for 8 bits alone, and refuses some others; so it is taken off, and honoured here.
-    """
-    with open(path, "rb") as file:
-        head = file.read(16)
-        order = {b"II": "<", b"MM": ">"}.get(head[:2])
-        if not order or struct.unpack_from(order + "H", head, 2)[0] not in (42, 43):
-            return path, False
-        big = struct.unpack_from(order + "H", head, 2)[0] == 43
-        count, entry, step = ("Q", "Q", 20) if big else ("H", "I", 12)
-        (begin,) = struct.unpack_from(order + entry, head, 8 if big else 4)
-        file.seek(begin)
-        number = file.read(struct.calcsize(order + count))
-        begin += len(number)
-        tags = file.read(step * min(struct.unpack(order + count, number)[0], 65535))
-        for i in range(0, len(tags) - step + 1, step):
-            tag, kind = struct.unpack_from(order + "2H", tags, i)
-            place = i + step - (8 if big else 4)
-            size = {1: "B", 3: "H", 4: "I"}.get(kind)
-            if tag == 262 and size and struct.unpack_from(order + size, tags, place)[0] == 0:
-                file.seek(0)
-                content = bytearray(file.read())
-                struct.pack_into(order + size, content, begin + place, 1)
-                return io.BytesIO(content), True
-    return path, False
-
-
-def _negative(image, bits, signed):
-    if image.mode in ("1", "L"):
-        return PIL.ImageOps.invert(image.convert("L"))
-    array = np.asarray(image)
-    if array.dtype.kind == "f":
-        return PIL.Image.fromarray((1 if array.max() <= 1 else 65535) - array)
-    top = 2 ** (bits - signed) - 1
-    if bits > 16 and array.max() <= 65535:
-        top = 65535  # as `to_grey` reads them
-    array = top - array.astype(np.int64)
-    return PIL.Image.fromarray(array.astype(np.uint16 if _fits_16_bits(array) else np.int32))
-
-
-def _fits_16_bits(array):
-    return np.isfinite(array).all() and array.min() >= 0 and 1 < array.max() < 65536 and (array == array.round()).all()
+            turned = negative(turned, image.tag_v2.get(258, (1,))[0], signed=image.tag_v2.get(339, (1,))[0] == 2)
+        return to_grey(turned)
 
 
 def _is_bare_dicom(path):

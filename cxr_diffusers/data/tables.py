@@ -1,0 +1,120 @@
+"""CSV files: what a cell holds, and where it stands when it is wrong."""
+
+import csv
+import math
+from pathlib import PurePosixPath
+
+import pandas as pd
+
+
+def read_csv(path, columns=(), only=None):
+    """A CSV -> table of texts, whose index is the line of each row in the file; blank lines are left out.
+
+    Bytes that are no UTF-8 are kept as Python keeps them in file names. Commas at the end of a row, behind the last
+    column, say nothing.
+
+    Args:
+        columns: names that must be there.
+        only: a function of a column's name: which to keep.
+
+    Raises:
+        ValueError: no table, a missing column, or a row with more cells than there are columns.
+    """
+    lines, rows = [], []
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            header = _unique([name.strip() for name in next(reader, [])])
+            missing_columns(columns, header, path)
+            kept = [i for i, name in enumerate(header) if only is None or only(name)]
+            begin = reader.line_num + 1
+            for row in reader:
+                if any(cell.strip() for cell in row):
+                    if any(cell.strip() for cell in row[len(header) :]):
+                        raise ValueError(f"{path}, line {begin}: expected {len(header)} cells, got {len(row)}")
+                    lines.append(begin)
+                    rows.append([row[i] if i < len(row) else "" for i in kept])
+                begin = reader.line_num + 1
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+    return pd.DataFrame(rows, index=lines, columns=[header[i] for i in kept], dtype=object)
+
+
+def columns_of(path):
+    """The names in the first line of a CSV."""
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        return [name.strip() for name in next(csv.reader(file), [])]
+
+
+def missing_columns(expected, found, where):
+    """Raise ValueError naming the columns that `where` lacks, and those it has."""
+    missing = [name for name in expected if name not in found]
+    if missing:
+        raise ValueError(f"{where}: expected column {', '.join(map(repr, missing))}, found {_names(found)}")
+
+
+def numbers(table, column, path):
+    """A column as floats, NaN where a cell is blank; ValueError naming the first line that holds another text."""
+    values = {}
+    for cell in table[column].unique():
+        try:
+            values[cell] = float(cell) if str(cell).strip() else math.nan
+        except ValueError:
+            line = table.index[table[column] == cell][0]
+            raise ValueError(
+                f"{path}, line {line}: expected a number in column {column!r}, got {brief(cell)}"
+            ) from None
+    return table[column].map(values).astype(float)
+
+
+def path_of(cell, where, absolute=False):
+    """A cell that names a file, with either kind of slash -> `PurePosixPath`.
+
+    Raises:
+        ValueError: blank, or a path that leaves its folder: "..", or an absolute one unless `absolute`.
+    """
+    text = str(cell).strip().replace("\\", "/")
+    path = PurePosixPath(text)
+    if not path.name or "\0" in text:
+        raise ValueError(f"{where}: expected the name of a file, got {brief(cell)}")
+    if ".." in path.parts or (path.is_absolute() and not absolute):
+        raise ValueError(f"{where}: expected a path inside its folder, without '..', got {brief(cell)}")
+    return path
+
+
+def existing_file(root, cell, where):
+    """The file below `root`, or the absolute one, that a cell names; FileNotFoundError, or as `path_of`."""
+    path = root / path_of(cell, where, absolute=True)
+    if not is_file(path):
+        raise FileNotFoundError(f"{where}: no file {path}")
+    return path
+
+
+def is_file(path):
+    """`path.is_file()`, False also for names that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def brief(value):
+    """A value for a message: on one line, of at most 80 characters."""
+    text = ascii(value) if not str(value).isprintable() else repr(str(value))
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _unique(names):
+    taken, unique = set(), []
+    for i, name in enumerate(names):
+        own = name or f"Unnamed: {i}"
+        while own in taken:
+            own += ".1"
+        taken.add(own)
+        unique.append(own)
+    return unique
+
+
+def _names(names):
+    text = ", ".join(str(name) if str(name).isprintable() else ascii(name) for name in names)
+    return (text if len(text) <= 600 else f"{text[:597]}...") or "none"

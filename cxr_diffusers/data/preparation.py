@@ -4,7 +4,7 @@ import contextlib
 import errno
 import json
 import logging
-import multiprocessing
+import multiprocessing.connection
 import os
 import threading
 import time
@@ -113,6 +113,7 @@ def _run(jobs, output_root, settings, num_workers):
         num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     stamps, results = _read_stamps(output_root / STAMPS), {}
     with open(output_root / STAMPS, "a") as journal:
+        journal.write("\n" * (journal.tell() > 0))  # what a crash cut off stays a line of its own
         with tqdm(total=len(jobs), desc="preparing", unit="image", delay=2) as bar:
             for i, state, reason, stamp in _results(jobs, stamps, output_root, settings, num_workers):
                 results[i] = state, reason

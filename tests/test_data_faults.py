@@ -66,20 +66,22 @@ def test_the_size_of_an_image_is_read_as_it_will_be_shown(tmp_path):
         ("a,b\n1,2\n", "expected column 'file', found a, b"),
         ("file,x\na,1,2\n", r"t\.csv, line 2: expected 2 cells, got 3"),
         ('file,x\n"a,1\nb,2\n', r"t\.csv, line \d: unexpected end of data"),
+        ("file,x\na,1\n\n\udcff,2\n", r"t\.csv, line 4: expected names and texts in UTF-8"),
+        ("file,\udcff\na,1\n", r"t\.csv: expected names and texts in UTF-8"),
         ("file,x\na,1\n\nb,two\n", r"t\.csv, line 4: expected a number in column 'x', got 'two'"),
     ],
 )
 def test_a_table_that_is_none_says_where(tmp_path, content, match):
-    (tmp_path / "t.csv").write_text(content)
+    (tmp_path / "t.csv").write_text(content, errors="surrogateescape")
     with pytest.raises(ValueError, match=match):
         numbers(read_csv(tmp_path / "t.csv", ["file"]), "x", tmp_path / "t.csv")
 
 
-def test_a_table_keeps_its_lines_blank_cells_and_bytes(tmp_path):
-    (tmp_path / "t.csv").write_bytes(b'\xef\xbb\xbffile, x,\n\na,1\n\n"b\nc",,,\n\xff.png,3,\n ,,\n')
+def test_a_table_keeps_its_lines_and_blank_cells(tmp_path):
+    (tmp_path / "t.csv").write_bytes(b'\xef\xbb\xbffile, x,\n\na,1\n\n"b\nc",,,\nd.png,3,\n ,,\n')
     table = read_csv(tmp_path / "t.csv")
     assert table.index.tolist() == [3, 5, 7] and table.columns.tolist() == ["file", "x", "Unnamed: 2"]
-    assert table["file"].tolist() == ["a", "b\nc", "\udcff.png"] and np.isnan(numbers(table, "x", "t")[5])
+    assert table["file"].tolist() == ["a", "b\nc", "d.png"] and np.isnan(numbers(table, "x", "t")[5])
 
 
 @pytest.mark.parametrize(
@@ -158,8 +160,8 @@ def test_boxes_of_an_image_of_another_size_are_scaled(folder, tmp_path):
 @pytest.mark.parametrize(
     "row, match",
     [
-        ("d0.png,1,2,3,4", "line 2: a box of d0.png, which is no image"),
-        ("diseased/d9.png,1,2,3,4", "line 2: a box of diseased/d9.png"),
+        ("d0.png,1,2,3,4", "line 2: a box of 'd0.png', which is no image"),
+        ("diseased/d9.png,1,2,3,4", "line 2: a box of 'diseased/d9.png'"),
         ("../in/diseased/d0.png,1,2,3,4", "line 2: expected a path inside"),
         (",1,2,3,4", "line 2: expected the name of a file"),
         ("diseased/d0.png,600,500,300,300", r"line 2: the box .* reaches beyond its image .*d0\.png of 40 x 30"),
@@ -238,7 +240,7 @@ def test_a_name_that_is_not_utf8_is_named(tmp_path):
     path = tmp_path / "healthy" / "a\udcff.png"
     path.parent.mkdir()
     path.write_bytes(save_image(tmp_path / "b" / "b.png").read_bytes())
-    with pytest.raises(ValueError, match=r"expected names in UTF-8, got .*a\\udcff"):
+    with pytest.raises(ValueError, match=r"expected names and texts in UTF-8, got .*a\\udcff"):
         load_folder(tmp_path / "healthy")
     assert prepare(tmp_path / "healthy", tmp_path / "out", size=16)["images"] == 1
 

@@ -117,7 +117,10 @@ def test_odd_names_are_copied(tmp_path):
     for name in names:
         with open(os.path.join(os.fsencode(tmp_path / "in"), name), "wb") as file:
             file.write(image)
+    with open(os.path.join(os.fsencode(tmp_path / "in"), b"bad\xff.png"), "wb") as file:
+        file.write(b"broken")
     summary = prepare(tmp_path / "in", tmp_path / "out", size=16)
+    assert b"bad\xff.png,broken image" in (tmp_path / "out" / preparation.SKIPPED).read_bytes()
     assert summary["images"] == 3 and {os.fsencode(p.name) for p in list_images(tmp_path / "out")} == set(names)
     assert prepare(tmp_path / "in", tmp_path / "out", size=16)["kept"] == 3
 

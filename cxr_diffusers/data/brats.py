@@ -17,6 +17,7 @@ from .folder import UNLABELLED, group_of
 from .images import walk
 from .rows import to_dataset
 from .selection import select_rows
+from .tables import check_encodable
 
 SEQUENCES = ("t1", "t1ce", "t2", "flair")  # the order of the channels
 SEGMENTATION = "seg"
@@ -67,6 +68,7 @@ def load_brats(
     slices = list_slices(root)
     if not slices:
         raise ValueError(f"no slice below {root}: expected folders with files of {', '.join(SEQUENCES)}")
+    check_encodable([str(folder) for folder in slices], root)
     known = [{**files_of(folder), "folder": folder} for folder in slices]
     for files in known if masks else []:
         beside = Path(masks) / f"{files['folder'].name}-label.nii.gz"

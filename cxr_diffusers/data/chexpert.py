@@ -12,7 +12,7 @@ from .boxes import image_size, to_pixels
 from .boxes import read_boxes as read_box_table
 from .rows import to_dataset
 from .selection import select_rows
-from .tables import is_file, missing_columns, numbers, path_of, read_csv
+from .tables import brief, is_file, missing_columns, numbers, path_of, read_csv
 
 NO_FINDING = "No Finding"
 FINDINGS = (
@@ -210,9 +210,8 @@ def locate_images(csv, table, check_files=True, missing_ok=False):
         hit = next((c for c in [layout, *layouts] if c and is_file(_place(c, row.Path))), None)
         if hit is None and not missing_ok:
             tried = _place(layout or layouts[0], row.Path)
-            raise FileNotFoundError(
-                f"{csv}, line {row.line}: no image {row.Path} (looked for {tried} and {len(layouts) - 1} more)"
-            )
+            looked = f"looked for {brief(tried, 400)} and {len(layouts) - 1} more"
+            raise FileNotFoundError(f"{csv}, line {row.line}: no image {brief(row.Path)} ({looked})")
         files.append(_place(hit, row.Path) if hit else None)
         layout = hit or layout
     return files
@@ -247,7 +246,7 @@ def read_boxes(csv, keys, splits, boxes=None):
             and not other
             and not any(is_file(_place(place, image)) for place in _layouts(Path(csv).parent))
         ):
-            raise ValueError(f"{where}: a box of {file}, which is no image of {csv}")
+            raise ValueError(f"{where}: a box of {brief(file)}, which is no image of {csv}")
         known.setdefault(key, []).append((where, box, unit))
     return known
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from .boxes import image_size, parse_boxes, read_boxes, to_pixels
 from .images import dicom_header, is_dicom, list_images, without_suffix
 from .rows import read_mask, to_dataset
-from .tables import existing_file, is_file, missing_columns, path_of, read_csv
+from .tables import brief, existing_file, is_file, missing_columns, path_of, read_csv
 
 MASK_ENDING = "_mask"
 MASK_FOLDER = "masks"
@@ -205,7 +205,7 @@ def box_rows(root, images):
         for where, file, box, unit in read_boxes(root / "boxes.csv"):
             image = root / path_of(file, where, absolute=True)
             if image not in known:
-                raise ValueError(f"{where}: a box of {file}, which is no image below {root}")
+                raise ValueError(f"{where}: a box of {brief(file)}, which is no image below {root}")
             boxes.setdefault(image, []).append((where, box, unit))
     texts = {text_of(image): image for image in images}
     for text in sorted({text for folder in {i.parent for i in images} for text in folder.glob("*.txt")} - set(texts)):
@@ -241,4 +241,6 @@ def _class_id(value, classes, where):
         return names.index(str(value).lower())
     if str(value) in map(str, range(len(classes))):
         return int(value)
-    raise ValueError(f"{where}: expected a label of {', '.join(classes)} (or 0..{len(classes) - 1}), got {value!r}")
+    raise ValueError(
+        f"{where}: expected a label of {', '.join(classes)} (or 0..{len(classes) - 1}), got {brief(value)}"
+    )

@@ -7,7 +7,7 @@ import numpy as np
 from .boxes import PREPARED, check_box, image_size, to_pixels
 from .rows import to_dataset
 from .selection import select_rows
-from .tables import brief, numbers, path_of, read_csv
+from .tables import brief, check_encodable, in_words, numbers, path_of, read_csv
 
 NO_FINDING = "No Finding"
 FINDINGS = (
@@ -163,7 +163,7 @@ def read_boxes(root, keys):
     path, boxes = Path(root) / BOXES, {}
     table = read_csv(path) if path.is_file() else None
     if table is not None and len(table.columns) < 6:
-        raise ValueError(f"{path}: expected the columns {BOX_HEADER}, got {', '.join(table.columns)}")
+        raise ValueError(f"{path}: expected the columns {BOX_HEADER}, got {in_words(table.columns)}")
     for line, row in () if table is None else zip(table.index, table.to_numpy(), strict=True):
         where = f"{path}, line {line}"
         stem = Path(path_of(row[0], where).name).stem
@@ -183,7 +183,7 @@ def box_unit(root, table):
 def _finding(name, where=""):
     known = {finding.lower(): finding for finding in FINDINGS} | ALIASES
     if str(name).lower() not in known:
-        raise ValueError(f"{where}unknown class {name!r}, expected some of {', '.join(FINDINGS)}")
+        raise ValueError(f"{where}unknown class {brief(name)}, expected some of {', '.join(FINDINGS)}")
     return known[str(name).lower()]
 
 
@@ -196,4 +196,6 @@ def _names_of(root, split, table):
     path = root / LISTS[split]
     if not path.is_file():
         raise FileNotFoundError(f"expected {path}, the images of split {split!r}; `split='all'` does without")
-    return {Path(name).stem for name in path.read_text(errors="surrogateescape").split()}
+    names = path.read_text(errors="surrogateescape").split()
+    check_encodable(names, path)
+    return {Path(name).stem for name in names}

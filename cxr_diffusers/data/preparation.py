@@ -97,7 +97,7 @@ def prepare(
         "seconds": round(time.monotonic() - begin, 1),
         "settings": settings,
     }
-    write_csv(output_root / SKIPPED, pd.DataFrame(skipped, columns=["file", "reason"]))
+    write_csv(output_root / SKIPPED, pd.DataFrame(skipped, columns=["file", "reason"], dtype=object))
     write_text(output_root / SUMMARY, json.dumps(summary, indent=2))
     print(f"{output_root}: {summary['images']} images ({summary['kept']} were there), {summary['skipped']} skipped")
     for reason, count in summary["reasons"].items():

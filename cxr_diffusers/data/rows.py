@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from .boxes import check_box, image_size
 from .images import binary_mask, read_image
-from .tables import brief
+from .tables import check_encodable
 
 # what stays a path until it is looked at; the rest is decoded now, because `datasets.Image` cannot
 LAZY_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
@@ -42,7 +42,7 @@ def to_dataset(rows, class_names, image=None):
     columns["label"] = [int(row["label"]) for row in rows]
     for name in ("patient", "view", "path"):
         columns[name] = [str(row.get(name) or "") for row in rows]
-        _check_encodable(columns[name])
+        check_encodable(columns[name], name)
     if any(row.get("boxes") is not None for row in rows):
         features["boxes"] = BOXES
         columns["boxes"] = [[check_box(box, row.get("path")) for box in row.get("boxes") or []] for row in rows]
@@ -61,14 +61,6 @@ def read_mask(path, image_path):
             f"{path}: expected a mask of {size[0]} x {size[1]}, as its image {image_path}, got {mask.size}"
         )
     return mask
-
-
-def _check_encodable(texts):
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"expected names in UTF-8, got {brief(text)}: rename it") from None
 
 
 def _is_lazy(path):

@@ -10,21 +10,21 @@ import pandas as pd
 def read_csv(path, columns=(), only=None):
     """A CSV -> table of texts, whose index is the line of each row in the file; blank lines are left out.
 
-    Bytes that are no UTF-8 are kept as Python keeps them in file names. Commas at the end of a row, behind the last
-    column, say nothing.
+    Commas at the end of a row, behind the last column, say nothing.
 
     Args:
         columns: names that must be there.
         only: a function of a column's name: which to keep.
 
     Raises:
-        ValueError: no table, a missing column, or a row with more cells than there are columns.
+        ValueError: no table, a missing column, or a row with more cells than there are columns, or not in UTF-8.
     """
     lines, rows = [], []
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         reader = csv.reader(file, strict=True)
         try:
             header = _unique([name.strip() for name in next(reader, [])])
+            check_encodable(header, path)
             missing_columns(columns, header, path)
             kept = [i for i, name in enumerate(header) if only is None or only(name)]
             begin = reader.line_num + 1
@@ -34,10 +34,20 @@ def read_csv(path, columns=(), only=None):
                         raise ValueError(f"{path}, line {begin}: expected {len(header)} cells, got {len(row)}")
                     lines.append(begin)
                     rows.append([row[i] if i < len(row) else "" for i in kept])
+                    check_encodable(rows[-1], f"{path}, line {begin}")
                 begin = reader.line_num + 1
         except csv.Error as error:
             raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
     return pd.DataFrame(rows, index=lines, columns=[header[i] for i in kept], dtype=object)
+
+
+def check_encodable(texts, where):
+    """Raise ValueError naming a text that is not UTF-8, which neither a table nor a data set can hold."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        wrong = next(text for text in texts if any(0xD800 <= ord(letter) < 0xE000 for letter in text))
+        raise ValueError(f"{where}: expected names and texts in UTF-8, got {brief(wrong, 400)}") from None
 
 
 def columns_of(path):
@@ -50,7 +60,7 @@ def missing_columns(expected, found, where):
     """Raise ValueError naming the columns that `where` lacks, and those it has."""
     missing = [name for name in expected if name not in found]
     if missing:
-        raise ValueError(f"{where}: expected column {', '.join(map(repr, missing))}, found {_names(found)}")
+        raise ValueError(f"{where}: expected column {', '.join(map(repr, missing))}, found {in_words(found)}")
 
 
 def numbers(table, column, path):
@@ -86,7 +96,7 @@ def existing_file(root, cell, where):
     """The file below `root`, or the absolute one, that a cell names; FileNotFoundError, or as `path_of`."""
     path = root / path_of(cell, where, absolute=True)
     if not is_file(path):
-        raise FileNotFoundError(f"{where}: no file {path}")
+        raise FileNotFoundError(f"{where}: no file {brief(path, 400)}")
     return path
 
 
@@ -98,10 +108,11 @@ def is_file(path):
         return False
 
 
-def brief(value):
-    """A value for a message: on one line, of at most 80 characters."""
-    text = ascii(value) if not str(value).isprintable() else repr(str(value))
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def brief(value, length=80):
+    """A value for a message: in quotes, on one line, of at most `length` characters."""
+    text = str(value)
+    text = repr(text) if text.isprintable() else ascii(text)
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def _unique(names):
@@ -115,6 +126,7 @@ def _unique(names):
     return unique
 
 
-def _names(names):
+def in_words(names):
+    """Names of columns for a message."""
     text = ", ".join(str(name) if str(name).isprintable() else ascii(name) for name in names)
     return (text if len(text) <= 600 else f"{text[:597]}...") or "none"

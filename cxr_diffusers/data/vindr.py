@@ -9,7 +9,7 @@ from .dicom import is_dicom
 from .images import SUFFIXES
 from .rows import to_dataset
 from .selection import select_rows
-from .tables import brief, missing_columns, numbers, path_of, read_csv
+from .tables import brief, check_encodable, missing_columns, numbers, path_of, read_csv
 
 NO_FINDING = "No finding"
 SPLITS = ("train", "test")
@@ -100,6 +100,7 @@ def index_images(root, split):
             if path.stem in files:
                 raise ValueError(f"{files[path.stem]} and {path} are the same image {path.stem}: remove one")
             files[path.stem] = path
+    check_encodable(files, folder)
     if not files:
         raise FileNotFoundError(f"expected VinDr-CXR's images as {folder}/IMAGE_ID.dicom")
     return files
@@ -186,7 +187,7 @@ def read_boxes(root, split, images, votes=2, classes=None):
     readers = table.groupby("image_id")[reader].nunique() if reader else pd.Series(1, index=table["image_id"].unique())
     table["row"] = list(zip(rows_of(table, csv), units_of(table, csv), strict=True))
     check_images(table, csv, root, split, images)
-    table = table[table["row"].map(lambda row: row[0] is not None)]
+    table = table[table["row"].map(lambda row: row[0] is not None).astype(bool)]
     if classes is not None:
         table = table[table["class_name"].str.lower().isin([str(name).lower() for name in classes])]
     boxes = {}

@@ -1,4 +1,4 @@
-"""Boxes [x, y, w, h]: what one is, in whose pixels it counts, and how a table of them belongs to its images."""
+"""Boxes [x, y, w, h]: validation, tables of boxes, and scaling to the pixels of an image."""
 
 import math
 
@@ -110,6 +110,6 @@ def image_size(path):
         if suffix != ".npy" and is_dicom(path):
             header = read_header(path)
             return integer(header, "Columns"), integer(header, "Rows")
-    except Exception:  # what is wrong with it, reading it will say
+    except Exception:  # `read_image` raises the error that explains it
         pass
     return read_image(path).size

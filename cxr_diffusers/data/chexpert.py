@@ -111,10 +111,10 @@ def load_chexpert(
         holdout_seed=holdout_seed,
     )
     files = locate_images(csv, table, check_files)
-    known_boxes = read_boxes(csv, keys, {split}, boxes)
+    boxes_by_key = read_boxes(csv, keys, {split}, boxes)
     rows = [
         {"image": file, "label": row.label, "patient": row.patient, "view": row.view, "path": str(file)}
-        | ({"boxes": _pixels(file, known_boxes.get(row.key, []))} if known_boxes else {})
+        | ({"boxes": _pixels(file, boxes_by_key.get(row.key, []))} if boxes_by_key else {})
         for file, row in zip(files, table.itertuples(), strict=True)
     ]
     return to_dataset(rows, ["healthy", *(name.lower() for name in names), *(["other finding"] if other else [])])
@@ -236,7 +236,7 @@ def read_boxes(csv, keys, splits, boxes=None):
         ValueError: a row whose box is none, or that belongs neither to a row of the CSV nor to a file.
     """
     path = find_boxes(csv, boxes)
-    known = {}
+    rows_by_key = {}
     for where, file, box, unit in read_box_table(path) if path else ():
         image = path_of(file, where)
         key, split = key_of(image), parts_from_split(image)[0]
@@ -247,8 +247,8 @@ def read_boxes(csv, keys, splits, boxes=None):
             and not any(is_file(_place(place, image)) for place in _layouts(Path(csv).parent))
         ):
             raise ValueError(f"{where}: a box of {brief(file)}, which is no image of {csv}")
-        known.setdefault(key, []).append((where, box, unit))
-    return known
+        rows_by_key.setdefault(key, []).append((where, box, unit))
+    return rows_by_key
 
 
 def key_of(path):

@@ -1,4 +1,4 @@
-"""What a copy of a data set consists of: which images, and how tables, lists, boxes and masks follow them."""
+"""Plans of copies of data sets: the images, and the tables, lists, boxes and masks that follow them."""
 
 from pathlib import Path
 
@@ -116,7 +116,7 @@ def _write_boxes(source, key_of, copied, output_root, prefix, settings):
 
     Args:
         key_of: the path of a row -> key of `copied`.
-        copied: {key: (source, output)} of what is in the copy.
+        copied: {key: (source, output)} of the images in the copy.
     """
     table, rows = read_csv(source), []
     for (_, row), (where, file, box, unit) in zip(table.iterrows(), read_boxes(source), strict=True):
@@ -237,7 +237,7 @@ def _new_size(size, settings):
 
 
 def _fit(boxes, size, settings):
-    """Boxes in pixels of an image of `size` (width, height) -> those of its copy; what a crop cut off is left out."""
+    """Boxes in pixels of an image of `size` (width, height) -> those of its copy, without boxes that a crop removes."""
     return boxes if settings["size"] is None else fit_boxes(boxes, *size, settings["size"], settings["aspect"])
 
 

@@ -24,7 +24,7 @@ def is_dicom(path):
 
 
 def has_magic(path):
-    """Whether a regular file has the four letters DICM behind 128 bytes; False for what cannot be opened."""
+    """Whether a regular file has the four letters DICM behind 128 bytes; False where the file cannot be opened."""
     try:
         if not Path(path).is_file():  # a named pipe would never answer
             return False
@@ -149,7 +149,7 @@ def integer(dataset, name, default=None):
 
 @contextlib.contextmanager
 def quiet():
-    """Without pydicom's warnings, which quote what they are about."""
+    """Without pydicom's warnings, which quote values of the header."""
     log, level = logging.getLogger("pydicom"), logging.getLogger("pydicom").level
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

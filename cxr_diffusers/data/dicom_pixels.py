@@ -52,7 +52,7 @@ def read_dicom(path):
 
 
 def _check_kind(dataset):
-    """MONOCHROME1 or 2; ValueError where it is another kind of picture, or too large."""
+    """MONOCHROME1 or 2; ValueError for any other kind of image, or a too large one."""
     frames = integer(dataset, "NumberOfFrames", 1)
     if frames > 1:
         raise ValueError(f"expected one frame, got {frames}: take one out first")

@@ -200,11 +200,11 @@ def box_rows(root, images):
     Raises:
         ValueError: a row or file whose boxes are none, or belong to no image.
     """
-    boxes, known = {}, set(images)
+    boxes, members = {}, set(images)
     if (root / "boxes.csv").is_file():
         for where, file, box, unit in read_boxes(root / "boxes.csv"):
             image = root / path_of(file, where, absolute=True)
-            if image not in known:
+            if image not in members:
                 raise ValueError(f"{where}: a box of {brief(file)}, which is no image below {root}")
             boxes.setdefault(image, []).append((where, box, unit))
     texts = {text_of(image): image for image in images}

@@ -42,7 +42,7 @@ def read_image(path):
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: broken, too large (see `limits`), or nothing that can be shown as one grey picture; the message
+        ValueError: broken, too large (see `limits`), or not one grey image; the message
             names the path, and quotes nothing of a DICOM header.
     """
     path = Path(path)
@@ -58,7 +58,7 @@ def read_image(path):
             return _read_array(path)
         if path.suffix.lower() not in PIL_SUFFIXES and is_dicom(path):
             return read_dicom(path)
-        return _read_picture(path)
+        return _read_with_pillow(path)
     # PIL raises SyntaxError and struct.error too on broken files; whatever it is, the user needs the path
     except Exception as error:
         text = " ".join(str(error).split()) or type(error).__name__
@@ -276,7 +276,7 @@ def _read_array(path):
     return grey_picture(np.array(array) if array.size <= MAX_BYTES else array)
 
 
-def _read_picture(path):
+def _read_with_pillow(path):
     source, white_is_zero = as_black_is_zero(path)
     PIL.Image.init()  # or the formats that are named are not all there
     with PIL.Image.open(source, formats=FORMATS) as image:

@@ -107,9 +107,9 @@ def load_nih(
 
 def label_rows(findings, classes, other=False):
     """("Effusion|Mass", ...) -> (N,) class ids, -1 for rows that belong to no class."""
-    found = [{name.strip() for name in str(text).split("|")} for text in findings]
-    label = np.full(len(found), -1)
-    for i, names in enumerate(found):
+    names_of_rows = [{name.strip() for name in str(text).split("|")} for text in findings]
+    label = np.full(len(names_of_rows), -1)
+    for i, names in enumerate(names_of_rows):
         named = [k for k, name in enumerate(classes, start=1) if name in names]
         if named:
             label[i] = named[0]

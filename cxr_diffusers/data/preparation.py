@@ -113,7 +113,7 @@ def _run(jobs, output_root, settings, num_workers):
         num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     stamps, results = _read_stamps(output_root / STAMPS), {}
     with open(output_root / STAMPS, "a") as journal:
-        journal.write("\n" * (journal.tell() > 0))  # what a crash cut off stays a line of its own
+        journal.write("\n" * (journal.tell() > 0))  # a line that a crash cut short stays separate
         with tqdm(total=len(jobs), desc="preparing", unit="image", delay=2) as bar:
             for i, state, reason, stamp in _results(jobs, stamps, output_root, settings, num_workers):
                 results[i] = state, reason
@@ -174,7 +174,7 @@ def _end_with_parent():
 
 
 def _read_stamps(path):
-    """{output: [size, time] of the source that it was made of}; what a crash cut off is left out."""
+    """{output: [size, time] of the source that it was made of}, without lines that a crash cut short."""
     stamps = {}
     if path.is_file():
         for line in path.read_text(errors="replace").splitlines():
@@ -188,19 +188,19 @@ def _some(jobs, output_root, settings):
     return [(i, *_one(job, stamp, output_root, settings)) for i, *job, stamp in jobs]
 
 
-def _one(job, known_stamp, output_root, settings):
-    """(state, reason, stamp) of one job; only what is wrong with the source belongs to it, all else is raised."""
+def _one(job, old_stamp, output_root, settings):
+    """(state, reason, stamp) of one job; only errors of its source are a reason, all others are raised."""
     source, relative, is_mask = job
     output = output_root / relative
     try:
         status = source.stat()
         stamp = [status.st_size, status.st_mtime_ns]  # before it is read: a change meanwhile is seen the next time
-        if stamp == known_stamp and output.is_file():
+        if stamp == old_stamp and output.is_file():
             return "kept", None, stamp
         image = read_image(source)
     except (ValueError, OSError) as error:
         with contextlib.suppress(OSError):
-            output.unlink(missing_ok=True)  # a copy of what was there before
+            output.unlink(missing_ok=True)  # the copy of an older source
         return "skipped", f"broken image: {str(error).removeprefix(f'{source}: ')}", None
     if is_mask:
         image = fit_mask(image, settings["size"], settings["aspect"])

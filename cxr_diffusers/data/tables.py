@@ -1,4 +1,4 @@
-"""CSV files: what a cell holds, and where it stands when it is wrong."""
+"""CSV files: reading and checking their cells, with errors that name the line."""
 
 import csv
 import math

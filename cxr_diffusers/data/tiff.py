@@ -9,7 +9,7 @@ import PIL.ImageOps
 
 
 def as_black_is_zero(path):
-    """(what to open, False), or for a TIFF whose zero is white (a copy that says the opposite, True).
+    """(path, False), or for a TIFF whose zero is white (a copy in memory with the opposite tag, True).
 
     Pillow honours that tag for 8 bits alone, and refuses some others; so it is taken off, and honoured here.
     """
@@ -52,5 +52,5 @@ def negative(image, bits, signed):
 
 
 def fits_16_bits(array):
-    """Whether an array of 32 bits holds what 16 unsigned bits can hold, and is no picture of 0 and 1."""
+    """Whether the values of a 32-bit array fit 16 unsigned bits without loss, and are not just 0 and 1."""
     return np.isfinite(array).all() and array.min() >= 0 and 1 < array.max() < 65536 and (array == array.round()).all()

@@ -83,9 +83,9 @@ def _read_split(root, split, classes, other, votes, boxes):
         missing = sorted(files.keys() - label.keys())
         if missing:
             raise ValueError(f"{root}: no labels of {split} image {missing[0]} and {len(missing) - 1} more")
-    found = read_boxes(root, split, files, votes, classes) if boxes else {}
+    rows_of_boxes = read_boxes(root, split, files, votes, classes) if boxes else {}
     rows = [
-        {"file": file, "key": key, "patient": key, "label": label[key], "boxes": found.get(key, [])}
+        {"file": file, "key": key, "patient": key, "label": label[key], "boxes": rows_of_boxes.get(key, [])}
         for key, file in files.items()
     ]
     return pd.DataFrame(rows, columns=["file", "key", "patient", "label", "boxes"])
@@ -193,8 +193,7 @@ def read_boxes(root, split, images, votes=2, classes=None):
     boxes = {}
     for (image, _), rows in table.groupby(["image_id", "class_name"], sort=False):
         if (rows[reader].nunique() if reader else 1) >= min(votes, readers[image]):
-            found = [(f"{csv}, line {line}", *row) for line, row in rows["row"].items()]
-            boxes.setdefault(image, []).extend(found)
+            boxes.setdefault(image, []).extend((f"{csv}, line {line}", *row) for line, row in rows["row"].items())
     return boxes
 
 

@@ -77,7 +77,18 @@ def chexpert(tmp_path):
 
 
 def test_every_loader_is_opened_by_its_name():
-    assert set(LOADERS) == {"brats", "chexlocalize", "chexpert", "folder", "hub", "nih", "phantom", "table", "vindr"}
+    assert set(LOADERS) == {
+        "brats",
+        "chexlocalize",
+        "chexpert",
+        "folder",
+        "hub",
+        "nih",
+        "packed",
+        "phantom",
+        "table",
+        "vindr",
+    }
     assert len(build_dataset("phantom", n=3, size=16)) == 3
 
 

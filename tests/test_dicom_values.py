@@ -68,6 +68,29 @@ def test_padding_is_seen_whatever_type_the_header_gives_it(tmp_path, syntax, pix
     assert np.array_equal(image[:, 8:], plain[:, 8:]) and (image[:, :8] == plain[:, 8:].min()).all()
 
 
+def test_the_order_of_bytes_and_a_missing_preamble_change_nothing(tmp_path):
+    path = write_dicom(tmp_path / "a.dcm", BAND, 12, PixelPaddingValue=1000)
+    expected, content = greys(path), path.read_bytes()
+    meta = pydicom.filereader.read_file_meta_info(path)
+    (tmp_path / "bare.dcm").write_bytes(content[144 + meta.FileMetaInformationGroupLength :])
+    made = pydicom.dcmread(path)
+    made.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRBigEndian
+    made.PixelData = BAND.astype(">u2").tobytes()
+    pydicom.dcmwrite(tmp_path / "big.dcm", made, implicit_vr=False, little_endian=False)
+    for name in ("bare.dcm", "big.dcm"):
+        assert np.array_equal(greys(tmp_path / name), expected)
+
+
+def test_overlays_in_unused_bits_are_no_part_of_the_image(tmp_path):
+    drawn = BAND.copy()
+    drawn[0] |= 0x1000
+    made = pydicom.dcmread(write_dicom(tmp_path / "o.dcm", drawn, 12))
+    for tag, value in ((0x10, 16), (0x11, 16), (0x100, 16), (0x102, 12)):
+        made.add_new(0x60000000 + tag, "US", value)
+    made.save_as(tmp_path / "o.dcm")
+    assert np.array_equal(greys(tmp_path / "o.dcm"), greys(write_dicom(tmp_path / "r.dcm", BAND, 12)))
+
+
 def test_an_image_of_padding_alone_is_refused(tmp_path):
     with pytest.raises(ValueError, match="all pixels are padding"):
         read_image(write_dicom(tmp_path / "p.dcm", np.zeros((4, 4), np.uint16), 12, PixelPaddingValue=0))

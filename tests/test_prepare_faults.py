@@ -140,7 +140,7 @@ def limited():
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_failed_write_stops_the_run_in_one_line_and_leaves_nothing_behind(tmp_path, workers):
     rng = np.random.default_rng(0)
     (tmp_path / "in").mkdir()
@@ -192,6 +192,7 @@ def test_a_killed_worker_costs_a_line_and_no_image(tmp_path, many):
     assert len(list((tmp_path / "out").glob("*.png"))) == 80 and "80 images" in out
 
 
+@pytest.mark.slow
 def test_workers_that_are_killed_again_and_again_end_the_run(tmp_path, many):
     process = start(many, tmp_path / "out", "--size", 16, "--workers", 2)
     killed = set()

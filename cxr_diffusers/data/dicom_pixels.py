@@ -123,7 +123,7 @@ def _decode(dataset):
         raise ValueError(f"its pixels are damaged or cut short ({type(error).__name__})") from None
     if array.shape != (rows, columns) or array.dtype.kind not in "iu":
         raise ValueError(f"expected ({rows}, {columns}) integers, got {array.shape} of {array.dtype}")
-    return np.ascontiguousarray(array)
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("="))  # of big-endian files, too
 
 
 def _without_offsets(pixels):

@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 
 MODALITIES = ("CR", "DX", "RG", "DR", "XR")  # the last two are not in the standard, but in the world
 CHEST = ("CHEST", "THORAX", "THORACIC", "LUNG", "TORAX", "POUMON")
@@ -56,7 +57,9 @@ def warnings_of(dataset):
     found = []
     for check in (_burned_in, _modality, _body_part, _view, _orientation, _greys, _window):
         try:
-            found += check(dataset)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # pydicom's quote what they are about
+                found += check(dataset)
         except Exception as error:  # an entry that pydicom cannot read must not stop a run, and is worth a word
             found.append(f"a part of the header cannot be read ({type(error).__name__})")
     return [warning.replace(";", ",") for warning in found]

@@ -1,14 +1,19 @@
 """Files and folders: crash-safe writing, settings of a folder of results, the cache, safe names, maps and PNGs."""
 
+import hashlib
 import io
 import json
 import os
+import re
 import shutil
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")  # of `new_file`; the number is the process
 
 
 def cache_folder(name):
@@ -47,15 +52,25 @@ def save_map(anomaly_map, path):
 
 @contextmanager
 def new_file(path):
-    """Yield a temporary path in the same folder; what is written there becomes `path` at once, or not at all."""
+    """Yield a temporary path in the same folder; what is written there becomes `path` at once, or not at all.
+
+    Raises:
+        OSError: it cannot be written; the message names `path`.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # a digest, because the file's own name, with more behind it, may be too long
+    name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise type(error)(error.errno, f"cannot write {path}: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -64,6 +79,47 @@ def write_file(path, content):
     """Write bytes, see `new_file`: nobody ever reads half a file."""
     with new_file(path) as temporary:
         temporary.write_bytes(content)
+
+
+def write(path, save):
+    """`save(temporary)`, see `new_file`."""
+    with new_file(path) as temporary:
+        save(temporary)
+
+
+def write_text(path, text):
+    """Write a text in UTF-8; file names that are not valid Unicode keep their bytes."""
+    write_file(path, text.encode("utf-8", "surrogateescape"))
+
+
+def write_csv(path, table):
+    """Write a pandas table without its index."""
+    write_text(path, table.to_csv(index=False))
+
+
+def copy_file(source, target):
+    """Copy the content of a file."""
+    write(target, lambda temporary: shutil.copyfile(source, temporary))
+
+
+def remove_dead(folder):
+    """Delete the temporary files below a folder whose processes no longer run, or that are older than an hour."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            match = TEMPORARY.fullmatch(name)
+            path = Path(place, name)
+            if match and (not _runs(int(match.group(1))) or time.time() - path.lstat().st_mtime > 3600):
+                path.unlink(missing_ok=True)
+
+
+def _runs(process):
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass
+    return True
 
 
 class OtherSettingsError(FileExistsError, ValueError):
@@ -82,11 +138,15 @@ def check_settings(path, settings, *, ignore=(), defaults=None, advice="give ano
 
     Raises:
         OtherSettingsError: a FileExistsError and a ValueError; names the keys that differ.
+        ValueError: the file of settings is damaged.
     """
     path = Path(path)
     if not path.is_file():
         return
-    old = {**(defaults or {}), **json.loads(path.read_text())}
+    try:
+        old = {**(defaults or {}), **json.loads(path.read_text())}
+    except (ValueError, TypeError):
+        raise ValueError(f"{path} is damaged: delete it, or {advice}") from None
     settings = as_json(settings)
     differing = [key for key in [*settings, *(old.keys() - settings.keys())] if old.get(key) != settings.get(key)]
     changes = [f"{key}: {old.get(key)!r}, now {settings.get(key)!r}" for key in differing if key not in ignore]

@@ -12,7 +12,7 @@ from pycocotools import mask as coco
 from cxr_diffusers import load_chexlocalize
 from cxr_diffusers.cli import main
 from cxr_diffusers.data import open_dataset
-from cxr_diffusers.data.chexlocalize import DEVICES, TASKS, cxr_id, decode, encode, read_segmentations
+from cxr_diffusers.data.chexlocalize import DEVICES, TASKS, cxr_id, decode, encode, read_segmentations, run_lengths
 from cxr_diffusers.evaluation import chexlocalize as protocol
 from cxr_diffusers.evaluation import evaluate, evaluate_chexlocalize
 from cxr_diffusers.evaluation.chexlocalize import ANY, THRESHOLDS, open_split
@@ -109,6 +109,69 @@ def test_a_mask_is_read_and_written_as_pycocotools_does():
     # as the released files write "no segmentation" of 2320 x 2828 pixels
     assert not decode({EDEMA: {"size": [2320, 2828], "counts": "PVWX6"}}, [EDEMA]).any()
     assert not decode({EDEMA: cell}, [EFFUSION]).any() and decode({EDEMA: cell}, [EFFUSION]).shape == (9, 7)
+
+
+def test_run_lengths_are_those_of_pycocotools():
+    rng = np.random.default_rng(0)
+    for share in (0, 0.01, 0.5, 1):
+        mask = rng.random((300, 200)) < share
+        lengths = run_lengths(encode(mask)["counts"])
+        flat = mask.ravel("F")
+        edges = np.flatnonzero(np.diff(flat)) + 1
+        expected = np.diff(np.r_[0, edges, flat.size])
+        assert lengths.tolist() == ([0] if flat[0] else []) + expected.tolist()
+    blocks = np.zeros((2320, 2828), bool)
+    blocks[100:900, 500:2000] = True
+    assert run_lengths(encode(blocks)["counts"]).sum() == blocks.size
+
+
+@pytest.mark.parametrize("n", range(40))
+def test_run_lengths_that_do_not_fill_their_mask_never_reach_pycocotools(tmp_path, n):
+    """One character is put in, taken out or changed: the same mask's size, or an error at once."""
+    rng = np.random.default_rng(n)
+    cell = encode(rng.random((64, 48)) < 0.1)
+    text, at = cell["counts"], rng.integers(len(cell["counts"]))
+    letter = chr(rng.integers(33, 127))
+    cell["counts"] = text[:at] + [letter, "", letter][n % 3] + text[at + n % 2 :]
+    (tmp_path / "s.json").write_text(json.dumps({"patient1_study1_view1_frontal": {EDEMA: cell}}))
+    try:
+        entry = read_segmentations(tmp_path / "s.json")["patient1_study1_view1_frontal"]
+    except ValueError as error:
+        assert "s.json: 'patient1_study1_view1_frontal', 'Edema'" in str(error)
+    else:
+        assert decode(entry, [EDEMA]).shape == (64, 48)
+
+
+@pytest.mark.parametrize(
+    "cell, match",
+    [
+        ({"size": [64, 48], "counts": [64 * 48]}, "expected run lengths as a text"),
+        ({"size": [64, 48], "counts": ""}, "expected run lengths as a text"),
+        ({"size": [64, 48], "counts": "\u00e9"}, "no text of run lengths"),
+        ({"size": [64, 48], "counts": "oooooooooo0"}, "no text of run lengths"),
+        ({"size": [64, 48], "counts": "PP31"}, "do not fill 64 x 48 pixels"),
+        ({"size": [64.0, 48], "counts": "PP3"}, "expected a size"),
+        ({"size": "64", "counts": "PP3"}, "expected a size"),
+        ({"size": [0, 48], "counts": "0"}, "expected 1 to"),
+        ({"size": [60000, 60000], "counts": "0"}, "expected 1 to 50,000,000 pixels"),
+    ],
+)
+def test_a_cell_that_is_no_mask_is_named(tmp_path, cell, match):
+    entry = {EFFUSION: {"size": [64, 48], "counts": "PP3"}, EDEMA: cell}
+    (tmp_path / "s.json").write_text(json.dumps({"patient1_study1_view1_frontal": entry}))
+    with pytest.raises(ValueError, match=f"'Edema': .*{match}"):
+        read_segmentations(tmp_path / "s.json")
+    entry[EDEMA] = {"size": [48, 64], "counts": "PP3"}
+    (tmp_path / "s.json").write_text(json.dumps({"patient1_study1_view1_frontal": entry}))
+    with pytest.raises(ValueError, match=r"expected the size \[64, 48\] of the image's other masks"):
+        read_segmentations(tmp_path / "s.json")
+
+
+def test_masks_of_another_size_than_their_image_are_refused_before_they_are_decoded(tmp_path):
+    root, file = release(tmp_path, "test", ["patient1"])
+    Image.new("L", (9, 9)).save(root / "patient1" / "study1" / "view1_frontal.png")
+    with pytest.raises(ValueError, match=r"its segmentation's size \[40, 48\], got \[9, 9\]: .*view1_frontal.png"):
+        load_chexlocalize(root, file)
 
 
 def test_the_data_set_has_the_union_of_the_tasks_as_its_mask(released):

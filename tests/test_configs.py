@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import DDIMScheduler, UNet2DModel
 from transformers import AutoConfig, AutoModelForImageClassification
 
@@ -23,6 +24,7 @@ from cxr_diffusers import (
 from cxr_diffusers.data import LOADERS
 from cxr_diffusers.training.lungs import augment_lungs
 from cxr_diffusers.training.recipe import AdversarialRecipe, ClassifierRecipe, Recipe, SegmenterRecipe, load_recipe
+from cxr_diffusers.training.script import new_unet
 
 ROOT = Path(__file__).parent.parent
 PLANS = {"evaluate", "method"}  # what is compared on what: see test_plan.py
@@ -30,7 +32,9 @@ CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if path.st
 
 
 def open_recipe(path):
-    return load_recipe(path, ["data.root=/nowhere"] if 'root: "???"' in path.read_text() else [])
+    sections = yaml.safe_load(path.read_text())
+    missing = [name for name in ("data", "validation") if (sections.get(name) or {}).get("root") == "???"]
+    return load_recipe(path, [f"{name}.root=/nowhere" for name in missing])
 
 
 def test_there_are_recipes_of_every_kind():
@@ -51,7 +55,7 @@ def test_a_recipe_builds(path):
 
 def build_unet(recipe):
     with torch.device("meta"):
-        unet = UNet2DModel(**recipe.unet)
+        unet = new_unet(**recipe.unet)
     assert DDIMScheduler(**recipe.scheduler).config.clip_sample is False, "clipping breaks inversion"
     script = "train_unconditional.py" if unet.class_embedding is None else "train_cfg.py"
     return script, CFGAnomalyPipeline.ORIGINAL_SETTINGS

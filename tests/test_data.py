@@ -32,7 +32,18 @@ def chexpert(tmp_path):
 
 
 def test_every_loader_is_opened_by_its_name():
-    assert set(LOADERS) == {"brats", "chexlocalize", "chexpert", "folder", "hub", "nih", "phantom", "table", "vindr"}
+    assert set(LOADERS) == {
+        "brats",
+        "chexlocalize",
+        "chexpert",
+        "folder",
+        "hub",
+        "nih",
+        "packed",
+        "phantom",
+        "table",
+        "vindr",
+    }
     assert len(build_dataset("phantom", n=3, size=16)) == 3
 
 
@@ -220,9 +231,9 @@ def test_folders_name_the_classes(tmp_path):
     rows = {Path(row["path"]).name: row for row in load_folder(tmp_path)}
     assert {name: row["label"] for name, row in rows.items()} == {"a.png": 0, "b.jpg": 1, "c.npy": 0, "IM0001": 0}
     assert {name: row["patient"] for name, row in rows.items()} == {
-        "a.png": "a",
+        "a.png": "healthy/a",
         "b.jpg": "p9",
-        "c.npy": "c",
+        "c.npy": "healthy/c",
         "IM0001": "p7",
     }
     assert rows["c.npy"]["image"].getpixel((0, 0)) == 9
@@ -254,12 +265,12 @@ def test_masks_and_boxes_lie_beside_their_image(tmp_path):
         save_image(tmp_path / "diseased" / f"{name}.png")
     PIL.Image.fromarray(np.eye(10, 12, dtype=np.uint8)).save(tmp_path / "diseased" / "a_mask.png")
     save_image(tmp_path / "masks" / "diseased" / "b.png", 255)
-    (tmp_path / "diseased" / "c.txt").write_text("1 2 3 4\n5, 6, 7, 8\n")
+    (tmp_path / "diseased" / "c.txt").write_text("1 2 3 4\n5, 6, 7, 4\n")
     rows = list(load_folder(tmp_path))
-    assert [row["patient"] for row in rows] == ["a", "b", "c"]
+    assert [row["patient"] for row in rows] == ["diseased/a", "diseased/b", "diseased/c"]
     assert np.array_equal(np.asarray(rows[0]["mask"]), np.eye(10, 12) * 255)
     assert np.asarray(rows[1]["mask"]).min() == 255 and rows[2]["mask"] is None
-    assert [row["boxes"] for row in rows] == [[], [], [[1, 2, 3, 4], [5, 6, 7, 8]]]
+    assert [row["boxes"] for row in rows] == [[], [], [[1, 2, 3, 4], [5, 6, 7, 4]]]
     save_image(tmp_path / "masks" / "diseased" / "b.png", 255, size=(6, 5))
     with pytest.raises(ValueError, match=r"b.png.*12 x 10.*\(6, 5\)"):
         load_folder(tmp_path)
@@ -337,7 +348,8 @@ def test_nih_labels_are_what_the_csv_says(nih):
     assert dataset["label"][:] == [0, 1, 2, 1, 0]
     assert dataset["patient"][:] == ["nih00000", "nih00001", "nih00002", "nih00003", "nih00000"]
     assert dataset["view"][:] == ["PA", "AP", "PA", "AP", "PA"]
-    assert dataset["boxes"][:] == [[], [[2.5, 3, 4, 5], [1, 1, 2, 2]], [], [], []]
+    assert dataset["boxes"][:] == [[], [[2.5, 3, 4, 5]], [], [], []]
+    assert load_nih(nih, classes=("Mass", "Effusion"))["boxes"][1] == [[2.5, 3, 4, 5], [1, 1, 2, 2]]
     assert load_nih(nih, split="test", other=True)["label"][:] == [2]
     assert load_nih(nih, split="all", classes=("Mass", "Effusion"))["label"][:] == [0, 1, 1, 2, 0]
 
@@ -394,16 +406,25 @@ def test_a_broken_image_in_training_is_named(chexpert):
 
 
 @needs_shared
-def test_the_real_chexpert_layout_has_the_images_that_its_readme_counts():
+def test_the_real_chexpert_layout_has_the_rows_of_its_tables():
     root = SHARED / "CheXpert-v1.0-small"
-    train, valid = load_chexpert(root, other=True), load_chexpert(root, split="valid", other=True)
-    assert np.bincount(train["label"][:]).tolist() == [913, 570, 503]
-    assert np.bincount(valid["label"][:]).tolist() == [52, 20, 123]
-    assert sum(len(boxes) for boxes in valid["boxes"]) == 19
-    assert not set(train["patient"]) & set(valid["patient"])
-    assert len(load_chexpert(SHARED, split="valid")) == 72
-    for row in valid.select([0, 100]):
+    loaded = {split: load_chexpert(root, split=split, other=True) for split in ("train", "valid")}
+    for split, dataset in loaded.items():
+        table = pd.read_csv(root / f"{split}.csv")
+        frontal = table[table["Frontal/Lateral"] == "Frontal"]
+        ill = frontal["Pleural Effusion"] == 1
+        counts = np.bincount(dataset["label"][:])
+        assert counts[1] == ill.sum() and counts[0] == ((frontal["No Finding"] == 1) & ~ill).sum() and len(counts) == 3
+        assert len(load_chexpert(SHARED, split=split)) == counts[0] + counts[1]
+    boxes = pd.read_csv(SHARED / "boxes.csv")["file"]
+    assert sum(map(len, loaded["valid"]["boxes"])) == len(boxes[boxes.isin(boxed(loaded["valid"]))]) > 0
+    assert not set(loaded["train"]["patient"]) & set(loaded["valid"]["patient"])
+    for row in loaded["valid"].select([0, 100]):
         assert row["image"].mode == "L" and min(row["image"].size) == 256
+
+
+def boxed(dataset):
+    return {Path(path).relative_to(SHARED).as_posix() for path in dataset["path"]}
 
 
 @needs_shared

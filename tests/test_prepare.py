@@ -194,7 +194,7 @@ def test_real_boxes_scale_with_the_real_images(tmp_path):
     (tmp_path / "boxes.csv").write_text((SHARED / "boxes.csv").read_text())
     prepare(few, tmp_path / "small", size=64, num_workers=1)
     source, copy = (load_chexpert(Path(r), split="valid", other=True) for r in (few, tmp_path / "small"))
-    assert sum(map(len, copy["boxes"])) == 19
+    assert list(map(len, copy["boxes"])) == list(map(len, source["boxes"])) and max(map(len, copy["boxes"])) > 0
     for a, b in zip(source, copy, strict=True):
         scale = 64 / max(a["image"].size)
         pad = [(64 - n * scale) / 2 for n in a["image"].size]

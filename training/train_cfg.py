@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler
 
-from cxr_diffusers import CFGAnomalyPipeline, SpaceToDepthUNet, build_dataset, denoising_loss
+from cxr_diffusers import CFGAnomalyPipeline, build_dataset, denoising_loss
 from cxr_diffusers.files import save_png
 from cxr_diffusers.hub.loading import load_unet
 from cxr_diffusers.pipelines.cxr_conditions import Conditions
@@ -22,7 +22,7 @@ from cxr_diffusers.training.augmentation import augment
 from cxr_diffusers.training.loop import train
 from cxr_diffusers.training.recipe import parse_command_line
 from cxr_diffusers.training.run import seeded
-from cxr_diffusers.training.script import diseased_rows, finish, write_card
+from cxr_diffusers.training.script import diseased_rows, finish, new_unet, write_card
 from cxr_diffusers.training.tensors import TensorImages
 from cxr_diffusers.training.validation_loss import ValidationLoss
 from cxr_diffusers.visualization import validation_strip
@@ -35,7 +35,6 @@ def main(arguments):
     config = recipe.train
     dataset = build_dataset(**recipe.data)
     class_names = dataset.features["label"].names
-    kind = SpaceToDepthUNet if "patch_size" in recipe.unet else UNet2DModel
     views = recipe.conditions.get("views") or []
     options = dict(num_channels=recipe.unet["in_channels"], views=views, **recipe.images)
     images = TensorImages(dataset, recipe.unet["sample_size"], **options)
@@ -43,7 +42,7 @@ def main(arguments):
     conditions = Conditions(len(class_names), tuple(views))
 
     with seeded(config.seed):
-        unet = load_unet(config.init_from) if config.init_from else kind(**recipe.unet)
+        unet = load_unet(config.init_from) if config.init_from else new_unet(**recipe.unet)
     scheduler = DDIMScheduler(**recipe.scheduler)
     if unet.config.num_class_embeds != conditions.num_embeddings:
         raise ValueError(

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler
 
 from cxr_diffusers import DiffPIRDeblurPipeline, build_dataset, denoising_loss
 from cxr_diffusers.files import save_png
@@ -20,7 +20,7 @@ from cxr_diffusers.training.augmentation import augment
 from cxr_diffusers.training.loop import train
 from cxr_diffusers.training.recipe import parse_command_line
 from cxr_diffusers.training.run import seeded
-from cxr_diffusers.training.script import finish, write_card
+from cxr_diffusers.training.script import finish, new_unet, write_card
 from cxr_diffusers.training.tensors import TensorImages
 from cxr_diffusers.visualization import contact_sheet
 
@@ -33,7 +33,7 @@ def main(arguments):
     size, channels = recipe.unet["sample_size"], recipe.unet["in_channels"]
     images = TensorImages(build_dataset(**recipe.data), size, num_channels=channels, **recipe.images)
     with seeded(config.seed):
-        unet = load_unet(config.init_from, unconditional=True) if config.init_from else UNet2DModel(**recipe.unet)
+        unet = load_unet(config.init_from, unconditional=True) if config.init_from else new_unet(**recipe.unet)
     scheduler = DDIMScheduler(**recipe.scheduler)
     if unet.config.num_class_embeds is not None:
         raise ValueError(f"expected no unet.num_class_embeds, got {unet.config.num_class_embeds}: use train_cfg.py")

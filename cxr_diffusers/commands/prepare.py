@@ -34,7 +34,7 @@ def run(options):
         return pack(options)
     from ..data.preparation import prepare
 
-    prepare(
+    summary = prepare(
         options.source,
         options.output,
         size=options.size,
@@ -45,6 +45,7 @@ def run(options):
         num_workers=options.workers,
         overwrite=options.overwrite,
     )
+    return 1 if summary["failed"] else 0
 
 
 def pack(options):

@@ -1,6 +1,5 @@
 """BraTS slices as Wolleb's anomaly code reads them: four MRI sequences, a NIfTI file each, are four channels."""
 
-import os
 import re
 import warnings
 from dataclasses import dataclass, field
@@ -14,9 +13,11 @@ import pyarrow as pa
 from datasets.features.features import register_feature
 from tqdm.auto import tqdm
 
-from .folder import UNLABELLED
+from .folder import UNLABELLED, group_of
+from .images import walk
 from .rows import to_dataset
 from .selection import select_rows
+from .tables import check_encodable
 
 SEQUENCES = ("t1", "t1ce", "t2", "flair")  # the order of the channels
 SEGMENTATION = "seg"
@@ -44,7 +45,8 @@ def load_brats(
     puts 240 pixels into 256.
     Label: 1 where any pixel of seg is above 0, else 0; without seg -1, unlabelled. Mask: seg above 0.
     Patient: the first group of `patient_pattern`, searched in the folder's path below `root`; else what stands before
-    the sequence in the files' names (`brats_train_001`); else the folder's name, that is, every slice is its own.
+    the sequence in the files' names (`brats_train_001`); else the folder's path below `root`, that is, every slice
+    is its own.
 
     Args:
         root: e.g. data/brats/training.
@@ -66,6 +68,7 @@ def load_brats(
     slices = list_slices(root)
     if not slices:
         raise ValueError(f"no slice below {root}: expected folders with files of {', '.join(SEQUENCES)}")
+    check_encodable([str(folder) for folder in slices], root)
     known = [{**files_of(folder), "folder": folder} for folder in slices]
     for files in known if masks else []:
         beside = Path(masks) / f"{files['folder'].name}-label.nii.gz"
@@ -108,7 +111,7 @@ def list_slices(root):
     root = Path(root)
     if not root.is_dir():
         raise NotADirectoryError(f"expected a folder of slices, got {root}")
-    folders = [Path(folder) for folder, _, files in os.walk(root, followlinks=True) if any(map(sequence_of, files))]
+    folders = [Path(folder) for folder, _, files in walk(root) if any(map(sequence_of, files))]
     return sorted(folder for folder in folders if set(files_of(folder, check=False)) & set(SEQUENCES))
 
 
@@ -137,14 +140,11 @@ def sequence_of(name):
 
 def patient_of(files, root, pattern):
     folder = files["folder"]
+    relative = folder.relative_to(root).as_posix() if folder != root else folder.name
     if pattern:
-        relative = folder.relative_to(root).as_posix()
-        match = re.search(pattern, relative)
-        if not match or not match.groups():
-            raise ValueError(f"`patient_pattern` {pattern!r} finds no group in {relative}")
-        return match.group(1)
+        return group_of(pattern, relative)
     before = re.split(rf"(?i)(?:^|[^a-z0-9])({'|'.join(SEQUENCES)})(?![a-z0-9])", files[SEQUENCES[0]].name)[0]
-    return before or folder.name
+    return before or relative
 
 
 def label_of(files):

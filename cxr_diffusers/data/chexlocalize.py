@@ -8,8 +8,11 @@ import numpy as np
 import PIL.Image
 from tqdm.auto import tqdm
 
+from .boxes import image_size
 from .images import list_images, read_image, to_grey
+from .limits import check_pixel_count
 from .rows import png_cell, to_dataset
+from .tables import brief
 
 DEVICES = "Support Devices"
 TASKS = (  # as the released files spell them; "Airspace Opacity" is CheXpert's "Lung Opacity"
@@ -46,13 +49,19 @@ def load_chexlocalize(root, segmentations, *, tasks=PATHOLOGIES, frontal_only=Tr
         entry has no mask.
 
     Raises:
-        FileNotFoundError: an image of the JSON is not below `root`. ValueError: an unknown task, no such JSON.
+        FileNotFoundError: an image of the JSON is not below `root`. ValueError: an unknown task, no such JSON, or
+            masks of another size than their images.
         ImportError: pycocotools is not installed.
     """
     tasks, known = [task_named(task) for task in tasks], read_segmentations(segmentations)
     rows = []
     for path in tqdm(chexlocalize_images(root, known, frontal_only), "segmentations", leave=False):
         entry = known.get(cxr_id(path))
+        if entry is not None:
+            expected, (width, height) = next(iter(entry.values()))["size"], image_size(path)
+            if [height, width] != expected:
+                got = f"got {[height, width]}: {path}"
+                raise ValueError(f"expected a picture of its segmentation's size {expected}, {got}")
         mask = None if entry is None else decode(entry, tasks)
         row = {"image": path, "path": str(path), "patient": path.parts[-3]}
         row["label"] = 1 if mask is not None and mask.any() else -1
@@ -98,20 +107,66 @@ def chexlocalize_images(root, segmentations, frontal_only=False):
 def read_segmentations(path):
     """The released JSON -> {cxr_id: {task: {"size": [H, W], "counts": run lengths}}}.
 
+    Every cell is checked here: pycocotools does not, and run lengths that do not fill their mask keep it busy for
+    minutes, or end the process.
+
     Raises:
-        ValueError: another kind of file.
+        ValueError: another kind of file, or a cell whose run lengths do not fit its size.
     """
     try:
         content = json.loads(Path(path).read_text())
         good = bool(content) and all({"size", "counts"} <= set(cell) for e in content.values() for cell in e.values())
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError):
+        good = good and all(content.values())
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError, RecursionError):
         good = False
     if not good:
         raise ValueError(
             f"{path}: expected segmentations as CheXlocalize releases them (gt_segmentations_val.json), "
             'that is {cxr_id: {task: {"size": [H, W], "counts": ...}}}'
         )
+    for name, entry in content.items():
+        first = next(iter(entry.values()))["size"]
+        for task, cell in entry.items():
+            where = f"{path}: {brief(name)}, {brief(task)}"
+            check_cell(cell, where)
+            if cell["size"] != first:
+                raise ValueError(f"{where}: expected the size {first} of the image's other masks, got {cell['size']}")
     return content
+
+
+def check_cell(cell, where):
+    """ValueError unless a cell has the size of an image and run lengths that fill it exactly."""
+    size, counts = cell["size"], cell["counts"]
+    if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size)):
+        raise ValueError(f"{where}: expected a size [height, width], got {brief(size)}")
+    try:
+        check_pixel_count(size[1], size[0])
+        lengths = run_lengths(counts)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    if (lengths < 0).any() or lengths.sum() != size[0] * size[1]:
+        raise ValueError(f"{where}: its run lengths do not fill {size[0]} x {size[1]} pixels")
+
+
+def run_lengths(counts):
+    """COCO's text of run lengths -> (N,) int64, alternately outside and inside; ValueError for another text.
+
+    Five bits a letter, the lowest first; the sixth says that more follow, the fifth of the last is the sign. From the
+    fourth number on, each is the difference to the one before the last.
+    """
+    if not isinstance(counts, str) or not counts:
+        raise ValueError(f"expected run lengths as a text, got {brief(counts)}")
+    letters = np.frombuffer(counts.encode("utf-8", "replace"), np.uint8).astype(np.int64) - 48
+    last = (letters & 32) == 0
+    starts = np.flatnonzero(np.r_[True, last[:-1]])
+    places = np.arange(len(letters)) - np.repeat(starts, np.diff(np.r_[starts, len(letters)]))
+    if letters.min() < 0 or letters.max() > 63 or not last[-1] or places.max() > 6:
+        raise ValueError("its run lengths are no text of run lengths")
+    numbers = np.add.reduceat((letters & 31) << 5 * places, starts)
+    numbers -= np.where(letters[last] & 16, 1 << 5 * (places[last] + 1), 0)
+    numbers[1::2] = np.cumsum(numbers[1::2])
+    numbers[2::2] = np.cumsum(numbers[2::2])
+    return numbers
 
 
 def cxr_id(path):

@@ -8,8 +8,11 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from .rows import missing_columns, to_dataset
+from .boxes import image_size, to_pixels
+from .boxes import read_boxes as read_box_table
+from .rows import to_dataset
 from .selection import select_rows
+from .tables import brief, is_file, missing_columns, numbers, path_of, read_csv
 
 NO_FINDING = "No Finding"
 FINDINGS = (
@@ -26,6 +29,7 @@ FINDINGS = (
     "Pleural Other",
     "Fracture",
 )  # not "Support Devices": a pacemaker is no disease, and CheXpert's labeller gives it to healthy chests as well
+LABELS = (NO_FINDING, *FINDINGS, "Support Devices")
 PLUS_COLUMNS = {
     "path_to_image": "Path",
     "frontal_lateral": "Frontal/Lateral",
@@ -73,7 +77,8 @@ def load_chexpert(
             and has no other one of them, is left out.
         per_class, seed, one_per_patient, holdout, part, holdout_seed: see `selection.select_rows`. A copy made by
             `prepare` gives the same rows as its source.
-        boxes: CSV with columns file, x, y, w, h; None: `boxes.csv` in `root` or beside it, if there is one.
+        boxes: CSV with columns file, x, y, w, h (and image_w, image_h where they count in pixels of an image of another
+            size); None: `boxes.csv` in `root` or beside it, if there is one.
         report_section: for CheXpert Plus, the report section whose CheXbert labels count: "impression", "report" or
             "findings" (of which users report `No Finding` = 1 wherever the section is empty).
         check_files: look whether every image exists.
@@ -83,11 +88,12 @@ def load_chexpert(
 
     Raises:
         FileNotFoundError: no CSV, or an image of it (its line and path are named).
-        ValueError: a missing column, an unknown class or option.
+        ValueError: a missing column, an unknown class or option, a cell that is no label or no path, or a box that is
+            none, belongs to no image or reaches beyond it.
     """
     csv = find_csv(root, split)
     table = read_table(csv, split, report_section)
-    names = [_column_of(name) for name in classes]
+    names, keys = [_column_of(name) for name in classes], set(table["key"])
     missing_columns([NO_FINDING, *names], table.columns, csv)
     table["label"] = label_rows(table, names, other, uncertain)
     table = table[table["label"] >= 0]
@@ -105,10 +111,10 @@ def load_chexpert(
         holdout_seed=holdout_seed,
     )
     files = locate_images(csv, table, check_files)
-    known_boxes = read_boxes(csv, boxes)
+    boxes_by_key = read_boxes(csv, keys, {split}, boxes)
     rows = [
         {"image": file, "label": row.label, "patient": row.patient, "view": row.view, "path": str(file)}
-        | ({"boxes": known_boxes.get(row.key, [])} if known_boxes else {})
+        | ({"boxes": _pixels(file, boxes_by_key.get(row.key, []))} if boxes_by_key else {})
         for file, row in zip(files, table.itertuples(), strict=True)
     ]
     return to_dataset(rows, ["healthy", *(name.lower() for name in names), *(["other finding"] if other else [])])
@@ -162,13 +168,15 @@ def read_table(csv, split="train", report_section="impression"):
     if is_plus(csv):
         table = _read_plus(csv, split, report_section)
     else:
-        table = pd.read_csv(csv)
-        missing_columns(["Path"], table.columns, csv)
-        table["line"] = table.index + 2
-    parts = table["Path"].map(parts_from_split)
-    table["key"] = parts.map(lambda p: str(PurePosixPath(*p).with_suffix("")))
-    if "patient" not in table:
-        table["patient"] = table["key"].map(_patient_of)
+        table = read_csv(csv, ["Path"])
+        for name in LABELS:
+            if name in table:
+                table[name] = check_labels(numbers(table, name, csv), name, csv)
+        table["line"] = table.index
+    keys = [key_of(path_of(p, f"{csv}, line {n}")) for p, n in zip(table["Path"], table["line"], strict=True)]
+    table["key"] = pd.Series(keys, index=table.index, dtype=object)
+    own = table["key"].map(_patient_of)
+    table["patient"] = table["patient"].where(table["patient"] != "", own) if "patient" in table else own
     if "Frontal/Lateral" in table:
         table["frontal"] = table["Frontal/Lateral"].astype(str).str.lower().str.startswith("frontal")
     else:
@@ -176,6 +184,14 @@ def read_table(csv, split="train", report_section="impression"):
     view = table["AP/PA"].astype(str).str.upper() if "AP/PA" in table else pd.Series("", index=table.index)
     table["view"] = view.where(view.isin(["AP", "PA"]), "")
     return table
+
+
+def check_labels(values, name, csv):
+    """The numbers of a label column; ValueError naming the first line that is neither 1, 0, -1 nor blank."""
+    wrong = values.index[~(values.isin([1, 0, -1]) | values.isna())]
+    if len(wrong):
+        raise ValueError(f"{csv}, line {wrong[0]}: expected 1, 0, -1 or blank in {name!r}, got {values[wrong[0]]:g}")
+    return values
 
 
 def locate_images(csv, table, check_files=True, missing_ok=False):
@@ -191,31 +207,60 @@ def locate_images(csv, table, check_files=True, missing_ok=False):
             files.append(_place(layout, row.Path))
             continue
         # the layout of the row before is almost always this row's as well
-        hit = next((c for c in [layout, *layouts] if c and _place(c, row.Path).is_file()), None)
+        hit = next((c for c in [layout, *layouts] if c and is_file(_place(c, row.Path))), None)
         if hit is None and not missing_ok:
             tried = _place(layout or layouts[0], row.Path)
-            raise FileNotFoundError(
-                f"{csv}, line {row.line}: no image {row.Path} (looked for {tried} and {len(layouts) - 1} more)"
-            )
+            looked = f"looked for {brief(tried, 400)} and {len(layouts) - 1} more"
+            raise FileNotFoundError(f"{csv}, line {row.line}: no image {brief(row.Path)} ({looked})")
         files.append(_place(hit, row.Path) if hit else None)
         layout = hit or layout
     return files
 
 
-def read_boxes(csv, boxes=None):
-    """Boxes CSV (columns file, x, y, w, h) -> {key: [[x, y, w, h]]}; {} where there is none."""
-    if boxes is None:
-        around = [Path(csv).parent / "boxes.csv", Path(csv).parent.parent / "boxes.csv"]
-        boxes = next((path for path in around if path.is_file()), None)
-    if boxes is None:
-        return {}
-    table = pd.read_csv(boxes)
-    missing_columns(["file", "x", "y", "w", "h"], table.columns, boxes)
-    known = {}
-    for row in table.itertuples():
-        key = str(PurePosixPath(*parts_from_split(row.file)).with_suffix(""))
-        known.setdefault(key, []).append([row.x, row.y, row.w, row.h])
-    return known
+def find_boxes(csv, boxes=None):
+    """The table of boxes that belongs to a CSV, if there is one."""
+    around = (
+        [Path(boxes)] if boxes is not None else [p / "boxes.csv" for p in (Path(csv).parent, Path(csv).parent.parent)]
+    )
+    return next((path for path in around if boxes is not None or path.is_file()), None)
+
+
+def read_boxes(csv, keys, splits, boxes=None):
+    """Boxes CSV (columns file, x, y, w, h) -> {key: [(where, box, unit)]}; {} where there is none.
+
+    Args:
+        keys: of the rows of the CSV.
+        splits: those that `keys` cover; rows of others may belong to images that are not there.
+
+    Raises:
+        ValueError: a row whose box is none, or that belongs neither to a row of the CSV nor to a file.
+    """
+    path = find_boxes(csv, boxes)
+    rows_by_key = {}
+    for where, file, box, unit in read_box_table(path) if path else ():
+        image = path_of(file, where)
+        key, split = key_of(image), parts_from_split(image)[0]
+        other = split in SPLITS and split not in splits
+        if (
+            key not in keys
+            and not other
+            and not any(is_file(_place(place, image)) for place in _layouts(Path(csv).parent))
+        ):
+            raise ValueError(f"{where}: a box of {brief(file)}, which is no image of {csv}")
+        rows_by_key.setdefault(key, []).append((where, box, unit))
+    return rows_by_key
+
+
+def key_of(path):
+    """The name of an image whatever the data set's folder or file type is called."""
+    return str(PurePosixPath(*parts_from_split(path)).with_suffix(""))
+
+
+def _pixels(image, rows):
+    if not rows or not is_file(image):
+        return [box for _, box, _ in rows]
+    size = image_size(image)
+    return [to_pixels(box, unit, size, image, where) for where, box, unit in rows]
 
 
 def _column_of(name):
@@ -240,7 +285,7 @@ def parts_from_split(path):
 
 def _patient_of(key):
     match = re.search(r"patient\d+", key)
-    return match.group() if match else PurePosixPath(key).name
+    return match.group() if match else key
 
 
 def _layouts(root):
@@ -260,17 +305,33 @@ def _place(layout, path):
 
 def _read_plus(csv, split, report_section):
     """CheXpert Plus: the images' table joined with the labels that CheXbert read from one section of the reports."""
-    table = pd.read_csv(csv, usecols=lambda name: name in (*PLUS_COLUMNS, "split"))
-    missing_columns([*PLUS_COLUMNS, "split"], table.columns, csv)
+    table = read_csv(csv, [*PLUS_COLUMNS, "split"], only=lambda name: name in (*PLUS_COLUMNS, "split"))
     table = table.rename(columns=PLUS_COLUMNS)
-    table["line"] = table.index + 2
+    table["line"] = table.index
     places = [Path(csv).parent / "chexbert_labels", Path(csv).parent]
     labels = next((p for place in places if (p := place / f"{report_section}_fixed.json").is_file()), None)
     if labels is None:
         raise FileNotFoundError(f"expected CheXpert Plus's labels as {places[0] / report_section}_fixed.json")
-    with open(labels) as lines:
-        labels = pd.DataFrame([json.loads(line) for line in lines if line.strip()]).rename(columns=PLUS_COLUMNS)
-    numbers = [name for name in labels.columns if name != "Path"]
-    labels[numbers] = labels[numbers].astype(float)
+    labels = _read_labels(labels)
     table = table[table["split"] == split].merge(labels.drop_duplicates("Path"), on="Path", how="left")
     return table
+
+
+def _read_labels(path):
+    """A JSON object a line -> table with Path and label columns; ValueError naming the line that is none."""
+    rows = []
+    with open(path, errors="surrogateescape") as lines:
+        for n, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                own = {k: float("nan") if v is None else float(v) for k, v in row.items() if k in LABELS}
+                if not all(value in (1, 0, -1) or value != value for value in own.values()):
+                    raise ValueError
+                rows.append({"Path": str(row["path_to_image"]), **own})
+            except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+                raise ValueError(
+                    f"{path}, line {n}: expected an object with path_to_image and labels of 1, 0, -1 or null"
+                ) from None
+    return pd.DataFrame(rows, columns=["Path", *[name for name in LABELS if any(name in row for row in rows)]])

@@ -1,6 +1,8 @@
 """What a DICOM file says about itself: no picture at all, or a picture that the models here were not made for."""
 
+import math
 import re
+import warnings
 
 MODALITIES = ("CR", "DX", "RG", "DR", "XR")  # the last two are not in the standard, but in the world
 CHEST = ("CHEST", "THORAX", "THORACIC", "LUNG", "TORAX", "POUMON")
@@ -34,13 +36,14 @@ def no_picture(path):
     import pydicom
 
     try:
-        meta = pydicom.filereader.read_file_meta_info(path)
+        kind = pydicom.filereader.read_file_meta_info(path).get("MediaStorageSOPClassUID")
+        if kind == CAPTURE and "cxr_diffusers" == _manufacturer(path):
+            return "Secondary Capture of cxr_diffusers"
     except Exception:  # pydicom has many; what a broken file is, `read_image` will say
         return ""
-    kind = meta.get("MediaStorageSOPClassUID")
-    if kind == CAPTURE and "cxr_diffusers" == _manufacturer(path):
-        return "Secondary Capture of cxr_diffusers"
-    return kind.name if kind and kind.startswith(NO_PICTURE) else ""
+    if not kind or not kind.startswith(NO_PICTURE):
+        return ""
+    return kind.name if kind in pydicom.uid.UID_dictionary else "DICOM object without a picture"
 
 
 def warnings_of(dataset):
@@ -52,12 +55,51 @@ def warnings_of(dataset):
         dataset: pydicom dataset; its pixels are not needed.
     """
     found = []
-    for check in (_burned_in, _modality, _body_part, _view, _orientation, _greys):
+    for check in (_burned_in, _modality, _body_part, _view, _orientation, _greys, _window):
         try:
-            found += check(dataset)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # pydicom's quote what they are about
+                found += check(dataset)
         except Exception as error:  # an entry that pydicom cannot read must not stop a run, and is worth a word
             found.append(f"a part of the header cannot be read ({type(error).__name__})")
     return [warning.replace(";", ",") for warning in found]
+
+
+def window_of(dataset):
+    """((center, width, function) of the first window or None, a sentence about a window that is none or "").
+
+    Empty elements count as absent; a width below 1 (or not above 0, for the functions that have no such bound) is none.
+    """
+    try:
+        center, width = (_first(dataset.get(name)) for name in ("WindowCenter", "WindowWidth"))
+        center, width = (None if v is None else float(v) for v in (center, width))
+    except Exception:
+        return None, "WindowCenter or WindowWidth cannot be read, shown without a window"
+    if center is None or width is None:
+        return None, ""
+    function = str(dataset.get("VOILUTFunction") or "LINEAR").strip().upper()
+    function = function if function in ("LINEAR_EXACT", "SIGMOID") else "LINEAR"
+    if not (math.isfinite(center) and math.isfinite(width) and (width >= 1 if function == "LINEAR" else width > 0)):
+        return None, "WindowWidth is too small for a window, shown without one"
+    return (center, width, function), ""
+
+
+def has_value(value):
+    """Whether an element's value is neither None nor empty."""
+    return value is not None and not (hasattr(value, "__len__") and len(value) == 0)
+
+
+def _first(value):
+    if not has_value(value):
+        return None
+    value = value if isinstance(value, (str, float, int)) else value[0]
+    return value if has_value(value) else None
+
+
+def _window(dataset):
+    problem = "" if has_value(dataset.get("VOILUTSequence")) else window_of(dataset)[1]
+    if problem:
+        yield problem
 
 
 def _burned_in(dataset):
@@ -142,6 +184,6 @@ def _codes(dataset, name):
 
 
 def _manufacturer(path):
-    import pydicom
+    from .dicom import open_dicom
 
-    return str(pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["Manufacturer"]).get("Manufacturer"))
+    return str(open_dicom(path, stop_before_pixels=True, specific_tags=["Manufacturer"]).get("Manufacturer"))

@@ -3,10 +3,10 @@
 import re
 from pathlib import Path
 
-import pandas as pd
-
-from .images import dicom_header, is_dicom, list_images
-from .rows import missing_columns, parse_boxes, read_mask, to_dataset
+from .boxes import image_size, parse_boxes, read_boxes, to_pixels
+from .images import dicom_header, is_dicom, list_images, without_suffix
+from .rows import read_mask, to_dataset
+from .tables import brief, existing_file, is_file, missing_columns, path_of, read_csv
 
 MASK_ENDING = "_mask"
 MASK_FOLDER = "masks"
@@ -18,26 +18,29 @@ def load_folder(root, *, classes=("healthy", "diseased"), patient_pattern=None):
 
     Label: the folder between `root` and the file (or `root` itself) that is called as a class; case does not matter. A
     folder without any such name is unlabelled: label -1, which `datasets.ClassLabel` reads as "missing".
-    Mask: NAME_mask.* beside the image, or masks/ with the same tree below `root`; anything above 0 is inside.
-    Boxes: NAME.txt beside the image ("x y w h" a line, in pixels), or boxes.csv in `root` (file, x, y, w, h).
+    Mask: NAME_mask.* beside the image, or masks/ with the same tree below `root` and files called NAME.* or
+    NAME_mask.*; anything above 0 is inside.
+    Boxes: NAME.txt beside the image ("x y w h" a line, in pixels), or boxes.csv in `root` (file, x, y, w, h, and
+    image_w, image_h where they count in pixels of an image of another size).
     Patient: DICOM's PatientID; else the first group of `patient_pattern`, searched in the path below `root`; else the
-    first folder below the class (or below `root`); else the file's own name, that is, every file is its own patient.
+    first folder below the class (or below `root`); else the path below `root`, that is, every file is its own patient.
 
     Returns:
         `datasets.Dataset` with columns image, label, patient, view, path, and boxes and mask if there are any.
 
     Raises:
         NotADirectoryError: no such folder.
-        ValueError: no image, a file outside the class folders, several splits at once, a mask of another size.
+        ValueError: no image, a file outside the class folders, several splits at once, a mask of another size, or a
+            mask or box that belongs to no image or reaches beyond it.
     """
     root = Path(root)
-    images, masks = _images_and_masks(root)
+    images, masks = images_and_masks(root, list_images(root))
     if not images:
         raise ValueError(f"no image below {root}")
     labels = [_label_of(path, root, classes) for path in images]
     if max(labels) >= 0:
         _check_labels(root, images, labels, classes)
-    boxes = _boxes_of(root, images)
+    boxes = box_rows(root, images)
     rows = []
     for path, label in zip(images, labels, strict=True):
         patient, view = dicom_header(path) if is_dicom(path) else ("", "")
@@ -49,7 +52,7 @@ def load_folder(root, *, classes=("healthy", "diseased"), patient_pattern=None):
                 "patient": patient or _patient_of(path, root, classes, patient_pattern),
                 "view": view,
                 "path": str(path),
-                "boxes": boxes.get(path, []) if boxes else None,
+                "boxes": _pixels(boxes.get(path, []), path) if boxes else None,
                 "mask": read_mask(mask, path) if mask else None,
             }
         )
@@ -74,7 +77,7 @@ def load_table(
 
     Args:
         image, mask, patient, view, boxes: names of columns; all but `image` may be None. Boxes are "x,y,w,h", several
-            separated by ";". Without a patient column every file is its own patient.
+            separated by ";". Without a patient column, or where it is blank, every file is its own patient.
         label: name of a column of class names or ids, or the one class that all rows have.
         keep: names of further columns to keep, as text, to report by (`evaluate`'s strata).
         where: {column: value}: only the rows that have it, e.g. {"split": "train"}.
@@ -82,7 +85,7 @@ def load_table(
 
     Raises:
         FileNotFoundError: the CSV, or a file that it names (with its line).
-        ValueError: a missing column, an unknown class, a mask of another size.
+        ValueError: a missing column, an unknown class, a mask of another size, a box that is none, or a path with "..".
     """
     csv = Path(csv)
     if root and not csv.is_file():
@@ -90,7 +93,7 @@ def load_table(
     if not csv.is_file():
         raise FileNotFoundError(f"no such CSV: {csv}")
     root = Path(root) if root else csv.parent
-    table = pd.read_csv(csv, dtype=str, keep_default_na=False)
+    table = read_csv(csv)
     where = where or {}
     missing_columns([name for name in (image, mask, patient, view, boxes, *keep, *where) if name], table.columns, csv)
     if label not in table.columns and label not in classes:
@@ -101,18 +104,18 @@ def load_table(
         table = table[table[name] == str(value)]
     rows = []
     for index, row in zip(table.index, table.to_dict("records"), strict=True):
-        place = f"{csv}, line {index + 2}"
-        file = _existing(root / row[image], place)
+        place = f"{csv}, line {index}"
+        file = existing_file(root, row[image], place)
         own_view = row[view].upper() if view else ""
         rows.append(
             {
                 "image": file,
                 "label": _class_id(row.get(label, label), classes, place),
-                "patient": row[patient] if patient else file.stem,
+                "patient": (row[patient].strip() if patient else "") or identity(file, root),
                 "view": own_view if own_view in ("PA", "AP") else "",
                 "path": str(file),
-                "boxes": parse_boxes(row[boxes], place) if boxes else None,
-                "mask": read_mask(_existing(root / row[mask], place), file) if mask and row[mask] else None,
+                "boxes": _pixels([(place, b, None) for b in parse_boxes(row[boxes], place)], file) if boxes else None,
+                "mask": read_mask(existing_file(root, row[mask], place), file) if mask and row[mask].strip() else None,
             }
         )
     dataset = to_dataset(rows, classes)
@@ -121,23 +124,34 @@ def load_table(
     return dataset
 
 
-def _images_and_masks(root):
-    """(images, {image: its mask}); a mask without its image is an image of its own."""
-    files = list_images(root)
+def identity(file, root):
+    """An image's own name as a patient: its path below `root` without suffix, which no other file of it shares."""
+    relative = file.relative_to(root) if root in file.parents else file
+    return without_suffix(relative).as_posix()
+
+
+def images_and_masks(root, files):
+    """(images, {image: its mask}); ValueError naming a mask that belongs to no image, or a second one of an image."""
     tree = root / MASK_FOLDER
-    in_tree = {f.relative_to(tree).with_suffix("").as_posix(): f for f in files if tree in f.parents}
-    beside = {f.with_suffix(""): f for f in files if f.stem.endswith(MASK_ENDING)}
-    images, masks = [], {}
+    images, claims = {}, []
     for file in files:
         if tree in file.parents:
-            continue
-        name = file.with_suffix("") if file.suffix else file
-        mask = beside.get(name.with_name(name.name + MASK_ENDING)) or in_tree.get(name.relative_to(root).as_posix())
-        if mask:
-            masks[file] = mask
-        images.append(file)
-    used = set(masks.values())
-    return [file for file in images if file not in used], masks
+            name = identity(file, tree)
+            claims.append((file, [name, name.removesuffix(MASK_ENDING)]))
+        elif (name := identity(file, root)).endswith(MASK_ENDING):
+            claims.append((file, [name.removesuffix(MASK_ENDING)]))
+        else:
+            images.setdefault(name, []).append(file)
+    masks = {}
+    for file, names in claims:
+        name = next((name for name in names if name in images), None)
+        if name is None:
+            raise ValueError(f"{file}: a mask that belongs to no image below {root}")
+        for image in images[name]:
+            if image in masks:
+                raise ValueError(f"{image} has two masks, {masks[image]} and {file}")
+            masks[image] = file
+    return sorted(image for same in images.values() for image in same), masks
 
 
 def _label_of(path, root, classes):
@@ -159,38 +173,66 @@ def _check_labels(root, images, labels, classes):
 def _patient_of(path, root, classes, pattern):
     relative = path.relative_to(root)
     if pattern:
-        match = re.search(pattern, relative.as_posix())
-        if not match or not match.groups():
-            raise ValueError(f"`patient_pattern` {pattern!r} finds no group in {relative.as_posix()}")
-        return match.group(1)
+        return group_of(pattern, relative.as_posix())
     names = [name.lower() for name in classes]
     folders = list(relative.parts[:-1])
     for i, folder in enumerate(folders):
         if folder.lower() in names:
             folders = folders[i + 1 :]
             break
-    return folders[0] if folders else path.stem
+    return folders[0] if folders else identity(path, root)
 
 
-def _boxes_of(root, images):
-    """{image: boxes} of boxes.csv and of the .txt files beside the images; {} if there are none at all."""
-    boxes = {}
+def group_of(pattern, text):
+    """The first group of a `patient_pattern`; ValueError where it has none, or is no pattern."""
+    try:
+        match = re.search(pattern, text)
+    except re.error as error:
+        raise ValueError(f"expected `patient_pattern` a regular expression, got {pattern!r}: {error}") from None
+    if not match or not match.groups() or match.group(1) is None:
+        raise ValueError(f"`patient_pattern` {pattern!r} finds no group in {text}")
+    return match.group(1)
+
+
+def box_rows(root, images):
+    """{image: [(where, box, unit)]} of boxes.csv and of the .txt files beside the images; {} if there are none at all.
+
+    Raises:
+        ValueError: a row or file whose boxes are none, or belong to no image.
+    """
+    boxes, members = {}, set(images)
     if (root / "boxes.csv").is_file():
-        table = pd.read_csv(root / "boxes.csv")
-        missing_columns(["file", "x", "y", "w", "h"], table.columns, root / "boxes.csv")
-        for row in table.itertuples():
-            boxes.setdefault(root / row.file, []).append([row.x, row.y, row.w, row.h])
-    for image in images:
-        text = image.with_suffix(".txt")
-        if text.is_file():
-            boxes[image] = parse_boxes(text.read_text(), text)
+        for where, file, box, unit in read_boxes(root / "boxes.csv"):
+            image = root / path_of(file, where, absolute=True)
+            if image not in members:
+                raise ValueError(f"{where}: a box of {brief(file)}, which is no image below {root}")
+            boxes.setdefault(image, []).append((where, box, unit))
+    texts = {text_of(image): image for image in images}
+    for text in sorted({text for folder in {i.parent for i in images} for text in folder.glob("*.txt")} - set(texts)):
+        if _holds_boxes(text):
+            raise ValueError(f"{text}: boxes that belong to no image")
+    for text, image in texts.items():
+        if is_file(text):
+            content = text.read_text(errors="surrogateescape")
+            boxes[image] = [(text, box, None) for box in parse_boxes(content, text)]
     return boxes
 
 
-def _existing(path, where):
-    if not path.is_file():
-        raise FileNotFoundError(f"{where}: no file {path}")
-    return path
+def text_of(image):
+    """NAME.txt beside an image, where its boxes may stand."""
+    return image.with_name(f"{without_suffix(image).name}.txt")
+
+
+def _pixels(rows, image):
+    size = image_size(image) if rows else None
+    return [to_pixels(box, unit, size, image, where) for where, box, unit in rows]
+
+
+def _holds_boxes(text):
+    try:
+        return bool(parse_boxes(text.read_text(), text))
+    except (ValueError, OSError):
+        return False
 
 
 def _class_id(value, classes, where):
@@ -199,4 +241,6 @@ def _class_id(value, classes, where):
         return names.index(str(value).lower())
     if str(value) in map(str, range(len(classes))):
         return int(value)
-    raise ValueError(f"{where}: expected a label of {', '.join(classes)} (or 0..{len(classes) - 1}), got {value!r}")
+    raise ValueError(
+        f"{where}: expected a label of {', '.join(classes)} (or 0..{len(classes) - 1}), got {brief(value)}"
+    )

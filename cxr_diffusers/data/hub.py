@@ -6,8 +6,10 @@ from pathlib import Path
 import datasets
 from huggingface_hub import HfApi
 
+from .boxes import check_box
 from .images import binary_mask, fit_boxes, fit_image, fit_mask, to_grey
-from .rows import BOXES, missing_columns, png_cell
+from .rows import BOXES, png_cell
+from .tables import missing_columns
 
 HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
 
@@ -34,7 +36,7 @@ def load_hub(path, *, split="train", config=None, revision=None, limit=None, str
 
     Raises:
         ValueError: image or label are missing, or a column is of another kind; what is to be streamed is a folder, or
-            does not say its columns; a `size` without `streaming`.
+            does not say its columns; a box that is none; a `size` without `streaming`.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"expected a `limit` of 1 or more, or none, got {limit}")
@@ -46,6 +48,7 @@ def load_hub(path, *, split="train", config=None, revision=None, limit=None, str
         dataset = _downloaded(path, split, config, revision)
         check_columns(dataset.features, path)
         dataset = dataset.select(range(min(limit, len(dataset)))) if limit else dataset
+    check_boxes(dataset, path)
     rows = [str(i) for i in range(len(dataset))]
     additions = {"patient": rows, "view": [""] * len(rows), "path": [f"{path}/{split}/{i}" for i in rows]}
     for name, values in additions.items():
@@ -68,6 +71,13 @@ def check_columns(features, where):
     four = getattr(boxes, "feature", None)
     if getattr(four, "length", -1) not in (-1, 4) or not hasattr(getattr(four, "feature", None), "dtype"):
         raise ValueError(f"{where}: expected column 'boxes' to be lists of [x, y, w, h] in pixels, got {boxes}")
+
+
+def check_boxes(dataset, where):
+    """Raise ValueError naming the first row with a box that is none."""
+    for i, boxes in enumerate(dataset["boxes"] if "boxes" in dataset.column_names else ()):
+        for box in boxes or ():
+            check_box(box, f"{where}, row {i}")
 
 
 def _downloaded(path, split, config, revision):
@@ -99,7 +109,9 @@ def _rows(source, limit, size, aspect):
         for name, feature in stream.features.items():
             if isinstance(feature, datasets.Image):
                 stream = stream.cast_column(name, datasets.Image(decode=False))
-    for row in stream if limit is None else stream.take(limit):
+    for i, row in enumerate(stream if limit is None else stream.take(limit)):
+        for box in row.get("boxes") or ():
+            check_box(box, f"{source['path']}, row {i}")
         yield row if size is None else _small(row, size, aspect)
 
 

@@ -9,13 +9,17 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
+from .dicom import DICOM_SUFFIXES, dicom_header, has_magic, is_dicom, read_header  # noqa: F401
 from .dicom_checks import no_picture
+from .dicom_pixels import read_dicom
+from .limits import MAX_BYTES, check_pixel_count, check_scans
+from .tiff import as_black_is_zero, fits_16_bits, negative
 
 logger = logging.getLogger(__name__)
 
 PIL_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-DICOM_SUFFIXES = (".dcm", ".dicom", ".dic")
 SUFFIXES = (*PIL_SUFFIXES, ".npy", *DICOM_SUFFIXES)
+FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "GIF", "WEBP", "JPEG2000")  # others would start programs
 
 # not pictures, although they begin like DICOM files: the table of contents of an exported CD
 DICOM_CONTENTS = "DICOMDIR"
@@ -24,33 +28,58 @@ DICOM_CONTENTS = "DICOMDIR"
 def read_image(path):
     """Read one radiograph.
 
-    png, jpg, bmp, tif: as stored; colour becomes grey by PIL's weights, an EXIF orientation is applied.
+    png, jpg, bmp, tif: as stored; colour becomes grey by PIL's weights, an EXIF orientation is applied, a TIFF whose
+    zero is white is inverted.
     npy: uint8 (H, W) or (H, W, 1); uint16; or float in [0, 1], which becomes 16 bit.
     DICOM: modality LUT, then VOI LUT or the first window, then MONOCHROME1 inverted, so that bright is dense. The grey
     scale is that of the type, never of the image: 0 and the maximum of the result are the ends of the *stored bits*
     after the modality LUT (with a window: the ends of the window). So two exposures stay two exposures, and whoever
-    wants a stretch per image asks for it (`scaling="minmax"`). Padding pixels (PixelPaddingValue) become black.
+    wants a stretch per image asks for it (`scaling="minmax"`). Padding pixels (PixelPaddingValue, with
+    PixelPaddingRangeLimit) take no part: they become as dark as the darkest of the other pixels.
 
     Returns:
         PIL image, mode "L", or "I;16" for more than 8 bits stored.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: broken, or nothing that can be shown as one grey picture; the message names the path.
+        ValueError: broken, too large (see `limits`), or not one grey image; the message
+            names the path, and quotes nothing of a DICOM header.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such image file: {path}")
     try:
+        size = path.stat().st_size
+        if not size:
+            raise ValueError("the file is empty")
+        if size > MAX_BYTES:
+            raise ValueError(f"expected at most {MAX_BYTES:,} bytes, got {size:,}")
         if path.suffix.lower() == ".npy":
-            return grey_picture(np.load(path, allow_pickle=False))
+            return _read_array(path)
         if path.suffix.lower() not in PIL_SUFFIXES and is_dicom(path):
-            return _read_dicom(path)
-        with PIL.Image.open(path) as image:
-            return to_grey(PIL.ImageOps.exif_transpose(image))
+            return read_dicom(path)
+        return _read_with_pillow(path)
     # PIL raises SyntaxError and struct.error too on broken files; whatever it is, the user needs the path
     except Exception as error:
-        raise ValueError(f"{path}: {error}") from error
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: {text}") from error
+
+
+def check_has_contrast(image, path):
+    """Raise ValueError naming `path` where an image has one single value: no score of it would mean anything.
+
+    Args:
+        image: PIL image or array.
+    """
+    array = np.asarray(image)
+    if array.size == 0 or (array == array.flat[0]).all():
+        raise ValueError(f"{path}: all {array.size:,} pixels have one value, there is nothing to see")
+
+
+def without_suffix(path):
+    """A path without the suffix of an image file; other dots belong to its name (DICOM files have UIDs as names)."""
+    path = Path(path)
+    return path.with_suffix("") if path.suffix.lower() in SUFFIXES else path
 
 
 def picture_size(image):
@@ -64,7 +93,7 @@ def to_grey(image):
         return PIL.Image.fromarray(np.asarray(image).astype(np.uint16))
     if image.mode in ("I", "F"):
         array = np.asarray(image)
-        return grey_picture(array.astype(np.uint16) if _fits_16_bits(array) else array)
+        return grey_picture(array.astype(np.uint16) if fits_16_bits(array) else array)
     return image.convert("L")
 
 
@@ -100,8 +129,7 @@ def split_images(folder):
     if not folder.is_dir():
         raise NotADirectoryError(f"expected a folder of images, got {folder}")
     found = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    for parent, _, files in walk(folder):
         found += [Path(parent, name) for name in files if not name.startswith(".")]
     images, skipped = [], {}
     for path in sorted(found):
@@ -109,7 +137,7 @@ def split_images(folder):
         if suffix in PIL_SUFFIXES or suffix == ".npy":
             images.append(path)
         elif suffix in DICOM_SUFFIXES or _is_bare_dicom(path):
-            what = no_picture(path)
+            what = no_picture(path) if os.path.isfile(path) else ""
             if what:
                 skipped[path] = what
             else:
@@ -117,28 +145,40 @@ def split_images(folder):
     return images, skipped
 
 
+def walk(folder):
+    """`os.walk` from the top, without hidden folders, that follows links and yet enters each folder once."""
+    entered = set()
+
+    def is_new(path):
+        try:
+            status = os.stat(path)
+        except OSError:
+            return False
+        key = (status.st_dev, status.st_ino)
+        new = key not in entered
+        entered.add(key)
+        return new
+
+    def enter(parent):
+        if not is_new(parent):
+            return
+        for place, folders, files in os.walk(parent, onerror=_unreadable):
+            shown = sorted(name for name in folders if not name.startswith("."))
+            links = [name for name in shown if os.path.islink(os.path.join(place, name))]
+            yield place, shown, files
+            folders[:] = [n for n in shown if n not in links and is_new(os.path.join(place, n))]
+            waiting.extend(os.path.join(place, name) for name in links)
+
+    waiting = [os.fspath(folder)]
+    while waiting:  # links after all folders that are no links, so that a file has its own path
+        yield from enter(waiting.pop(0))
+
+
 def describe_skipped(skipped):
     """{path: what it is} -> "3 DICOM files without a radiograph (2 Enhanced SR Storage, 1 Segmentation Storage)"."""
     counts = collections.Counter(skipped.values())
     kinds = ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
     return f"{len(skipped)} DICOM file{'s' * (len(skipped) > 1)} without a radiograph ({kinds})"
-
-
-def is_dicom(path):
-    """True for a file that ends as DICOM files do, or has their magic word behind its preamble of 128 bytes."""
-    return Path(path).suffix.lower() in DICOM_SUFFIXES or _has_magic(path)
-
-
-def read_header(path):
-    """The pydicom dataset of a DICOM file, without its pixels."""
-    return _open_dicom(path, stop_before_pixels=True)
-
-
-def dicom_header(path):
-    """(patient, view) of a DICOM file: PatientID, and ViewPosition where it is PA or AP; "" where unknown."""
-    dataset = read_header(path)
-    view = str(dataset.get("ViewPosition") or "").upper()
-    return str(dataset.get("PatientID") or ""), view if view in ("PA", "AP") else ""
 
 
 def fit_image(image, size, aspect="pad"):
@@ -222,87 +262,32 @@ def _fit(image, size, aspect, grow, shrink, fill):
     return PIL.Image.fromarray(square)
 
 
-def _fits_16_bits(array):
-    return np.isfinite(array).all() and array.min() >= 0 and 1 < array.max() < 65536 and (array == array.round()).all()
+def _unreadable(error):
+    logger.warning("left out a folder that cannot be read: %s", error)
 
 
-def _has_magic(path):
-    try:
-        with open(path, "rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
+def _read_array(path):
+    array = np.load(path, mmap_mode="r", allow_pickle=False)  # its header alone, however much that promises
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise ValueError("expected one array, got an archive")
+    if array.ndim >= 2:
+        check_pixel_count(array.shape[1], array.shape[0])
+    return grey_picture(np.array(array) if array.size <= MAX_BYTES else array)
+
+
+def _read_with_pillow(path):
+    source, white_is_zero = as_black_is_zero(path)
+    PIL.Image.init()  # or the formats that are named are not all there
+    with PIL.Image.open(source, formats=FORMATS) as image:
+        check_pixel_count(image.width, image.height)
+        if image.format in ("JPEG", "MPO"):
+            check_scans(path.read_bytes(), image.width * image.height)
+        turned = PIL.ImageOps.exif_transpose(image)
+        if white_is_zero:
+            turned = negative(turned, image.tag_v2.get(258, (1,))[0], signed=image.tag_v2.get(339, (1,))[0] == 2)
+        return to_grey(turned)
 
 
 def _is_bare_dicom(path):
-    return path.name != DICOM_CONTENTS and path.suffix.lower() not in (".csv", ".txt", ".json") and _has_magic(path)
-
-
-def _open_dicom(path, stop_before_pixels=False):
-    import pydicom
-
-    # `force` only where the name says DICOM: some exports lack the preamble
-    return pydicom.dcmread(path, stop_before_pixels=stop_before_pixels, force=not _has_magic(path))
-
-
-def _read_dicom(path):
-    import pydicom.pixels
-
-    what = no_picture(path)
-    if what:
-        raise ValueError(f"expected a radiograph, got a {what}")
-    dataset = _open_dicom(path)
-    if "PixelData" not in dataset:
-        raise ValueError("a DICOM file without pixels (a report or a table of contents?)")
-    if not hasattr(dataset.file_meta, "TransferSyntaxUID"):
-        dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian  # the standard's default
-    if int(dataset.get("NumberOfFrames") or 1) > 1:
-        raise ValueError(f"expected one frame, got {dataset.NumberOfFrames}: take one out first")
-    photometric = str(dataset.get("PhotometricInterpretation"))
-    if photometric not in ("MONOCHROME1", "MONOCHROME2"):
-        raise ValueError(f"expected a grey DICOM image (MONOCHROME1 or 2), got {photometric}")
-    stored = _decode_pixels(dataset)
-    array = pydicom.pixels.apply_modality_lut(stored, dataset)
-    if dataset.get("VOILUTSequence"):
-        array = array.round().astype(np.int64)  # a table's index, which a rescale has made float
-    array = np.asarray(pydicom.pixels.apply_voi_lut(array, dataset), np.float64)
-    low, high = _grey_range(dataset)
-    array = ((array - low) / (high - low)).clip(0, 1)
-    if photometric == "MONOCHROME1":
-        array = 1 - array
-    if "PixelPaddingValue" in dataset:
-        array[stored == dataset.PixelPaddingValue] = 0
-    top, kind = (255, np.uint8) if dataset.BitsStored <= 8 else (65535, np.uint16)
-    return PIL.Image.fromarray((array * top).round().astype(kind))
-
-
-def _decode_pixels(dataset):
-    """(H, W) stored values, or an error that says which decoder to install."""
-    syntax = dataset.file_meta.TransferSyntaxUID
-    if syntax.is_compressed and syntax.is_encapsulated:
-        import pydicom.pixels
-
-        try:
-            decoder = pydicom.pixels.get_decoder(syntax)
-        except NotImplementedError:
-            raise ValueError(f"compressed as {syntax.name}, for which pydicom has no decoder") from None
-        if not decoder.is_available:
-            raise ValueError(
-                f"compressed as {syntax.name}, for which no decoder is installed: one of "
-                f"{'; '.join(decoder.missing_dependencies)} (pip install pylibjpeg[all])"
-            )
-    return dataset.pixel_array
-
-
-def _grey_range(dataset):
-    """(darkest, brightest) value that the type allows after modality and VOI LUT, whatever this image holds."""
-    if dataset.get("VOILUTSequence"):
-        return 0, 2 ** int(dataset.VOILUTSequence[0].LUTDescriptor[2]) - 1
-    if dataset.get("ModalityLUTSequence"):
-        return 0, 2 ** int(dataset.ModalityLUTSequence[0].LUTDescriptor[2]) - 1
-    bits, signed = int(dataset.BitsStored), dataset.PixelRepresentation == 1
-    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-    if dataset.get("RescaleSlope") is not None and dataset.get("RescaleIntercept") is not None:
-        low, high = (v * float(dataset.RescaleSlope) + float(dataset.RescaleIntercept) for v in (low, high))
-    # pydicom's window runs from the one to the other, even where a negative slope makes the first the larger
-    return (low, high) if dataset.get("WindowWidth") is not None else (min(low, high), max(low, high))
+    return path.name != DICOM_CONTENTS and path.suffix.lower() not in (".csv", ".txt", ".json") and has_magic(path)

@@ -1,13 +1,13 @@
 """NIH ChestX-ray14, as downloaded: healthy, a disease, and if wanted any other finding."""
 
-import csv as csv_files
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
-from .rows import missing_columns, to_dataset
+from .boxes import PREPARED, check_box, image_size, to_pixels
+from .rows import to_dataset
 from .selection import select_rows
+from .tables import brief, check_encodable, in_words, numbers, path_of, read_csv
 
 NO_FINDING = "No Finding"
 FINDINGS = (
@@ -26,10 +26,15 @@ FINDINGS = (
     "Pneumonia",
     "Pneumothorax",
 )
-ALIASES = {"pleural effusion": "Effusion", "pleural thickening": "Pleural_Thickening"}  # CheXpert's names
+# CheXpert's names, and the boxes' own
+ALIASES = {"pleural effusion": "Effusion", "pleural thickening": "Pleural_Thickening", "infiltrate": "Infiltration"}
 COLUMNS = ("Image Index", "Finding Labels", "Patient ID", "View Position")
 LISTS = {"train": "train_val_list.txt", "test": "test_list.txt"}
 BOXES = "BBox_List_2017.csv"
+BOX_HEADER = "Image Index,Finding Label,Bbox [x,y,w,h],,,"
+ORIGINAL = ("OriginalImage[Width", "Height]")  # columns of the tables whose boxes count in the download's pixels
+SIDE = 1024  # of every image of the download
+SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def load_nih(
@@ -58,19 +63,21 @@ def load_nih(
         per_class, seed, one_per_patient, holdout, part, holdout_seed: see `selection.select_rows`.
 
     Returns:
-        `datasets.Dataset` with columns image, label, patient, view, path, and boxes where BBox_List_2017.csv is there
-        (in pixels of the 1024-px originals).
+        `datasets.Dataset` with columns image, label, patient, view, path, and boxes of the `classes` where
+        BBox_List_2017.csv is there, in pixels of the image. The list counts in pixels of the download's 1024 x 1024:
+        for a smaller copy beside the official table (the one with the original sizes) its boxes are scaled.
 
     Raises:
         FileNotFoundError: no CSV, no list of the split, or an image (its line and name are told).
-        ValueError: a missing column, an unknown class or option.
+        ValueError: a missing column, an unknown class or option, or a box that is none, belongs to no row of the table
+            or reaches beyond its image.
     """
     root = Path(root)
     csv = find_csv(root)
     table = read_table(csv)
-    names = [_finding(name) for name in classes]
+    names, keys = [_finding(name) for name in classes], set(table["key"])
     table["label"] = label_rows(table["Finding Labels"], names, other)
-    table = table[(table["label"] >= 0) & table["Image Index"].isin(_names_of(root, split, table))]
+    table = table[(table["label"] >= 0) & table["key"].isin(_names_of(root, split, table))]
     if views is not None:
         table = table[table["View Position"].isin(list(views))]
     table = select_rows(
@@ -82,25 +89,27 @@ def load_nih(
         part=part,
         holdout_seed=holdout_seed,
     )
-    files, boxes = index_images(root), read_boxes(root)
+    files, boxes, unit = index_images(root), read_boxes(root, keys), box_unit(root, table)
     rows = []
     for index, row in zip(table.index, table.to_dict("records"), strict=True):
-        file = files.get(Path(row["Image Index"]).stem)
+        file = files.get(row["key"])
         if file is None:
-            raise FileNotFoundError(f"{csv}, line {index + 2}: no image {row['Image Index']} below {root}")
+            raise FileNotFoundError(f"{csv}, line {index}: no image {row['Image Index']} below {root}")
         view = row["View Position"] if row["View Position"] in ("PA", "AP") else ""
         rows.append({"image": file, "label": row["label"], "patient": row["patient"], "view": view, "path": str(file)})
         if boxes:
-            rows[-1]["boxes"] = boxes.get(file.stem, [])
+            own = [(where, box) for where, finding, box in boxes.get(file.stem, []) if _finding(finding) in names]
+            size = image_size(file) if own else None
+            rows[-1]["boxes"] = [to_pixels(box, unit, size, file, where) for where, box in own]
     spoken = [name.lower() if name.lower() in ALIASES else _finding(name).lower() for name in classes]
     return to_dataset(rows, ["healthy", *spoken, *(["other finding"] if other else [])])
 
 
 def label_rows(findings, classes, other=False):
     """("Effusion|Mass", ...) -> (N,) class ids, -1 for rows that belong to no class."""
-    found = [set(str(text).split("|")) for text in findings]
-    label = np.full(len(found), -1)
-    for i, names in enumerate(found):
+    names_of_rows = [{name.strip() for name in str(text).split("|")} for text in findings]
+    label = np.full(len(names_of_rows), -1)
+    for i, names in enumerate(names_of_rows):
         named = [k for k, name in enumerate(classes, start=1) if name in names]
         if named:
             label[i] = named[0]
@@ -120,47 +129,73 @@ def find_csv(root):
 
 
 def read_table(csv):
-    """Data_Entry CSV -> its table, with columns patient and key."""
-    table = pd.read_csv(csv)
-    missing_columns(COLUMNS, table.columns, csv)
-    table["patient"] = table["Patient ID"].map(lambda number: f"nih{int(number):05d}")
-    table["key"] = table["Image Index"].map(lambda name: Path(name).stem)
+    """Data_Entry CSV -> its table, with columns patient and key; its index is the line of each row."""
+    table = read_csv(csv, COLUMNS)
+    patients = numbers(table, "Patient ID", csv)
+    for line, name, patient in zip(table.index, table["Image Index"], patients, strict=True):
+        if len(path_of(name, f"{csv}, line {line}").parts) > 1:
+            raise ValueError(f"{csv}, line {line}: expected the name of a file, got the path {brief(name)}")
+        if not 0 <= patient < 1e9 or patient % 1:
+            raise ValueError(f"{csv}, line {line}: expected a whole number in column 'Patient ID', got {patient:g}")
+    table["patient"] = patients.map(lambda number: f"nih{int(number):05d}")
+    table["key"] = table["Image Index"].map(lambda name: Path(name.strip()).stem)
     return table
 
 
 def index_images(root):
     """{stem: path} of all images in images/, images_001/, images_001/images/, ..."""
     folders = [f for pattern in ("images*", "images*/images") for f in sorted(Path(root).glob(pattern)) if f.is_dir()]
-    return {path.stem: path for folder in folders for path in folder.iterdir() if path.suffix in (".png", ".jpg")}
+    paths = [path for folder in folders for path in folder.iterdir() if not path.name.startswith(".")]
+    return {path.stem: path for path in sorted(paths, reverse=True) if path.suffix.lower() in SUFFIXES}
 
 
-def read_boxes(root):
-    """BBox_List_2017.csv -> {stem: [[x, y, w, h]]}; {} where it is not there.
+def read_boxes(root, keys):
+    """BBox_List_2017.csv -> {stem: [(where, finding as it stands there, [x, y, w, h])]}; {} where it is not there.
 
     Its header calls the columns "Bbox [x", "y", "w", "h]" and adds three empty ones, so they are read by position.
+
+    Args:
+        keys: stems of the images that there are.
+
+    Raises:
+        ValueError: a row with an unknown finding, a box that is none, or an image that is not one of `keys`.
     """
-    path = Path(root) / BOXES
-    boxes = {}
-    if path.is_file():
-        with open(path, newline="") as file:
-            for name, _, *numbers in list(csv_files.reader(file))[1:]:
-                boxes.setdefault(Path(name).stem, []).append([float(n) for n in numbers[:4]])
+    path, boxes = Path(root) / BOXES, {}
+    table = read_csv(path) if path.is_file() else None
+    if table is not None and len(table.columns) < 6:
+        raise ValueError(f"{path}: expected the columns {BOX_HEADER}, got {in_words(table.columns)}")
+    for line, row in () if table is None else zip(table.index, table.to_numpy(), strict=True):
+        where = f"{path}, line {line}"
+        stem = Path(path_of(row[0], where).name).stem
+        if stem not in keys:
+            raise ValueError(f"{where}: a box of {brief(row[0])}, which is no image of the table")
+        _finding(row[1].strip(), f"{where}: ")
+        boxes.setdefault(stem, []).append((where, row[1].strip(), check_box(row[2:6], where)))
     return boxes
 
 
-def _finding(name):
+def box_unit(root, table):
+    """(width, height) that the boxes beside a table count in; None: in pixels of the images as they are."""
+    official = set(ORIGINAL) <= set(table.columns) and not (Path(root) / PREPARED).is_file()
+    return (SIDE, SIDE) if official else None
+
+
+def _finding(name, where=""):
     known = {finding.lower(): finding for finding in FINDINGS} | ALIASES
     if str(name).lower() not in known:
-        raise ValueError(f"unknown class {name!r}, expected some of {', '.join(FINDINGS)}")
-    return known[name.lower()]
+        raise ValueError(f"{where}unknown class {brief(name)}, expected some of {', '.join(FINDINGS)}")
+    return known[str(name).lower()]
 
 
 def _names_of(root, split, table):
+    """Stems of a split's images."""
     if split == "all":
-        return set(table["Image Index"])
+        return set(table["key"])
     if split not in LISTS:
         raise ValueError(f"expected `split` train, test or all, got {split!r}")
     path = root / LISTS[split]
     if not path.is_file():
         raise FileNotFoundError(f"expected {path}, the images of split {split!r}; `split='all'` does without")
-    return set(path.read_text().split())
+    names = path.read_text(errors="surrogateescape").split()
+    check_encodable(names, path)
+    return {Path(name).stem for name in names}

@@ -7,7 +7,9 @@ import PIL.Image
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from tqdm.auto import tqdm
 
+from .boxes import check_box, image_size
 from .images import binary_mask, read_image
+from .tables import check_encodable
 
 # what stays a path until it is looked at; the rest is decoded now, because `datasets.Image` cannot
 LAZY_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
@@ -25,7 +27,7 @@ def to_dataset(rows, class_names, image=None):
         image: a `datasets` feature that opens the rows' image by itself; None: pictures that PIL or `read_image` opens.
 
     Raises:
-        ValueError: no rows.
+        ValueError: no rows, a box that is none, or a name that is not UTF-8, which a data set cannot hold.
     """
     if not rows:
         raise ValueError("the data set is empty: no row is left after the filters that were asked for")
@@ -40,9 +42,10 @@ def to_dataset(rows, class_names, image=None):
     columns["label"] = [int(row["label"]) for row in rows]
     for name in ("patient", "view", "path"):
         columns[name] = [str(row.get(name) or "") for row in rows]
+        check_encodable(columns[name], name)
     if any(row.get("boxes") is not None for row in rows):
         features["boxes"] = BOXES
-        columns["boxes"] = [[list(map(float, box)) for box in row.get("boxes") or []] for row in rows]
+        columns["boxes"] = [[check_box(box, row.get("path")) for box in row.get("boxes") or []] for row in rows]
     if any(row.get("mask") is not None for row in rows):
         features["mask"] = Image()
         masks = [row.get("mask") for row in rows]
@@ -58,40 +61,6 @@ def read_mask(path, image_path):
             f"{path}: expected a mask of {size[0]} x {size[1]}, as its image {image_path}, got {mask.size}"
         )
     return mask
-
-
-def image_size(path):
-    """(width, height) of an image file, from its header where PIL can read one."""
-    if Path(path).suffix.lower() in (".png", ".bmp"):
-        with PIL.Image.open(path) as image:
-            return image.size
-    return read_image(path).size
-
-
-def parse_boxes(text, where):
-    """ "x y w h" a line (or separated by ";"), in pixels -> [[x, y, w, h]]; ValueError naming `where`."""
-    boxes = []
-    for line in str(text).replace(";", "\n").splitlines():
-        numbers = line.replace(",", " ").split()
-        if not numbers:
-            continue
-        try:
-            box = [float(n) for n in numbers]
-        except ValueError:
-            box = []
-        if len(box) != 4 or min(box[2:]) <= 0:
-            raise ValueError(f"{where}: expected boxes as `x y w h` in pixels, one a line, got {line!r}")
-        boxes.append(box)
-    return boxes
-
-
-def missing_columns(expected, found, where):
-    """Raise ValueError naming the columns that `where` lacks, and those it has."""
-    missing = [name for name in expected if name not in found]
-    if missing:
-        raise ValueError(
-            f"{where}: expected column {', '.join(map(repr, missing))}, found {', '.join(map(str, found))}"
-        )
 
 
 def _is_lazy(path):

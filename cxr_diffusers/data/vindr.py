@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pandas as pd
 
+from .boxes import PREPARED, check_box, image_size, to_pixels, units_of
+from .dicom import is_dicom
 from .images import SUFFIXES
-from .rows import missing_columns, to_dataset
+from .rows import to_dataset
 from .selection import select_rows
+from .tables import brief, check_encodable, missing_columns, numbers, path_of, read_csv
 
 NO_FINDING = "No finding"
 SPLITS = ("train", "test")
@@ -41,7 +44,8 @@ def load_vindr(
         other: whether images with another finding only are kept as a class of their own.
         votes: readers who must agree.
         boxes: whether to give the readers' boxes of the named findings (of all, without `classes`) that were voted for,
-            every reader's, in pixels of the image.
+            every reader's, in pixels of the image. For a copy of another size than the DICOM originals, the boxes'
+            table must have columns width and height, the size that its boxes count in; one by `prepare` has.
         per_class, seed, holdout, part, holdout_seed: see `selection.select_rows`. Nothing tells which images are of one
             patient, so each image is its own.
 
@@ -50,7 +54,7 @@ def load_vindr(
 
     Raises:
         FileNotFoundError: no folder of a split, or no CSV where one is needed. ValueError: an unknown split or class,
-            or an image without labels.
+            an image without labels, or a box that is none, belongs to no image or reaches beyond it.
     """
     root = Path(root)
     wrong = [split for split in splits if split not in SPLITS]
@@ -63,7 +67,7 @@ def load_vindr(
     names = ["radiograph"] if classes is None else ["healthy", *(name.lower() for name in classes)]
     rows = [
         {"image": r["file"], "label": r["label"], "patient": r["key"], "path": str(r["file"])}
-        | ({"boxes": r["boxes"]} if boxes else {})
+        | ({"boxes": _pixels(root, r["file"], r["boxes"])} if boxes else {})
         for r in table.to_dict("records")
     ]
     return to_dataset(rows, [*names, *(["other finding"] if other and classes is not None else [])])
@@ -79,9 +83,9 @@ def _read_split(root, split, classes, other, votes, boxes):
         missing = sorted(files.keys() - label.keys())
         if missing:
             raise ValueError(f"{root}: no labels of {split} image {missing[0]} and {len(missing) - 1} more")
-    found = read_boxes(root, split, votes, classes) if boxes else {}
+    rows_of_boxes = read_boxes(root, split, files, votes, classes) if boxes else {}
     rows = [
-        {"file": file, "key": key, "patient": key, "label": label[key], "boxes": found.get(key, [])}
+        {"file": file, "key": key, "patient": key, "label": label[key], "boxes": rows_of_boxes.get(key, [])}
         for key, file in files.items()
     ]
     return pd.DataFrame(rows, columns=["file", "key", "patient", "label", "boxes"])
@@ -90,7 +94,13 @@ def _read_split(root, split, classes, other, votes, boxes):
 def index_images(root, split):
     """{image id: path} of a split's folder; FileNotFoundError without it, or with no image in it."""
     folder = Path(root) / split
-    files = {p.stem: p for p in sorted(folder.glob("*")) if p.suffix.lower() in SUFFIXES}
+    files = {}
+    for path in sorted(folder.glob("*")):
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+            if path.stem in files:
+                raise ValueError(f"{files[path.stem]} and {path} are the same image {path.stem}: remove one")
+            files[path.stem] = path
+    check_encodable(files, folder)
     if not files:
         raise FileNotFoundError(f"expected VinDr-CXR's images as {folder}/IMAGE_ID.dicom")
     return files
@@ -109,8 +119,7 @@ def find_table(root, split, kind):
 def read_labels(root, split):
     """(image_id, reader) x finding -> 0 / 1; findings as the table's columns call them."""
     csv = find_table(root, split, "image_labels")
-    table = pd.read_csv(csv)
-    missing_columns(["image_id"], table.columns, csv)
+    table = read_table(csv)
     reader = next((name for name in READERS if name in table), None)
     table["reader"] = table[reader] if reader else "consensus"
     if "class_name" in table:  # a row a box, as Kaggle's
@@ -119,7 +128,23 @@ def read_labels(root, split):
             index=["image_id", "reader"], columns="class_name", values="present", aggfunc="max", fill_value=0
         )
     missing_columns([NO_FINDING], table.columns, csv)
-    return table.drop(columns=[reader] if reader else []).set_index(["image_id", "reader"])
+    table = table.drop(columns=[reader] if reader else [])
+    for name in table.columns.drop(["image_id", "reader"]):
+        values = numbers(table, name, csv)
+        wrong = values.index[~values.isin([0, 1])]
+        if len(wrong):
+            raise ValueError(f"{csv}, line {wrong[0]}: expected 0 or 1 in column {name!r}, got {values[wrong[0]]:g}")
+        table[name] = values.astype(int)
+    return table.set_index(["image_id", "reader"])
+
+
+def read_table(csv):
+    """One of VinDr-CXR's tables, its index the line of each row; ValueError where an image's id is no file's name."""
+    table = read_csv(csv, ["image_id"])
+    for line, key in table["image_id"].items():
+        if len(path_of(key, f"{csv}, line {line}").parts) > 1:
+            raise ValueError(f"{csv}, line {line}: expected the name of an image, got the path {brief(key)}")
+    return table
 
 
 def vote(labels, votes=2):
@@ -144,19 +169,71 @@ def label_images(voted, classes, other=False):
     return label.to_dict()
 
 
-def read_boxes(root, split, votes=2, classes=None):
-    """annotations_SPLIT.csv -> {image id: [[x, y, w, h]]} of the findings that were voted for."""
+def read_boxes(root, split, images, votes=2, classes=None):
+    """annotations_SPLIT.csv -> {image id: [(where, [x, y, w, h], unit)]} of the findings that were voted for.
+
+    `unit` is (width, height) that a box counts in, where the table says so, else None.
+
+    Args:
+        images: ids of the images that there are.
+
+    Raises:
+        ValueError: a row whose box is none, or whose image is neither among `images` nor in the labels' table.
+    """
     csv = find_table(root, split, "annotations")
-    table = pd.read_csv(csv)
-    missing_columns(["image_id", "class_name", *CORNERS], table.columns, csv)
+    table = read_table(csv)
+    missing_columns(["class_name", *CORNERS], table.columns, csv)
     reader = next((name for name in READERS if name in table), None)
     readers = table.groupby("image_id")[reader].nunique() if reader else pd.Series(1, index=table["image_id"].unique())
-    table = table.dropna(subset=CORNERS)
+    table["row"] = list(zip(rows_of(table, csv), units_of(table, csv), strict=True))
+    check_images(table, csv, root, split, images)
+    table = table[table["row"].map(lambda row: row[0] is not None).astype(bool)]
     if classes is not None:
         table = table[table["class_name"].str.lower().isin([str(name).lower() for name in classes])]
     boxes = {}
     for (image, _), rows in table.groupby(["image_id", "class_name"], sort=False):
         if (rows[reader].nunique() if reader else 1) >= min(votes, readers[image]):
-            found = [[r.x_min, r.y_min, r.x_max - r.x_min, r.y_max - r.y_min] for r in rows.itertuples()]
-            boxes.setdefault(image, []).extend(found)
+            boxes.setdefault(image, []).extend((f"{csv}, line {line}", *row) for line, row in rows["row"].items())
     return boxes
+
+
+def check_images(table, csv, root, split, images):
+    """ValueError naming the first row of boxes whose image is neither among `images` nor in the labels' table."""
+    strangers = set(table["image_id"]) - set(images)
+    if strangers:
+        try:
+            strangers -= set(read_table(find_table(root, split, "image_labels"))["image_id"])
+        except FileNotFoundError:
+            pass
+    line = next((line for line, key in table["image_id"].items() if key in strangers), None)
+    if line is not None:
+        key = brief(table.at[line, "image_id"])
+        raise ValueError(f"{csv}, line {line}: a box of {key}, which is no image of {split}")
+
+
+def rows_of(table, csv):
+    """[[x, y, w, h]] of a table of corners, None for a row without; ValueError naming a row whose box is none."""
+    corners = pd.DataFrame({name: numbers(table, name, csv) for name in CORNERS})
+    boxes = []
+    for line, (x0, y0, x1, y1) in zip(table.index, corners.to_numpy(), strict=True):
+        if pd.isna([x0, y0, x1, y1]).all() and all(not str(table.at[line, name]).strip() for name in CORNERS):
+            boxes.append(None)
+        else:
+            boxes.append(check_box([x0, y0, x1 - x0, y1 - y0], f"{csv}, line {line}"))
+    return boxes
+
+
+def check_unit(root, image, unit, where):
+    """ValueError where nothing says which pixels a box counts in: a copy of a DICOM original, of unknown scale."""
+    if unit is None and not is_dicom(image) and not (Path(root) / PREPARED).is_file():
+        raise ValueError(
+            f"{where}: {image} is no DICOM original, and nothing says which size the boxes count in: "
+            "expected columns width and height in the table"
+        )
+
+
+def _pixels(root, image, rows):
+    size = image_size(image) if rows else None
+    for where, _, unit in rows:
+        check_unit(root, image, unit, where)
+    return [to_pixels(box, unit, size, image, where) for where, box, unit in rows]

@@ -135,7 +135,7 @@ class SegmenterRecipe:
 
     data: dict  # `name` of a loader in cxr_diffusers.data that yields masks, and its keyword arguments
     segmenter: dict  # keyword arguments of LungSegmenter
-    train: TrainConfig  # whose `augment` are keyword arguments of data.lungs.augment_lungs
+    train: TrainConfig  # whose `augment` are keyword arguments of training.lungs.augment_lungs
     images: dict = field(default_factory=dict)  # aspect: of prepare_image
     validation: dict = field(default_factory=dict)  # keys of `data` that differ for the images measured while training
 

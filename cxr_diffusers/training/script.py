@@ -6,6 +6,15 @@ from ..hub.publishing import publish
 from ..processes import process_state
 
 
+def new_unet(**options):
+    """An untrained UNet of a recipe's `unet:` section: a `SpaceToDepthUNet` where it has a `patch_size`."""
+    from diffusers import UNet2DModel
+
+    from ..models.space_to_depth_unet import SpaceToDepthUNet
+
+    return (SpaceToDepthUNet if "patch_size" in options else UNet2DModel)(**options)
+
+
 def diseased_rows(recipe, dataset, unlabelled=False):
     """The diseased images that are shown while `recipe` is trained on `dataset`: `train.validation_images` at most.
 

@@ -1,0 +1,247 @@
+"""Plans of copies of data sets: the images, and the tables, lists, boxes and masks that follow them."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from ..files import copy_file, write_csv, write_text
+from . import chexpert, nih, vindr
+from .boxes import UNITS, image_size, read_boxes, to_pixels, units_of
+from .folder import box_rows, images_and_masks, text_of
+from .images import SUFFIXES, fit_boxes, list_images
+from .tables import columns_of, path_of, read_csv
+
+NOT_CARRIED = (
+    "not carried over (of CSVs, only boxes.csv and those of CheXpert, ChestX-ray14 and VinDr-CXR are understood)"
+)
+
+
+def plan_copy(source_root, output_root, settings):
+    """What a copy of a data set consists of, for `prepare` and whoever else writes one.
+
+    Args:
+        settings: "size" (None: pictures keep their geometry, and so do boxes), "aspect", "image_format" and
+            "frontal_only", as `prepare` takes them.
+
+    Returns:
+        a plan with `jobs` [(source, output below the root, is it a mask)], `skipped` [(file, reason)] and
+        `finish(done)`, which writes the tables, boxes and lists for those sources that are done.
+
+    Raises:
+        ValueError: no image, two files that would become one, a row whose path leaves the data set, or a box or mask
+            that belongs to no image.
+    """
+    plan = _layout_of(source_root)(source_root, output_root, settings)
+    if not plan.jobs and not plan.skipped:
+        raise ValueError(f"no image below {source_root}")
+    return plan
+
+
+class _Plan:
+    """What is to be copied: jobs (source, output below the root, is it a mask); and how the tables follow."""
+
+    def __init__(self, jobs, finish, skipped=()):
+        outputs = {}
+        for source, output, _ in jobs:
+            if outputs.setdefault(output, source) != source:
+                raise ValueError(f"{outputs[output]} and {source} would both become {output}: rename one")
+        self.jobs, self.finish, self.skipped = jobs, finish, list(skipped)
+
+
+def _layout_of(root):
+    if any(root.glob("Data_Entry_2017*.csv")):
+        return _plan_nih
+    if any((root / "annotations").glob("annotations_*.csv")):
+        return _plan_vindr
+    tables = [csv for split in chexpert.SPLITS for csv in _chexpert_tables(root, split)]
+    return _plan_chexpert if tables else _plan_folder
+
+
+def _chexpert_tables(root, split):
+    try:
+        csv = chexpert.find_csv(root, split)
+    except FileNotFoundError:
+        return []
+    return [csv] if _path_column(csv) in columns_of(csv) else []
+
+
+def _path_column(csv):
+    return "path_to_image" if chexpert.is_plus(csv) else "Path"
+
+
+def _plan_chexpert(root, output_root, settings):
+    """Rows of train.csv, valid.csv and test.csv; their CSVs, boxes.csv and Plus's label files follow."""
+    splits = {split: csv for split in chexpert.SPLITS for csv in _chexpert_tables(root, split)}
+    tables, jobs, skipped, keys = {}, {}, [], set()
+    for csv in dict.fromkeys(splits.values()):
+        raw, column = read_csv(csv), _path_column(csv)
+        paths = [path_of(cell, f"{csv}, line {line}") for line, cell in raw[column].items()]
+        keys |= {chexpert.key_of(path) for path in paths}
+        view = next((name for name in ("Frontal/Lateral", "frontal_lateral") if name in raw), None)
+        if settings["frontal_only"] and view:
+            frontal = raw[view].str.lower().str.startswith("frontal")
+            raw, paths = raw[frontal], [path for path, kept in zip(paths, frontal, strict=True) if kept]
+        rows = pd.DataFrame({"Path": raw[column], "line": raw.index})
+        files = chexpert.locate_images(csv, rows, missing_ok=True)
+        outputs = [_renamed(Path(*chexpert.parts_from_split(path)), settings) for path in paths]
+        for file, output, row in zip(files, outputs, rows.itertuples(), strict=True):
+            if file is None:
+                skipped.append((row.Path, f"missing file ({csv.name}, line {row.line})"))
+            else:
+                jobs[file] = (file, output, False)
+        tables[csv] = (raw, column, files, outputs)
+    first = next(iter(tables))
+    boxes = chexpert.find_boxes(first)
+    chexpert.read_boxes(first, keys, splits, boxes)  # before anything is written: no box is lost without a word
+
+    def finish(done):
+        copied = {}
+        for csv, (raw, column, files, outputs) in tables.items():
+            keep = [file in done for file in files]
+            # Plus's paths begin with the split, CheXpert's with the data set's name
+            prefix = Path() if chexpert.is_plus(csv) else Path(output_root.name)
+            table = raw.assign(**{column: [(prefix / output).as_posix() for output in outputs]})[keep]
+            write_csv(output_root / csv.name, table)
+            copied |= {o.with_suffix("").as_posix(): (f, o) for f, o in zip(files, outputs, strict=True) if f in done}
+            for labels in [*csv.parent.glob("*_fixed.json"), *csv.parent.glob("chexbert_labels/*_fixed.json")]:
+                copy_file(labels, output_root / labels.relative_to(csv.parent))
+        if boxes:
+            _write_boxes(boxes, chexpert.key_of, copied, output_root, output_root.name, settings)
+
+    return _Plan(list(jobs.values()), finish, skipped)
+
+
+def _write_boxes(source, key_of, copied, output_root, prefix, settings):
+    """boxes.csv of the copy, all columns kept.
+
+    Args:
+        key_of: the path of a row -> key of `copied`.
+        copied: {key: (source, output)} of the images in the copy.
+    """
+    table, rows = read_csv(source), []
+    for (_, row), (where, file, box, unit) in zip(table.iterrows(), read_boxes(source), strict=True):
+        key = key_of(path_of(file, where, absolute=True))
+        if key in copied:
+            image, output = copied[key]
+            size = image_size(image)
+            new = {"file": Path(prefix, output).as_posix()}
+            for names in UNITS:
+                if set(names) <= set(table.columns):
+                    new |= dict(zip(names, _new_size(size, settings), strict=True))
+            for moved in _fit([to_pixels(box, unit, size, image, where)], size, settings):
+                rows.append(row.to_dict() | new | {k: round(v, 3) for k, v in zip("xywh", moved, strict=True)})
+    if rows:
+        write_csv(output_root / "boxes.csv", pd.DataFrame(rows))
+
+
+def _plan_nih(root, output_root, settings):
+    """Rows of Data_Entry_2017*.csv to images/; the CSV, the lists and the boxes follow."""
+    csv = nih.find_csv(root)
+    raw, keys = read_csv(csv), nih.read_table(csv)["key"]
+    files, boxes, unit = nih.index_images(root), nih.read_boxes(root, set(keys)), nih.box_unit(root, raw)
+    names = raw["Image Index"].str.strip()
+    new = {key: _renamed(Path("images", name), settings) for key, name in zip(keys, names, strict=True)}
+    sources = {key: files[key] for key in new if key in files}
+    missing = {line: name for (line, name), key in zip(names.items(), keys, strict=True) if key not in sources}
+    skipped = [(name, f"missing file ({csv.name}, line {line})") for line, name in missing.items()]
+
+    def finish(done):
+        copied = {key: (file, new[key]) for key, file in sources.items() if file in done}
+        kept = keys.isin(list(copied))
+        # its boxes count in the copy's own pixels, as they do beside tables without the original sizes
+        table = raw[kept].drop(columns=[name for name in nih.ORIGINAL if boxes and name in raw])
+        table["Image Index"] = [new[key].name for key in keys[kept]]
+        write_csv(output_root / csv.name, table)
+        for name in nih.LISTS.values():
+            if (root / name).is_file():
+                stems = [Path(line).stem for line in (root / name).read_text(errors="surrogateescape").split()]
+                write_text(output_root / name, "".join(f"{new[stem].name}\n" for stem in stems if stem in copied))
+        lines = [nih.BOX_HEADER]
+        for key, (image, output) in copied.items():
+            size = image_size(image) if key in boxes else None
+            for where, finding, box in boxes.get(key, []):
+                for moved in _fit([to_pixels(box, unit, size, image, where)], size, settings):
+                    lines.append(",".join(map(str, [output.name, finding, *moved])) + ",,,")
+        if (root / nih.BOXES).is_file():
+            write_text(output_root / nih.BOXES, "".join(f"{line}\n" for line in lines))
+
+    return _Plan([(file, new[key], False) for key, file in sources.items()], finish, skipped)
+
+
+def _plan_vindr(root, output_root, settings):
+    """train/ and test/; the label tables follow as they are, the boxes' move with their images."""
+    own = {s: {path.stem: path for path in list_images(root / s)} for s in vindr.SPLITS if (root / s).is_dir()}
+    files = {key: path for images in own.values() for key, path in images.items()}
+    outputs = {file: _renamed(file.relative_to(root), settings) for images in own.values() for file in images.values()}
+    tables = {csv: vindr.read_table(csv) for csv in sorted((root / "annotations").glob("*.csv"))}
+    for csv, table in tables.items():  # before anything is written: no box is lost without a word
+        if set(vindr.CORNERS) <= set(table.columns):
+            vindr.rows_of(table, csv)
+            vindr.check_images(table, csv, root, csv.stem.rpartition("_")[2], files)
+
+    def finish(done):
+        (output_root / "annotations").mkdir(exist_ok=True)
+        for csv, table in tables.items():
+            kept = table[table["image_id"].map(lambda key: files.get(key) in done).astype(bool)]
+            if set(vindr.CORNERS) <= set(kept.columns):
+                kept = _move_corners(root, kept, csv, files, settings)
+            write_csv(output_root / "annotations" / csv.name, kept)
+
+    return _Plan([(file, output, False) for file, output in outputs.items()], finish)
+
+
+def _move_corners(root, table, csv, files, settings):
+    """Rows with x_min, y_min, x_max, y_max -> the same for the copies, with their size; rows without a box stay."""
+    moved, names = [], [*vindr.CORNERS, *UNITS[1]]
+    rows, units = vindr.rows_of(table, csv), units_of(table, csv)
+    for (line, row), box, unit in zip(table.iterrows(), rows, units, strict=True):
+        row, image = row.to_dict(), files[row["image_id"]]
+        if box is None:
+            moved.append(row)
+            continue
+        where, size = f"{csv}, line {line}", image_size(image)
+        vindr.check_unit(root, image, unit, where)
+        new_size = _new_size(size, settings)
+        for x, y, w, h in _fit([to_pixels(box, unit, size, image, where)], size, settings):
+            moved.append(row | dict(zip(names, (x, y, x + w, y + h, *new_size), strict=True)))
+    return pd.DataFrame(moved, columns=[*table.columns, *(name for name in UNITS[1] if name not in table.columns)])
+
+
+def _plan_folder(root, output_root, settings):
+    """Every image below a folder; masks, NAME.txt and boxes.csv follow."""
+    images, masks = images_and_masks(root, [path for path in list_images(root) if output_root not in path.parents])
+    boxes = box_rows(root, images)
+    jobs = [(source, _renamed(source.relative_to(root), settings), False) for source in images]
+    for mask in dict.fromkeys(masks.values()):
+        jobs.append((mask, _renamed(mask.relative_to(root), settings).with_suffix(".png"), True))
+    jobs.sort()
+    skipped = [(str(path), NOT_CARRIED) for path in sorted(root.glob("*.csv")) if path.name != "boxes.csv"]
+
+    def finish(done):
+        copied = {source: (source, output) for source, output, mask in jobs if source in done and not mask}
+        for source, output in copied.values():
+            if text_of(source).is_file():
+                size = image_size(source)
+                own = [to_pixels(box, unit, size, source, where) for where, box, unit in boxes.get(source, [])]
+                lines = (" ".join(f"{n:g}" for n in box) + "\n" for box in _fit(own, size, settings))
+                write_text((output_root / output).with_suffix(".txt"), "".join(lines))
+        if (root / "boxes.csv").is_file():
+            _write_boxes(root / "boxes.csv", root.joinpath, copied, output_root, "", settings)
+
+    return _Plan(jobs, finish, skipped if jobs else ())
+
+
+def _new_size(size, settings):
+    """(width, height) of the copy of an image of `size`."""
+    return size if settings["size"] is None else (settings["size"], settings["size"])
+
+
+def _fit(boxes, size, settings):
+    """Boxes in pixels of an image of `size` (width, height) -> those of its copy, without boxes that a crop removes."""
+    return boxes if settings["size"] is None else fit_boxes(boxes, *size, settings["size"], settings["aspect"])
+
+
+def _renamed(path, settings):
+    """Output path of an image: the new suffix in place of a known one, behind any other (DICOM names have dots)."""
+    suffix = f".{settings['image_format']}"
+    return path.with_suffix(suffix) if path.suffix.lower() in SUFFIXES else path.with_name(path.name + suffix)

@@ -1,8 +1,11 @@
-"""What every anomaly pipeline here returns, its map, and what the calls have in common."""
+"""The output of the anomaly pipelines, their maps, and what their calls have in common."""
 
+import functools
+import inspect
 import itertools
 import math
 import numbers
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,19 +14,40 @@ import torch
 import torch.nn.functional as F
 from diffusers.utils import BaseOutput
 
+# arguments of a call that no checkpoint chooses; all others are settings
+CALL_ONLY = (
+    "self",
+    "image",
+    "target_label",
+    "view",
+    "generator",
+    "output_type",
+    "return_dict",
+    "callback_on_step_end",
+    "callback_on_step_end_tensor_inputs",
+)
+
+# settings of older checkpoints that no call has any more, each with the value that means what calls do today
+RETIRED = {
+    "combine": "mean",
+    "compare_with": "image",
+    "guidance_interval": None,
+    "harmonization": 0.0,
+    "num_refinements": 0,
+}
+
 
 @dataclass
 class AnomalyOutput(BaseOutput):
-    """The answer of every detector here: the picture, the same chest as if healthy, and what had to change.
+    """Output of the anomaly pipelines.
 
     With `output_type` "pil" | "np" | "pt":
 
     image: the input as the model saw it (scaled, resized, square), values in [0, 1].
         list of PIL images (mode L) | (B, H, W, C) array | (B, C, H, W) tensor
-    counterfactual: the same chest as if healthy, in the same scale as `image`.
-        likewise
-    anomaly_map: how much each pixel had to change, in [0, 1]: 0 nothing, 1 from black to white; with what the
-        pipeline was asked to add to it (see its call).
+    counterfactual: the same chest as if healthy, in the same scale and format as `image`.
+    anomaly_map: how much each pixel had to change, in [0, 1]: 0 nothing, 1 from black to white; changed by the settings
+        of the map (see the call of the pipeline).
         list of PIL images (mode I;16, value / 65535) | (B, H, W) array | (B, H, W) tensor
     anomaly_score: one number an image, higher is more abnormal: the mean of the map's highest 5 % of pixels, unless the
         pipeline has another one (see its call).
@@ -36,18 +60,45 @@ class AnomalyOutput(BaseOutput):
     anomaly_score: np.ndarray | torch.Tensor
 
 
-def difference_map(reference, counterfactual, data_range=(-1.0, 1.0), direction="both"):
-    """(B, C, H, W) x (B, C, H, W) in `data_range` -> (B, H, W) in [0, 1]: what changed, averaged over channels.
+def with_checkpoint_settings(call):
+    """Decorator of `__call__`: an argument left out takes the checkpoint's own value, or else the signature's default.
 
-    Neither picture is normalised on its own before they are subtracted.
+    `help()` and `inspect.signature` show the signature that is written.
+    """
+    signature = inspect.signature(call)
+
+    @functools.wraps(call)
+    def call_with_settings(self, *args, **kwargs):
+        given = signature.bind_partial(self, *args, **kwargs).arguments
+        given.pop("self")
+        return call(self, **self.settings(**given))
+
+    return call_with_settings
+
+
+def default_settings(call):
+    """{name: default} of the arguments of a call that a checkpoint may choose."""
+    parameters = inspect.signature(call).parameters
+    return {name: parameter.default for name, parameter in parameters.items() if name not in CALL_ONLY}
+
+
+def difference_map(reference, counterfactual, data_range=(-1.0, 1.0), direction="both", highpass=0.0):
+    """(B, C, H, W) x (B, C, H, W) in `data_range` -> (B, H, W) in [0, 1]: the change, averaged over channels.
+
+    Neither image is normalised on its own before the subtraction.
 
     Args:
         direction: "both" takes |reference - counterfactual|. "bright" counts only where the reference is the brighter:
             fluid, consolidation, masses. "dark" only where it is the darker: air where there should be none.
+        highpass: sigma in pixels of a Gaussian; the difference blurred by it is subtracted from the difference before
+            `direction` applies, so that changes of overall brightness do not count. 0 leaves the difference as it is.
     """
     difference = reference - counterfactual
-    changed = {"both": difference.abs(), "bright": difference.clamp(min=0), "dark": (-difference).clamp(min=0)}
-    return changed[direction].mean(dim=1) / (data_range[1] - data_range[0])
+    if highpass:
+        blurred = smooth_map(difference.flatten(0, 1), highpass)
+        difference = difference - blurred.unflatten(0, difference.shape[:2])
+    change = {"both": difference.abs(), "bright": difference.clamp(min=0), "dark": (-difference).clamp(min=0)}
+    return change[direction].mean(dim=1) / (data_range[1] - data_range[0])
 
 
 def smooth_map(anomaly_map, sigma):
@@ -62,16 +113,6 @@ def smooth_map(anomaly_map, sigma):
     return F.conv2d(F.conv2d(maps, kernel[None, None, None]), kernel[None, None, :, None])[:, 0]
 
 
-def combine_maps(maps, how="mean"):
-    """(K, B, H, W) maps of the same pictures in [0, 1] -> (B, H, W): their mean, or their "harmonic" mean.
-
-    The harmonic mean is high only where all are (Bercea et al. 2024, https://arxiv.org/abs/2403.08464).
-    """
-    if how == "harmonic":
-        return 1 / (1 / maps.clamp(min=1e-6)).mean(dim=0)
-    return maps.mean(dim=0)
-
-
 def score_map(anomaly_map, fraction=0.05):
     """(B, H, W) -> (B,): the mean of each map's highest `fraction` of pixels."""
     flat = anomaly_map.flatten(1)
@@ -81,7 +122,7 @@ def score_map(anomaly_map, fraction=0.05):
 def anomaly_output(image, counterfactual, anomaly_map, data_range, output_type, score=None):
     """Tensors in the model's range -> `AnomalyOutput` in the documented range and `output_type`.
 
-    `score` is a (B,) tensor; None: that of the map.
+    `score` is a (B,) tensor; None: `score_map` of the map.
     """
     low, high = data_range
     image, counterfactual = (((x.float() - low) / (high - low)).clamp(0, 1) for x in (image, counterfactual))
@@ -102,30 +143,38 @@ def anomaly_output(image, counterfactual, anomaly_map, data_range, output_type, 
 
 
 def _to_pil(array):
-    """(H, W, C) in [0, 1] -> PIL, grey for one channel; of more than three channels (MRI) the first is shown."""
+    """(H, W, C) in [0, 1] -> PIL, grey for one channel; the first of more than three channels (MRI)."""
     array = (array * 255).round().astype(np.uint8)
     return PIL.Image.fromarray(array if array.shape[-1] == 3 else array[..., 0])
 
 
 class ContractMixin:
-    """Put before `DiffusionPipeline` among the bases of a pipeline class that answers with an `AnomalyOutput`.
+    """Put before `DiffusionPipeline` among the bases of a pipeline class that returns an `AnomalyOutput`.
 
-    A class of it has `ORIGINAL_SETTINGS`: what a call means when neither the caller nor the checkpoint says otherwise.
+    Such a class has `ORIGINAL_SETTINGS = default_settings(__call__)`: the settings of the original procedure, which
+    hold where neither the caller nor the checkpoint chooses. A call with `**pipeline.ORIGINAL_SETTINGS` leaves the
+    checkpoint's own out.
     """
 
     ORIGINAL_SETTINGS = {}
 
     def register_contract(self, num_classes, class_names, data_range, scaling, aspect, settings, map_threshold):
-        """Into the pipeline's config: what its pictures, its classes and the defaults of its call are.
+        """Write the preparation of images, the classes and the defaults of the call into the pipeline's config.
 
         `data_range` None: the class has no choice of it.
 
         Raises:
-            ValueError: as many names as there are no classes, or a setting that the call does not have.
+            ValueError: the number of names differs from the number of classes, or the call has no such setting.
         """
-        unknown = set(settings or {}) - set(self.ORIGINAL_SETTINGS)
-        if unknown:
-            raise ValueError(f"expected `settings` among {sorted(self.ORIGINAL_SETTINGS)}, got {sorted(unknown)}")
+        if retired := sorted(set(settings or {}) & set(RETIRED)):
+            warnings.warn(
+                f"these settings of the checkpoint have been retired and are ignored: "
+                f"{', '.join(f'{name}={settings[name]!r}' for name in retired)}",
+                stacklevel=3,
+            )
+            settings = {name: value for name, value in settings.items() if name not in RETIRED}
+        if unknown := sorted(set(settings or {}) - set(self.ORIGINAL_SETTINGS)):
+            raise ValueError(f"expected `settings` among {sorted(self.ORIGINAL_SETTINGS)}, got {unknown}")
         if isinstance(class_names, dict):
             class_names = [class_names[str(i)] for i in range(len(class_names))]
         if class_names is not None and len(class_names) != num_classes:
@@ -146,16 +195,51 @@ class ContractMixin:
         """The classes' names in the order of their ids, or [] where none were given."""
         return list((self.config.class_names or {}).values())
 
-    def settings(self, recipe=None, **given):
-        """The settings of a call: those given, over the checkpoint's own, over the original procedure's.
+    def settings(self, **given):
+        """The settings of a call: those given, else the checkpoint's own, else the original procedure's."""
+        return {**self.ORIGINAL_SETTINGS, **(self.config.settings or {}), **given}
 
-        `recipe` "original" leaves the checkpoint's out.
+    def current_settings(self, settings):
+        """The settings of an older version's call in terms of today's: retired ones that changed nothing are dropped.
+
+        Settings that did not exist yet get today's default.
         """
-        if recipe not in (None, "original"):
-            raise ValueError(f"expected `recipe` to be original, or None for the checkpoint's own, got {recipe!r}")
-        given = {name: value for name, value in given.items() if value is not None}
-        own = {} if recipe == "original" else self.config.settings or {}
-        return {**self.ORIGINAL_SETTINGS, **own, **given}
+        kept = {name: v for name, v in settings.items() if name not in RETIRED or v != RETIRED[name]}
+        return {**self.ORIGINAL_SETTINGS, **kept}
+
+    def image_format(self, model):
+        """The arguments of `prepare_image` for a model with `sample_size` and `in_channels` in its config."""
+        return {
+            "size": model.config.sample_size,
+            "scaling": self.config.scaling,
+            "aspect": self.config.aspect,
+            "data_range": self.config.data_range,
+            "num_channels": model.config.in_channels,
+        }
+
+    def map_change(self, image, counterfactual, direction, highpass, smoothing):
+        """(B, C, H, W) x (B, C, H, W) in the model's range -> (B, H, W) map in [0, 1] of the change.
+
+        `highpass` is in pixels of an image of 64 pixels, `smoothing` in pixels of this one.
+        """
+        low, high = self.config.data_range
+        highpass = highpass * image.shape[-1] / 64
+        change = difference_map(image, counterfactual.clamp(low, high), (low, high), direction, highpass)
+        return smooth_map(change, smoothing)
+
+    def finish(self, image, counterfactual, anomaly_map, data_range, region, output_type, return_dict, score=None):
+        """The last step of a call: the map inside `region`, the output, and the models back where offloading has them.
+
+        Returns:
+            `AnomalyOutput`, or its tuple with `return_dict` False.
+        """
+        if region == "lungs":
+            segmenter = self.lung_segmenter
+            images = image.mean(dim=1, keepdim=True).to(segmenter.device)  # offloading leaves it where it is
+            anomaly_map = anomaly_map * segmenter.field(images).to(anomaly_map.device)
+        output = anomaly_output(image, counterfactual, anomaly_map, data_range, output_type, score)
+        self.maybe_free_model_hooks()
+        return output if return_dict else output.to_tuple()
 
     def find_label(self, label, name, count, null=None):
         """A class id below `count`, a class name or "null" -> the id; `null` is that of the null label, if any."""
@@ -166,35 +250,36 @@ class ContractMixin:
             return null
         if isinstance(label, int) and 0 <= label < count:
             return label
-        known = [f"0..{count - 1}", *map(repr, names), *(["'null'"] if null is not None else [])]
-        raise ValueError(f"expected `{name}` among {', '.join(known)}, got {label!r}")
+        labels = [f"0..{count - 1}", *map(repr, names), *(["'null'"] if null is not None else [])]
+        raise ValueError(f"expected `{name}` among {', '.join(labels)}, got {label!r}")
 
-    def check_map(self, settings, output_type):
-        """ValueError where the settings of the map, or the type of the answer, are not what they can be."""
-        if settings["direction"] not in ("both", "bright", "dark"):
-            raise ValueError(f"expected `direction` both, bright or dark, got {settings['direction']!r}")
-        check_number("smoothing", settings["smoothing"])
+    def check_map(self, output_type, *, smoothing, region, direction="both", highpass=0.0):
+        """Raise ValueError for invalid settings of the map, or an invalid `output_type`."""
+        if direction not in ("both", "bright", "dark"):
+            raise ValueError(f"expected `direction` both, bright or dark, got {direction!r}")
+        check_number("highpass", highpass)
+        check_number("smoothing", smoothing)
+        if region not in ("image", "lungs"):
+            raise ValueError(f"expected `region` image or lungs, got {region!r}")
+        if region == "lungs" and self.lung_segmenter is None:
+            raise ValueError("expected a pipeline with a `lung_segmenter` for `region='lungs'`, got one without")
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"expected `output_type` pil, np or pt, got {output_type!r}")
 
-    def check_span(self, settings, tensor_inputs):
-        """ValueError where the settings of inversion are not what they can be, or the callback asks for what is not."""
+    def check_steps(self, noise_level, num_inference_steps, tensor_inputs):
+        """Raise ValueError for an invalid noise level or number of steps, or tensors that the callback cannot get."""
         chain = self.scheduler.config.num_train_timesteps
-        allowed = {"noise_level": f"to be a timestep, 1..{chain}", "num_inference_steps": f"from 1 to {chain}"}
-        for name, what in allowed.items():
-            if not isinstance(settings[name], int):
-                raise ValueError(f"expected `{name}` to be a whole number, got {settings[name]!r}")
-            if not 1 <= settings[name] <= chain:
-                raise ValueError(f"expected `{name}` {what}, got {settings[name]!r}")
-        if not isinstance(settings["num_refinements"], int) or settings["num_refinements"] < 0:
+        for name, value, limits in (
+            ("noise_level", noise_level, f"to be a timestep, 1..{chain}"),
+            ("num_inference_steps", num_inference_steps, f"from 1 to {chain}"),
+        ):
+            if not isinstance(value, int):
+                raise ValueError(f"expected `{name}` to be a whole number, got {value!r}")
+            if not 1 <= value <= chain:
+                raise ValueError(f"expected `{name}` {limits}, got {value!r}")
+        if unknown := sorted(set(tensor_inputs) - set(self._callback_tensor_inputs)):
             raise ValueError(
-                f"expected `num_refinements` to be a whole number of 0 or more, got {settings['num_refinements']!r}"
-            )
-        unknown = set(tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"expected `callback_on_step_end_tensor_inputs` among {self._callback_tensor_inputs}, got "
-                f"{sorted(unknown)}"
+                f"expected `callback_on_step_end_tensor_inputs` among {self._callback_tensor_inputs}, got {unknown}"
             )
 
     def on_step(self, callback, tensor_inputs):

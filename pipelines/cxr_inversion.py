@@ -81,33 +81,6 @@ def move(x, noise, alpha, new_alpha):
     return new_alpha**0.5 * x0 + (1 - new_alpha) ** 0.5 * noise
 
 
-def harmonize(output, x, t, image, scheduler, scale, smooth):
-    """The network's output at x_t, corrected: the image it predicts keeps to the picture where it hardly changed.
-
-    x_0 <- m x_0 + (1 - m) image, with m the change |image - x_0|, smoothed, in units of `scale` and at most 1: a change
-    of `scale` and more is left alone, small ones are taken back. After the implicit guidance of THOR (Bercea et al.
-    2024, https://arxiv.org/abs/2403.08464), which masks by its own map and noises anew; here the scale is the same for
-    all pictures, and the noise follows from x_t, so that decoding stays deterministic.
-
-    Args:
-        output: (B, C, H, W), the network's, or several of them guided into one.
-        x: (B, C, H, W) latents at `t`.
-        image: (B, C, H, W) in the model's range.
-        scale: in units of the model's range.
-        smooth: (B, H, W) -> (B, H, W), a little.
-
-    Returns:
-        (B, C, H, W), an output of the scheduler's prediction type.
-    """
-    alpha, kind = scheduler.alphas_cumprod[t.long()].to(x), scheduler.config.prediction_type
-    noise = noise_from_output(output, x, alpha, kind)
-    x0 = (x - (1 - alpha) ** 0.5 * noise) / alpha**0.5
-    change = smooth((image - x0).abs().mean(dim=1))[:, None]
-    mask = (change / scale).clamp(max=1)
-    x0 = mask * x0 + (1 - mask) * image
-    return output_from_noise((x - alpha**0.5 * x0) / (1 - alpha) ** 0.5, x, alpha, kind)
-
-
 def invert(predict, x, timesteps, scheduler, num_refinements=0, on_step=None):
     """Image -> latents, the exact mirror of decoding by DDIM over the same timesteps.
 

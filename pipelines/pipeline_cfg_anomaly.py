@@ -9,22 +9,15 @@ from diffusers.utils import replace_example_docstring
 from .cxr_anomaly import (
     AnomalyOutput,
     ContractMixin,
-    anomaly_output,
     check_number,
-    combine_maps,
+    default_settings,
     difference_map,
     smooth_map,
+    with_checkpoint_settings,
 )
 from .cxr_conditions import Conditions
 from .cxr_images import prepare_image
-from .cxr_inversion import (
-    check_scheduler,
-    class_evidence,
-    class_evidence_errors,
-    harmonize,
-    invert,
-    timesteps_below,
-)
+from .cxr_inversion import check_scheduler, class_evidence, class_evidence_errors, invert, timesteps_below
 from .cxr_portable import PortableMixin
 
 EXAMPLE_DOC_STRING = """
@@ -55,34 +48,18 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         data_range: the darkest and the brightest value the UNet knows.
         scaling: "minmax" or "dtype", see `prepare_image`.
         aspect: "pad", "crop", "squash" or "keep", see `prepare_image`.
-        settings: the checkpoint's own defaults of the call: any of noise_level, guidance_scale, num_inference_steps,
-            negative_label, source_label, num_refinements, guidance_interval, harmonization, combine, compare_with,
-            direction, smoothing, evidence, score.
-        map_threshold: the map value above which a pixel counts as abnormal, found on healthy validation images.
+        settings: the checkpoint's own defaults of the call, any of `CFGAnomalyPipeline.ORIGINAL_SETTINGS`.
+        map_threshold: the map value above which a pixel counts as abnormal, chosen on healthy validation images.
         has_null_label: False for a model that was trained without dropping labels (Wolleb's, OpenAI's): all its
             embeddings are classes.
         views: names of the views that the UNet is conditioned on besides the class, e.g. `["PA", "AP"]`; its class
-            embeddings are then those of `Conditions`. None: it is not told the view.
+            embeddings are then those of `Conditions`. None: the UNet is not conditioned on the view.
+        lung_segmenter: a `LungSegmenter`, or any module with `field(images)` -> (B, H, W) in [0, 1]; needed for
+            `region="lungs"` only.
     """
 
-    # what a call means when neither the caller nor the checkpoint says otherwise: the original procedure
-    ORIGINAL_SETTINGS = {
-        "noise_level": 500,
-        "guidance_scale": 4.0,
-        "num_inference_steps": 1000,
-        "negative_label": "null",
-        "source_label": "null",
-        "num_refinements": 0,
-        "guidance_interval": None,
-        "harmonization": 0.0,
-        "combine": "mean",
-        "compare_with": "image",
-        "direction": "both",
-        "smoothing": 0.0,
-        "evidence": 0.0,
-        "score": "map",
-    }
     model_cpu_offload_seq = "unet"
+    _optional_components = ["lung_segmenter"]
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
@@ -97,9 +74,10 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         map_threshold: float | None = None,
         has_null_label: bool = True,
         views: list[str] | dict[str, str] | None = None,
+        lung_segmenter: ModelMixin | None = None,
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, lung_segmenter=lung_segmenter)
         views = list(views.values()) if isinstance(views, dict) else views
         num_classes = Conditions.of_table(unet.config.num_class_embeds, views, has_null_label).num_classes
         if num_classes < 1:
@@ -122,30 +100,25 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         """The label that means "no class named": the number of classes. None for a model without one."""
         return self.conditions.num_classes if self.config.has_null_label else None
 
+    @with_checkpoint_settings
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
         image,
-        guidance_scale: float | None = None,
-        noise_level: int | list[int] | None = None,
-        num_inference_steps: int | None = None,
+        guidance_scale: float = 4.0,
+        noise_level: int | list[int] = 500,
+        num_inference_steps: int = 1000,
         target_label: int | str = 0,
-        negative_label: int | str | None = None,
-        source_label: int | str | None = None,
-        num_refinements: int | None = None,
-        guidance_interval: tuple[int, int] | None = None,
-        harmonization: float | None = None,
-        combine: str | None = None,
-        compare_with: str | None = None,
-        direction: str | None = None,
-        smoothing: float | None = None,
-        evidence: float | None = None,
-        score: str | None = None,
+        negative_label: int | str = "null",
+        source_label: int | str = "null",
+        direction: str = "both",
+        smoothing: float = 0.0,
+        highpass: float = 0.0,
+        region: str = "image",
+        evidence: float = 0.0,
+        score: str = "map",
         view: str | list[str | None] | None = None,
-        recipe: str | None = None,
-        eta: float = 0.0,
-        generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end=None,
@@ -153,46 +126,35 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
     ):
         """Where would this chest have to change to be healthy?
 
-        An argument left out takes the checkpoint's own value (`pipeline.config.settings`), or else the original
-        procedure's (noise level 500, guidance scale 4, 1000 steps, guided against the null label).
+        An argument left out takes the checkpoint's own value (`pipeline.config.settings`), or else the default of the
+        signature, which is the original procedure's; `**CFGAnomalyPipeline.ORIGINAL_SETTINGS` asks for that whole.
 
         Args:
             image: a PIL image, an array, a tensor or a list of them, any size and bit depth; see `prepare_image`.
             guidance_scale: w of Ho & Salimans: eps = (1 + w) eps(target) - w eps(negative). -1 means no target at all,
-                0 the plain conditional model. The `guidance_scale` of other diffusers pipelines is s = 1 + w: what is
-                5 there is 4 here.
+                0 the plain conditional model. The `guidance_scale` of other diffusers pipelines is s = 1 + w: their 5
+                is 4 here.
             noise_level: the timestep of the training chain (1..1000) where inversion stops and decoding starts,
                 whatever the number of steps. More may change more. Several levels are decoded one after the other from
-                one inversion and their maps combined; the counterfactual is that of the highest.
+                one inversion and their maps averaged; the counterfactual is that of the highest.
             num_inference_steps: steps of the whole chain, of which `noise_level / 1000` are taken, once each way.
             target_label: the class to decode to, as an id or a name; 0 is healthy.
             negative_label: the class that guidance pushes away from: an id, a name, or "null" for the null label.
-            source_label: the class named while inverting, likewise.
-            num_refinements: fixed-point iterations of each inversion step, one UNet evaluation each.
-            guidance_interval: the lowest and the highest timestep that are guided (Kynkaanniemi et al. 2024,
-                https://arxiv.org/abs/2404.07724); the steps outside are plainly conditional, one evaluation each.
-                Without it all are guided.
-            harmonization: the change, as a share of the data's range, up to which decoding gives way to the picture
-                itself (see `harmonize`); 0 switches it off.
-            combine: of the maps of several noise levels: "mean" or "harmonic" (the harmonic mean: all must agree).
-            compare_with: "image": the map is |image - counterfactual|. "reconstruction": the same latents are also
-                decoded to `source_label` without guidance and the map is |reconstruction - counterfactual|, in which
-                the errors of inversion and model cancel; one more evaluation a step, and `image` is still the input.
-            direction: "both": the map is the absolute difference. "bright": only what is brighter in the picture than
-                in its counterfactual (fluid, consolidation, masses); "dark": only what is darker (air).
+            source_label: the class of the inversion, likewise.
+            direction: "both": the map is the absolute difference. "bright": only where the image is brighter than its
+                counterfactual (fluid, consolidation, masses); "dark": only where it is darker (air).
             smoothing: sigma of a Gaussian applied to the map, in pixels of the model's resolution.
-            evidence: how much of the class evidence is added to the map: where the UNet, shown the picture under noise,
-                paints more (in the sense of `direction`) when told `negative_label` than when told `target_label`; see
-                `class_evidence`. 14 evaluations an image, with the score's; 0 leaves it out.
-            score: "map": the mean of the map's highest 5 % of pixels. "evidence": how much better the noise is found
-                when told `negative_label` than when told `target_label`, as the log of the ratio of the errors: 0
-                neither, 0.01 by one percent.
+            highpass: sigma of a Gaussian, in pixels of an image of 64 pixels (scaled with the model's resolution); the
+                difference of image and counterfactual blurred by it is subtracted before `direction` applies. 0: off.
+            region: "image", or "lungs": the map is multiplied by the soft lung mask of the pipeline's `lung_segmenter`.
+            evidence: weight of the class evidence in the map: where the UNet, given the image under noise, predicts
+                more (in the sense of `direction`) for `negative_label` than for `target_label`; see `class_evidence`.
+                14 evaluations an image, shared with the score; 0 leaves it out.
+            score: "map": the mean of the map's highest 5 % of pixels. "evidence": how much better the UNet predicts the
+                noise for `negative_label` than for `target_label`, as the log of the ratio of the errors: 0 equally
+                well, 0.01 one percent better.
             view: "PA" or "AP", or a list with one for each image, for a model that is conditioned on the view; None
-            or "" where it is unknown: then the view is taken under which the model explains the image better, 14
-            evaluations more.
-            recipe: "original": what is left out takes the original procedure's value, not the checkpoint's own.
-            eta: of DDIM decoding: 0 deterministic, 1 ancestral; only with `DDIMScheduler`.
-            generator: for eta > 0.
+                or "" where it is unknown: then the view that explains the image better is used, 14 more evaluations.
             output_type: "pil", "np" or "pt"; see `AnomalyOutput` for shapes and ranges.
             return_dict: False returns the plain tuple.
             callback_on_step_end: `callback(pipeline, i, t, {"latents": ...})`, called after every step of the inversion
@@ -203,99 +165,69 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
             `AnomalyOutput`, or the tuple (image, counterfactual, anomaly_map, anomaly_score).
 
         Raises:
-            TypeError: `image` is not a picture. ValueError: an argument out of its range, or a scheduler that cannot
-            decode what DDIM inversion encoded; each says what was expected.
+            TypeError: `image` is not an image. ValueError: an argument out of its range, or a scheduler that cannot
+            decode the latents of DDIM inversion; each says what was expected.
 
         Examples:
         """
-        # 1. what was asked for
-        settings = self.settings(
-            recipe,
-            guidance_scale=guidance_scale,
-            noise_level=noise_level,
-            num_inference_steps=num_inference_steps,
-            negative_label=negative_label,
-            source_label=source_label,
-            num_refinements=num_refinements,
-            guidance_interval=guidance_interval,
-            harmonization=harmonization,
-            combine=combine,
-            compare_with=compare_with,
-            direction=direction,
-            smoothing=smoothing,
-            evidence=evidence,
-            score=score,
+        # 1. check the arguments
+        levels = noise_levels(noise_level)
+        self.check_inputs(
+            levels,
+            num_inference_steps,
+            guidance_scale,
+            evidence,
+            score,
+            callback_on_step_end_tensor_inputs,
         )
-        self.check_inputs(settings, eta, output_type, callback_on_step_end_tensor_inputs)
+        self.check_map(output_type, direction=direction, smoothing=smoothing, highpass=highpass, region=region)
         target = self.label_id(target_label, "target_label")
-        source = self.label_id(settings["source_label"], "source_label")
-        # without guidance and evidence the negative is not asked for, and need not exist
-        weighed = settings["evidence"] != 0 or settings["score"] == "evidence"
-        asked = settings["guidance_scale"] != 0 or weighed
-        negative = self.label_id(settings["negative_label"], "negative_label") if asked else target
+        source = self.label_id(source_label, "source_label")
+        # without guidance and evidence the negative label is not used, and need not exist
+        needs_evidence = evidence != 0 or score == "evidence"
+        uses_negative = guidance_scale != 0 or needs_evidence
+        negative = self.label_id(negative_label, "negative_label") if uses_negative else target
         if target == self.null_label:
             raise ValueError(f"expected `target_label` to be a class, got the null label {target_label!r}")
-        levels = noise_levels(settings)
         on_step = self.on_step(callback_on_step_end, callback_on_step_end_tensor_inputs)
 
-        # 2. picture -> x_0
-        config = self.unet.config
-        image = prepare_image(
-            image,
-            config.sample_size,
-            self.config.scaling,
-            self.config.aspect,
-            self.config.data_range,
-            config.in_channels,
-        ).to(self._execution_device)
-
+        # 2. image -> x_0
+        image = prepare_image(image, **self.image_format(self.unet)).to(self._execution_device)
         views = self.view_indices(view, image)
 
         # 3. x_0 -> x_L: inversion, once for all noise levels
-        span = dict(num_inference_steps=settings["num_inference_steps"], on_step=on_step, views=views)
-        encoded = self.encode(image, source, levels, num_refinements=settings["num_refinements"], **span)
+        span = dict(num_inference_steps=num_inference_steps, on_step=on_step, views=views)
+        encoded = self.encode(image, source, levels, **span)
 
-        # 4. x_L -> x_0': denoising, guided to the target class; and what had to change
-        low, high = self.config.data_range
+        # 4. x_L -> x_0': denoising, guided to the target class; and the map of the change
         maps = []
         for level in levels:
-            counterfactual, reconstruction = self.decode(
+            counterfactual = self.decode(
                 encoded[level],
                 target,
                 noise_level=level,
-                guidance_scale=settings["guidance_scale"],
+                guidance_scale=guidance_scale,
                 negative_label=negative,
-                source_label=source,
-                guidance_interval=settings["guidance_interval"],
-                harmonization=settings["harmonization"],
-                image=image,
-                with_reconstruction=settings["compare_with"] == "reconstruction",
-                eta=eta,
-                generator=generator,
                 **span,
             )
-            reference = image if reconstruction is None else reconstruction.clamp(low, high)
-            changed = difference_map(
-                reference, counterfactual.clamp(low, high), self.config.data_range, settings["direction"]
-            )
-            maps.append(smooth_map(changed, settings["smoothing"]))
+            maps.append(self.map_change(image, counterfactual, direction, highpass, smoothing))
+        anomaly_map, ratio = torch.stack(maps).mean(dim=0), None
 
-        # 5. which of the two labels explains the picture better, and where
-        anomaly_map, ratio = combine_maps(torch.stack(maps), settings["combine"]), None
-        if weighed:
-            as_target, as_negative, ratio = self.weigh(image, target, negative, views)
-            painted = difference_map(as_negative, as_target, self.config.data_range, settings["direction"])
-            anomaly_map = anomaly_map + settings["evidence"] * smooth_map(painted, settings["smoothing"])
+        # 5. class evidence: which of the two labels explains the image better, and where
+        if needs_evidence:
+            as_target, as_negative, ratio = self.compute_class_evidence(image, target, negative, views)
+            difference = difference_map(as_negative, as_target, self.config.data_range, direction)
+            anomaly_map = anomaly_map + evidence * smooth_map(difference, smoothing)
+            ratio = ratio if score == "evidence" else None
 
-        # 6. the answer
-        ratio = ratio if settings["score"] == "evidence" else None
-        output = anomaly_output(image, counterfactual, anomaly_map, self.config.data_range, output_type, ratio)
+        # 6. the output
+        data_range = self.config.data_range
+        return self.finish(image, counterfactual, anomaly_map, data_range, region, output_type, return_dict, ratio)
 
-        self.maybe_free_model_hooks()
-        return output if return_dict else output.to_tuple()
+    ORIGINAL_SETTINGS = default_settings(__call__)
 
     def label_id(self, label, name="label"):
-        """A class id, a class name or "null" -> the class id, or the number of classes for the null label."""
+        """Class id of a class id, a class name or "null" (the number of classes)."""
         count = self.conditions.num_classes + self.config.has_null_label
         return self.find_label(label, name, count, self.null_label)
 
@@ -329,33 +261,17 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
 
         return class_evidence_errors(predict, image, self.scheduler, len(views))[1].argmin(dim=0)
 
-    def check_inputs(self, settings, eta, output_type, tensor_inputs):
+    def check_inputs(self, levels, num_inference_steps, guidance_scale, evidence, score, tensor_inputs=()):
+        """Raise ValueError for a scheduler or settings that inversion, guidance and evidence cannot use."""
         check_scheduler(self.scheduler)
-        levels, interval = noise_levels(settings), settings["guidance_interval"]
         if not levels:
             raise ValueError("expected at least one `noise_level`, got none")
         for level in levels:
-            self.check_span({**settings, "noise_level": level}, tensor_inputs)
-        self.check_map(settings, output_type)
-        check_number("guidance_scale", settings["guidance_scale"], low=-math.inf)
-        check_number("harmonization", settings["harmonization"])
-        pair = isinstance(interval, (list, tuple)) and len(interval) == 2 and all(isinstance(t, int) for t in interval)
-        if interval is not None and not (pair and interval[0] <= interval[1]):
-            raise ValueError(f"expected `guidance_interval` as two timesteps (lowest, highest), got {interval!r}")
-        if settings["combine"] not in ("mean", "harmonic"):
-            raise ValueError(f"expected `combine` mean or harmonic, got {settings['combine']!r}")
-        check_number("evidence", settings["evidence"])
-        if settings["score"] not in ("map", "evidence"):
-            raise ValueError(f"expected `score` map or evidence, got {settings['score']!r}")
-        check_number("eta", eta, high=1.0)
-        if settings["compare_with"] not in ("image", "reconstruction"):
-            raise ValueError(f"expected `compare_with` image or reconstruction, got {settings['compare_with']!r}")
-        if eta and type(self.scheduler).__name__ != "DDIMScheduler":
-            raise ValueError(
-                f"expected `eta=0` with {type(self.scheduler).__name__}, got {eta!r}: only DDIM has an eta"
-            )
-        if eta and settings["compare_with"] == "reconstruction":
-            raise ValueError(f"expected `eta=0` to reconstruct the image, got {eta!r}: noise would not bring it back")
+            self.check_steps(level, num_inference_steps, tensor_inputs)
+        check_number("guidance_scale", guidance_scale, low=-math.inf)
+        check_number("evidence", evidence)
+        if score not in ("map", "evidence"):
+            raise ValueError(f"expected `score` map or evidence, got {score!r}")
 
     def predict(self, x, t, labels):
         """(B, C, H, W) latents, a timestep, (B,) labels -> (B, C, H, W) float32; a learned variance is split off."""
@@ -397,7 +313,7 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
             invert(lambda x, t: self.predict(x, t, labels), x, timesteps, self.scheduler, num_refinements, step)
         return {n: latents[t] for n, t in last.items()}
 
-    def weigh(self, image, target_label=0, negative_label="null", views=None):
+    def compute_class_evidence(self, image, target_label=0, negative_label="null", views=None):
         """(B, C, H, W) image in the model's range -> `class_evidence` of the target and the negative label."""
         labels = self.label_tensor([target_label, negative_label], len(image), image.device, views)
         return class_evidence(lambda x, t: self.predict(torch.cat([x, x]), t, labels), image, self.scheduler)
@@ -411,54 +327,29 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         num_inference_steps,
         guidance_scale,
         negative_label="null",
-        source_label="null",
-        guidance_interval=None,
-        harmonization=0.0,
-        image=None,
-        with_reconstruction=False,
-        eta=0.0,
-        generator=None,
         views=None,
         on_step=None,
     ):
-        """(B, C, H, W) latents at `noise_level` -> (counterfactual, reconstruction or None), each (B, C, H, W).
-
-        All decodings of a step share one forward of the UNet. Harmonization needs the `image`.
-        """
+        """(B, C, H, W) latents at `noise_level` -> (B, C, H, W) counterfactual."""
         timesteps = timesteps_below(self.scheduler, noise_level, num_inference_steps, x.device)
-        batch, w = len(x), guidance_scale
-        extra = {"eta": eta, "generator": generator} if eta else {}
-        both = torch.cat([x, x]) if with_reconstruction else x
+        weights = guidance_weights(target_label, negative_label, guidance_scale)
+        labels = self.label_tensor(weights, len(x), x.device, views)
         for i, t in enumerate(self.progress_bar(timesteps)):
-            inside = guidance_interval is None or guidance_interval[0] <= t <= guidance_interval[1]
-            weights = guidance_weights(target_label, negative_label, w if inside else 0.0)
-            labels = self.label_tensor([*weights] + [source_label] * with_reconstruction, batch, x.device, views)
-            inputs = torch.cat([both[:batch]] * len(weights) + [both[batch:]])
-            outputs = self.predict(inputs, t, labels).split(batch)
-            guided = sum(weight * output for weight, output in zip(weights.values(), outputs, strict=False))
-            if harmonization:
-                span = self.config.data_range[1] - self.config.data_range[0]
-                guided = harmonize(guided, both[:batch], t, image, self.scheduler, harmonization * span, soften)
-            prediction = torch.cat([guided, *outputs[len(weights) :]])
-            both = self.scheduler.step(prediction, t, both, **extra).prev_sample
+            outputs = self.predict(torch.cat([x] * len(weights)), t, labels).split(len(x))
+            guided = sum(weight * output for weight, output in zip(weights.values(), outputs, strict=True))
+            x = self.scheduler.step(guided, t, x).prev_sample
             if on_step is not None:
-                both = torch.cat([on_step(len(timesteps) + i, t, both[:batch]), both[batch:]])
-        return both[:batch], (both[batch:] if with_reconstruction else None)
+                x = on_step(len(timesteps) + i, t, x)
+        return x
 
 
-def soften(change):
-    """(B, H, W) -> (B, H, W): the change that harmonization looks at, smoothed by 1.5 pixels."""
-    return smooth_map(change, 1.5)
-
-
-def noise_levels(settings):
-    """The noise levels of a call, ascending."""
-    level = settings["noise_level"]
-    return sorted(set(level)) if isinstance(level, (list, tuple)) else [level]
+def noise_levels(noise_level):
+    """One noise level, or several -> a list, ascending."""
+    return sorted(set(noise_level)) if isinstance(noise_level, (list, tuple)) else [noise_level]
 
 
 def guidance_weights(target, negative, w):
-    """{label: weight} of (1 + w) eps(target) - w eps(negative), without what would be multiplied by zero."""
+    """{label: weight} of (1 + w) eps(target) - w eps(negative), without weights of zero."""
     weights = {target: 1 + w}
     weights[negative] = weights.get(negative, 0.0) - w
     return {label: weight for label, weight in weights.items() if weight != 0}

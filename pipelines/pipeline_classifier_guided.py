@@ -1,10 +1,10 @@
 """Healthy counterfactuals by DDIM inversion and the gradient of a classifier (after Wolleb et al. 2022)."""
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin, UNet2DModel
 from diffusers.utils import replace_example_docstring
 
-from .cxr_anomaly import AnomalyOutput, ContractMixin, anomaly_output, check_number, difference_map, smooth_map
+from .cxr_anomaly import AnomalyOutput, ContractMixin, check_number, default_settings, with_checkpoint_settings
 from .cxr_classifier import ask, is_image_classifier, names_of_classes, number_of_classes
 from .cxr_images import prepare_image
 from .cxr_inversion import check_scheduler, invert, noise_from_output, output_from_noise, timesteps_below
@@ -39,27 +39,17 @@ class ClassifierGuidedPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         feature_extractor: the image processor of a `transformers` classifier, for its mean, deviation and size.
         class_names: of the classifier's classes; None: those of a `transformers` classifier's own config.
         data_range, scaling, aspect, map_threshold: as of `CFGAnomalyPipeline`.
-        settings: the checkpoint's own defaults of the call: any of noise_level, classifier_scale, num_inference_steps,
-            unet_label, num_refinements, direction, smoothing.
+        settings: the checkpoint's own defaults of the call, any of `ClassifierGuidedPipeline.ORIGINAL_SETTINGS`.
         has_null_label: the last class embedding of the UNet means "no class named". False for models trained without
-            dropping labels (Wolleb's, OpenAI's), and of no account for one without classes.
+            dropping labels (Wolleb's, OpenAI's), and ignored for one without classes.
+        lung_segmenter: as of `CFGAnomalyPipeline`.
 
     Raises:
-        ValueError: names that are not as many as the classes.
+        ValueError: the number of names differs from the number of classes.
     """
 
-    # what a call means when neither the caller nor the checkpoint says otherwise: the figures of the paper
-    ORIGINAL_SETTINGS = {
-        "noise_level": 500,
-        "classifier_scale": 100.0,
-        "num_inference_steps": 1000,
-        "unet_label": None,
-        "num_refinements": 0,
-        "direction": "both",
-        "smoothing": 0.0,
-    }
     model_cpu_offload_seq = "classifier->unet"
-    _optional_components = ["feature_extractor"]
+    _optional_components = ["feature_extractor", "lung_segmenter"]
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
@@ -75,30 +65,36 @@ class ClassifierGuidedPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         settings: dict | None = None,
         map_threshold: float | None = None,
         has_null_label: bool = True,
+        lung_segmenter: ModelMixin | None = None,
     ):
         super().__init__()
         self.register_modules(
-            unet=unet, classifier=classifier, scheduler=scheduler, feature_extractor=feature_extractor
+            unet=unet,
+            classifier=classifier,
+            scheduler=scheduler,
+            feature_extractor=feature_extractor,
+            lung_segmenter=lung_segmenter,
         )
         class_names = class_names or names_of_classes(classifier)
         self.num_classes = number_of_classes(classifier, class_names)
         self.register_contract(self.num_classes, class_names, data_range, scaling, aspect, settings, map_threshold)
         self.register_to_config(has_null_label=has_null_label)
 
+    @with_checkpoint_settings
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
         image,
-        classifier_scale: float | None = None,
-        noise_level: int | None = None,
-        num_inference_steps: int | None = None,
+        classifier_scale: float = 100.0,
+        noise_level: int = 500,
+        num_inference_steps: int = 1000,
         target_label: int | str = 0,
         unet_label: int | str | None = None,
-        num_refinements: int | None = None,
-        direction: str | None = None,
-        smoothing: float | None = None,
-        recipe: str | None = None,
+        direction: str = "both",
+        smoothing: float = 0.0,
+        highpass: float = 0.0,
+        region: str = "image",
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end=None,
@@ -106,23 +102,24 @@ class ClassifierGuidedPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
     ):
         """Where would this chest have to change for the classifier to call it healthy?
 
-        An argument left out takes the checkpoint's own value (`pipeline.config.settings`), or else that of the paper
-        (noise level 500, scale 100, 1000 steps).
+        An argument left out takes the checkpoint's own value (`pipeline.config.settings`), or else the default of the
+        signature, which is that of the paper.
 
         Args:
             image: a PIL image, an array, a tensor or a list of them, any size and bit depth; see `prepare_image`.
-            classifier_scale: s, what the gradient is multiplied by; 0 leaves the classifier out.
+            classifier_scale: s, the factor of the gradient; 0 leaves the classifier out.
             noise_level: the timestep of the training chain (1..1000) where inversion stops and decoding starts,
                 whatever the number of steps.
             num_inference_steps: steps of the whole chain, of which `noise_level / 1000` are taken, once each way.
             target_label: the class to decode to, as an id or a name of the classifier; 0 is healthy.
-            unet_label: the class named to a UNet with classes, both ways: an id, a name, "null", or "target" (as Wolleb
+            unet_label: the class given to a UNet with classes, both ways: an id, a name, "null", or "target" (as Wolleb
                 et al. do). None: "null" if the UNet has a null label, else "target".
-            num_refinements: fixed-point iterations of each inversion step, one UNet evaluation each.
-            direction: "both": the map is the absolute difference. "bright": only what is brighter in the picture than
-                in its counterfactual (fluid, consolidation, masses); "dark": only what is darker (air).
+            direction: "both": the map is the absolute difference. "bright": only where the image is brighter than its
+                counterfactual (fluid, consolidation, masses); "dark": only where it is darker (air).
             smoothing: sigma of a Gaussian applied to the map, in pixels of the model's resolution.
-            recipe: "original": what is left out takes the paper's value, not the checkpoint's own.
+            highpass: sigma of a Gaussian, in pixels of an image of 64 pixels (scaled with the model's resolution); the
+                difference of image and counterfactual blurred by it is subtracted before `direction` applies. 0: off.
+            region: "image", or "lungs": the map is multiplied by the soft lung mask of the pipeline's `lung_segmenter`.
             output_type: "pil", "np" or "pt"; see `AnomalyOutput` for shapes and ranges.
             return_dict: False returns the plain tuple.
             callback_on_step_end: `callback(pipeline, i, t, {"latents": ...})`, called after every step of the inversion
@@ -133,56 +130,36 @@ class ClassifierGuidedPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
             `AnomalyOutput`, or the tuple (image, counterfactual, anomaly_map, anomaly_score).
 
         Raises:
-            TypeError: `image` is not a picture. ValueError: an argument out of its range, or a scheduler that cannot
-            decode what DDIM inversion encoded; each says what was expected.
+            TypeError: `image` is not an image. ValueError: an argument out of its range, or a scheduler that cannot
+            decode the latents of DDIM inversion; each says what was expected.
 
         Examples:
         """
-        # 1. what was asked for
-        settings = self.settings(
-            recipe,
-            classifier_scale=classifier_scale,
-            noise_level=noise_level,
-            num_inference_steps=num_inference_steps,
-            unet_label=unet_label,
-            num_refinements=num_refinements,
-            direction=direction,
-            smoothing=smoothing,
-        )
-        self.check_inputs(settings, output_type, callback_on_step_end_tensor_inputs)
+        # 1. check the arguments
+        check_scheduler(self.scheduler)
+        check_number("classifier_scale", classifier_scale)
+        self.check_steps(noise_level, num_inference_steps, callback_on_step_end_tensor_inputs)
+        self.check_map(output_type, direction=direction, smoothing=smoothing, highpass=highpass, region=region)
         target = self.find_label(target_label, "target_label", self.num_classes)
-        named = self.unet_class(settings["unet_label"], target)
-        span = dict(noise_level=settings["noise_level"], num_inference_steps=settings["num_inference_steps"])
+        label = self.unet_class(unet_label, target)
         on_step = self.on_step(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        span = dict(noise_level=noise_level, num_inference_steps=num_inference_steps, on_step=on_step)
 
-        # 2. picture -> x_0
-        config = self.unet.config
-        image = prepare_image(
-            image,
-            config.sample_size,
-            self.config.scaling,
-            self.config.aspect,
-            self.config.data_range,
-            config.in_channels,
-        ).to(self._execution_device)
+        # 2. image -> x_0
+        image = prepare_image(image, **self.image_format(self.unet)).to(self._execution_device)
 
         # 3. x_0 -> x_L: inversion, without the classifier
-        latents = self.invert(image, named, num_refinements=settings["num_refinements"], on_step=on_step, **span)
+        latents = self.invert(image, label, **span)
 
         # 4. x_L -> x_0': denoising along the classifier's gradient
-        scale = settings["classifier_scale"]
-        counterfactual = self.decode(latents, target, named, classifier_scale=scale, on_step=on_step, **span)
+        counterfactual = self.decode(latents, target, label, classifier_scale=classifier_scale, **span)
 
-        # 5. what had to change
-        low, high = self.config.data_range
-        anomaly_map = difference_map(
-            image, counterfactual.clamp(low, high), self.config.data_range, settings["direction"]
-        )
-        anomaly_map = smooth_map(anomaly_map, settings["smoothing"])
-        output = anomaly_output(image, counterfactual, anomaly_map, self.config.data_range, output_type)
+        # 5. the map of the change
+        anomaly_map = self.map_change(image, counterfactual, direction, highpass, smoothing)
+        data_range = self.config.data_range
+        return self.finish(image, counterfactual, anomaly_map, data_range, region, output_type, return_dict)
 
-        self.maybe_free_model_hooks()
-        return output if return_dict else output.to_tuple()
+    ORIGINAL_SETTINGS = default_settings(__call__)
 
     def unet_class(self, label, target):
         """`unet_label` of a call -> the id of the UNet's class embedding; None for a UNet without classes."""
@@ -195,12 +172,6 @@ class ClassifierGuidedPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         if label == "target" or (label is None and null is None):
             label = target
         return self.find_label("null" if label is None else label, "unet_label", count, null)
-
-    def check_inputs(self, settings, output_type, tensor_inputs):
-        check_scheduler(self.scheduler)
-        self.check_span(settings, tensor_inputs)
-        self.check_map(settings, output_type)
-        check_number("classifier_scale", settings["classifier_scale"])
 
     def predict(self, x, t, named):
         """(B, C, H, W) latents, a timestep, a class id or None -> (B, C, H, W) float32; no learned variance."""

@@ -4,7 +4,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import replace_example_docstring
 
-from .cxr_anomaly import AnomalyOutput, ContractMixin, anomaly_output, difference_map, smooth_map
+from .cxr_anomaly import AnomalyOutput, ContractMixin, default_settings, with_checkpoint_settings
 from .cxr_images import prepare_image
 from .cxr_portable import PortableMixin
 
@@ -35,13 +35,13 @@ class FixedPointGANPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         data_range: the darkest and the brightest value the generator knows; only [-1, 1], the range of its tanh.
         scaling: "minmax" or "dtype", see `prepare_image`.
         aspect: "pad", "crop" or "squash", see `prepare_image`.
-        settings: the checkpoint's own defaults of the call: any of direction, smoothing.
-        map_threshold: the map value above which a pixel counts as abnormal, found on healthy validation images.
+        settings: the checkpoint's own defaults of the call: any of `FixedPointGANPipeline.ORIGINAL_SETTINGS`.
+        map_threshold: the map value above which a pixel counts as abnormal, chosen on healthy validation images.
+        lung_segmenter: as of `CFGAnomalyPipeline`.
     """
 
-    # what a call means when neither the caller nor the checkpoint says otherwise: the original procedure
-    ORIGINAL_SETTINGS = {"direction": "both", "smoothing": 0.0}
     model_cpu_offload_seq = "generator"
+    _optional_components = ["lung_segmenter"]
 
     def __init__(
         self,
@@ -52,36 +52,43 @@ class FixedPointGANPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         aspect: str = "pad",
         settings: dict | None = None,
         map_threshold: float | None = None,
+        lung_segmenter: ModelMixin | None = None,
     ):
         super().__init__()
-        self.register_modules(generator=generator)
+        self.register_modules(generator=generator, lung_segmenter=lung_segmenter)
         if tuple(data_range) != (-1, 1):
-            raise ValueError(f"expected `data_range` [-1, 1], where a generator's answer lies, got {data_range!r}")
+            raise ValueError(f"expected `data_range` [-1, 1], the range of a generator's output, got {data_range!r}")
         classes = generator.config.num_classes
         self.register_contract(classes, class_names, data_range, scaling, aspect, settings, map_threshold)
 
+    @with_checkpoint_settings
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
         image,
         target_label: int | str = 0,
-        direction: str | None = None,
-        smoothing: float | None = None,
+        direction: str = "both",
+        smoothing: float = 0.0,
+        highpass: float = 0.0,
+        region: str = "image",
         output_type: str = "pil",
         return_dict: bool = True,
     ):
         """Where would this chest have to change to be healthy?
 
-        An argument left out takes the checkpoint's own value (`pipeline.config.settings`), or else the original
-        procedure's (the absolute difference, not smoothed).
+        An argument left out takes the checkpoint's own value (`pipeline.config.settings`), or else the default of the
+        signature, which is the original procedure's.
 
         Args:
             image: a PIL image, an array, a tensor or a list of them, any size and bit depth; see `prepare_image`.
             target_label: the class to translate to, as an id or a name; 0 is healthy.
-            direction: "both": the map is the absolute difference. "bright": only what is brighter in the picture than
-                in its counterfactual (fluid, consolidation, masses); "dark": only what is darker (air).
+            direction: "both": the map is the absolute difference. "bright": only where the image is brighter than its
+                counterfactual (fluid, consolidation, masses); "dark": only where it is darker (air).
             smoothing: sigma of a Gaussian applied to the map, in pixels of the model's resolution.
+            highpass: sigma of a Gaussian, in pixels of an image of 64 pixels (scaled with the model's resolution); the
+                difference of image and counterfactual blurred by it is subtracted before `direction` applies. 0: off.
+            region: "image", or "lungs": the map is multiplied by the soft lung mask of the pipeline's `lung_segmenter`.
             output_type: "pil", "np" or "pt"; see `AnomalyOutput` for shapes and ranges.
             return_dict: False returns the plain tuple.
 
@@ -89,39 +96,29 @@ class FixedPointGANPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
             `AnomalyOutput`, or the tuple (image, counterfactual, anomaly_map, anomaly_score).
 
         Raises:
-            TypeError: `image` is not a picture. ValueError: an argument out of its range; each says what was expected.
+            TypeError: `image` is not an image. ValueError: an argument out of its range; each says what was expected.
 
         Examples:
         """
-        # 1. what was asked for
-        settings = self.settings(direction=direction, smoothing=smoothing)
-        self.check_map(settings, output_type)
+        # 1. check the arguments
+        self.check_map(output_type, direction=direction, smoothing=smoothing, highpass=highpass, region=region)
         target = self.label_id(target_label)
 
-        # 2. picture -> x
-        config = self.generator.config
-        image = prepare_image(
-            image,
-            config.sample_size,
-            self.config.scaling,
-            self.config.aspect,
-            self.config.data_range,
-            config.in_channels,
-        ).to(self._execution_device)
+        # 2. image -> x
+        image = prepare_image(image, **self.image_format(self.generator)).to(self._execution_device)
 
         # 3. x -> x': translated to the target class
         counterfactual = self.translate(image, target)
 
-        # 4. what had to change
-        anomaly_map = difference_map(image, counterfactual, self.config.data_range, settings["direction"])
-        anomaly_map = smooth_map(anomaly_map, settings["smoothing"])
-        output = anomaly_output(image, counterfactual, anomaly_map, self.config.data_range, output_type)
+        # 4. the map of the change
+        anomaly_map = self.map_change(image, counterfactual, direction, highpass, smoothing)
+        data_range = self.config.data_range
+        return self.finish(image, counterfactual, anomaly_map, data_range, region, output_type, return_dict)
 
-        self.maybe_free_model_hooks()
-        return output if return_dict else output.to_tuple()
+    ORIGINAL_SETTINGS = default_settings(__call__)
 
     def label_id(self, label):
-        """A class id or a class name -> the class id."""
+        """Class id of a class id or a class name."""
         return self.find_label(label, "target_label", self.generator.config.num_classes)
 
     def translate(self, x, target_label=0):

@@ -2,10 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import replace_example_docstring
 
-from .cxr_anomaly import AnomalyOutput, ContractMixin, anomaly_output, smooth_map
+from .cxr_anomaly import AnomalyOutput, ContractMixin, default_settings, smooth_map, with_checkpoint_settings
 from .cxr_classifier import (
     ask,
     edge_lengths,
@@ -34,27 +34,26 @@ EXAMPLE_DOC_STRING = """
 class GradCAMPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
     """The evidence against "healthy", by the gradient of an image classifier at its last feature map.
 
-    Selvaraju et al. 2017 (https://arxiv.org/abs/1610.02391, eq. 1 and 2). There is no counterfactual in it: that of the
-    answer is the picture itself. The `anomaly_score` is the classifier's probability of not healthy.
+    Selvaraju et al. 2017 (https://arxiv.org/abs/1610.02391, eq. 1 and 2). The method has no counterfactual: that of
+    the output is the image itself. The `anomaly_score` is the classifier's probability of not healthy.
 
     Args:
         classifier: an image classifier of `transformers` that can return its hidden states: feature maps (ResNet,
             ConvNeXt, ...) or tokens of a square grid (ViT, DeiT, ...).
         feature_extractor: its image processor, for its mean, deviation and size.
         class_names: None: those of the classifier's own config.
-        sample_size: side of the picture in pixels; None: the image processor's, or the classifier's `image_size`.
+        sample_size: side of the image in pixels; None: the image processor's, or the classifier's `image_size`.
         scaling, aspect: see `prepare_image`.
-        settings: the checkpoint's own defaults of the call: any of explained_label, smoothing.
-        map_threshold: the map value above which a pixel counts as abnormal, found on healthy validation images.
+        settings: the checkpoint's own defaults of the call: any of `GradCAMPipeline.ORIGINAL_SETTINGS`.
+        map_threshold: the map value above which a pixel counts as abnormal, chosen on healthy validation images.
+        lung_segmenter: as of `CFGAnomalyPipeline`.
 
     Raises:
-        TypeError: the classifier is none of `transformers`. ValueError: nobody says the size of the picture.
+        TypeError: not a classifier of `transformers`. ValueError: the size of the image is not given anywhere.
     """
 
-    # what a call means when neither the caller nor the checkpoint says otherwise
-    ORIGINAL_SETTINGS = {"explained_label": None, "smoothing": 0.0}
     model_cpu_offload_seq = "classifier"
-    _optional_components = ["feature_extractor"]
+    _optional_components = ["feature_extractor", "lung_segmenter"]
 
     def __init__(
         self,
@@ -66,11 +65,12 @@ class GradCAMPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         aspect: str = "pad",
         settings: dict | None = None,
         map_threshold: float | None = None,
+        lung_segmenter: ModelMixin | None = None,
     ):
         super().__init__()
         if not is_image_classifier(classifier):
             raise TypeError(f"expected an image classifier of `transformers`, got {type(classifier).__name__}")
-        self.register_modules(classifier=classifier, feature_extractor=feature_extractor)
+        self.register_modules(classifier=classifier, feature_extractor=feature_extractor, lung_segmenter=lung_segmenter)
         size = edge_lengths(feature_extractor) or (getattr(classifier.config, "image_size", None),)
         sample_size = sample_size or size[0]
         if not sample_size:
@@ -80,6 +80,7 @@ class GradCAMPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         self.register_contract(self.num_classes, class_names, None, scaling, aspect, settings, map_threshold)
         self.register_to_config(sample_size=sample_size)
 
+    @with_checkpoint_settings
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
@@ -87,11 +88,12 @@ class GradCAMPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         image,
         target_label: int | str = 0,
         explained_label: int | str | None = None,
-        smoothing: float | None = None,
+        smoothing: float = 0.0,
+        region: str = "image",
         output_type: str = "pil",
         return_dict: bool = True,
     ):
-        """What speaks against this chest being healthy?
+        """Where does the classifier see evidence against this chest being healthy?
 
         Args:
             image: a PIL image, an array, a tensor or a list of them, any size and bit depth; see `prepare_image`.
@@ -99,28 +101,29 @@ class GradCAMPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
                 the log-odds of all other classes together.
             explained_label: instead, a class whose logit is explained (the method as published).
             smoothing: sigma of a Gaussian applied to the map, in pixels of the model's resolution.
+            region: "image", or "lungs": the map is multiplied by the soft lung mask of the pipeline's `lung_segmenter`;
+                the score stays as it is.
             output_type: "pil", "np" or "pt"; see `AnomalyOutput` for shapes and ranges.
             return_dict: False returns the plain tuple.
 
         Returns:
             `AnomalyOutput`, or the tuple (image, counterfactual, anomaly_map, anomaly_score). The map is tanh(s / 2) of
             the local evidence s >= 0 in units of log-odds: what s alone would add to a probability of one half, doubled
-            to reach 1. It is on one scale for all pictures; none is stretched to its own maximum.
+            to reach 1. It is on one scale for all images; none is stretched to its own maximum.
 
         Raises:
-            TypeError: `image` is not a picture. ValueError: an argument out of its range; each says what was expected.
+            TypeError: `image` is not an image. ValueError: an argument out of its range; each says what was expected.
 
         Examples:
         """
-        # 1. what was asked for
-        settings = self.settings(explained_label=explained_label, smoothing=smoothing)
-        self.check_map({**settings, "direction": "both"}, output_type)
+        # 1. check the arguments
+        self.check_map(output_type, smoothing=smoothing, region=region)
         target = self.find_label(target_label, "target_label", self.num_classes)
-        explained = settings["explained_label"]
+        explained = explained_label
         if explained is not None:
             explained = self.find_label(explained, "explained_label", self.num_classes)
 
-        # 2. picture -> x
+        # 2. image -> x
         size, config = self.config.sample_size, self.config
         image = prepare_image(image, size, config.scaling, config.aspect, (0.0, 1.0))
         image = image.to(self._execution_device)
@@ -130,12 +133,10 @@ class GradCAMPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
 
         # 4. evidence -> map
         evidence = F.interpolate(evidence[:, None], (size, size), mode="bilinear", align_corners=False)[:, 0]
-        anomaly_map = smooth_map(torch.tanh(evidence / 2), settings["smoothing"])
-        output = anomaly_output(image, image, anomaly_map, (0.0, 1.0), output_type)
-        output["anomaly_score"] = probability if output_type == "pt" else probability.cpu().numpy()
+        anomaly_map = smooth_map(torch.tanh(evidence / 2), smoothing)
+        return self.finish(image, image, anomaly_map, (0.0, 1.0), region, output_type, return_dict, probability)
 
-        self.maybe_free_model_hooks()
-        return output if return_dict else output.to_tuple()
+    ORIGINAL_SETTINGS = default_settings(__call__)
 
     def explain(self, x, target_label=0, explained_label=None):
         """(B, 1, H, W) in [0, 1] -> (B, h, w) evidence of 0 and more, and (B,) probability of not `target_label`.

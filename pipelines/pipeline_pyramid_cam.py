@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import replace_example_docstring
 
-from .cxr_anomaly import AnomalyOutput, ContractMixin, anomaly_output, smooth_map
+from .cxr_anomaly import AnomalyOutput, ContractMixin, default_settings, smooth_map, with_checkpoint_settings
 from .cxr_classifier import log_odds_against
 from .cxr_images import prepare_image
 from .cxr_portable import PortableMixin
@@ -26,20 +26,20 @@ EXAMPLE_DOC_STRING = """
 class PyramidCAMPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
     """The class maps of a classifier that pools them to its answer, as an anomaly map.
 
-    After Preechakul et al. 2022 (https://arxiv.org/abs/2010.11475). There is no counterfactual in it: that of the
-    answer is the picture itself. The `anomaly_score` is the classifier's probability of not healthy.
+    After Preechakul et al. 2022 (https://arxiv.org/abs/2010.11475). The method has no counterfactual: that of
+    the output is the image itself. The `anomaly_score` is the classifier's probability of not healthy.
 
     Args:
-        classifier: pictures in [-1, 1] -> output with `logits` (B, K) and `maps` (B, K, h, w): a `PyramidClassifier`.
+        classifier: images in [-1, 1] -> output with `logits` (B, K) and `maps` (B, K, h, w): a `PyramidClassifier`.
         class_names: one name a class, e.g. `["healthy", "pleural effusion"]`.
         scaling, aspect: see `prepare_image`.
-        settings: the checkpoint's own defaults of the call: any of explained_label, smoothing.
-        map_threshold: the map value above which a pixel counts as abnormal, found on healthy validation images.
+        settings: the checkpoint's own defaults of the call: any of `PyramidCAMPipeline.ORIGINAL_SETTINGS`.
+        map_threshold: the map value above which a pixel counts as abnormal, chosen on healthy validation images.
+        lung_segmenter: as of `CFGAnomalyPipeline`.
     """
 
-    # what a call means when neither the caller nor the checkpoint says otherwise
-    ORIGINAL_SETTINGS = {"explained_label": None, "smoothing": 0.0}
     model_cpu_offload_seq = "classifier"
+    _optional_components = ["lung_segmenter"]
 
     def __init__(
         self,
@@ -49,12 +49,14 @@ class PyramidCAMPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         aspect: str = "pad",
         settings: dict | None = None,
         map_threshold: float | None = None,
+        lung_segmenter: ModelMixin | None = None,
     ):
         super().__init__()
-        self.register_modules(classifier=classifier)
+        self.register_modules(classifier=classifier, lung_segmenter=lung_segmenter)
         classes = classifier.config.num_classes
         self.register_contract(classes, class_names, None, scaling, aspect, settings, map_threshold)
 
+    @with_checkpoint_settings
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
@@ -62,11 +64,12 @@ class PyramidCAMPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         image,
         target_label: int | str = 0,
         explained_label: int | str | None = None,
-        smoothing: float | None = None,
+        smoothing: float = 0.0,
+        region: str = "image",
         output_type: str = "pil",
         return_dict: bool = True,
     ):
-        """What speaks against this chest being healthy?
+        """Where does the classifier see evidence against this chest being healthy?
 
         Args:
             image: a PIL image, an array, a tensor or a list of them, any size and bit depth; see `prepare_image`.
@@ -74,31 +77,32 @@ class PyramidCAMPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
                 the log-odds of all other classes together.
             explained_label: instead, a class whose log-odds against class 0 are shown.
             smoothing: sigma of a Gaussian applied to the map, in pixels of the model's resolution.
+            region: "image", or "lungs": the map is multiplied by the soft lung mask of the pipeline's `lung_segmenter`;
+                the score stays as it is.
             output_type: "pil", "np" or "pt"; see `AnomalyOutput` for shapes and ranges.
             return_dict: False returns the plain tuple.
 
         Returns:
             `AnomalyOutput`, or the tuple (image, counterfactual, anomaly_map, anomaly_score). The map is the
-            probability of each place, 1 / (1 + exp(-s)) of its log-odds s. It is on one scale for all pictures; none is
+            probability of each place, 1 / (1 + exp(-s)) of its log-odds s. It is on one scale for all images; none is
             stretched to its own maximum.
 
         Raises:
-            TypeError: `image` is not a picture. ValueError: an argument out of its range; each says what was expected.
+            TypeError: `image` is not an image. ValueError: an argument out of its range; each says what was expected.
 
         Examples:
         """
-        # 1. what was asked for
-        own, model = self.config, self.classifier.config
-        settings = self.settings(explained_label=explained_label, smoothing=smoothing)
-        self.check_map({**settings, "direction": "both"}, output_type)
+        # 1. check the arguments
+        config, model = self.config, self.classifier.config
+        self.check_map(output_type, smoothing=smoothing, region=region)
         target = self.find_label(target_label, "target_label", model.num_classes)
-        explained = settings["explained_label"]
+        explained = explained_label
         if explained is not None:
             explained = self.find_label(explained, "explained_label", model.num_classes)
 
-        # 2. picture -> x
+        # 2. image -> x
         size = model.sample_size
-        x = prepare_image(image, size, own.scaling, own.aspect, (-1.0, 1.0), model.in_channels)
+        x = prepare_image(image, size, config.scaling, config.aspect, (-1.0, 1.0), model.in_channels)
         x = x.to(self._execution_device)
 
         # 3. x -> log-odds of each place
@@ -106,12 +110,10 @@ class PyramidCAMPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
 
         # 4. log-odds -> map
         evidence = F.interpolate(evidence[:, None], (size, size), mode="bilinear", align_corners=False)[:, 0]
-        anomaly_map = smooth_map(evidence.sigmoid(), settings["smoothing"])
-        output = anomaly_output(x, x, anomaly_map, (-1.0, 1.0), output_type)
-        output["anomaly_score"] = probability if output_type == "pt" else probability.cpu().numpy()
+        anomaly_map = smooth_map(evidence.sigmoid(), smoothing)
+        return self.finish(x, x, anomaly_map, (-1.0, 1.0), region, output_type, return_dict, probability)
 
-        self.maybe_free_model_hooks()
-        return output if return_dict else output.to_tuple()
+    ORIGINAL_SETTINGS = default_settings(__call__)
 
     def explain(self, x, target_label=0, explained_label=None):
         """(B, C, H, W) in [-1, 1] -> (B, h, w) log-odds of each place, and (B,) probability of not `target_label`."""

@@ -88,7 +88,7 @@ def test_what_the_choices_of_the_method_are_worth_and_cost_is_one_table(tmp_path
         "two levels": {**own, "noise_level": [300, 500]},
         "unguided": {**own, "guidance_scale": 0.0},
     }
-    methods["original"] = {**own, "recipe": "original", "num_inference_steps": 10}
+    methods["original"] = {**own, **CFGAnomalyPipeline.ORIGINAL_SETTINGS, "num_inference_steps": 10}
     phantoms = {"name": "phantom", "n": 6, "size": 32}
     data = {"implants": {"images": {**phantoms, "diseased_fraction": 1.0}}, "boxes": {"images": phantoms}}
     plan = tmp_path / "plan.yaml"

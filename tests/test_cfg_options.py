@@ -1,5 +1,7 @@
-"""The options of `CFGAnomalyPipeline` that the original did not have, and the recipe that leaves them out."""
+"""The settings of `CFGAnomalyPipeline`: those of the original procedure, those of a checkpoint, retired ones."""
 
+import inspect
+import json
 import math
 import weakref
 
@@ -7,8 +9,18 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
-from cxr_diffusers import CFGAnomalyPipeline, ClassifierGuidedPipeline
-from cxr_diffusers.pipelines.cxr_anomaly import combine_maps, difference_map, score_map, smooth_map
+from cxr_diffusers import (
+    CFGAnomalyPipeline,
+    ClassifierGuidedPipeline,
+    FixedPointGANPipeline,
+    GradCAMPipeline,
+    PyramidCAMPipeline,
+)
+from cxr_diffusers.commands.options import SETTINGS
+from cxr_diffusers.files import as_json
+from cxr_diffusers.fingerprints import weights_digest
+from cxr_diffusers.inference.reference_scores import ReferenceScores
+from cxr_diffusers.pipelines.cxr_anomaly import difference_map, score_map, smooth_map
 from cxr_diffusers.pipelines.cxr_inversion import class_evidence, evidence_timesteps, output_from_noise
 from helpers import toy_classifier, toy_unet
 
@@ -34,62 +46,47 @@ def evaluations(pipeline, images, **kwargs):
         handle.remove()
 
 
-def test_the_original_recipe_leaves_the_checkpoints_settings_out(pipeline, images):
+def test_original_settings_replace_those_of_the_checkpoint(pipeline, images):
     own = with_settings(guidance_scale=1.0, negative_label=1, direction="bright", smoothing=1.0, noise_level=500)
-    original = own(images, recipe="original", **FAST).anomaly_map
+    original = own(images, **{**own.ORIGINAL_SETTINGS, **FAST}).anomaly_map
     torch.testing.assert_close(original, pipeline(images, **FAST).anomaly_map)  # a pipeline without settings
     assert not torch.allclose(original, own(images, **FAST).anomaly_map, atol=1e-3)
-    smoothed = own(images, recipe="original", smoothing=2.0, **FAST).anomaly_map
+    smoothed = own(images, **{**own.ORIGINAL_SETTINGS, **FAST, "smoothing": 2.0}).anomaly_map
     torch.testing.assert_close(smoothed, pipeline(images, smoothing=2.0, **FAST).anomaly_map)  # what is given holds
 
 
-def test_the_original_recipe_of_classifier_guidance_is_the_papers(images):
+def test_original_settings_of_classifier_guidance_replace_those_of_the_checkpoint(images):
     parts = (toy_unet(), toy_classifier(), DDIMScheduler(clip_sample=False))
     own = quiet(ClassifierGuidedPipeline(*parts, settings={"classifier_scale": 3.0, "direction": "dark"}))
     plain = quiet(ClassifierGuidedPipeline(*parts))
-    original = own(images, recipe="original", **FAST).anomaly_map
+    original = own(images, **{**own.ORIGINAL_SETTINGS, **FAST}).anomaly_map
     torch.testing.assert_close(original, plain(images, **FAST).anomaly_map)
     assert not torch.allclose(original, own(images, **FAST).anomaly_map, atol=1e-3)
 
 
-def test_the_original_procedure_asks_the_unet_three_times_for_each_of_its_steps(images):
+def test_the_original_procedure_evaluates_the_unet_three_times_a_step(images):
     own = with_settings(num_inference_steps=20, guidance_scale=0.0)
-    _, shown = evaluations(own, images[:1], recipe="original", num_inference_steps=100, noise_level=50)
+    _, shown = evaluations(own, images[:1], **{**own.ORIGINAL_SETTINGS, "num_inference_steps": 100, "noise_level": 50})
     assert shown == 5 + 2 * 5
-
-
-def test_another_recipe_is_refused(pipeline, images):
-    with pytest.raises(ValueError, match="expected `recipe` to be original, or None.*got 'wolleb'"):
-        pipeline(images, recipe="wolleb", **FAST)
 
 
 @pytest.mark.parametrize("solver", [DDIMScheduler, DPMSolverMultistepScheduler])
 def test_several_noise_levels_share_one_inversion_and_their_maps_are_averaged(pipeline, images, solver):
     pipeline.scheduler = solver.from_config(pipeline.scheduler.config)
     levels = [500, 200, 300]
-    call = {**FAST, "smoothing": 1.0, "compare_with": "reconstruction"}
+    call = {**FAST, "smoothing": 1.0}
     each = {level: pipeline(images, **{**call, "noise_level": level}) for level in levels}
     together, shown = evaluations(pipeline, images, **{**call, "noise_level": levels})
     mean = torch.stack([answer.anomaly_map for answer in each.values()]).mean(dim=0)
     torch.testing.assert_close(together.anomaly_map, mean, atol=1e-5, rtol=0)
     torch.testing.assert_close(together.counterfactual, each[500].counterfactual, atol=1e-5, rtol=0)
     if solver is DDIMScheduler:  # others take other steps
-        assert shown == len(images) * (5 + 3 * (5 + 2 + 3))
-    harmonic = pipeline(images, **{**call, "noise_level": levels, "combine": "harmonic"}).anomaly_map
-    expected = 3 / sum(1 / answer.anomaly_map.clamp(min=1e-6) for answer in each.values())
-    torch.testing.assert_close(harmonic, expected, atol=1e-5, rtol=0)
-    assert (harmonic < mean).any()
+        assert shown == len(images) * (5 + 2 * (5 + 2 + 3))
 
 
 def test_levels_with_the_same_steps_are_two_levels(pipeline, images):
     one = pipeline(images, **FAST).anomaly_map
     torch.testing.assert_close(pipeline(images, **{**FAST, "noise_level": [300, 290]}).anomaly_map, one)
-
-
-def test_a_harmonic_mean_is_high_only_where_all_maps_are():
-    maps = torch.tensor([[[[0.5, 0.0, 0.2]]], [[[0.5, 1.0, 0.8]]]])
-    torch.testing.assert_close(combine_maps(maps, "harmonic"), torch.tensor([[[0.5, 0.0, 0.32]]]), atol=1e-5, rtol=0)
-    torch.testing.assert_close(combine_maps(maps), torch.tensor([[[0.5, 0.5, 0.5]]]))
 
 
 def test_latents_of_other_steps_are_let_go(pipeline, images):
@@ -116,24 +113,6 @@ def test_steps_are_counted_through_all_noise_levels(pipeline, images):
     assert [t for _, t in seen] == [0, 100, 200, 100, 0, 200, 100, 0]
 
 
-def test_outside_the_interval_there_is_no_guidance(pipeline, images):
-    call = {**FAST, "guidance_scale": 3.0}
-    guided, plain = (
-        pipeline(images, **call).anomaly_map,
-        pipeline(images, **{**call, "guidance_scale": 0.0}).anomaly_map,
-    )
-    everywhere, shown = evaluations(pipeline, images, **call, guidance_interval=(0, 1000))
-    torch.testing.assert_close(everywhere.anomaly_map, guided)
-    assert shown == len(images) * (3 + 2 * 3)
-    nowhere, shown = evaluations(pipeline, images, **call, guidance_interval=(900, 1000))
-    torch.testing.assert_close(nowhere.anomaly_map, plain)
-    assert shown == len(images) * (3 + 3)
-    between, shown = evaluations(pipeline, images, **call, guidance_interval=(100, 150))
-    assert shown == len(images) * (3 + 2 + 2)
-    assert not torch.allclose(between.anomaly_map, guided, atol=1e-3)
-    assert not torch.allclose(between.anomaly_map, plain, atol=1e-3)
-
-
 def test_a_longer_chain_is_guided_to_its_end(images):
     pipeline = quiet(CFGAnomalyPipeline(toy_unet(), DDIMScheduler(clip_sample=False, num_train_timesteps=4000)))
     call = {"num_inference_steps": 20, "noise_level": 2000, "output_type": "pt"}
@@ -142,19 +121,7 @@ def test_a_longer_chain_is_guided_to_its_end(images):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_harmonization_takes_small_changes_back_and_leaves_large_ones(pipeline, images, prediction_type):
-    pipeline.scheduler = DDIMScheduler(clip_sample=False, prediction_type=prediction_type)
-    free = pipeline(images, **FAST).anomaly_map
-    assert free.mean() > 0.01
-    kept = pipeline(images, **FAST, harmonization=1e-9).anomaly_map  # every change is large
-    torch.testing.assert_close(kept, free, atol=1e-3, rtol=0)
-    maps = [pipeline(images, **FAST, harmonization=scale).anomaly_map for scale in (1.0, 10.0, 1e6)]
-    assert free.mean() > maps[0].mean() > maps[1].mean() > maps[2].mean()
-    assert maps[2].max() < 1e-3  # every change is small: the image comes back
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_the_label_that_knows_the_picture_better_has_the_evidence(prediction_type):
+def test_the_label_that_predicts_the_image_better_has_the_evidence(prediction_type):
     """Of two networks that are certain of one picture each, the errors and their ratio are known in closed form."""
     scheduler = DDIMScheduler(prediction_type=prediction_type)
     first, second = torch.full((1, 4, 4), -0.5), torch.full((1, 4, 4), 0.5)
@@ -178,7 +145,7 @@ def test_evidence_is_added_to_the_map_and_costs_two_evaluations_a_level(pipeline
     added, with_evidence = evaluations(pipeline, images, **call, evidence=3.0)
     assert with_evidence - shown == len(images) * 2 * 7
     x = plain.image * 2 - 1
-    healthy, diseased, ratio = pipeline.weigh(x, 0, 1)
+    healthy, diseased, ratio = pipeline.compute_class_evidence(x, 0, 1)
     painted = smooth_map(difference_map(diseased, healthy, direction="bright"), 1.0)
     assert painted.max() > 1e-3
     torch.testing.assert_close(added.anomaly_map, (plain.anomaly_map + 3 * painted).clamp(0, 1), atol=1e-5, rtol=0)
@@ -190,7 +157,7 @@ def test_evidence_is_added_to_the_map_and_costs_two_evaluations_a_level(pipeline
     torch.testing.assert_close(other_way, -ratio, atol=1e-5, rtol=0)
 
 
-def test_evidence_of_a_picture_is_its_own_in_any_batch(pipeline, images):
+def test_evidence_of_an_image_is_its_own_in_any_batch(pipeline, images):
     call = {**FAST, "negative_label": 1, "evidence": 2.0, "score": "evidence"}
     together = pipeline(images, **call)
     for i, image in enumerate(images):
@@ -222,20 +189,86 @@ def test_the_levels_of_evidence_are_shares_of_the_chain():
         ({"noise_level": []}, "expected at least one `noise_level`"),
         ({"noise_level": [300, 2000]}, "expected `noise_level` to be a timestep, 1..1000, got 2000"),
         ({"noise_level": [300, 0.5]}, "expected `noise_level` to be a whole number, got 0.5"),
-        ({"combine": "max"}, "expected `combine` mean or harmonic, got 'max'"),
-        ({"guidance_interval": (500, 200)}, r"expected `guidance_interval` as two timesteps .*got \(500, 200\)"),
-        ({"guidance_interval": 500}, "expected `guidance_interval` as two timesteps .*got 500"),
-        ({"harmonization": -0.1}, "expected a finite `harmonization` of 0 or more, got -0.1"),
+        ({"highpass": -0.1}, "expected a finite `highpass` of 0 or more, got -0.1"),
+        ({"region": "heart"}, "expected `region` image or lungs, got 'heart'"),
+        ({"region": "lungs"}, "expected a pipeline with a `lung_segmenter`"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(pipeline, images, wrong, message):
+def test_invalid_settings_are_refused(pipeline, images, wrong, message):
     with pytest.raises(ValueError, match=message):
         pipeline(images, **{**FAST, **wrong})
 
 
 def test_its_own_settings_may_name_several_levels(images, tmp_path):
-    own = with_settings(noise_level=[200, 300], guidance_interval=(100, 1000), num_inference_steps=10)
+    own = with_settings(noise_level=[200, 300], num_inference_steps=10)
     own.save_pretrained(tmp_path)
     again = quiet(CFGAnomalyPipeline.from_pretrained(tmp_path))
     expected = own(images, output_type="pt").anomaly_map
     torch.testing.assert_close(again(images, output_type="pt").anomaly_map, expected)
+
+
+def test_help_shows_the_defaults_that_hold():
+    parameters = inspect.signature(CFGAnomalyPipeline.__call__).parameters
+    assert parameters["noise_level"].default == 500 and parameters["image"].default is inspect.Parameter.empty
+    assert {
+        name: parameters[name].default for name in CFGAnomalyPipeline.ORIGINAL_SETTINGS
+    } == with_settings().settings()
+
+
+def test_settings_may_be_given_by_position(images):
+    own = with_settings(guidance_scale=0.0, noise_level=500, num_inference_steps=10)
+    by_name = own(images, guidance_scale=2.0, noise_level=300, output_type="pt").anomaly_map
+    torch.testing.assert_close(own(images, 2.0, 300, output_type="pt").anomaly_map, by_name)
+
+
+def test_a_retired_setting_of_a_checkpoint_is_ignored_with_a_warning(pipeline, images, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index["settings"] = {"compare_with": "reconstruction", "harmonization": 0.1, "smoothing": 1.0}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.warns(UserWarning, match="compare_with='reconstruction', harmonization=0.1"):
+        opened = quiet(CFGAnomalyPipeline.from_pretrained(tmp_path))
+    assert opened.config.settings == {"smoothing": 1.0}
+    expected = pipeline(images, smoothing=1.0, **FAST).anomaly_map
+    torch.testing.assert_close(opened(images, **FAST).anomaly_map, expected)
+
+
+def test_healthy_scores_of_an_older_version_fit_unless_a_retired_setting_changed_them(pipeline):
+    call = {**pipeline.settings(), "compare_with": "image", "combine": "mean"}
+    del call["highpass"], call["region"]  # older than these
+    reference = ReferenceScores("toys", as_json(call), [0.1], weights_digest(pipeline))
+    assert reference.fits(pipeline, {}) and not reference.fits(pipeline, {"highpass": 4.0})
+    changed = ReferenceScores("toys", as_json({**call, "harmonization": 0.1}), [0.1], weights_digest(pipeline))
+    assert not changed.fits(pipeline, {})
+
+
+def test_the_command_lines_options_are_the_settings_of_the_pipelines():
+    pipelines = (
+        CFGAnomalyPipeline,
+        ClassifierGuidedPipeline,
+        FixedPointGANPipeline,
+        GradCAMPipeline,
+        PyramidCAMPipeline,
+    )
+    assert set(SETTINGS) == {name for pipeline in pipelines for name in pipeline.ORIGINAL_SETTINGS}
+
+
+def test_a_highpass_removes_wide_changes_and_keeps_narrow_ones():
+    reference, narrow = torch.zeros(1, 1, 64, 64), torch.zeros(1, 1, 64, 64)
+    narrow[..., 30:34, 30:34] = 0.5
+    wide = torch.linspace(0, 0.4, 64).expand(1, 1, 64, 64)
+    filtered = difference_map(reference, -(narrow + wide), direction="bright", highpass=6.0)
+    plain = difference_map(reference, -(narrow + wide), direction="bright")
+    inside = torch.zeros(1, 64, 64, dtype=torch.bool)
+    inside[:, 30:34, 30:34] = True
+    assert filtered[~inside].mean() < 0.1 * plain[~inside].mean()
+    assert filtered[inside].mean() > 0.8 * 0.25
+    difference = narrow + wide
+    by_hand = (difference - smooth_map(difference[0], 6.0)[None]).clamp(min=0)[:, 0] / 2
+    torch.testing.assert_close(filtered, by_hand)
+
+
+def test_the_highpass_is_in_pixels_of_64(pipeline, images):
+    output = pipeline(images, highpass=8.0, direction="dark", **FAST)  # of 16 pixels
+    expected = difference_map(output.image, output.counterfactual, (0.0, 1.0), "dark", highpass=2.0)
+    torch.testing.assert_close(output.anomaly_map, expected, atol=1e-5, rtol=0)

@@ -118,7 +118,7 @@ def test_detect_can_run_as_the_original_did(model, folder, tmp_path, capsys):
 
 
 def test_detect_hands_the_options_to_the_pipeline(model, folder, tmp_path):
-    options = ["--negative-label", "pleural effusion", "--source-label", "0", "--compare-with", "reconstruction"]
+    options = ["--negative-label", "pleural effusion", "--source-label", "0", "--region", "image"]
     options += ["--direction", "bright"]
     assert main(["detect", str(folder / "healthy" / "0.png"), "--out", str(tmp_path / "out"), *model, *options]) == 0
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
@@ -127,8 +127,8 @@ def test_detect_hands_the_options_to_the_pipeline(model, folder, tmp_path):
         "num_inference_steps": 20,
         "negative_label": "pleural effusion",
         "source_label": 0,
-        "compare_with": "reconstruction",
         "direction": "bright",
+        "region": "image",
     }
 
 

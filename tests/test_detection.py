@@ -129,7 +129,7 @@ def test_results_of_other_settings_are_not_mixed(pipeline, folder, tmp_path):
 
 
 def test_settings_are_the_same_as_a_pair_and_as_a_list(pipeline, folder, tmp_path):
-    out, call = tmp_path / "out", {**FEW_STEPS, "guidance_interval": (0, 200)}
+    out, call = tmp_path / "out", {**FEW_STEPS, "noise_level": (200, 300)}
     for computed in (1, 0):
         summary = detect(pipeline, [folder / "a.png"], out, call_kwargs=call, progress=False)
         assert summary["computed"] == computed

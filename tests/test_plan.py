@@ -10,6 +10,7 @@ from cxr_diffusers import CFGAnomalyPipeline, GradCAMPipeline, load_phantom
 from cxr_diffusers.cli import main
 from cxr_diffusers.evaluation import load_plan, run_plan
 from cxr_diffusers.evaluation.plan import checked_call
+from cxr_diffusers.pipelines.pipeline_cfg_anomaly import noise_levels
 from helpers import toy_resnet
 
 CONFIG = Path(__file__).parent.parent / "configs" / "evaluate.yaml"
@@ -103,12 +104,19 @@ def test_root_is_filled_in_wherever_it_stands():
 
 def test_the_ablation_asks_for_what_the_call_has_and_each_row_changes_something(pipeline):
     methods = load_plan(CONFIG.with_name("method.yaml"), ["root=/data/cxr"]).methods
-    assert methods["default"] == {"model": "default"} and methods["original"]["recipe"] == "original"
+    assert methods["default"] == {"model": "default"} and methods["original"] == {
+        "model": "default",
+        **pipeline.ORIGINAL_SETTINGS,
+    }
     seen = []
     for name, method in methods.items():
         kwargs = {key: value for key, value in method.items() if key != "model"}
         checked_call(pipeline, kwargs, name)
-        pipeline.check_inputs(pipeline.settings(**kwargs), 0.0, "pil", ())
+        settings = pipeline.settings(**kwargs)
+        pipeline.check_inputs(
+            noise_levels(settings["noise_level"]),
+            *(settings[name] for name in ("num_inference_steps", "guidance_scale", "evidence", "score")),
+        )
         seen.append(kwargs)
     assert len(seen) > 10 and all(seen.count(kwargs) == 1 for kwargs in seen)
 

@@ -7,11 +7,36 @@ PROCESSES = """\
 several GPUs, or several processes on a CPU:
   accelerate launch --multi_gpu --num_processes 2 -m cxr_diffusers.cli {command} ...
 """
-CALL = (
-    "guidance_scale noise_level num_inference_steps negative_label source_label classifier_scale unet_label "
-    "explained_label num_refinements guidance_interval harmonization combine compare_with direction smoothing evidence "
-    "score recipe"
-).split()
+# options of the calls of all pipelines; their defaults stand in the signatures, or in a checkpoint
+SETTINGS = {
+    "guidance_scale": {"type": float, "help": "w of (1 + w) target - w negative"},
+    "noise_level": {
+        "type": int,
+        "nargs": "+",
+        "metavar": "T",
+        "help": "timestep where inversion stops; more may change more. Several: their maps are averaged",
+    },
+    "num_inference_steps": {"type": int, "help": "of the whole chain"},
+    "negative_label": {"help": "class that guidance pushes away from: a name, an id, or null"},
+    "source_label": {"help": "class of the inversion"},
+    "classifier_scale": {"type": float, "help": "s of classifier guidance"},
+    "unet_label": {"help": "class given to the UNet under classifier guidance"},
+    "explained_label": {"help": "class whose evidence Grad-CAM or pyramid CAM explains"},
+    "direction": {"choices": ["both", "bright", "dark"], "help": "of the change: brighter or darker than it should be"},
+    "smoothing": {"type": float, "metavar": "SIGMA", "help": "of the map, in pixels of the model's resolution"},
+    "highpass": {
+        "type": float,
+        "metavar": "SIGMA",
+        "help": "without changes that are wider than this, in pixels of an image of 64 pixels; 0: off",
+    },
+    "region": {"choices": ["image", "lungs"], "help": "part of the image that the map covers"},
+    "evidence": {
+        "type": float,
+        "metavar": "WEIGHT",
+        "help": "of the class evidence in the map: where the model predicts more for the negative label",
+    },
+    "score": {"choices": ["map", "evidence"], "help": "of the map, or how much better the negative label explains it"},
+}
 
 BACKENDS = ("torch", "onnx", "openvino")
 
@@ -50,35 +75,13 @@ def add_pipeline_options(parser, several=False):
         "clamp included (docs/faithfulness.md)",
     )
     call = parser.add_argument_group("of the pipeline (default: the model's own)")
-    call.add_argument("--guidance-scale", type=float, help="w of (1 + w) target - w negative")
-    text = "timestep where inversion stops; more may change more. Several: their maps are combined"
-    call.add_argument("--noise-level", type=int, nargs="+", metavar="T", help=text)
-    call.add_argument("--num-inference-steps", type=int, help="of the whole chain")
-    call.add_argument("--negative-label", help="class to be pushed away from: a name, an id, or null")
-    call.add_argument("--source-label", help="class named while inverting")
-    call.add_argument("--classifier-scale", type=float, help="s of classifier guidance")
-    call.add_argument("--unet-label", help="class named to the UNet under classifier guidance")
-    call.add_argument("--explained-label", help="class whose logit Grad-CAM explains")
-    call.add_argument("--num-refinements", type=int, help="fixed-point iterations of each inversion step")
-    text = "lowest and highest timestep that are guided"
-    call.add_argument("--guidance-interval", type=int, nargs=2, metavar=("LOW", "HIGH"), help=text)
-    text = "change up to which decoding gives way to the picture, as a share of white - black"
-    call.add_argument("--harmonization", type=float, metavar="SHARE", help=text)
-    call.add_argument("--combine", choices=["mean", "harmonic"], help="of the maps of several noise levels")
-    call.add_argument("--compare-with", choices=["image", "reconstruction"])
-    call.add_argument("--direction", choices=["both", "bright", "dark"])
-    call.add_argument("--smoothing", type=float, help="sigma, in pixels of the model's resolution")
-    text = "weight of the class evidence in the map: where more is painted when the negative label is named"
-    call.add_argument("--evidence", type=float, metavar="WEIGHT", help=text)
-    text = "of the map, or how much better the negative label explains the picture"
-    call.add_argument("--score", choices=["map", "evidence"], help=text)
-    text = "the original procedure's settings instead of the model's own (1,500 evaluations an image)"
-    call.add_argument("--recipe", choices=["original"], help=text)
+    for name, option in SETTINGS.items():
+        call.add_argument(f"--{name.replace('_', '-')}", **option)
 
 
 def call_kwargs(options):
     """The pipeline's arguments that were given; a label that is a number is an id, else a name."""
-    given = {name: getattr(options, name) for name in CALL if getattr(options, name) is not None}
+    given = {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}
     if len(given.get("noise_level", [])) == 1:
         given["noise_level"] = given["noise_level"][0]
     return {k: int(v) if k.endswith("_label") and v.isdigit() else v for k, v in given.items()}

@@ -94,7 +94,7 @@ def detect(
     trajectory = None
     if save_trajectory:
         check_steps(pipeline)
-        trajectory = Trajectory(predicted=not call_kwargs.get("eta"))
+        trajectory = Trajectory()
     state, output_dir = process_state(), Path(output_dir)
     threshold = pipeline.config.get("map_threshold")
     if vmax is None:

@@ -31,7 +31,8 @@ class ReferenceScores:
 
     def fits(self, pipeline, call_kwargs):
         """True where a call of `pipeline` with `call_kwargs` means what the reference's calls meant."""
-        return self.call == as_json(pipeline.settings(**call_kwargs)) and self.weights == weights_digest(pipeline)
+        call = as_json(pipeline.current_settings(self.call))
+        return call == as_json(pipeline.settings(**call_kwargs)) and self.weights == weights_digest(pipeline)
 
     def share_below(self, score):
         """How many of the healthy images score less than `score`: (how many, of how many)."""

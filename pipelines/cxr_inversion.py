@@ -150,12 +150,13 @@ def class_evidence(predict, x, scheduler):
     return first, second, (errors[: len(x)] / errors[len(x) :]).log()
 
 
-def class_evidence_errors(predict, x, scheduler, num_labels):
+def class_evidence_errors(predict, x, scheduler, num_labels, timesteps=None):
     """How badly images under noise are predicted under each of several labels; noise and levels of `class_evidence`.
 
     Args:
         predict: `predict(x, t)` -> the network's outputs (num_labels * B, C, H, W), label by label, float32.
         x: (B, C, H, W) images in the model's range.
+        timesteps: the noise levels; None: those of `class_evidence`.
 
     Returns:
         (output_errors, noise_errors), (num_labels, B) each: the mean squared error of what the network predicts, the
@@ -163,7 +164,7 @@ def class_evidence_errors(predict, x, scheduler, num_labels):
     """
     alphas, kind = scheduler.alphas_cumprod.to(x.device, torch.float32), scheduler.config.prediction_type
     output_errors, noise_errors = 0.0, 0.0
-    timesteps = evidence_timesteps(scheduler)
+    timesteps = timesteps or evidence_timesteps(scheduler)
     for t in timesteps:
         alpha, noise = alphas[t], evidence_noise(x, t)
         noised = alpha**0.5 * x + (1 - alpha) ** 0.5 * noise

@@ -17,7 +17,14 @@ from .cxr_anomaly import (
 )
 from .cxr_conditions import Conditions
 from .cxr_images import prepare_image
-from .cxr_inversion import check_scheduler, class_evidence, class_evidence_errors, invert, timesteps_below
+from .cxr_inversion import (
+    check_scheduler,
+    class_evidence,
+    class_evidence_errors,
+    evidence_timesteps,
+    invert,
+    timesteps_below,
+)
 from .cxr_portable import PortableMixin
 
 EXAMPLE_DOC_STRING = """
@@ -154,7 +161,7 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
                 noise for `negative_label` than for `target_label`, as the log of the ratio of the errors: 0 equally
                 well, 0.01 one percent better.
             view: "PA" or "AP", or a list with one for each image, for a model that is conditioned on the view; None
-                or "" where it is unknown: then the view that explains the image better is used, 14 more evaluations.
+                or "" where it is unknown: then the view that explains the image better is used, six more evaluations.
             output_type: "pil", "np" or "pt"; see `AnomalyOutput` for shapes and ranges.
             return_dict: False returns the plain tuple.
             callback_on_step_end: `callback(pipeline, i, t, {"latents": ...})`, called after every step of the inversion
@@ -259,7 +266,8 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         def predict(x, t):
             return self.predict(torch.cat([x] * len(views)), t, labels)
 
-        return class_evidence_errors(predict, image, self.scheduler, len(views))[1].argmin(dim=0)
+        levels = evidence_timesteps(self.scheduler)[1:6:2]
+        return class_evidence_errors(predict, image, self.scheduler, len(views), levels)[1].argmin(dim=0)
 
     def check_inputs(self, levels, num_inference_steps, guidance_scale, evidence, score, tensor_inputs=()):
         """Raise ValueError for a scheduler or settings that inversion, guidance and evidence cannot use."""

@@ -15,11 +15,14 @@ from diffusers import DDIMScheduler, UNet2DModel
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
+from cxr_diffusers import LungSegmenter
 from cxr_diffusers.evaluation import compare, evaluate, summary_table
+from cxr_diffusers.evaluation.controls import image_controls, lung_gates
+from cxr_diffusers.evaluation.masks import smooth_map
 from cxr_diffusers.evaluation.metrics import hit, pixel_average_precision
 from cxr_diffusers.pipelines import AnomalyOutput, CFGAnomalyPipeline
 from cxr_diffusers.pipelines.cxr_images import restore_map
-from helpers import BrightSpots, spot_chest, spot_rows
+from helpers import BrightSpots, spot_chest, spot_rows, toy_unet
 
 FAST = {"num_inference_steps": 4, "noise_level": 500, "guidance_scale": 1.0}
 
@@ -93,9 +96,61 @@ def test_chance_is_the_share_of_positive_pixels():
 
 def test_the_truth_of_others_is_of_other_patients():
     alone = [{**row, "patient": "one"} for row in spot_rows()]
-    assert value(quick(BrightSpots(), alone), "others' truth", "pixel_ap") == pytest.approx(48 / 32**2)
+    assert value(quick(BrightSpots(), alone), "location prior", "pixel_ap") == pytest.approx(48 / 32**2)
     same_spot = [{**spot_rows(1)[0], "patient": f"p{i}"} for i in range(4)]
-    assert value(quick(BrightSpots(), same_spot), "others' truth", "pixel_ap") > 0.9
+    assert value(quick(BrightSpots(), same_spot), "location prior", "pixel_ap") > 0.9
+
+
+class LeftHalf(LungSegmenter):
+    """The lungs are the left quarter of the image; `field` makes a gate of it and its mirror image."""
+
+    def _logits(self, images):
+        left = torch.arange(self.config.sample_size) < self.config.sample_size // 4
+        logits = torch.where(left, 20.0, -20.0).expand(len(images), 2, self.config.sample_size, -1)
+        return logits.clone()
+
+
+def lungs():
+    return LeftHalf(sample_size=32, block_out_channels=(4,), norm_num_groups=2)
+
+
+def test_controls_with_the_lung_gate_are_rows_with_paired_differences_for_every_method():
+    methods = {"bright": BrightSpots(), "dark": BrightSpots(inverted=True)}
+    options = dict(healthy=spot_rows(3, spot=False), n_bootstrap=50, progress=False)
+    summary = compare(methods, spot_rows(), lung_segmenter=lungs(), **options).summary
+    shared = ["lung gate", "brightness x gate", "mirror x gate", "location prior x gate"]
+    for method, other in (("bright", "dark"), ("dark", "bright")):
+        for control in [*shared, f"mean map of {method} x gate"]:
+            difference = summary["differences"][f"{method} - {control}"]["pixel_ap"]
+            rows = summary["rows"]
+            gap = rows[method]["pixel_ap"]["value"] - rows[control]["pixel_ap"]["value"]
+            assert difference["value"] == pytest.approx(gap) and difference["low"] <= difference["high"]
+        assert f"{method} - mean map of {other} x gate" not in summary["differences"]
+    assert {"brightness x gate", "mirror x gate", "lung gate"} <= set(summary["rows"])
+    assert np.isfinite(summary["rows"]["mirror x gate"]["image_auroc"]["value"])
+    assert not [name for name in compare(methods, spot_rows(), **options).summary["rows"] if name.endswith("x gate")]
+
+
+def test_gated_controls_are_the_image_its_mirror_difference_and_the_gate():
+    image = np.zeros((64, 64), np.float32)
+    image[20:30, 4:12] = 1  # inside the gate, brighter than the other side
+    image[:, 28:36] = 1  # in the middle, outside the gate
+    dataset = [{"image": Image.fromarray((image * 255).astype(np.uint8))}]
+    gates = lung_gates(lungs(), dataset)
+    maps = {name: list(sequence)[0] for name, sequence in image_controls(dataset, gates, 0.0).items()}
+    gate = maps["lung gate"]
+    assert gate[:, :12].min() > 0.9 and gate[:, -12:].min() > 0.9 and gate[:, 30:34].max() < 0.1
+    blurred = smooth_map(image, 2.0)
+    assert maps["brightness x gate"] == pytest.approx(blurred * gate, abs=1e-5)
+    one_sided = smooth_map(np.maximum(image - image[:, ::-1], 0), 2.0)
+    assert maps["mirror x gate"] == pytest.approx(one_sided * gate, abs=1e-5)
+    assert maps["mirror x gate"][:, 32:].max() < 0.01 < maps["mirror x gate"][25, 8]
+    assert image_controls(dataset, None, 0.0).keys() == {"|x - blurred x|"}
+
+
+def test_a_lung_segmenter_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="expected a LungSegmenter as `lung_segmenter`, got 'lungs'"):
+        quick(BrightSpots(), spot_rows(2), lung_segmenter="lungs")
 
 
 def test_a_method_that_ignores_the_picture_does_not_beat_its_mean_map():
@@ -254,6 +309,55 @@ def test_views_and_other_columns_are_tabled_apart():
     part = result.summary["strata"]["style = A"]["rows"]["method"]["pixel_ap"]["value"]
     assert part == pytest.approx(only.summary["rows"]["method"]["pixel_ap"]["value"], abs=1e-6)
     assert quick(BrightSpots(), spot_rows()).summary["strata"] == {}
+
+
+def test_sensitivity_and_specificity_are_those_at_the_healthy_thresholds():
+    dataset = spot_rows(6) + spot_rows(4, spot=False)
+    healthy = spot_rows(5, spot=False)
+    result = quick(BrightSpots(), dataset, healthy=healthy, quantile=0.9)
+    threshold = result.summary["settings"]["threshold"]["method"]
+    pixels = np.stack([np.asarray(row["image"]) / 255 > threshold for row in dataset[:6]])
+    truth = np.stack([np.asarray(row["mask"]) > 0 for row in dataset[:6]])
+    assert value(result, "method", "pixel_sensitivity") == pytest.approx(pixels[truth].mean(), abs=1e-6)
+    assert value(result, "method", "pixel_specificity") == pytest.approx(1 - pixels[~truth].mean(), abs=1e-6)
+    scores = result.per_image.score[result.per_image.part == "dataset"].to_numpy()
+    cut = np.quantile(result.per_image.score[result.per_image.part == "healthy"], 0.95)
+    assert value(result, "method", "image_sensitivity") == (scores[:6] > cut).mean() == 1
+    assert value(result, "method", "image_specificity") == pytest.approx((scores[6:] <= cut).mean())
+    interval = result.summary["rows"]["method"]["pixel_sensitivity"]
+    assert interval["low"] <= interval["value"] <= interval["high"]
+    without = quick(BrightSpots(), dataset).summary["rows"]["method"]
+    assert "image_sensitivity" not in without and np.isnan(without["pixel_sensitivity"]["value"])
+
+
+def test_strata_have_the_controls_with_their_intervals():
+    dataset = [{**row, "size_class": "large" if i % 2 else "small"} for i, row in enumerate(spot_rows(6))]
+    result = quick(BrightSpots(), dataset, strata=("size_class",), lung_segmenter=lungs())
+    for part in result.summary["strata"].values():
+        assert part["rows"].keys() == {name for name, row in result.summary["rows"].items() if "pixel_ap" in row}
+        assert np.isfinite(part["rows"]["mirror x gate"]["pixel_ap"]["low"])
+
+
+def test_a_model_of_views_is_told_the_view_of_each_image_and_none_where_it_is_unknown(tmp_path):
+    class Recorder(CFGAnomalyPipeline):
+        asked = []
+
+        def __call__(self, image, view=None, **kwargs):
+            Recorder.asked.append(view)
+            return super().__call__(image, view=view, **kwargs)
+
+    def asked(views, row_views, **kwargs):
+        Recorder.asked = []
+        unet = toy_unet(num_class_embeds=7 if views else 3)
+        pipeline = Recorder(unet, DDIMScheduler(clip_sample=False), views=views, class_names=["healthy", "spot"])
+        rows = [{**row, "view": view} for row, view in zip(spot_rows(len(row_views)), row_views, strict=True)]
+        evaluate(pipeline, rows, output_dir=tmp_path, call_kwargs={**FAST, **kwargs}, n_bootstrap=2, progress=False)
+        return Recorder.asked
+
+    assert asked(["PA", "AP"], ["AP", "", "PA", "LATERAL"]) == [["AP", None, "PA", None]]
+    assert asked(["PA", "AP"], ["PA", "", "PA", "LATERAL"]) == [["PA"]]  # the others are kept: theirs did not change
+    assert asked(["PA", "AP"], ["AP", "PA"], view="AP") == ["AP"]
+    assert asked(None, ["AP", "PA"]) == [None]
 
 
 def test_scores_are_measured_among_each_view_alone():

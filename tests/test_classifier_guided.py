@@ -96,7 +96,7 @@ def test_the_gradient_is_that_of_log_p_by_finite_differences(classifier):
         with torch.no_grad():
             if classifier is toy_classifier:
                 return pipeline.classifier(x.double(), t).log_softmax(dim=1)[0, 1]
-            picture = pipeline.clean_picture(pipeline.predict(x, t, 2), x.double(), t)
+            picture = pipeline.clean_image(pipeline.predict(x, t, 2), x.double(), t)
             return pipeline.classifier(2 * picture - 1).logits.log_softmax(dim=1)[0, 1]
 
     _, gradient = pipeline.predict_with_gradient(x, t, 1, 2)

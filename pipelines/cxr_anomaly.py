@@ -71,6 +71,7 @@ def with_checkpoint_settings(call):
     def call_with_settings(self, *args, **kwargs):
         given = signature.bind_partial(self, *args, **kwargs).arguments
         given.pop("self")
+        self._interrupt = False
         return call(self, **self.settings(**given))
 
     return call_with_settings
@@ -154,9 +155,37 @@ class ContractMixin:
     Such a class has `ORIGINAL_SETTINGS = default_settings(__call__)`: the settings of the original procedure, which
     hold where neither the caller nor the checkpoint chooses. A call with `**pipeline.ORIGINAL_SETTINGS` leaves the
     checkpoint's own out.
+
+    `from_pipe(pipeline)` shares the components and keeps class names, settings and threshold; components alone,
+    `TheClass(**pipeline.components)`, carry none of them: pass them as well.
     """
 
     ORIGINAL_SETTINGS = {}
+    _interrupt = False
+    _num_timesteps = None
+
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs):
+        """As in diffusers; of another class's settings those that the call has are kept, its threshold is not."""
+        if type(pipeline) is not cls:
+            settings = pipeline.config.get("settings") or {}
+            kwargs.setdefault("settings", {k: v for k, v in settings.items() if k in cls.ORIGINAL_SETTINGS})
+            kwargs.setdefault("map_threshold", None)
+        return super().from_pipe(pipeline, **kwargs)
+
+    @property
+    def interrupt(self):
+        """True from the moment a callback sets `pipeline._interrupt = True`: the call leaves its other steps out."""
+        return self._interrupt
+
+    @property
+    def num_timesteps(self):
+        """Steps of the last call, inversion and decoding together; None before the first."""
+        return self._num_timesteps
+
+    def count_timesteps(self, *timesteps):
+        """Set `num_timesteps` of a call to the number of all its timesteps."""
+        self._num_timesteps = sum(len(t) for t in timesteps)
 
     def register_contract(self, num_classes, class_names, data_range, scaling, aspect, settings, map_threshold):
         """Write the preparation of images, the classes and the defaults of the call into the pipeline's config.
@@ -196,7 +225,11 @@ class ContractMixin:
         return list((self.config.class_names or {}).values())
 
     def settings(self, **given):
-        """The settings of a call: those given, else the checkpoint's own, else the original procedure's."""
+        """The settings of a call: those given, else the checkpoint's own, else the original procedure's.
+
+        None counts as not given, unless it is the original procedure's value.
+        """
+        given = {name: v for name, v in given.items() if v is not None or self.ORIGINAL_SETTINGS.get(name) is None}
         return {**self.ORIGINAL_SETTINGS, **(self.config.settings or {}), **given}
 
     def current_settings(self, settings):
@@ -239,6 +272,7 @@ class ContractMixin:
             anomaly_map = anomaly_map * segmenter.field(images).to(anomaly_map.device)
         output = anomaly_output(image, counterfactual, anomaly_map, data_range, output_type, score)
         self.maybe_free_model_hooks()
+        self._interrupt = False  # `invert` and `decode` may be called next, by themselves
         return output if return_dict else output.to_tuple()
 
     def find_label(self, label, name, count, null=None):

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class Conditions:
@@ -52,3 +54,60 @@ class Conditions:
     def unlabelled(self):
         """The id for images whose class or view is unknown: without views the null label."""
         return self.num_embeddings - 1
+
+
+class ViewsMixin:
+    """For a pipeline with a `unet` that may be conditioned on the view, and `predict(x, t, labels)`."""
+
+    def register_views(self, views):
+        """Write the names of the views, a list or a dict from index to name, into the config.
+
+        Raises:
+            ValueError: the views do not divide the class embeddings of the UNet.
+        """
+        views = list(views.values()) if isinstance(views, dict) else views
+        # not a list: diffusers takes a list in a pipeline's config for a component
+        self.register_to_config(views=views and {str(i): name for i, name in enumerate(views)})
+        if views:
+            Conditions.of_table(self.unet.config.num_class_embeds, views, self.config.has_null_label)
+
+    @property
+    def conditions(self):
+        """Which class embedding of the UNet means which class and view."""
+        views = tuple((self.config.views or {}).values())
+        return Conditions.of_table(self.unet.config.num_class_embeds, views, self.config.has_null_label)
+
+    def view_indices(self, view, image, view_errors):
+        """(B,) index of the view of each image, as named or else the one that explains it best; None without views.
+
+        Args:
+            view: a name, "" or None for unknown, or a list of them, one an image.
+            image: (B, C, H, W) in the model's range.
+            view_errors: the function of `cxr_inversion`.
+
+        Raises:
+            ValueError: an unknown view, or a number of views that differs from the number of images.
+        """
+        names = self.conditions.views
+        given = [view] * len(image) if view is None or isinstance(view, str) else list(view)
+        if len(given) != len(image):
+            raise ValueError(f"expected a `view` for each of {len(image)} images, got {len(given)}")
+        if unknown := [name for name in given if name and names and name not in names]:
+            raise ValueError(f"expected `view` among {', '.join(names)}, got {unknown[0]!r}")
+        if not names:
+            return None
+        indices = torch.tensor([names.index(name) if name else -1 for name in given], device=image.device)
+        missing = indices < 0
+        if missing.any():
+            indices[missing] = self.predict_views(image[missing], view_errors)
+        return indices
+
+    def predict_views(self, image, view_errors):
+        """(B, C, H, W) images in the model's range -> (B,) index of the view whose null label explains each best."""
+        views = torch.arange(len(self.conditions.views), device=image.device)
+        labels = self.conditions.null(views).repeat_interleave(len(image))
+
+        def predict(x, t):
+            return self.predict(torch.cat([x] * len(views)), t, labels)
+
+        return view_errors(predict, image, self.scheduler, len(views)).argmin(dim=0)

@@ -81,12 +81,12 @@ def move(x, noise, alpha, new_alpha):
     return new_alpha**0.5 * x0 + (1 - new_alpha) ** 0.5 * noise
 
 
-def invert(predict, x, timesteps, scheduler, num_refinements=0, on_step=None):
+def invert(predict, x, timesteps, scheduler, num_refinements=0, on_step=None, interrupted=None):
     """Image -> latents, the exact mirror of decoding by DDIM over the same timesteps.
 
     A decoding step takes x_t to x_s with the noise predicted at x_t. Its inverse is implicit:
     x_t = move(x_s, eps(x_t)). The plain inversion puts x_s in place of x_t on the right; each refinement puts in the
-    x_t found so far and so solves the equation by fixed-point iteration (Pan et al. 2023,
+    x_t of the last one and so solves the equation by fixed-point iteration (Pan et al. 2023,
     https://arxiv.org/abs/2309.04907).
 
     Args:
@@ -95,6 +95,7 @@ def invert(predict, x, timesteps, scheduler, num_refinements=0, on_step=None):
         timesteps: descending, as `timesteps_below` gives them.
         num_refinements: evaluations per step beyond the first.
         on_step: `on_step(i, t, x)` -> x, called after each step.
+        interrupted: `interrupted()` -> True where the remaining steps are to be left out.
 
     Returns:
         (B, C, H, W) latents at the level of `timesteps[0]`.
@@ -102,6 +103,8 @@ def invert(predict, x, timesteps, scheduler, num_refinements=0, on_step=None):
     alphas = scheduler.alphas_cumprod.to(x.device, torch.float32)
     alpha = clean_alpha(scheduler).to(x.device)
     for i, t in enumerate(timesteps.flip(0)):
+        if interrupted is not None and interrupted():
+            break
         new_alpha = alphas[t.long()]
         new_x = x
         for _ in range(1 + num_refinements):
@@ -118,18 +121,19 @@ def evidence_timesteps(scheduler):
     return [scheduler.config.num_train_timesteps * k // 10 for k in range(1, 8)]
 
 
-def class_evidence(predict, x, scheduler):
-    """Which of two labels explains a picture better, and where: noised alike, it is predicted under either.
+def class_evidence(predict, x, scheduler, generator=None):
+    """Which of two labels explains an image better, and where: the same noised image is predicted under either.
 
-    A diffusion model is a classifier of its labels: the label with which it finds the noise better is the likelier one
-    (Li et al. 2023, https://arxiv.org/abs/2303.16203). And where the predictions differ is where the labels do (after
-    Couairon et al. 2022, https://arxiv.org/abs/2210.11427, section 3). All pictures get the same noise, another one at
-    each level, so that a picture's answer is its own in any batch.
+    A diffusion model is a classifier of its labels: the label with which it predicts the noise better is the likelier
+    one (Li et al. 2023, https://arxiv.org/abs/2303.16203). And the predictions differ where the labels do (after
+    Couairon et al. 2022, https://arxiv.org/abs/2210.11427, section 3). All images get the same noise, another one at
+    each level, so the result of an image does not depend on its batch.
 
     Args:
         predict: `predict(x, t)` -> the network's outputs (2 * B, C, H, W) under the one and under the other label, the
             variance already split off, float32.
         x: (B, C, H, W) images in the model's range.
+        generator: of the noise; None: a fixed seed for each level.
 
     Returns:
         (first, second, log_ratio): the images predicted under either label, (B, C, H, W) each, the mean over the
@@ -140,12 +144,12 @@ def class_evidence(predict, x, scheduler):
     images, errors = 0.0, 0.0
     timesteps = evidence_timesteps(scheduler)
     for t in timesteps:
-        alpha, noise = alphas[t], evidence_noise(x, t)
+        alpha, noise = alphas[t], evidence_noise(x, t, generator)
         noised = alpha**0.5 * x + (1 - alpha) ** 0.5 * noise
         both = torch.cat([noised, noised])
-        found = noise_from_output(predict(noised, torch.tensor(t, device=x.device)), both, alpha, kind)
-        images = images + (both - (1 - alpha) ** 0.5 * found) / alpha**0.5 / len(timesteps)
-        errors = errors + ((found - noise) ** 2).flatten(1).sum(dim=1)
+        predicted_noise = noise_from_output(predict(noised, torch.tensor(t, device=x.device)), both, alpha, kind)
+        images = images + (both - (1 - alpha) ** 0.5 * predicted_noise) / alpha**0.5 / len(timesteps)
+        errors = errors + ((predicted_noise - noise) ** 2).flatten(1).sum(dim=1)
     first, second = images.chunk(2)
     return first, second, (errors[: len(x)] / errors[len(x) :]).log()
 
@@ -176,9 +180,17 @@ def class_evidence_errors(predict, x, scheduler, num_labels, timesteps=None):
     return output_errors, noise_errors
 
 
-def evidence_noise(x, t):
-    """(1, C, H, W), the noise that `class_evidence` adds at timestep `t`: the same for all images, on any device."""
-    generator = torch.Generator().manual_seed(int(t))
+def view_errors(predict, x, scheduler, num_views):
+    """(num_views, B) errors of `class_evidence_errors` for labels that are views, at three of the noise levels."""
+    return class_evidence_errors(predict, x, scheduler, num_views, evidence_timesteps(scheduler)[1:6:2])[1]
+
+
+def evidence_noise(x, t, generator=None):
+    """(1, C, H, W), the noise that `class_evidence` adds to all images at timestep `t`.
+
+    Without a `generator` it is always the same, on any device.
+    """
+    generator = torch.Generator().manual_seed(int(t)) if generator is None else generator
     return randn_tensor((1, *x.shape[1:]), generator=generator, device=x.device, dtype=torch.float32)
 
 

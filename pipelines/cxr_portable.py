@@ -10,6 +10,7 @@ from pathlib import Path
 
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
+from diffusers.utils.torch_utils import is_compiled_module
 
 
 class PortableMixin:
@@ -34,9 +35,17 @@ class PortableMixin:
         index = json.loads((folder / "model_index.json").read_text())
         index["_class_name"] = [copy_code(type(self), folder), type(self).__name__]
         for name, component in self.components.items():
+            component = component._orig_mod if is_compiled_module(component) else component
             if component is not None and is_ours(component):
                 index[name][0] = copy_code(type(component), folder / name)
         write_atomically(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
+
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs):
+        """As in diffusers, and with components of any class: those that only stand in for the annotated type, too."""
+        names = inspect.signature(cls.__init__).parameters
+        components = {name: part for name, part in pipeline.components.items() if name in names and part is not None}
+        return super().from_pipe(pipeline, **{**components, **kwargs})
 
     @classmethod
     def _dict_from_json_file(cls, json_file):
@@ -50,7 +59,7 @@ class PortableMixin:
         return config
 
     def push_to_hub(self, repo_id, **kwargs):
-        """As in diffusers, and the card of the model that this pipeline was loaded from comes along."""
+        """As in diffusers, together with the card of the model that this pipeline was loaded from."""
         from huggingface_hub import HfApi
 
         files = card_files(str(self.config.get("_name_or_path") or ""), kwargs.get("token"))
@@ -64,7 +73,7 @@ class PortableMixin:
 
 
 def card_files(source, token=None):
-    """{name: bytes} of the card of a model, a folder or a name on the Hub, and of the pictures it shows."""
+    """{name: bytes} of the card of a model, a folder or a name on the Hub, and of the images it shows."""
     from huggingface_hub import hf_hub_download
 
     def read(name):
@@ -74,7 +83,7 @@ def card_files(source, token=None):
     try:
         card = read("README.md")
         return {"README.md": card, **{name: read(name) for name in re.findall(r"\(([^/()]+\.png)\)", card.decode())}}
-    except (OSError, ValueError):  # no card, nobody to ask for it, or no name to ask by: there is none to take along
+    except (OSError, ValueError):  # no card, no connection, or no name
         return {}
 
 

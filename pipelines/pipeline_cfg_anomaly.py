@@ -15,15 +15,14 @@ from .cxr_anomaly import (
     smooth_map,
     with_checkpoint_settings,
 )
-from .cxr_conditions import Conditions
+from .cxr_conditions import Conditions, ViewsMixin
 from .cxr_images import prepare_image
 from .cxr_inversion import (
     check_scheduler,
     class_evidence,
-    class_evidence_errors,
-    evidence_timesteps,
     invert,
     timesteps_below,
+    view_errors,
 )
 from .cxr_portable import PortableMixin
 
@@ -40,7 +39,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
+class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipeline):
     """Take an image back to a noise level, decode it guided to the healthy class, and compare.
 
     After Sanchez et al. 2022 (https://arxiv.org/abs/2207.12268) with the inversion of Song et al. 2021
@@ -94,13 +93,7 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
             )
         self.register_contract(num_classes, class_names, data_range, scaling, aspect, settings, map_threshold)
         self.register_to_config(has_null_label=has_null_label)
-        self.register_to_config(views=views and {str(i): name for i, name in enumerate(views)})
-
-    @property
-    def conditions(self):
-        """Which class embedding of the UNet means which class and view."""
-        views = tuple((self.config.views or {}).values())
-        return Conditions.of_table(self.unet.config.num_class_embeds, views, self.config.has_null_label)
+        self.register_views(views)
 
     @property
     def null_label(self):
@@ -126,6 +119,7 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         evidence: float = 0.0,
         score: str = "map",
         view: str | list[str | None] | None = None,
+        generator: torch.Generator | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end=None,
@@ -162,6 +156,7 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
                 well, 0.01 one percent better.
             view: "PA" or "AP", or a list with one for each image, for a model that is conditioned on the view; None
                 or "" where it is unknown: then the view that explains the image better is used, six more evaluations.
+            generator: of the noise of the class evidence. None: fixed noise, the same in every call and on any device.
             output_type: "pil", "np" or "pt"; see `AnomalyOutput` for shapes and ranges.
             return_dict: False returns the plain tuple.
             callback_on_step_end: `callback(pipeline, i, t, {"latents": ...})`, called after every step of the inversion
@@ -200,9 +195,10 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
 
         # 2. image -> x_0
         image = prepare_image(image, **self.image_format(self.unet)).to(self._execution_device)
-        views = self.view_indices(view, image)
+        views = self.view_indices(view, image, view_errors)
 
         # 3. x_0 -> x_L: inversion, once for all noise levels
+        self.count_timesteps(*(timesteps_below(self.scheduler, n, num_inference_steps) for n in [max(levels), *levels]))
         span = dict(num_inference_steps=num_inference_steps, on_step=on_step, views=views)
         encoded = self.encode(image, source, levels, **span)
 
@@ -222,7 +218,7 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
 
         # 5. class evidence: which of the two labels explains the image better, and where
         if needs_evidence:
-            as_target, as_negative, ratio = self.compute_class_evidence(image, target, negative, views)
+            as_target, as_negative, ratio = self.compute_class_evidence(image, target, negative, views, generator)
             difference = difference_map(as_negative, as_target, self.config.data_range, direction)
             anomaly_map = anomaly_map + evidence * smooth_map(difference, smoothing)
             ratio = ratio if score == "evidence" else None
@@ -237,37 +233,6 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         """Class id of a class id, a class name or "null" (the number of classes)."""
         count = self.conditions.num_classes + self.config.has_null_label
         return self.find_label(label, name, count, self.null_label)
-
-    def view_indices(self, view, image):
-        """The view of each image, as named or else as the model explains it best: (B,) indices, or None without views.
-
-        Raises:
-            ValueError: an unknown view, or a number of views that differs from the number of images.
-        """
-        names = self.conditions.views
-        given = [view] * len(image) if view is None or isinstance(view, str) else list(view)
-        if len(given) != len(image):
-            raise ValueError(f"expected a `view` for each of {len(image)} images, got {len(given)}")
-        if unknown := [name for name in given if name and names and name not in names]:
-            raise ValueError(f"expected `view` among {', '.join(names)}, got {unknown[0]!r}")
-        if not names:
-            return None
-        indices = torch.tensor([names.index(name) if name else -1 for name in given], device=image.device)
-        missing = indices < 0
-        if missing.any():
-            indices[missing] = self.predict_views(image[missing])
-        return indices
-
-    def predict_views(self, image):
-        """(B, C, H, W) images in the model's range -> (B,) index of the view whose null label explains each best."""
-        views = torch.arange(len(self.conditions.views), device=image.device)
-        labels = self.conditions.null(views).repeat_interleave(len(image))
-
-        def predict(x, t):
-            return self.predict(torch.cat([x] * len(views)), t, labels)
-
-        levels = evidence_timesteps(self.scheduler)[1:6:2]
-        return class_evidence_errors(predict, image, self.scheduler, len(views), levels)[1].argmin(dim=0)
 
     def check_inputs(self, levels, num_inference_steps, guidance_scale, evidence, score, tensor_inputs=()):
         """Raise ValueError for a scheduler or settings that inversion, guidance and evidence cannot use."""
@@ -318,13 +283,20 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
                     latents[int(t)] = x
                 return x
 
-            invert(lambda x, t: self.predict(x, t, labels), x, timesteps, self.scheduler, num_refinements, step)
-        return {n: latents[t] for n, t in last.items()}
+            def predict(x, t):
+                return self.predict(x, t, labels)
 
-    def compute_class_evidence(self, image, target_label=0, negative_label="null", views=None):
+            last_x = invert(predict, x, timesteps, self.scheduler, num_refinements, step, lambda: self.interrupt)
+        return {n: latents.get(t, last_x) for n, t in last.items()}  # an interrupted inversion has not reached all
+
+    def compute_class_evidence(self, image, target_label=0, negative_label="null", views=None, generator=None):
         """(B, C, H, W) image in the model's range -> `class_evidence` of the target and the negative label."""
         labels = self.label_tensor([target_label, negative_label], len(image), image.device, views)
-        return class_evidence(lambda x, t: self.predict(torch.cat([x, x]), t, labels), image, self.scheduler)
+
+        def predict(x, t):
+            return self.predict(torch.cat([x, x]), t, labels)
+
+        return class_evidence(predict, image, self.scheduler, generator)
 
     def decode(
         self,
@@ -343,6 +315,8 @@ class CFGAnomalyPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         weights = guidance_weights(target_label, negative_label, guidance_scale)
         labels = self.label_tensor(weights, len(x), x.device, views)
         for i, t in enumerate(self.progress_bar(timesteps)):
+            if self.interrupt:
+                break
             outputs = self.predict(torch.cat([x] * len(weights)), t, labels).split(len(x))
             guided = sum(weight * output for weight, output in zip(weights.values(), outputs, strict=True))
             x = self.scheduler.step(guided, t, x).prev_sample

@@ -6,8 +6,16 @@ from diffusers.utils import replace_example_docstring
 
 from .cxr_anomaly import AnomalyOutput, ContractMixin, check_number, default_settings, with_checkpoint_settings
 from .cxr_classifier import ask, is_image_classifier, names_of_classes, number_of_classes
+from .cxr_conditions import ViewsMixin
 from .cxr_images import prepare_image
-from .cxr_inversion import check_scheduler, invert, noise_from_output, output_from_noise, timesteps_below
+from .cxr_inversion import (
+    check_scheduler,
+    invert,
+    noise_from_output,
+    output_from_noise,
+    timesteps_below,
+    view_errors,
+)
 from .cxr_portable import PortableMixin
 
 EXAMPLE_DOC_STRING = """
@@ -23,7 +31,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class ClassifierGuidedPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
+class ClassifierGuidedPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipeline):
     """Take an image back to a noise level, decode it along a classifier's gradient to "healthy", and compare.
 
     After Wolleb et al. 2022 (https://arxiv.org/abs/2203.04306, algorithm 1) with the gradient guidance of Dhariwal &
@@ -33,7 +41,7 @@ class ClassifierGuidedPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         unet: a diffusion model, with or without classes.
         classifier: any module `classifier(x_t, t)` -> (B, K) logits that knows noised pictures (`NoisyClassifier`), in
             the UNet's range; or an image classifier of `transformers`, which never saw noise: it is asked about the
-            clean picture that the UNet predicts, and the gradient goes through both (Augustin et al. 2022,
+            clean image that the UNet predicts, and the gradient goes through both (Augustin et al. 2022,
             https://arxiv.org/abs/2210.11841, section 3), at the cost of a backward pass of the UNet a step.
         scheduler: as of `CFGAnomalyPipeline`.
         feature_extractor: the image processor of a `transformers` classifier, for its mean, deviation and size.
@@ -42,6 +50,7 @@ class ClassifierGuidedPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         settings: the checkpoint's own defaults of the call, any of `ClassifierGuidedPipeline.ORIGINAL_SETTINGS`.
         has_null_label: the last class embedding of the UNet means "no class named". False for models trained without
             dropping labels (Wolleb's, OpenAI's), and ignored for one without classes.
+        views: as of `CFGAnomalyPipeline`; the label of the UNet is then that of each image's view.
         lung_segmenter: as of `CFGAnomalyPipeline`.
 
     Raises:
@@ -65,6 +74,7 @@ class ClassifierGuidedPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         settings: dict | None = None,
         map_threshold: float | None = None,
         has_null_label: bool = True,
+        views: list[str] | dict[str, str] | None = None,
         lung_segmenter: ModelMixin | None = None,
     ):
         super().__init__()
@@ -79,6 +89,7 @@ class ClassifierGuidedPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         self.num_classes = number_of_classes(classifier, class_names)
         self.register_contract(self.num_classes, class_names, data_range, scaling, aspect, settings, map_threshold)
         self.register_to_config(has_null_label=has_null_label)
+        self.register_views(views)
 
     @with_checkpoint_settings
     @torch.no_grad()
@@ -95,6 +106,7 @@ class ClassifierGuidedPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         smoothing: float = 0.0,
         highpass: float = 0.0,
         region: str = "image",
+        view: str | list[str | None] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end=None,
@@ -120,6 +132,8 @@ class ClassifierGuidedPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
             highpass: sigma of a Gaussian, in pixels of an image of 64 pixels (scaled with the model's resolution); the
                 difference of image and counterfactual blurred by it is subtracted before `direction` applies. 0: off.
             region: "image", or "lungs": the map is multiplied by the soft lung mask of the pipeline's `lung_segmenter`.
+            view: "PA" or "AP", or a list with one for each image, for a UNet that is conditioned on the view; None
+                or "" where it is unknown: then the view that explains the image better is used, six evaluations.
             output_type: "pil", "np" or "pt"; see `AnomalyOutput` for shapes and ranges.
             return_dict: False returns the plain tuple.
             callback_on_step_end: `callback(pipeline, i, t, {"latents": ...})`, called after every step of the inversion
@@ -148,6 +162,12 @@ class ClassifierGuidedPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         # 2. image -> x_0
         image = prepare_image(image, **self.image_format(self.unet)).to(self._execution_device)
 
+        views = self.view_indices(view, image, view_errors)
+        if views is not None:
+            label = self.conditions.of_class(label, views)
+        steps = timesteps_below(self.scheduler, noise_level, num_inference_steps)
+        self.count_timesteps(steps, steps)
+
         # 3. x_0 -> x_L: inversion, without the classifier
         latents = self.invert(image, label, **span)
 
@@ -162,24 +182,25 @@ class ClassifierGuidedPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
     ORIGINAL_SETTINGS = default_settings(__call__)
 
     def unet_class(self, label, target):
-        """`unet_label` of a call -> the id of the UNet's class embedding; None for a UNet without classes."""
-        count = self.unet.config.num_class_embeds
-        if not count:
+        """`unet_label` of a call -> the id of the UNet's class, whatever the view; None for a UNet without classes."""
+        if not self.unet.config.num_class_embeds:
             if label not in (None, "null", "target"):
                 raise ValueError(f"expected no `unet_label` with a UNet without classes, got {label!r}")
             return None
+        count = self.conditions.num_classes + self.config.has_null_label
         null = count - 1 if self.config.has_null_label else None
         if label == "target" or (label is None and null is None):
             label = target
         return self.find_label("null" if label is None else label, "unet_label", count, null)
 
-    def predict(self, x, t, named):
-        """(B, C, H, W) latents, a timestep, a class id or None -> (B, C, H, W) float32; no learned variance."""
-        labels = None if named is None else torch.full((len(x),), named, device=x.device)
-        return self.unet(x.to(self.unet.dtype), t, class_labels=labels).sample[:, : x.shape[1]].float()
+    def predict(self, x, t, label):
+        """(B, C, H, W) latents, a timestep, None or an id or (B,) ids of embeddings -> (B, C, H, W) float32."""
+        if label is not None:
+            label = torch.as_tensor(label, device=x.device).expand(len(x))
+        return self.unet(x.to(self.unet.dtype), t, class_labels=label).sample[:, : x.shape[1]].float()
 
-    def invert(self, x, named=None, *, noise_level, num_inference_steps, num_refinements=0, on_step=None):
-        """(B, C, H, W) image in the model's range -> (B, C, H, W) latents at `noise_level`; `named` is a class id."""
+    def invert(self, x, label=None, *, noise_level, num_inference_steps, num_refinements=0, on_step=None):
+        """(B, C, H, W) image in the model's range -> (B, C, H, W) latents at `noise_level`; `label` as of `predict`."""
         timesteps = timesteps_below(self.scheduler, noise_level, num_inference_steps, x.device)
         with self.progress_bar(total=len(timesteps)) as bar:
 
@@ -187,50 +208,60 @@ class ClassifierGuidedPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
                 bar.update()
                 return x if on_step is None else on_step(i, t, x)
 
-            return invert(lambda x, t: self.predict(x, t, named), x, timesteps, self.scheduler, num_refinements, step)
+            return invert(
+                lambda x, t: self.predict(x, t, label),
+                x,
+                timesteps,
+                self.scheduler,
+                num_refinements,
+                step,
+                lambda: self.interrupt,
+            )
 
     def decode(
-        self, x, target_label=0, named=None, *, noise_level, num_inference_steps, classifier_scale, on_step=None
+        self, x, target_label=0, label=None, *, noise_level, num_inference_steps, classifier_scale, on_step=None
     ):
-        """(B, C, H, W) latents at `noise_level` -> (B, C, H, W) counterfactual; `named` is a class id of the UNet."""
+        """(B, C, H, W) latents at `noise_level` -> (B, C, H, W) counterfactual; `label` as of `predict`."""
         timesteps = timesteps_below(self.scheduler, noise_level, num_inference_steps, x.device)
         target = self.find_label(target_label, "target_label", self.num_classes)
         alphas = self.scheduler.alphas_cumprod.to(x.device, torch.float32)
         kind = self.scheduler.config.prediction_type
         for i, t in enumerate(self.progress_bar(timesteps)):
+            if self.interrupt:
+                break
             alpha = alphas[t.long()]
             if classifier_scale:
-                output, gradient = self.predict_with_gradient(x, t, target, named)
+                output, gradient = self.predict_with_gradient(x, t, target, label)
                 noise = noise_from_output(output, x, alpha, kind) - (1 - alpha) ** 0.5 * classifier_scale * gradient
                 output = output_from_noise(noise, x, alpha, kind)
             else:
-                output = self.predict(x, t, named)
+                output = self.predict(x, t, label)
             x = self.scheduler.step(output, t, x).prev_sample
             if on_step is not None:
                 x = on_step(len(timesteps) + i, t, x)
         return x
 
-    def predict_with_gradient(self, x, t, target, named=None):
+    def predict_with_gradient(self, x, t, target, label=None):
         """The UNet's output, and the gradient of log p(target | x_t, t) with respect to x_t: (B, C, H, W) float32 each.
 
-        Each picture's gradient is its own, whatever else is in the batch. Under autocast the classifier stays in its
+        Each image's gradient is its own, whatever else is in the batch. Under autocast the classifier stays in its
         own precision: half precision would lose gradients of this size.
         """
         noised = not is_image_classifier(self.classifier)
-        output = self.predict(x, t, named) if noised else None
+        output = self.predict(x, t, label) if noised else None
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             x = x.detach().float().requires_grad_()
             if noised:
                 logits = self.classifier(x.to(getattr(self.classifier, "dtype", x.dtype)), t)
             else:
-                output = self.predict(x, t, named)
-                logits = ask(self.classifier, self.clean_picture(output, x, t), self.feature_extractor).logits
+                output = self.predict(x, t, label)
+                logits = ask(self.classifier, self.clean_image(output, x, t), self.feature_extractor).logits
             log_p = logits.float().log_softmax(dim=1)[:, target]
             (gradient,) = torch.autograd.grad(log_p.sum(), x)
         return output.detach(), gradient
 
-    def clean_picture(self, output, x, t):
-        """The UNet's output at x_t -> the clean picture that it means, scaled to [0, 1] but not clamped."""
+    def clean_image(self, output, x, t):
+        """The UNet's output at x_t -> the clean image that it means, scaled to [0, 1] but not clamped."""
         alpha = self.scheduler.alphas_cumprod.to(x.device, torch.float32)[t.long()]
         noise = noise_from_output(output, x, alpha, self.scheduler.config.prediction_type)
         low, high = self.config.data_range

@@ -8,7 +8,12 @@ from transformers import ViTConfig, ViTForImageClassification
 from transformers import ViTImageProcessorPil as ViTImageProcessor
 
 from cxr_diffusers import ClassifierGuidedPipeline, GradCAMPipeline
-from cxr_diffusers.pipelines.cxr_inversion import noise_from_output, output_from_noise, timesteps_below
+from cxr_diffusers.pipelines.cxr_inversion import noise_from_output, output_from_noise, timesteps_below, view_errors
+    class_evidence_errors,
+    noise_from_output,
+    output_from_noise,
+    timesteps_below,
+)
 from helpers import toy_classifier, toy_resnet, toy_unet
 
 FAST = dict(num_inference_steps=10, noise_level=300, output_type="pt")
@@ -96,7 +101,7 @@ def test_the_gradient_is_that_of_log_p_by_finite_differences(classifier):
         with torch.no_grad():
             if classifier is toy_classifier:
                 return pipeline.classifier(x.double(), t).log_softmax(dim=1)[0, 1]
-            picture = pipeline.clean_picture(pipeline.predict(x, t, 2), x.double(), t)
+            picture = pipeline.clean_image(pipeline.predict(x, t, 2), x.double(), t)
             return pipeline.classifier(2 * picture - 1).logits.log_softmax(dim=1)[0, 1]
 
     _, gradient = pipeline.predict_with_gradient(x, t, 1, 2)
@@ -230,3 +235,33 @@ def test_only_a_classifier_of_pictures_can_be_looked_into():
         cam(toy_classifier())
     with pytest.raises(ValueError, match="sample_size"):
         GradCAMPipeline(toy_resnet())
+
+
+# views
+
+
+def test_the_unet_is_given_the_null_label_of_each_images_view(images):
+    unet = toy_unet(num_class_embeds=7)  # (2 classes + null) x 2 views + 1
+    pipeline = guided(unet=unet, views=["PA", "AP"])
+    labels = []
+    handle = unet.register_forward_pre_hook(
+        lambda module, args, kwargs: labels.append(kwargs["class_labels"].tolist()), with_kwargs=True
+    )
+    both = pipeline(images, view=["AP", "PA"], **FAST)
+    handle.remove()
+    assert labels and all(row == [5, 4] for row in labels)
+    for i, view in enumerate(("AP", "PA")):
+        alone = pipeline(images[i : i + 1], view=view, **FAST)
+        torch.testing.assert_close(alone.anomaly_map[0], both.anomaly_map[i], atol=2e-5, rtol=0)
+    unknown = pipeline(images, **FAST)
+    x = images * 2 - 1
+    predicted = pipeline.predict_views(x, view_errors)
+    named = pipeline(images, view=[["PA", "AP"][i] for i in predicted], **FAST)
+    torch.testing.assert_close(unknown.anomaly_map, named.anomaly_map)
+
+
+def test_views_must_fit_the_unet_and_be_known(images):
+    with pytest.raises(ValueError, match="class embeddings for the views"):
+        guided(unet=toy_unet(num_class_embeds=6), views=["PA", "AP"])
+    with pytest.raises(ValueError, match="expected `view` among PA, AP, got 'LL'"):
+        guided(unet=toy_unet(num_class_embeds=7), views=["PA", "AP"])(images, view="LL", **FAST)

@@ -16,7 +16,7 @@ from PIL import Image
 from cxr_diffusers import CFGAnomalyPipeline, pipelines, read_image, run_as_original
 from cxr_diffusers.cli import main
 from cxr_diffusers.commands.convert import NOT_NEEDED
-from cxr_diffusers.commands.options import CALL
+from cxr_diffusers.commands.options import SETTINGS
 from cxr_diffusers.data import LOADERS, open_dataset
 from cxr_diffusers.files import load_map
 from cxr_diffusers.guided_diffusion import ConversionFlags
@@ -85,7 +85,7 @@ def test_help_names_what_there_is(capsys):
         main(["evaluate", "--help"])
     assert f"{', '.join(list(LOADERS)[:-1])} or {list(LOADERS)[-1]}" in " ".join(capsys.readouterr().out.split())
     calls = [getattr(pipelines, name).__call__ for name in pipelines.__all__ if name.endswith("Pipeline")]
-    assert set(CALL) < {name for call in calls for name in inspect.signature(call).parameters}
+    assert set(SETTINGS) < {name for call in calls for name in inspect.signature(call).parameters}
     assert not set(NOT_NEEDED) & set(ConversionFlags.__dataclass_fields__)
 
 

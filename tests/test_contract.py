@@ -1,5 +1,6 @@
 """The contract that every anomaly pipeline keeps: one answer, however it is asked, saved, opened and sent away."""
 
+import functools
 import json
 import shutil
 
@@ -14,6 +15,7 @@ from cxr_diffusers import (
     DiffPIRDeblurPipeline,
     FixedPointGANPipeline,
     GradCAMPipeline,
+    LungSegmenter,
     PyramidCAMPipeline,
     detect,
     evaluate,
@@ -21,6 +23,7 @@ from cxr_diffusers import (
 )
 from cxr_diffusers.hub.loading import load_pipeline
 from cxr_diffusers.hub.model_card import write_model_card
+from cxr_diffusers.pipelines.cxr_anomaly import ContractMixin
 from helpers import toy_classifier, toy_generator, toy_pyramid, toy_resnet, toy_unet
 from local_hub import local_hub, run_script
 
@@ -125,10 +128,120 @@ def test_a_folder_without_code_opens_too(pipeline, images, tmp_path):
     torch.testing.assert_close(again(images, output_type="pt").anomaly_map, expected)
 
 
+def toy_segmenter():
+    torch.manual_seed(0)
+    return LungSegmenter(sample_size=16, block_out_channels=(4, 8), norm_num_groups=2).eval()
+
+
+def with_segmenter(pipeline):
+    pipeline.register_modules(lung_segmenter=toy_segmenter())
+    return pipeline
+
+
+def test_in_the_lungs_a_map_is_the_map_of_the_image_times_the_soft_mask(pipeline, images):
+    plain = pipeline(images, output_type="pt")
+    with pytest.raises(ValueError, match="expected a pipeline with a `lung_segmenter` for `region='lungs'`"):
+        pipeline(images, region="lungs")
+    with_segmenter(pipeline)
+    torch.testing.assert_close(pipeline(images, output_type="pt").anomaly_map, plain.anomaly_map)
+    gate = pipeline.lung_segmenter.field(plain.image)
+    assert gate.min() < 0.9 * gate.max()
+    inside = pipeline(images, region="lungs", output_type="pt")
+    torch.testing.assert_close(inside.anomaly_map, plain.anomaly_map * gate, atol=1e-4, rtol=0)
+    torch.testing.assert_close(inside.counterfactual, plain.counterfactual)
+
+
+def test_the_lung_segmenter_is_saved_with_the_pipeline(pipeline, images, tmp_path):
+    with_segmenter(pipeline).register_to_config(settings={**pipeline.config.settings, "region": "lungs"})
+    pipeline.save_pretrained(tmp_path)
+    opened = load_pipeline(tmp_path)
+    assert isinstance(opened.lung_segmenter, LungSegmenter)
+    opened.set_progress_bar_config(disable=True)
+    expected = pipeline(images, output_type="pt").anomaly_map
+    torch.testing.assert_close(opened(images, output_type="pt").anomaly_map, expected)
+
+
+def test_from_pipe_shares_the_components_and_keeps_the_configuration(pipeline, images):
+    pipeline.register_to_config(map_threshold=0.25)
+    shared = type(pipeline).from_pipe(pipeline)
+    assert all(shared.components[name] is part for name, part in pipeline.components.items())
+    assert shared.class_names == CLASSES and shared.config.map_threshold == 0.25
+    assert shared.settings() == pipeline.settings()
+    shared.set_progress_bar_config(disable=True)
+    expected = pipeline(images, output_type="pt").anomaly_map
+    torch.testing.assert_close(shared(images, output_type="pt").anomaly_map, expected)
+
+
+def test_from_pipe_takes_what_another_method_can_use():
+    guided = ClassifierGuidedPipeline(
+        toy_unet(), toy_classifier(), ddim(), settings={**SHORT, "classifier_scale": 3.0}, map_threshold=0.1
+    )
+    free = CFGAnomalyPipeline.from_pipe(guided, class_names=CLASSES)
+    assert free.unet is guided.unet and free.config.settings == SHORT and free.config.map_threshold is None
+
+
+def test_components_alone_carry_the_networks_and_the_documentation_says_so(pipeline):
+    options = {"sample_size": 16} if "sample_size" in pipeline.config else {}
+    bare = type(pipeline)(**pipeline.components, **options)
+    assert bare.settings() == bare.ORIGINAL_SETTINGS and bare.config.map_threshold is None
+    assert "`TheClass(**pipeline.components)`, carry none of them" in ContractMixin.__doc__
+
+
+def test_compiled_networks_are_saved_as_they_were(pipeline, images, tmp_path):
+    expected = pipeline(images, output_type="pt").anomaly_map
+    for name in ("unet", "classifier", "generator"):
+        if name in pipeline.components:
+            setattr(pipeline, name, torch.compile(getattr(pipeline, name)))  # compiles with the first forward only
+    pipeline.save_pretrained(tmp_path)
+    opened = load_pipeline(tmp_path)
+    opened.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(opened(images, output_type="pt").anomaly_map, expected)
+
+
+STEPWISE = ["cfg", "classifier_guided", "guided_by_a_transformers_classifier"]
+
+
+@pytest.mark.parametrize("name", STEPWISE)
+def test_steps_are_counted_and_can_be_interrupted(name, images):
+    pipeline, seen = PIPELINES[name](), []
+    pipeline.set_progress_bar_config(disable=True)
+
+    def callback(pipe, i, t, kwargs, last):
+        seen.append((i, pipe.num_timesteps))
+        pipe._interrupt = i == last
+        return {}
+
+    for last in (1, 3, 99):  # during inversion, during decoding, not at all
+        seen.clear()
+        output = pipeline(images, output_type="pt", callback_on_step_end=functools.partial(callback, last=last))
+        assert seen == [(i, 6) for i in range(min(last, 5) + 1)]
+        assert output.counterfactual.isfinite().all() and not pipeline.interrupt
+
+
+def test_class_evidence_draws_from_the_generator_and_is_fixed_without_one(images):
+    pipeline = PIPELINES["cfg"]()
+    pipeline.set_progress_bar_config(disable=True)
+
+    def score(seed=None):
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        return pipeline(images, score="evidence", generator=generator, output_type="pt").anomaly_score
+
+    torch.testing.assert_close(score(0), score(0))
+    torch.testing.assert_close(score(), score())
+    assert (score(0) - score(1)).abs().min() > 1e-4 and (score(0) - score()).abs().min() > 1e-4
+
+
 # what travels is these, and the prior for deblurring, whose call is another
-TRAVELLERS = {**PIPELINES, "deblur": lambda: DiffPIRDeblurPipeline(toy_unet(num_class_embeds=None), ddim())}
+TRAVELLERS = {
+    **PIPELINES,
+    "cfg_with_segmenter": lambda: with_segmenter(PIPELINES["cfg"]()),
+    "deblur": lambda: DiffPIRDeblurPipeline(toy_unet(num_class_embeds=None), ddim()),
+}
 CALL = {"output_type": "pt", "return_dict": False}
-CALLS = {"deblur": {**CALL, "kernel": [[1 / 9] * 3] * 3, "num_inference_steps": 2}}
+CALLS = {
+    "cfg_with_segmenter": {**CALL, "region": "lungs"},
+    "deblur": {**CALL, "kernel": [[1 / 9] * 3] * 3, "num_inference_steps": 2},
+}
 
 
 def another_version(folder, other):

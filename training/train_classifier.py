@@ -106,7 +106,8 @@ class OfNoisedPictures:
         self.unet, self.scheduler = guided.unet.eval(), guided.scheduler
         self.size, self.class_names, self.settings = guided.unet.config.sample_size, class_names, recipe.pipeline
         self.preparation = {name: guided.config[name] for name in ("scaling", "aspect", "data_range")}
-        self.has_null_label = guided.config.get("has_null_label", True)
+        self.labels_of_unet = {"has_null_label": guided.config.get("has_null_label", True)}
+        self.labels_of_unet["views"] = guided.config.get("views")
         self.model = NoisyClassifier(
             sample_size=self.size,
             in_channels=guided.unet.config.in_channels,
@@ -132,7 +133,7 @@ class OfNoisedPictures:
             self.scheduler,
             class_names=self.class_names,
             settings=self.settings or None,
-            has_null_label=self.has_null_label,
+            **self.labels_of_unet,
             **self.preparation,
         )
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from cxr_diffusers import CFGAnomalyPipeline, load_pipeline
 from cxr_diffusers.evaluation import load_plan
-from cxr_diffusers.evaluation.controls import CHANCE, OTHERS_TRUTH, mean_map_of
+from cxr_diffusers.evaluation.controls import CHANCE, LOCATION, mean_map_of
 from cxr_diffusers.files import save_png
 
 PLAN = Path(__file__).parent.parent / "configs" / "method.yaml"
@@ -46,7 +46,7 @@ def table(summary, names, forwards):
     first, strata = names[0], {key.rpartition(" = ")[2]: value for key, value in summary["strata"].items()}
     styles = [key for key in ("A", "C") if key in strata]
     header = ["", "pixel AP", f"{first} - it", *styles, "pixel AUROC", "hit rate", "forwards"]
-    controls = [mean_map_of(first, names), OTHERS_TRUTH, CHANCE]
+    controls = [mean_map_of(first, names), LOCATION, CHANCE]
     rows = []
     for name in [*names, *(control for control in controls if control in summary["rows"])]:
         found, difference = summary["rows"][name], summary["differences"].get(f"{first} - {name}", {})
@@ -68,7 +68,7 @@ def short_table(summary, names):
     """Of a data set that was not chosen on: what its boxes and its scores say of each row."""
     first = next(name for name in names if name in summary["rows"])
     rows = []
-    for name in [*names, OTHERS_TRUTH, CHANCE]:
+    for name in [*names, LOCATION, CHANCE]:
         if name not in summary["rows"]:
             continue
         found, difference = summary["rows"][name], summary["differences"].get(f"{first} - {name}", {})

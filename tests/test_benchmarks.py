@@ -100,7 +100,7 @@ def test_what_the_choices_of_the_method_are_worth_and_cost_is_one_table(tmp_path
     shown, boxes = capsys.readouterr().out.split("boxes:")
     rows, others = rows_of(shown), rows_of(boxes)
     assert [row[0].strip() for row in rows[:4]] == list(methods) and rows[-1][0].strip() == "chance"
-    assert [row[0].strip() for row in others] == [*methods, "others' truth", "chance"]
+    assert [row[0].strip() for row in others] == [*methods, "location prior", "chance"]
     summary = json.loads((tmp_path / "out" / "boxes" / "summary.json").read_text())["rows"]["unguided"]
     assert others[2][4].startswith(f"{summary['image_auroc']['value']:.3f} [")
     # of 4 steps 2 lie below level 500 and 2 below 300; of 10 steps 5 below 500

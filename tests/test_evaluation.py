@@ -15,7 +15,10 @@ from diffusers import DDIMScheduler, UNet2DModel
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
+from cxr_diffusers import LungSegmenter
 from cxr_diffusers.evaluation import compare, evaluate, summary_table
+from cxr_diffusers.evaluation.controls import image_controls, lung_gates
+from cxr_diffusers.evaluation.masks import smooth_map
 from cxr_diffusers.evaluation.metrics import hit, pixel_average_precision
 from cxr_diffusers.pipelines import AnomalyOutput, CFGAnomalyPipeline
 from cxr_diffusers.pipelines.cxr_images import restore_map
@@ -93,9 +96,61 @@ def test_chance_is_the_share_of_positive_pixels():
 
 def test_the_truth_of_others_is_of_other_patients():
     alone = [{**row, "patient": "one"} for row in spot_rows()]
-    assert value(quick(BrightSpots(), alone), "others' truth", "pixel_ap") == pytest.approx(48 / 32**2)
+    assert value(quick(BrightSpots(), alone), "location prior", "pixel_ap") == pytest.approx(48 / 32**2)
     same_spot = [{**spot_rows(1)[0], "patient": f"p{i}"} for i in range(4)]
-    assert value(quick(BrightSpots(), same_spot), "others' truth", "pixel_ap") > 0.9
+    assert value(quick(BrightSpots(), same_spot), "location prior", "pixel_ap") > 0.9
+
+
+class LeftHalf(LungSegmenter):
+    """The lungs are the left quarter of the image; `field` makes a gate of it and its mirror image."""
+
+    def _logits(self, images):
+        left = torch.arange(self.config.sample_size) < self.config.sample_size // 4
+        logits = torch.where(left, 20.0, -20.0).expand(len(images), 2, self.config.sample_size, -1)
+        return logits.clone()
+
+
+def lungs():
+    return LeftHalf(sample_size=32, block_out_channels=(4,), norm_num_groups=2)
+
+
+def test_controls_with_the_lung_gate_are_rows_with_paired_differences_for_every_method():
+    methods = {"bright": BrightSpots(), "dark": BrightSpots(inverted=True)}
+    options = dict(healthy=spot_rows(3, spot=False), n_bootstrap=50, progress=False)
+    summary = compare(methods, spot_rows(), lung_segmenter=lungs(), **options).summary
+    shared = ["lung gate", "brightness x gate", "mirror x gate", "location prior x gate"]
+    for method, other in (("bright", "dark"), ("dark", "bright")):
+        for control in [*shared, f"mean map of {method} x gate"]:
+            difference = summary["differences"][f"{method} - {control}"]["pixel_ap"]
+            rows = summary["rows"]
+            gap = rows[method]["pixel_ap"]["value"] - rows[control]["pixel_ap"]["value"]
+            assert difference["value"] == pytest.approx(gap) and difference["low"] <= difference["high"]
+        assert f"{method} - mean map of {other} x gate" not in summary["differences"]
+    assert {"brightness x gate", "mirror x gate", "lung gate"} <= set(summary["rows"])
+    assert np.isfinite(summary["rows"]["mirror x gate"]["image_auroc"]["value"])
+    assert not [name for name in compare(methods, spot_rows(), **options).summary["rows"] if name.endswith("x gate")]
+
+
+def test_gated_controls_are_the_image_its_mirror_difference_and_the_gate():
+    image = np.zeros((64, 64), np.float32)
+    image[20:30, 4:12] = 1  # inside the gate, brighter than the other side
+    image[:, 28:36] = 1  # in the middle, outside the gate
+    dataset = [{"image": Image.fromarray((image * 255).astype(np.uint8))}]
+    gates = lung_gates(lungs(), dataset)
+    maps = {name: list(sequence)[0] for name, sequence in image_controls(dataset, gates, 0.0).items()}
+    gate = maps["lung gate"]
+    assert gate[:, :12].min() > 0.9 and gate[:, -12:].min() > 0.9 and gate[:, 30:34].max() < 0.1
+    blurred = smooth_map(image, 2.0)
+    assert maps["brightness x gate"] == pytest.approx(blurred * gate, abs=1e-5)
+    one_sided = smooth_map(np.maximum(image - image[:, ::-1], 0), 2.0)
+    assert maps["mirror x gate"] == pytest.approx(one_sided * gate, abs=1e-5)
+    assert maps["mirror x gate"][:, 32:].max() < 0.01 < maps["mirror x gate"][25, 8]
+    assert image_controls(dataset, None, 0.0).keys() == {"|x - blurred x|"}
+
+
+def test_a_lung_segmenter_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="expected a LungSegmenter as `lung_segmenter`, got 'lungs'"):
+        quick(BrightSpots(), spot_rows(2), lung_segmenter="lungs")
 
 
 def test_a_method_that_ignores_the_picture_does_not_beat_its_mean_map():

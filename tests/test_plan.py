@@ -1,12 +1,13 @@
 """Several methods on several data sets, from a YAML file and from the command line."""
 
+import json
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
 
-from cxr_diffusers import CFGAnomalyPipeline, GradCAMPipeline, load_phantom
+from cxr_diffusers import CFGAnomalyPipeline, GradCAMPipeline, LungSegmenter, load_phantom
 from cxr_diffusers.cli import main
 from cxr_diffusers.evaluation import load_plan, run_plan
 from cxr_diffusers.evaluation.plan import checked_call
@@ -47,6 +48,18 @@ def test_one_command_puts_all_methods_into_a_table_for_each_data_set(models, cap
         table = pd.read_csv(out / name / "per_image.csv")
         assert table.groupby("method").size().to_dict() == {"ours": images, "Grad-CAM": images}
         assert {"contact_sheet.png", "precision_recall.png", "summary.md"} <= {p.name for p in (out / name).iterdir()}
+
+
+def test_a_plan_names_the_lung_segmenter_of_the_gated_controls(models, capsys):
+    LungSegmenter(sample_size=32, block_out_channels=(4, 4), norm_num_groups=2).save_pretrained(models / "lungs")
+    path = write_plan(models, options={"n_bootstrap": 10, "lung_segmenter": str(models / "lungs")})
+    command = ["evaluate", "--config", str(path), "--only", "Grad-CAM", "--out", str(models / "out")]
+    assert main(command) == 0
+    output = capsys.readouterr().out
+    for name in ("lung gate", "brightness x gate", "mirror x gate", "mean map x gate", "location prior x gate"):
+        assert output.count(f"| {name} |") == output.count(f"| Grad-CAM - {name} |") == 2, name
+    summary = json.loads((models / "out" / "b" / "summary.json").read_text())
+    assert summary["settings"]["lung_segmenter"] == "lungs"
 
 
 def test_a_plan_can_be_run_for_some_of_its_methods(models, capsys):
@@ -98,7 +111,12 @@ def test_root_is_filled_in_wherever_it_stands():
     plan = load_plan(CONFIG, ["root=/data/cxr", "options.n_bootstrap=5"])
     assert plan.data["implants"].images["csv"] == "/data/cxr/val_implants/val_implants.csv"
     assert plan.data["boxes"].healthy["csv"] == "/data/cxr/val_implants/val_sources.csv"
-    assert plan.options == {"n_bootstrap": 5, "seed": 0, "judge": "cxr_grad_cam_128"}
+    assert plan.options == {
+        "n_bootstrap": 5,
+        "seed": 0,
+        "judge": "cxr_grad_cam_128",
+        "lung_segmenter": "cxr_lung_segmenter_64",
+    }
     assert len(plan.methods) >= 3
 
 

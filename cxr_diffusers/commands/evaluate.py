@@ -36,6 +36,8 @@ def add(commands):
     evaluate.add_argument("--strata", nargs="*", default=[], help="columns to report separately, e.g. source")
     text = "a model with an image classifier that judges the counterfactuals, e.g. cxr_grad_cam_128"
     evaluate.add_argument("--judge", metavar="MODEL", help=text)
+    text = "adds controls with its lung gate, e.g. cxr_lung_segmenter_64"
+    evaluate.add_argument("--lung-segmenter", metavar="MODEL", help=text)
     add_pipeline_options(evaluate, several=True)
 
 
@@ -54,6 +56,7 @@ def run(options):
             raise ValueError("expected models, data and arguments of the call in the plan, not beside --config")
         plan = load_plan(options.config, options.data, options.only, options.on, options.skip)
         shared |= open_judge(options.judge or plan.options.get("judge"))
+        shared |= open_lung_segmenter(options.lung_segmenter or plan.options.get("lung_segmenter"))
         results = run_plan(plan, lambda model: open_pipeline(options, model), options.out, **shared)
     else:
         if options.only or options.on or options.skip:
@@ -61,7 +64,7 @@ def run(options):
         if len(options.data) != 1:
             raise ValueError(f"expected one data set, or a plan with --config, got {options.data}")
         healthy = open_dataset(options.healthy) if options.healthy else None
-        shared |= open_judge(options.judge)
+        shared |= open_judge(options.judge) | open_lung_segmenter(options.lung_segmenter)
         result = compare(
             open_methods(options),
             open_dataset(options.data[0]),
@@ -83,6 +86,19 @@ def open_judge(name):
     from ..processes import process_state
 
     return {"judge": load_pipeline(name).to(process_state().device)} if name else {}
+
+
+def open_lung_segmenter(name):
+    """{"lung_segmenter": model on the device of this process} of a shipped name, folder or Hub name; {} without one."""
+    from ..hub.loading import CHECKPOINTS
+    from ..models.lung_segmenter import LungSegmenter
+    from ..processes import process_state
+
+    if not name:
+        return {}
+    shipped = CHECKPOINTS / name
+    model = LungSegmenter.from_pretrained(shipped if (shipped / "config.json").is_file() else name)
+    return {"lung_segmenter": model.eval().to(process_state().device)}
 
 
 def open_methods(options):

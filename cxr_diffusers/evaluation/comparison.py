@@ -9,7 +9,7 @@ import pandas as pd
 from ..processes import process_state
 from ..version import __version__
 from .answers import Method, detect
-from .controls import CHANCE, EDGES, OTHERS_TRUTH, controls, edge_maps, is_control, picture_score
+from .controls import controls, image_controls, image_score, is_control, lung_gates
 from .counterfactuals import counterfactual_level
 from .judge import check_judge, name_of
 from .report import sheet_rows, write
@@ -61,6 +61,7 @@ def compare(
     strata=(),
     judge=None,
     maps_dir=None,
+    lung_segmenter=None,
 ):
     """Several methods in one table, with the paired difference of the first to each other one.
 
@@ -73,9 +74,16 @@ def compare(
         chance           a constant map: the share of positive pixels
         random map       uniform noise
         centre prior     a Gaussian in the middle, sigma a quarter of each side
-        mean map         the mean of the method's own maps: what it says without looking
-        others' truth    the mean of the OTHER patients' true regions, smoothed: it knows where lesions tend to be
-        |x - blurred x|  where the picture has detail: a map without a model
+        mean map         the mean of the method's own maps, the same for every image
+        location prior   the mean of the OTHER patients' true regions, smoothed: where lesions tend to be
+        |x - blurred x|  local detail, without a model
+
+    With a `lung_segmenter` its soft lung gate joins them, alone and as a factor, and none of these knows disease:
+
+        lung gate          1 in the lungs, 0 far from them
+        mean map x gate, location prior x gate
+        brightness x gate  the image stretched to [0, 1], smoothed by a Gaussian of 2/64 of the shorter side
+        mirror x gate      likewise max(0, image - its left-right mirror image): brighter than the other lung
 
     "Dice" and "IoU" are per-image means at one threshold for the whole set. A control's threshold marks as many pixels
     as the (first) method's does. "best Dice" and everything else need no threshold.
@@ -107,6 +115,7 @@ def compare(
             they are from healthy pictures; see `counterfactuals.counterfactual_level`. Its class 0 is healthy.
             None: no such numbers.
         maps_dir: where the answers are kept; None: maps/ of `output_dir`. Evaluations may share one.
+        lung_segmenter: a `LungSegmenter`, which gives the controls with the lung gate; None: without them.
 
     Returns:
         `Evaluation`; None in all processes but the main one.
@@ -118,6 +127,8 @@ def compare(
     healthy = healthy or []
     check(pipelines, dataset, healthy, output_dir, strata)
     check_judge(judge)
+    if lung_segmenter is not None and not hasattr(lung_segmenter, "field"):
+        raise ValueError(f"expected a LungSegmenter as `lung_segmenter`, got {lung_segmenter!r}")
     rows, healthy_rows = describe(dataset, strata), describe(healthy)
     methods = [as_method(name, pipeline, call_kwargs or {}) for name, pipeline in pipelines.items()]
 
@@ -134,16 +145,20 @@ def compare(
     for method in methods:
         method.maps = method.restored(method.answers, rows, smoothing)
         method.threshold = threshold_of(method, healthy_rows, quantile, smoothing)
-    edges, healthy_edges = edge_maps(dataset, smoothing), edge_maps(healthy, smoothing)
+    gates = lung_gates(lung_segmenter, dataset)
+    image_maps = image_controls(dataset, gates, smoothing)
+    healthy_maps = image_controls(healthy, lung_gates(lung_segmenter, healthy), smoothing)
     found = [i for i, row in enumerate(rows) if row["truth"] is not None and row["truth"].any()]
     seen = [rows[i] for i in found]
     maps = {method.name: method.maps.at(found) for method in methods}
-    maps |= controls(maps, seen, edges.at(found), seed, smoothing)
+    image_maps_with_truth = {name: image_maps[name].at(found) for name in image_maps}
+    maps |= controls(maps, seen, image_maps_with_truth, None if gates is None else gates[found], seed, smoothing)
 
     # 3. maps -> numbers
     measured = measure(maps, seen, equal_thresholds(maps, methods), progress)
     scores = {m.name: [a["score"] for a in [*m.answers, *m.healthy_answers]] for m in methods}
-    scores[EDGES] = [picture_score(m) for m in [*edges, *healthy_edges]]
+    for name in image_maps:
+        scores[name] = [image_score(m) for part in (image_maps, healthy_maps) for m in part[name]]
     pixels = pixel_level(measured, seen, n_bootstrap, seed)
     tables = [pixels, image_level(scores, rows + healthy_rows, n_bootstrap, seed)]
 
@@ -166,13 +181,14 @@ def compare(
             "n_bootstrap": n_bootstrap,
             "seed": seed,
             "judge": name_of(judge),
+            "lung_segmenter": name_of(lung_segmenter),
         },
         **counts(rows, seen, healthy_rows),
         "seconds_per_image": {m.name: float(np.mean([a["seconds"] for a in m.answers])) for m in methods},
         "rows": intervals(tables),
         "differences": differences(tables, names, list(maps)),
         "image_level_by_view": image_level_by_view(scores, rows + healthy_rows, n_bootstrap, seed),
-        "strata": stratified(pixels, seen, strata, [*names, CHANCE, OTHERS_TRUTH]),
+        "strata": stratified(pixels, seen, strata, list(maps)),
         "counterfactuals": quality,
         "undefined": {c: int(n) for c, n in per_image.select_dtypes("number").isna().sum().items() if n},
     }

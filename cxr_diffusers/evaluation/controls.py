@@ -1,4 +1,4 @@
-"""Maps that do not know the answer: what a method has to beat. All are (H, W) of the picture."""
+"""Baselines that a method has to beat: maps made without knowing the disease. All have the size of their image."""
 
 import numpy as np
 import torch
@@ -10,45 +10,54 @@ from .lazy import Lazy
 from .masks import smooth_map
 
 CHANCE, RANDOM, CENTRE = "chance", "random map", "centre prior"
-OTHERS_TRUTH, EDGES, MEAN = "others' truth", "|x - blurred x|", "mean map"
-# of the counterfactuals
+LOCATION, EDGES, MEAN = "location prior", "|x - blurred x|", "mean map"
+GATE, BRIGHTNESS, MIRROR = "lung gate", "brightness x gate", "mirror x gate"
+GATED = " x gate"  # ends the name of a baseline that is multiplied by the lung gate
+# baselines of the counterfactuals
 ITSELF, BLURRED, SPLIT = "the picture itself", "the picture, blurred", "healthy, split in two"
-GRID = 256  # side of the frame in which pictures of different sizes are averaged
+GRID = 256  # side of the frame in which maps of images of different sizes are averaged
+SIGMA = 2 / 64  # of the Gaussian over brightness and mirror difference, as a fraction of the shorter side
 
 
-def controls(methods, rows, edges, seed, smoothing):
-    """{name: maps} of every control; see `evaluate`.
+def controls(methods, rows, image_maps, gates, seed, smoothing):
+    """{name: maps} of every control; see `compare`.
 
     Args:
         methods: {name: maps} of the methods.
-        rows: what `describe` says of the same images, all with a true region.
-        edges: their `edge_maps`.
+        rows: the `describe` rows of the same images, all with a true region.
+        image_maps: {name: maps} of their `image_controls`.
+        gates: their `lung_gates`, or None.
+        seed: of the random map.
+        smoothing: of the random map, as a fraction of the shorter side.
     """
-    others = truth_of_others(rows)
-    found = {
+    location_of = location_prior(rows)
+    maps = {
         CHANCE: in_every(rows, always(np.zeros((GRID, GRID), np.float32))),
         RANDOM: Lazy(len(rows), lambda i: noise(rows[i], [seed, i], smoothing)),
         CENTRE: in_every(rows, always(centre_prior())),
     }
-    for name, maps in methods.items():
-        found[mean_map_of(name, methods)] = in_every(rows, always(mean_map(maps)))
-    found[OTHERS_TRUTH] = in_every(rows, lambda i: others(rows[i]["group"]))
-    found[EDGES] = edges
-    return found
+    for name, method_maps in methods.items():
+        maps[mean_map_of(name, methods)] = in_every(rows, always(mean_map(method_maps)))
+    maps[LOCATION] = in_every(rows, lambda i: location_of(rows[i]["group"]))
+    if gates is not None:
+        means = [name for name in maps if name.startswith(MEAN)]
+        maps |= {name + GATED: gated(maps[name], gates) for name in [*means, LOCATION]}
+    return maps | image_maps
 
 
 def is_control(name):
-    taken = (CHANCE, RANDOM, CENTRE, OTHERS_TRUTH, EDGES, ITSELF, BLURRED, SPLIT)
-    return name in taken or name.startswith(MEAN)
+    """Whether a name belongs to a control, so that no method may have it."""
+    names = (CHANCE, RANDOM, CENTRE, LOCATION, EDGES, GATE, BRIGHTNESS, MIRROR, ITSELF, BLURRED, SPLIT)
+    return name in names or name == LOCATION + GATED or name.startswith(MEAN)
 
 
 def mean_map_of(name, methods):
-    """What the mean map of a method is called."""
+    """The name of a method's mean map in the tables."""
     return MEAN if len(methods) == 1 else f"{MEAN} of {name}"
 
 
 def in_every(rows, in_frame):
-    """The map `in_frame(i)` of the common frame, in each picture's own size."""
+    """The map `in_frame(i)` of the common frame, resampled to each image's own size."""
     return Lazy(len(rows), lambda i: resample(in_frame(i), rows[i]["height"], rows[i]["width"]))
 
 
@@ -70,7 +79,7 @@ def mean_map(maps):
     return sum((resample(m, GRID, GRID) for m in maps), np.zeros((GRID, GRID), np.float32)) / max(len(maps), 1)
 
 
-def truth_of_others(rows):
+def location_prior(rows):
     """`function(group)`: the mean true region of all other patients' images, smoothed; 0 if there are none."""
     sums, counts = {}, {}
     for row in rows:
@@ -82,19 +91,78 @@ def truth_of_others(rows):
     return lambda group: smooth_map((total - sums[group]) / max(len(rows) - counts[group], 1), 0.04 * GRID)
 
 
-def edge_maps(dataset, smoothing):
-    """|x - blurred x| of each picture: what a map scores by finding detail, without a model."""
+def image_controls(dataset, gates, smoothing):
+    """{name: maps} of the controls that are computed from each image alone, without a model of disease.
 
-    def edges(i):
-        image = dataset[i]["image"]
-        if isinstance(image, np.ndarray):  # of several channels, all of one weight
-            picture = image.mean(axis=-1, dtype=np.float32)
-        else:
-            picture = np.asarray(image.convert("F" if image.mode[0] in "IF" else "L"), np.float32)
-        picture = (picture - picture.min()) / max(np.ptp(picture), 1e-12)
-        return soften(np.abs(picture - smooth_map(picture, 0.05 * min(picture.shape))), smoothing)
+    Args:
+        dataset: rows with `image`.
+        gates: their `lung_gates`, or None: then only |x - blurred x|.
+        smoothing: of |x - blurred x|, as a fraction of the shorter side.
+    """
+    maps = {EDGES: Lazy(len(dataset), lambda i: edge_map(grey_image(dataset[i]["image"]), smoothing))}
+    if gates is not None:
+        grey = Lazy(len(dataset), lambda i: grey_image(dataset[i]["image"]))
+        maps[GATE] = Lazy(len(dataset), lambda i: resample(gates[i], *grey[i].shape))
+        maps[BRIGHTNESS] = gated(Lazy(len(dataset), lambda i: smooth_small(grey[i])), gates)
+        maps[MIRROR] = gated(Lazy(len(dataset), lambda i: smooth_small(grey[i], mirror_difference)), gates)
+    return maps
 
-    return Lazy(len(dataset), edges)
+
+def grey_image(image):
+    """A PIL image or (H, W, C) array -> (H, W) float32 in [0, 1], stretched to its darkest and brightest value."""
+    if isinstance(image, np.ndarray):  # of several channels, all of one weight
+        grey = image.mean(axis=-1, dtype=np.float32)
+    else:
+        grey = np.asarray(image.convert("F" if image.mode[0] in "IF" else "L"), np.float32)
+    return (grey - grey.min()) / max(np.ptp(grey), 1e-12)
+
+
+def edge_map(image, smoothing):
+    """|x - blurred x| of an (H, W) image: the score that detail alone reaches."""
+    return soften(np.abs(image - smooth_map(image, 0.05 * min(image.shape))), smoothing)
+
+
+def mirror_difference(image):
+    """How much brighter each pixel is than its left-right mirror image; 0 where it is darker."""
+    return np.maximum(image - image[:, ::-1], 0)
+
+
+def smooth_small(image, function=None):
+    """The image, or `function(image)`, smoothed by `SIGMA`: computed with a shorter side of at most `GRID`."""
+    height, width = image.shape
+    scale = min(1, GRID / min(height, width))
+    small = image if scale == 1 else resample(image, round(height * scale), round(width * scale))
+    return resample(smooth_map(function(small) if function else small, SIGMA * min(small.shape)), height, width)
+
+
+@torch.no_grad()
+def lung_gates(segmenter, dataset, batch_size=32):
+    """The soft lung gate of each image at the network's own resolution, (N, S, S) float32 in [0, 1].
+
+    Args:
+        segmenter: a `LungSegmenter`; None: there are no gates, None is returned.
+        dataset: rows with `image`.
+        batch_size: images a forward.
+    """
+    if segmenter is None:
+        return None
+    size = segmenter.config.sample_size
+    gates = np.zeros((len(dataset), size, size), np.float32)
+    for start in range(0, len(dataset), batch_size):
+        stop = min(start + batch_size, len(dataset))
+        batch = np.stack([resample(grey_image(dataset[i]["image"]), size, size) for i in range(start, stop)])
+        gates[start:stop] = segmenter.field(torch.from_numpy(batch)[:, None].to(segmenter.device)).cpu().numpy()
+    return gates
+
+
+def gated(maps, gates):
+    """Each map times the gate of its image."""
+    return Lazy(len(maps), lambda i: gate_map(maps[i], gates[i]))
+
+
+def gate_map(anomaly_map, gate):
+    """(H, W) map times a gate of any size."""
+    return anomaly_map * resample(gate, *anomaly_map.shape)
 
 
 def resample(array, height, width):
@@ -102,6 +170,6 @@ def resample(array, height, width):
     return np.asarray(Image.fromarray(array).resize((width, height), Image.Resampling.BILINEAR))
 
 
-def picture_score(anomaly_map):
-    """A picture's score by the pipelines' own rule, for a map without a pipeline."""
-    return float(score_map(torch.from_numpy(anomaly_map)[None])[0])
+def image_score(anomaly_map):
+    """An image's score by the pipelines' own rule, for a map without a pipeline."""
+    return float(score_map(torch.tensor(anomaly_map)[None])[0])

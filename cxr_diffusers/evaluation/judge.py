@@ -25,11 +25,11 @@ def check_judge(judge):
         )
 
 
-def name_of(judge):
-    """The name of a judge in the tables: that of its folder or repository, else its class; None without one."""
-    if judge is None:
+def name_of(model):
+    """The name of a judge or lung segmenter: that of its folder or repository, else its class; None without one."""
+    if model is None:
         return None
-    name = str(judge.config.get("_name_or_path") or type(judge).__name__)
+    name = str(model.config.get("_name_or_path") or type(model).__name__)
     return Path(name).resolve().name if Path(name).is_dir() else name
 
 

@@ -27,7 +27,7 @@ class Plan:
     methods: dict  # name in the table -> {model: see hub.load_pipeline; any argument of its call}
     data: dict  # name -> `DataPlan`
     root: str = ""  # what stands for {root} in the data's values
-    options: dict = field(default_factory=dict)  # n_bootstrap, seed, judge, smoothing, quantile, ... of `compare`
+    options: dict = field(default_factory=dict)  # n_bootstrap, seed, judge, lung_segmenter, smoothing, ... of `compare`
 
 
 def load_plan(path, overrides=(), only=(), on=(), skip=()):
@@ -92,7 +92,7 @@ def run_plan(plan, open_model, output_dir, **options):
         open_model: `open_model(model)` -> pipeline, placed on its device; opens the methods and the judge.
         output_dir: a folder for each data set is written below it, see `evaluate`; and summary.md with all tables, and
             maps/, which they share: a picture that is in several of them is computed once.
-        options: of `compare`, over those of the plan.
+        options: of `compare`, over those of the plan; `lung_segmenter` is a model, where the plan names one.
 
     Returns:
         {data set: `Evaluation`}; None in all processes but the main one.

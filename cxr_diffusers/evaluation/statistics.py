@@ -9,7 +9,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from . import metrics
-from .controls import CHANCE, MEAN, mean_map_of
+from .controls import CHANCE, GATED, MEAN, mean_map_of
 from .masks import healthy_threshold
 
 MEANS = {"pixel_ap": "pixel_ap_mean", "pixel_auroc": "pixel_auroc_mean", "hit": "hit_rate"}  # others: the same
@@ -149,7 +149,10 @@ def pairs(methods, names):
     controls = [name for name in names if name not in methods]
     # the mean map of another method is no control of this one
     return others + [
-        (m, c) for m in methods for c in controls if not c.startswith(MEAN) or c == mean_map_of(m, methods)
+        (m, c)
+        for m in methods
+        for c in controls
+        if not c.startswith(MEAN) or c.removesuffix(GATED) == mean_map_of(m, methods)
     ]
 
 

@@ -22,7 +22,7 @@ from cxr_diffusers.evaluation.masks import smooth_map
 from cxr_diffusers.evaluation.metrics import hit, pixel_average_precision
 from cxr_diffusers.pipelines import AnomalyOutput, CFGAnomalyPipeline
 from cxr_diffusers.pipelines.cxr_images import restore_map
-from helpers import BrightSpots, spot_chest, spot_rows
+from helpers import BrightSpots, spot_chest, spot_rows, toy_unet
 
 FAST = {"num_inference_steps": 4, "noise_level": 500, "guidance_scale": 1.0}
 
@@ -309,6 +309,55 @@ def test_views_and_other_columns_are_tabled_apart():
     part = result.summary["strata"]["style = A"]["rows"]["method"]["pixel_ap"]["value"]
     assert part == pytest.approx(only.summary["rows"]["method"]["pixel_ap"]["value"], abs=1e-6)
     assert quick(BrightSpots(), spot_rows()).summary["strata"] == {}
+
+
+def test_sensitivity_and_specificity_are_those_at_the_healthy_thresholds():
+    dataset = spot_rows(6) + spot_rows(4, spot=False)
+    healthy = spot_rows(5, spot=False)
+    result = quick(BrightSpots(), dataset, healthy=healthy, quantile=0.9)
+    threshold = result.summary["settings"]["threshold"]["method"]
+    pixels = np.stack([np.asarray(row["image"]) / 255 > threshold for row in dataset[:6]])
+    truth = np.stack([np.asarray(row["mask"]) > 0 for row in dataset[:6]])
+    assert value(result, "method", "pixel_sensitivity") == pytest.approx(pixels[truth].mean(), abs=1e-6)
+    assert value(result, "method", "pixel_specificity") == pytest.approx(1 - pixels[~truth].mean(), abs=1e-6)
+    scores = result.per_image.score[result.per_image.part == "dataset"].to_numpy()
+    cut = np.quantile(result.per_image.score[result.per_image.part == "healthy"], 0.95)
+    assert value(result, "method", "image_sensitivity") == (scores[:6] > cut).mean() == 1
+    assert value(result, "method", "image_specificity") == pytest.approx((scores[6:] <= cut).mean())
+    interval = result.summary["rows"]["method"]["pixel_sensitivity"]
+    assert interval["low"] <= interval["value"] <= interval["high"]
+    without = quick(BrightSpots(), dataset).summary["rows"]["method"]
+    assert "image_sensitivity" not in without and np.isnan(without["pixel_sensitivity"]["value"])
+
+
+def test_strata_have_the_controls_with_their_intervals():
+    dataset = [{**row, "size_class": "large" if i % 2 else "small"} for i, row in enumerate(spot_rows(6))]
+    result = quick(BrightSpots(), dataset, strata=("size_class",), lung_segmenter=lungs())
+    for part in result.summary["strata"].values():
+        assert part["rows"].keys() == {name for name, row in result.summary["rows"].items() if "pixel_ap" in row}
+        assert np.isfinite(part["rows"]["mirror x gate"]["pixel_ap"]["low"])
+
+
+def test_a_model_of_views_is_told_the_view_of_each_image_and_none_where_it_is_unknown(tmp_path):
+    class Recorder(CFGAnomalyPipeline):
+        asked = []
+
+        def __call__(self, image, view=None, **kwargs):
+            Recorder.asked.append(view)
+            return super().__call__(image, view=view, **kwargs)
+
+    def asked(views, row_views, **kwargs):
+        Recorder.asked = []
+        unet = toy_unet(num_class_embeds=7 if views else 3)
+        pipeline = Recorder(unet, DDIMScheduler(clip_sample=False), views=views, class_names=["healthy", "spot"])
+        rows = [{**row, "view": view} for row, view in zip(spot_rows(len(row_views)), row_views, strict=True)]
+        evaluate(pipeline, rows, output_dir=tmp_path, call_kwargs={**FAST, **kwargs}, n_bootstrap=2, progress=False)
+        return Recorder.asked
+
+    assert asked(["PA", "AP"], ["AP", "", "PA", "LATERAL"]) == [["AP", None, "PA", None]]
+    assert asked(["PA", "AP"], ["PA", "", "PA", "LATERAL"]) == [["PA"]]  # the others are kept: theirs did not change
+    assert asked(["PA", "AP"], ["AP", "PA"], view="AP") == ["AP"]
+    assert asked(None, ["AP", "PA"]) == [None]
 
 
 def test_scores_are_measured_among_each_view_alone():

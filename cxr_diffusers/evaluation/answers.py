@@ -58,7 +58,7 @@ def detect(method, dataset, *, folder, batch_size, seed, progress, desc):
     state = process_state()
     # all go by the main process's name for it: what has no fingerprint has another one in every process
     [key] = broadcast_object_list([fingerprint(method.pipeline, method.call_kwargs, seed)])
-    digests = [picture_digest(key, row) for row in dataset]
+    digests = [picture_digest(key_with_view(key, view_of(method, row)), row) for row in dataset]
     if folder is None:
         kept, files = {}, None
         missing = list(range(len(digests)))
@@ -87,6 +87,9 @@ def ask(method, dataset, batch, digests):
     if "generator" in inspect.signature(method.pipeline.__call__).parameters:
         # noise belongs to the picture: the same whatever the batch, the process, or where a run was taken up
         kwargs.setdefault("generator", [torch.Generator().manual_seed(int(digests[i][:8], 16)) for i in batch])
+    views = [view_of(method, dataset[i]) for i in batch]
+    if any(views):
+        kwargs["view"] = views
     start = time.perf_counter()
     output = method.pipeline([dataset[i]["image"] for i in batch], output_type="np", **kwargs)
     seconds = (time.perf_counter() - start) / len(batch)
@@ -100,6 +103,22 @@ def ask(method, dataset, batch, digests):
             "score": float(output.anomaly_score[k]),
             "seconds": seconds,
         }
+
+
+def view_of(method, row):
+    """The view of an image as the pipeline's `view` takes it.
+
+    None where the view is unknown, where the pipeline's model is not conditioned on it, or where the call's own
+    arguments name a view for all images.
+    """
+    names = (method.option("views") or {}).values()
+    view = row.get("view")
+    return view if view in names and "view" not in method.call_kwargs else None
+
+
+def key_with_view(key, view):
+    """A fingerprint of a pipeline, extended by the view of an image where the pipeline is told one."""
+    return f"{key} view={view}" if view else key
 
 
 def stem(row):

@@ -18,9 +18,11 @@ from .statistics import (
     equal_thresholds,
     image_level,
     image_level_by_view,
+    image_rates,
     intervals,
     measure,
     pixel_level,
+    score_thresholds,
     stratified,
     threshold_of,
 )
@@ -84,6 +86,11 @@ def compare(
         mean map x gate, location prior x gate
         brightness x gate  the image stretched to [0, 1], smoothed by a Gaussian of 2/64 of the shorter side
         mirror x gate      likewise max(0, image - its left-right mirror image): brighter than the other lung
+
+    Pixel sensitivity and specificity are pooled over the pixels, at the same threshold as Dice. Image sensitivity and
+    specificity are those of scores above the 95 % quantile of the healthy images' scores, over the data set's own
+    images; without `healthy` they are left out. A pipeline whose model is conditioned on the view is told the view of
+    each image where the data set has it (`view`), and none where it is unknown.
 
     "Dice" and "IoU" are per-image means at one threshold for the whole set. A control's threshold marks as many pixels
     as the (first) method's does. "best Dice" and everything else need no threshold.
@@ -160,7 +167,12 @@ def compare(
     for name in image_maps:
         scores[name] = [image_score(m) for part in (image_maps, healthy_maps) for m in part[name]]
     pixels = pixel_level(measured, seen, n_bootstrap, seed)
-    tables = [pixels, image_level(scores, rows + healthy_rows, n_bootstrap, seed)]
+    score_threshold = score_thresholds(scores, len(rows))
+    tables = [
+        pixels,
+        image_level(scores, rows + healthy_rows, n_bootstrap, seed),
+        image_rates(scores, rows, score_threshold, n_bootstrap, seed),
+    ]
 
     # 4. numbers -> tables
     names = [method.name for method in methods]
@@ -177,6 +189,7 @@ def compare(
             "methods": {method.name: describe_method(method) for method in methods},
             "threshold": {method.name: method.threshold for method in methods},
             "threshold_from": f"{quantile} quantile of healthy maps" if healthy_rows else "config.map_threshold",
+            "score_threshold": score_threshold,
             "smoothing": smoothing,
             "n_bootstrap": n_bootstrap,
             "seed": seed,

@@ -379,6 +379,18 @@ def mean_of(values):
     return mean
 
 
+def ratio_of(parts, wholes):
+    """(N,) counts of a part and of its whole -> the statistic "their pooled ratio"; NaN where the whole is empty."""
+    parts, wholes = np.asarray(parts, np.float64), np.asarray(wholes, np.float64)
+
+    def ratio(weights):
+        weights = np.asarray(weights, np.float64)
+        part, whole = weights @ parts, weights @ wholes
+        return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)
+
+    return ratio
+
+
 def pool(scores, truth):
     """Two arrays, or two lists of arrays, of the same shapes -> flat scores and flat booleans.
 

@@ -17,8 +17,12 @@ COLUMNS = {  # of the table: a number of the summary, its heading
     "dice": "Dice",
     "iou": "IoU",
     "hit_rate": "hit rate",
+    "pixel_sensitivity": "pixel sensitivity",
+    "pixel_specificity": "pixel specificity",
     "image_auroc": "image AUROC",
     "image_ap": "image AP",
+    "image_sensitivity": "image sensitivity",
+    "image_specificity": "image specificity",
 }
 COUNTERFACTUALS = {  # of the second table, likewise
     "flip_rate": "flip rate",

@@ -13,6 +13,7 @@ from .controls import CHANCE, GATED, MEAN, mean_map_of
 from .masks import healthy_threshold
 
 MEANS = {"pixel_ap": "pixel_ap_mean", "pixel_auroc": "pixel_auroc_mean", "hit": "hit_rate"}  # others: the same
+SCORE_QUANTILE = 0.95  # of the healthy images' scores: an image above it is called abnormal
 UNKNOWN = dict.fromkeys((*metrics.METRICS, *metrics.MASK_METRICS, "prevalence"), np.nan)
 
 
@@ -55,7 +56,16 @@ def measure_image(found, truth, threshold):
     numbers = {name: metric(found, truth) for name, metric in metrics.METRICS.items()}
     for name, metric in metrics.MASK_METRICS.items():
         numbers[name] = np.nan if threshold is None else metric(found > threshold, truth)
+    numbers["sensitivity"], numbers["specificity"] = rates(found, truth, threshold)
     return {**numbers, "prevalence": float(truth.mean())}
+
+
+def rates(anomaly_map, truth, threshold):
+    """((true positives, positives), (true negatives, negatives)) of an image's pixels; NaN without a threshold."""
+    if threshold is None:
+        return (np.nan, np.nan), (np.nan, np.nan)
+    marked = anomaly_map > threshold
+    return (np.sum(marked & truth), np.sum(truth)), (np.sum(~marked & ~truth), np.sum(~truth))
 
 
 def pixel_level(measured, rows, n_bootstrap, seed):
@@ -72,7 +82,42 @@ def pixel_level(measured, rows, n_bootstrap, seed):
         }
         for column in (*metrics.METRICS, *metrics.MASK_METRICS):
             found[MEANS.get(column, column)] = metrics.mean_of([n[column] for n in numbers])
+        for rate in ("sensitivity", "specificity"):
+            found[f"pixel_{rate}"] = metrics.ratio_of(*np.array([n[rate] for n in numbers]).T)
         statistics[name] = {number: remember(statistic) for number, statistic in found.items()}
+    return statistics, metrics.patient_weights([row["group"] for row in rows], n_bootstrap, seed)
+
+
+def score_thresholds(scores, n_dataset):
+    """{name: `SCORE_QUANTILE` of the healthy images' scores, which come last, or None without such images}."""
+    return {
+        name: float(np.quantile(values[n_dataset:], SCORE_QUANTILE)) if len(values) > n_dataset else None
+        for name, values in scores.items()
+    }
+
+
+def image_rates(scores, rows, thresholds, n_bootstrap, seed):
+    """-> ({method: {number: statistic}}, replicates): sensitivity and specificity of the images at a threshold.
+
+    Over the data set's own images: the healthy images that gave the threshold would have the specificity chosen.
+
+    Args:
+        scores: {name: at least as many scores as rows}.
+        rows: those of the data set.
+        thresholds: {name: threshold or None}; an image is called abnormal where its score is greater.
+    """
+    if not any(row["label"] is not None for row in rows):
+        return {}, None
+    abnormal = np.array([row["label"] not in (None, 0) for row in rows])
+    normal = np.array([row["label"] == 0 for row in rows])
+    statistics = {}
+    for name, threshold in thresholds.items():
+        if threshold is not None:
+            called = np.asarray(scores[name][: len(rows)]) > threshold
+            statistics[name] = {
+                "image_sensitivity": metrics.ratio_of(called & abnormal, abnormal),
+                "image_specificity": metrics.ratio_of(~called & normal, normal),
+            }
     return statistics, metrics.patient_weights([row["group"] for row in rows], n_bootstrap, seed)
 
 
@@ -92,7 +137,7 @@ def image_level(scores, rows, n_bootstrap, seed):
 def image_level_by_view(scores, rows, n_bootstrap, seed):
     """The image numbers among the images of one view alone, {"AP": {n_images, n_healthy, rows}}, where there are both.
 
-    The ill are more often taken lying (AP): a score that tells the views apart looks as if it told the ill.
+    Sicker patients are imaged AP more often, so a score that detects the view appears to detect disease.
     """
     known = [i for i, row in enumerate(rows) if row["label"] is not None]
     found = {}

@@ -24,6 +24,7 @@ def image_table(method, rows, healthy_rows, measured):
         for i, (row, answer) in enumerate(zip(part_rows, answers, strict=True)):
             own = {k: v for k, v in row.items() if k not in ("truth", "group", "height", "width")}
             numbers = measured.get(i, UNKNOWN) if part == "dataset" else UNKNOWN
+            numbers = {column: numbers[column] for column in UNKNOWN}
             line = {"method": method.name, "part": part, **own, "score": float(answer["score"]), **numbers}
             lines.append({**line, **kept_outside(method, answer, row), "seconds": float(answer["seconds"])})
     return pd.DataFrame(lines)

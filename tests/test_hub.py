@@ -1,6 +1,7 @@
 """Publishing, against a stand-in Hub on 127.0.0.1, and the card that goes with a model."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,10 +9,12 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from cxr_diffusers import CFGAnomalyPipeline
+from cxr_diffusers.evaluation.answers import Method
+from cxr_diffusers.evaluation.tables import describe_method
 from cxr_diffusers.files import as_json
 from cxr_diffusers.fingerprints import weights_digest
 from cxr_diffusers.hub.loading import load_pipeline, load_unet
-from cxr_diffusers.hub.model_card import write_model_card
+from cxr_diffusers.hub.model_card import describe_training, write_model_card
 from cxr_diffusers.hub.publishing import publish
 from cxr_diffusers.inference.reference_scores import ReferenceScores, keep_scores
 from local_hub import local_hub, run_script
@@ -24,17 +27,27 @@ def interval(value):
     return {"value": value, "low": value, "high": value, "undefined": 0}
 
 
-def summary():
-    """The part of `evaluate`'s summary.json that a card shows; one figure is undefined, one no headline."""
+def described(pipeline, **call_kwargs):
+    """A method in the settings of `evaluate`'s summary."""
+    return json.loads(json.dumps(as_json(describe_method(Method("x", pipeline, call_kwargs)))))
+
+
+def summary(pipeline, name="method", **others):
+    """The part of `evaluate`'s summary.json that a card shows; one figure is undefined, one no headline.
+
+    others: {name of another method: (its description, its AUROC)}, which come first.
+    """
     method = {"pixel_ap": interval(0.25), "dice": interval(None), "iou": interval(0.1), "image_auroc": interval(0.75)}
+    rows = {other: {"image_auroc": interval(auroc)} for other, (_, auroc) in others.items()} | {name: method}
     return {
+        "settings": {"methods": {k: v for k, (v, _) in others.items()} | {name: described(pipeline)}},
         "n_images": 12,
         "n_patients": 10,
         "n_with_region": 5,
         "n_healthy": 7,
-        "method": method,
-        "rows": {"method": method, "chance": {"pixel_ap": interval(0.125)}},
-        "differences": {},
+        "method": next(iter(rows.values())),
+        "rows": {**rows, "chance": {"pixel_ap": interval(0.125)}},
+        "differences": {f"{next(iter(rows))} - chance": {"image_auroc": interval(0.625)}},
         "strata": {},
     }
 
@@ -108,9 +121,9 @@ def test_a_published_model_runs_from_the_hub_and_takes_its_card_along(pipeline, 
     assert b'from_pretrained("me/model", trust' in published["README.md"] and b'("me/trained", trust' in card
 
 
-def test_a_card_has_metadata_that_the_hub_reads_and_figures_as_they_were_measured(folder):
+def test_a_card_has_metadata_that_the_hub_reads_and_figures_as_they_were_measured(pipeline, folder):
     write_model_card(
-        folder, training=TRAINING, evaluation=summary(), evaluated_on="Phantoms, validation", name="me/model"
+        folder, training=TRAINING, evaluation=summary(pipeline), evaluated_on="Phantoms, validation", name="me/model"
     )
     card = ModelCard.load(folder / "README.md")
     assert card.data.license == "apache-2.0" and card.data.library_name == "diffusers"
@@ -132,11 +145,73 @@ def test_a_card_has_metadata_that_the_hub_reads_and_figures_as_they_were_measure
     assert "IoU" not in card.text
 
 
-def test_a_card_reads_what_evaluate_wrote(folder, tmp_path):
+def other_weights(pipeline):
+    """The description of a model of the same class and settings with other weights."""
+    return {**described(pipeline), "weights": "0" * 32}
+
+
+def test_a_card_has_the_figures_of_its_own_weights_in_a_report_of_several_models(pipeline, folder, tmp_path):
+    report = summary(pipeline, "mine", theirs=(other_weights(pipeline), 0.9))
     (tmp_path / "report").mkdir()
-    (tmp_path / "report" / "summary.json").write_text(json.dumps(summary()))
+    (tmp_path / "report" / "summary.json").write_text(json.dumps(report))
     write_model_card(folder, training=TRAINING, evaluation=tmp_path / "report")
-    assert ModelCard.load(folder / "README.md").data.eval_results[0].metric_value == 0.25
+    card = ModelCard.load(folder / "README.md")
+    assert {r.metric_type: r.metric_value for r in card.data.eval_results} == {"pixel_ap": 0.25, "image_auroc": 0.75}
+    assert "This model is the row `mine`. Other models: `theirs`." in card.text
+    assert "0.625" not in card.text, "the difference of another model to chance"
+
+
+def test_a_card_reads_every_data_set_of_a_plan(pipeline, folder, tmp_path):
+    for name in ("lesions", "nih"):
+        (tmp_path / "plan" / name).mkdir(parents=True)
+        (tmp_path / "plan" / name / "summary.json").write_text(json.dumps(summary(pipeline)))
+    write_model_card(folder, training=TRAINING, evaluation=tmp_path / "plan")
+    card = ModelCard.load(folder / "README.md")
+    assert {r.dataset_name for r in card.data.eval_results} == {"lesions", "nih"}
+    assert card.data.metrics == ["pixel_ap", "image_auroc"] and "On lesions: " in card.text and "On nih: " in card.text
+    with pytest.raises(FileNotFoundError, match="expected a folder written by evaluate, got .*run without"):
+        write_model_card(folder, training=TRAINING, evaluation=folder)
+
+
+def test_an_evaluation_of_another_model_or_of_this_one_twice_is_refused(pipeline, folder):
+    before = (folder / "README.md").read_text()
+    report = summary(pipeline)
+    report["settings"]["methods"]["method"] = other_weights(pipeline)
+    with pytest.raises(ValueError, match="expected an evaluation of this model, got one of method with other weights"):
+        write_model_card(folder, training=TRAINING, evaluation=report)
+    with pytest.raises(ValueError, match="expected one row of this model in the evaluation, got 2: again, method"):
+        write_model_card(folder, training=TRAINING, evaluation=summary(pipeline, again=(described(pipeline), 0.9)))
+    report["settings"]["methods"]["method"].pop("weights")
+    with pytest.raises(ValueError, match="names no weights"):
+        write_model_card(folder, training=TRAINING, evaluation=report)
+    assert (folder / "README.md").read_text() == before
+
+
+def test_of_two_rows_of_a_model_that_of_its_own_settings_goes_into_the_card(pipeline, folder):
+    report = summary(pipeline, harder=(described(pipeline, guidance_scale=9), 0.9))
+    write_model_card(folder, training=TRAINING, evaluation=report)
+    assert ModelCard.load(folder / "README.md").data.eval_results[1].metric_value == 0.75
+    del report["settings"]["methods"]["method"]
+    write_model_card(folder, training=TRAINING, evaluation=report)
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.eval_results[0].metric_value == 0.9 and "called with `guidance_scale=9`." in card.text
+
+
+def test_a_card_written_while_a_run_saves_has_the_name_of_the_run(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "run" / ".saving")
+    write_model_card(tmp_path / "run" / ".saving", training=TRAINING)
+    text = (tmp_path / "run" / ".saving" / "README.md").read_text()
+    assert "\n# run\n" in text and ".saving" not in text
+
+
+def test_a_card_of_a_run_names_no_file_or_folder_of_this_machine():
+    data = {"name": "table", "csv": "val.csv", "root": "images", "gates": {"path": "x"}, "holdout": ["/home/a/b.txt"]}
+    train = SimpleNamespace(max_steps=5, batch_size=2, seed=0)
+    recipe = SimpleNamespace(train=train, data={**data, "classes": ["healthy", "mass"], "size": 64})
+    text = describe_training(recipe, 64, 7)
+    assert text.startswith("7 images (name=table, classes=['healthy', 'mass'], size=64), 64 x 64 pixels;")
+    recipe.data = {"name": "hub", "path": "me/phantoms"}
+    assert "(name=hub, path=me/phantoms)" in describe_training(recipe, 64, 7)
 
 
 def test_a_card_without_figures_claims_none(folder):

@@ -19,8 +19,8 @@ def add(commands):
     publish.add_argument("--private", action="store_true", default=None)
     card = publish.add_argument_group("to write a new card")
     card.add_argument("--training", help="Markdown: the data, its licence, how the model was trained")
-    card.add_argument("--evaluation", type=Path, help="a folder written by `evaluate`")
-    card.add_argument("--evaluated-on", default="validation images", help="what its images are")
+    card.add_argument("--evaluation", type=Path, help="a folder written by `evaluate`, or a plan's")
+    card.add_argument("--evaluated-on", default="validation images", help="name of its images")
     card.add_argument("--license", default="apache-2.0", help="of the weights (default: apache-2.0)")
     card.add_argument("--picture", help="name of a PNG in the folder")
 

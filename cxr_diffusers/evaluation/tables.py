@@ -3,14 +3,16 @@
 import numpy as np
 import pandas as pd
 
-from ..fingerprints import config_of
+from ..fingerprints import config_of, weights_digest
 from . import metrics
 from .statistics import UNKNOWN
 
 
 def describe_method(method):
+    """What summary.json says of a method; `weights` (None without torch components) is how a model card finds it."""
     return {
         "class": type(method.pipeline).__name__,
+        "weights": weights_digest(method.pipeline) if hasattr(method.pipeline, "components") else None,
         "config": config_of(method.pipeline),
         "call_kwargs": method.call_kwargs,
     }

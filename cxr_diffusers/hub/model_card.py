@@ -6,8 +6,9 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..files import write_file
-from .loading import class_named, read_index
+from ..files import as_json, write_file
+from ..fingerprints import weights_digest
+from .loading import class_named, load_pipeline, read_index
 
 # the numbers of an evaluation that go into a card: its table and its YAML
 HEADLINES = {
@@ -126,26 +127,29 @@ def write_model_card(
     Args:
         folder: has a `model_index.json`.
         training: Markdown: the data, its licence, steps, seed.
-        evaluation: a folder written by `evaluate`, or its summary as a dict: the main figures as a table, and for the
-            YAML's `model-index`.
-        evaluated_on: the name of the data of `evaluation`.
+        evaluation: a folder written by `evaluate` (for a plan: the folder that holds those of its data sets), or a
+            summary as a dict. The rows of this model, found by its weights, go into a table and into the YAML's
+            `model-index`.
+        evaluated_on: the name of the data of `evaluation`; a plan's data sets have names of their own.
         name: what a reader will load, USER/NAME; None: the folder's name. (`publish` puts its own in.)
         license: of the weights, by its identifier on the Hub.
         datasets: names of the training data, on the Hub where they are there.
         picture: name of a picture in the folder.
 
     Raises:
-        FileNotFoundError: no `model_index.json`, no summary.json, or no such picture.
+        FileNotFoundError: no `model_index.json`, no summary.json, or no such picture. ValueError: the evaluation has
+            no row of this model, or several.
     """
     folder = Path(folder)
     index = read_index(folder)
     if picture and not (folder / picture).is_file():
         raise FileNotFoundError(f"expected the card's picture in the folder, no file {folder / picture}")
-    name = name or folder.resolve().name
-    summary = evaluation
-    if evaluation is not None and not isinstance(evaluation, dict):
-        summary = json.loads((Path(evaluation) / "summary.json").read_text())
-    results = eval_results(summary, evaluated_on) if summary else None
+    home = folder.resolve()
+    # a training run writes its model into a hidden folder before it is moved into place
+    name = name or (home.parent if home.name.startswith(".") else home).name
+    results, text = None, "Not evaluated yet."
+    if evaluation is not None:
+        results, text = evaluation_section(load_pipeline(folder), read_summaries(evaluation, evaluated_on))
     kind = class_named(index)
     metadata = ModelCardData(
         language="en",
@@ -154,11 +158,11 @@ def write_model_card(
         pipeline_tag="image-to-image",
         tags=["chest-x-ray", "radiology", *TAGS.get(kind, TAGS[None]), "cxr_diffusers"],
         datasets=list(datasets) or None,
-        metrics=[result.metric_type for result in results or ()] or None,
+        metrics=list(dict.fromkeys(result.metric_type for result in results or ())) or None,
         model_name=name.split("/")[-1] if results else None,
         eval_results=results or None,
     )
-    text = (DEBLUR_CARD if kind == "DiffPIRDeblurPipeline" else CARD).format(
+    card = (DEBLUR_CARD if kind == "DiffPIRDeblurPipeline" else CARD).format(
         metadata=metadata.to_yaml(),
         title=name.split("/")[-1],
         method=METHODS.get(kind, "A model of anomalies in chest X-rays."),
@@ -168,9 +172,9 @@ def write_model_card(
         settings=", ".join(f"`{key}={value!r}`" for key, value in (index.get("settings") or {}).items())
         or "those of the original procedure",
         training=training.strip(),
-        evaluation=describe_evaluation(summary, evaluated_on) if summary else "Not evaluated yet.",
+        evaluation=text,
     )
-    write_file(folder / "README.md", str(ModelCard(text)).encode())
+    write_file(folder / "README.md", str(ModelCard(card)).encode())
 
 
 def describe_training(recipe, size, num_images):
@@ -181,12 +185,24 @@ def describe_training(recipe, size, num_images):
         size: side of its pictures, in pixels.
         num_images: of its data set.
     """
-    config, data = recipe.train, ", ".join(f"{k}={v}" for k, v in recipe.data.items() if k != "root")
+    config, hub_names = recipe.train, trained_on(recipe)
+    public = {k: v for k, v in recipe.data.items() if v in hub_names or not is_local(k, v)}
+    data = ", ".join(f"{key}={value}" for key, value in public.items())
     return (
         f"{num_images} images ({data}), {size} x {size} pixels; up to {config.max_steps} steps of batch "
         f"{config.batch_size} per process, seed {config.seed}; averaged (EMA) weights.\n\n"
         "Name the source and the licence of your data here before you publish."
     )
+
+
+def is_local(key, value):
+    """Whether an entry of a recipe's `data` section names a file or folder of this machine, or holds one that does."""
+    if isinstance(value, dict):
+        return any(is_local(k, v) for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return any(is_local("", v) for v in value)
+    text = str(value)
+    return key in ("root", "path", "csv") or any(mark in text for mark in "/\\~") or text.endswith(".csv")
 
 
 def trained_on(recipe):
@@ -195,21 +211,96 @@ def trained_on(recipe):
     return [path] if recipe.data["name"] == "hub" and not Path(path).exists() else []
 
 
-def describe_evaluation(summary, evaluated_on):
-    """`evaluate`'s summary -> Markdown: on what, and the main figures of the model and of its controls."""
+def read_summaries(evaluation, evaluated_on):
+    """{name of the data: summary} of a folder of `evaluate`, of a plan's folder, or of a summary as a dict.
+
+    Raises:
+        FileNotFoundError: neither the folder nor a folder in it has a summary.json.
+    """
+    if isinstance(evaluation, dict):
+        return {evaluated_on: evaluation}
+    folder = Path(evaluation)
+    if (folder / "summary.json").is_file():
+        return {evaluated_on: json.loads((folder / "summary.json").read_text())}
+    paths = sorted(folder.glob("*/summary.json"))
+    if not paths:
+        raise FileNotFoundError(f"expected a folder written by evaluate, got {folder} without a summary.json")
+    return {path.parent.name: json.loads(path.read_text()) for path in paths}
+
+
+def evaluation_section(pipeline, summaries):
+    """The results of one model in evaluations that may hold others, too.
+
+    Args:
+        pipeline: the model.
+        summaries: {name of the data: `evaluate`'s summary}.
+
+    Returns:
+        (the `EvalResult`s of the card's `model-index`, Markdown).
+
+    Raises:
+        ValueError: a summary has no row of this model, or several.
+    """
+    rows = {data: row_of(pipeline, summary) for data, summary in summaries.items()}
+    results = [result for data, row in rows.items() for result in eval_results(summaries[data], row, data)]
+    return results, "\n\n".join(describe_evaluation(summaries[data], row, data) for data, row in rows.items())
+
+
+def row_of(pipeline, summary):
+    """The name of the method in `evaluate`'s summary that is `pipeline`: of its class, weights and settings.
+
+    Where several are, the one that was called with the model's own settings.
+
+    Raises:
+        ValueError: there is none, or not exactly one.
+    """
+    methods = summary.get("settings", {}).get("methods", {})
+    if not any(method.get("weights") for method in methods.values()):
+        raise ValueError("the evaluation names no weights (an older version wrote it): run evaluate again")
+    own = (type(pipeline).__name__, weights_digest(pipeline), as_json(pipeline.config.get("settings")))
+    same = {
+        name: method
+        for name, method in methods.items()
+        if (method["class"], method["weights"], method["config"].get("settings")) == own
+    }
+    if not same:
+        raise ValueError(f"expected an evaluation of this model, got one of {', '.join(methods)} with other weights")
+    exact = [name for name, method in same.items() if not method["call_kwargs"]]
+    names = exact or list(same)
+    if len(names) > 1:
+        raise ValueError(f"expected one row of this model in the evaluation, got {len(names)}: {', '.join(names)}")
+    return names[0]
+
+
+def describe_evaluation(summary, row, evaluated_on):
+    """Markdown: the data, and the main figures of a model beside other models and controls.
+
+    Args:
+        summary: `evaluate`'s.
+        row: the name of the model's row.
+    """
     from ..evaluation import summary_table
 
-    return (
+    methods = summary["settings"]["methods"]
+    others = [f"`{name}`" for name in methods if name != row]
+    call = ", ".join(f"`{key}={value!r}`" for key, value in methods[row]["call_kwargs"].items())
+    sentences = [
         f"On {evaluated_on}: {summary['n_images']} images of {summary['n_patients']} patients, "
         f"{summary['n_with_region']} of them with a known abnormal region, and {summary['n_healthy']} healthy images "
-        "beside them. Brackets: 95 % bootstrap intervals over patients. The other rows are controls, which do "
-        f"without the picture or without the model.\n\n{summary_table(summary, HEADLINES)}"
-    ).strip()
+        f"beside them. Brackets: 95 % bootstrap intervals over patients. This model is the row `{row}`",
+        f", called with {call}. " if call else ". ",
+        f"Other models: {', '.join(others)}. " if others else "",
+        "The remaining rows are controls, which do without the image or without the model.",
+    ]
+    # the differences are those of the first method to the others
+    differences = summary["differences"] if row == next(iter(methods)) else {}
+    table = summary_table({**summary, "differences": differences}, HEADLINES)
+    return f"{''.join(sentences)}\n\n{table}".strip()
 
 
-def eval_results(summary, evaluated_on):
-    """`evaluate`'s summary -> the entries of the card's `model-index`, of the main figures that are defined."""
-    found = {metric: (summary["method"].get(metric) or {}).get("value") for metric in HEADLINES}
+def eval_results(summary, row, evaluated_on):
+    """The entries of the card's `model-index`: the main figures of the method `row` that are defined."""
+    values = {metric: (summary["rows"][row].get(metric) or {}).get("value") for metric in HEADLINES}
     return [
         EvalResult(
             task_type="image-segmentation",
@@ -220,6 +311,6 @@ def eval_results(summary, evaluated_on):
             metric_name=HEADLINES[metric],
             metric_value=round(value, 4),
         )
-        for metric, value in found.items()
+        for metric, value in values.items()
         if value is not None and value == value
     ]

@@ -1,5 +1,6 @@
 """Data sets on the Hub, against a stand-in on 127.0.0.1: sent, read back, streamed, trained on, measured on."""
 
+import io
 import json
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 from datasets import ClassLabel, Dataset, load_dataset
 from datasets import Image as DatasetImage
 from huggingface_hub import DatasetCard, ModelCard
-from PIL import Image
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from cxr_diffusers import load_folder, load_phantom, publish_dataset
 from cxr_diffusers.cli import build_parser, main
@@ -22,7 +24,9 @@ from cxr_diffusers.hub.datasets import (
     renamed,
     size_category,
     with_texts,
+    without_metadata,
 )
+from cxr_diffusers.hub.metadata import strip_metadata
 from local_hub import local_hub, run_script
 
 ROOT = Path(__file__).parent.parent
@@ -239,10 +243,85 @@ def test_no_name_of_a_mask_goes_out_under_a_pseudonym(tmp_path):
     rows = {"image": [str(tmp_path / "SOMEBODY.png")] * 2, "mask": [str(tmp_path / "SOMEBODY_mask.png"), None]}
     data = Dataset.from_dict({**rows, "patient": ["S", "S"], "path": ["SOMEBODY", "SOMEBODY"]})
     data = data.cast_column("image", DatasetImage()).cast_column("mask", DatasetImage())
-    made = renamed({"train": data})["train"]
+    made = without_metadata(data, keep_names=False)
     bare = made.cast_column("image", DatasetImage(decode=False)).cast_column("mask", DatasetImage(decode=False))
     assert [bare[0]["image"]["path"], bare[0]["mask"]["path"], bare[1]["mask"]] == [None, None, None]
     assert bare[0]["mask"]["bytes"] == (tmp_path / "SOMEBODY_mask.png").read_bytes()
+
+
+def file_with_metadata(mode, suffix):
+    """An image file whose metadata name somebody, as its format can hold them."""
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 255, (24, 40), dtype=np.uint8))
+    deep = np.uint16 if mode == "I;16" else np.float32
+    image = Image.fromarray((np.asarray(image) * 257.0).astype(deep)) if mode in ("I;16", "F") else image.convert(mode)
+    exif = Image.Exif()
+    exif[0x010E] = "SOMEBODY"
+    options = {"exif": exif}
+    if suffix == "png":
+        text = PngInfo()
+        text.add_text("Patient", "SOMEBODY")
+        text.add_text("Long", "SOMEBODY" * 9, zip=True)
+        options |= {"pnginfo": text, "icc_profile": b"SOMEBODY"}
+    elif suffix == "jpg":
+        options |= {"comment": b"SOMEBODY", "icc_profile": b"SOMEBODY", "dpi": (72, 72)}
+    elif suffix == "progressive.jpg":
+        options |= {"comment": b"SOMEBODY", "progressive": True}
+    elif suffix == "tif":
+        options = {"description": "SOMEBODY", "software": "SOMEBODY"}
+    elif suffix == "bmp":
+        options = {}
+    with io.BytesIO() as buffer:
+        image.save(buffer, {"jpg": "jpeg", "tif": "tiff"}.get(suffix.split(".")[-1], suffix), **options)
+        return buffer.getvalue() + b"SOMEBODY"
+
+
+FILES = [(mode, "png") for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")]
+FILES += [(mode, suffix) for suffix in ("jpg", "progressive.jpg") for mode in ("L", "RGB", "CMYK")]
+FILES += [(mode, "tif") for mode in ("1", "L", "RGB", "I;16", "F", "CMYK")]
+FILES += [(mode, "bmp") for mode in ("L", "RGB")] + [("RGB", "webp"), ("P", "gif")]
+
+
+@pytest.mark.parametrize(("mode", "suffix"), FILES)
+def test_metadata_are_stripped_and_pixels_stay(mode, suffix):
+    content = file_with_metadata(mode, suffix)
+    assert b"SOMEBODY" in content
+    stripped = strip_metadata(content)
+    before, after = Image.open(io.BytesIO(content)), Image.open(io.BytesIO(stripped))
+    assert after.mode == before.mode
+    np.testing.assert_array_equal(after, before)
+    if before.palette:
+        np.testing.assert_array_equal(after.convert("RGBA"), before.convert("RGBA"))
+    assert b"SOMEBODY" not in stripped and "exif" not in after.info and "icc_profile" not in after.info
+    assert not getattr(after, "text", {}) and "comment" not in after.info
+    assert strip_metadata(stripped) == stripped or suffix == "tif", "a stripped file has nothing left to lose"
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpeg", "tiff"])
+def test_an_image_that_exif_turns_is_stored_turned(suffix):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with io.BytesIO() as buffer:
+        Image.fromarray(np.arange(96, dtype=np.uint8).reshape(8, 12)).save(buffer, suffix, exif=exif)
+        content = buffer.getvalue()
+    after = Image.open(io.BytesIO(strip_metadata(content)))
+    assert after.size == (8, 12) and after.getexif().get(0x0112, 1) == 1
+    np.testing.assert_array_equal(after, ImageOps.exif_transpose(Image.open(io.BytesIO(content))))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "progressive.jpg", "tif"])
+def test_a_file_that_is_cut_is_refused_before_it_is_published(suffix):
+    content = file_with_metadata("L", suffix)
+    for length in (0, 1, 20, len(content) // 2, len(content) - 12):
+        with pytest.raises(ValueError, match="expected a whole image file"):
+            strip_metadata(content[:length])
+
+
+def test_a_broken_image_is_named_without_its_folder(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    data = Dataset.from_dict({"image": [str(tmp_path / "broken.png")]}).cast_column("image", DatasetImage())
+    with pytest.raises(ValueError, match="^broken.png: expected a whole image file"):
+        without_metadata(data, keep_names=True)
 
 
 def test_a_patient_has_one_number_in_all_splits():

@@ -11,6 +11,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 
 from ..data.hub import check_columns
 from ..data.rows import BOXES
+from .metadata import strip_metadata
 
 # what a data set under an agreement is known by: in the words it is opened with, or in the paths of its images
 AGREEMENTS = {
@@ -82,8 +83,9 @@ def publish_dataset(
 ):
     """Upload a data set to the Hub; `load_hub`, and anybody's `datasets.load_dataset`, opens it there.
 
-    The pictures go as their files are, their masks, boxes and further columns with them; the paths lose what they have
-    in common, so that nothing tells how the disk at home is laid out. Uploading again replaces what is there.
+    Images and masks go with the same pixels and without metadata (text, EXIF, comments), boxes and further columns with
+    them; the paths lose the folders that they share, so that the layout of the disk stays private. Uploading again
+    replaces the earlier version.
 
     Args:
         splits: {name: data set}, each as the loaders of `cxr_diffusers.data` answer; a data set alone is the split
@@ -122,7 +124,8 @@ def publish_dataset(
     # `private` is of a new repository: one that was there stays as it was
     if private and not api.dataset_info(repo_id).private:
         raise PermissionError(f"{repo_id} is there and public: make it private on the Hub first, or name another")
-    splits = renamed(splits) if pseudonyms else {name: relative(found) for name, found in splits.items()}
+    splits = {name: without_metadata(split, keep_names=not pseudonyms) for name, split in splits.items()}
+    splits = renamed(splits) if pseudonyms else {name: relative(split) for name, split in splits.items()}
     text = card(splits, repo_id, license=license, license_link=license_link, about=about, pseudonyms=pseudonyms)
     # first of all, so that the images never lie there without their licence; the upload adds the columns to its YAML
     api.upload_file(
@@ -195,7 +198,7 @@ def renamed(splits):
             numbers.setdefault(patient, f"patient{len(numbers):06d}")
     return {
         split: with_texts(
-            nameless(found),
+            found,
             patient=[numbers[patient] for patient in found["patient"]],
             path=[f"{split}/{i:06d}" for i in range(1, len(found) + 1)],
         )
@@ -203,26 +206,38 @@ def renamed(splits):
     }
 
 
-def nameless(dataset):
-    """The same pictures, masks too, byte for byte, without the names of their files."""
+def without_metadata(dataset, keep_names):
+    """The same data set, its images and masks with the same pixels and without metadata, see `strip_metadata`.
+
+    Args:
+        keep_names: whether the images keep the names of their files.
+
+    Raises:
+        ValueError: an image file that cannot be read.
+    """
     features = dataset.features
     columns = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    bare = dataset
+    encoded = dataset
     for name in columns:
-        bare = bare.cast_column(name, datasets.Image(decode=False))
+        encoded = encoded.cast_column(name, datasets.Image(decode=False))
 
-    def take(*cells):
-        return dict(zip(columns, map(bytes_alone, cells), strict=True))
+    def strip(*cells):
+        return {name: strip_cell(cell, keep_names) for name, cell in zip(columns, cells, strict=True)}
 
-    return bare.map(take, input_columns=columns, features=features, desc="taking file names off")
+    return encoded.map(strip, input_columns=columns, features=features, desc="removing metadata")
 
 
-def bytes_alone(cell):
-    """A picture's cell without the name of its file; None stays None."""
+def strip_cell(cell, keep_name):
+    """An image's cell {"path", "bytes"} without metadata, and without the file's name if so asked; None stays None."""
     if cell is None:
         return None
+    name = Path(cell["path"]).name if cell["path"] else None
     content = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
-    return {"path": None, "bytes": content}
+    try:
+        content = strip_metadata(content)
+    except ValueError as error:
+        raise ValueError(f"{name or 'an image'}: {error}") from None
+    return {"path": name if keep_name else None, "bytes": content}
 
 
 def with_texts(dataset, **columns):

@@ -6,7 +6,7 @@ DEMO = """\
 examples:
   cxr-diffusers demo
   cxr-diffusers demo --model runs/chexpert_cfg_256 --healthy /data/healthy
-  cxr-diffusers demo --host 0.0.0.0 --port 8080 --root-path /cxr     # behind a proxy that asks for a password
+  cxr-diffusers demo --port 8080 --root-path /cxr --allow-host xray.example.org     # behind a proxy with a password
 
 It needs pip install 'cxr_diffusers[demo]'. Uploads are read into memory and deleted at once; see docs/demo.md.
 """
@@ -30,6 +30,8 @@ def add(commands):
         "--share", action="store_true", help="a public address through Gradio's servers: NOT for patients' data"
     )
     demo.add_argument("--root-path", help="the path under which a proxy shows it, e.g. /cxr")
+    text = "a name under which a proxy shows it, besides IP addresses and this machine's own; repeatable"
+    demo.add_argument("--allow-host", metavar="NAME", action="append", default=[], help=text)
     demo.add_argument("--max-megabytes", type=int, default=64, help="of an upload (default: 64)")
     demo.add_argument("--max-megapixels", type=float, default=40, help="of a picture (default: 40)")
 
@@ -62,6 +64,7 @@ def run(options):
             share=options.share,
             root_path=options.root_path,
             max_megabytes=options.max_megabytes,
+            allow_hosts=options.allow_host,
             wait=False,
         )
         print(f"{address}    (Ctrl-C stops it)    Research use only. Not for diagnosis.", flush=True)

@@ -89,13 +89,23 @@ def check_port(host, port):
         raise ValueError(f"cannot listen on port {port} of {host} ({error}): give another --port, or none") from None
 
 
-def launch(page, *, host="127.0.0.1", port=None, share=False, root_path=None, max_megabytes=64, wait=True):
+def launch(
+    page, *, host="127.0.0.1", port=None, share=False, root_path=None, max_megabytes=64, allow_hosts=(), wait=True
+):
     """Serve a page of `build_page`; -> (address, page) when `wait` is False, else when it is stopped.
 
-    Nothing is sent anywhere, nothing is recorded, and no other file can be asked for.
+    Nothing is sent anywhere, nothing is recorded, no other file can be asked for, and requests of other web sites are
+    refused (`guard.Guard`).
+
+    Args:
+        allow_hosts: names, besides IP addresses and this machine's, under which the page may be asked for.
     """
+    from starlette.middleware import Middleware
+
+    from .guard import Guard
     from .page import DARK, look
 
+    names = (*allow_hosts, *([".gradio.live"] if share else []))
     page.queue(max_size=WAITING, default_concurrency_limit=4, api_open=False)
     _, local, public = page.launch(
         server_name=host,
@@ -113,6 +123,7 @@ def launch(page, *, host="127.0.0.1", port=None, share=False, root_path=None, ma
         pwa=False,
         favicon_path=str(files(__package__) / "favicon.svg"),
         mcp_server=False,
+        app_kwargs={"middleware": [Middleware(Guard, hosts=names, address=host)]},
         state_session_capacity=64,
         theme=look(),
         css=(files(__package__) / "page.css").read_text(),

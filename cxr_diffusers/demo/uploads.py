@@ -7,7 +7,8 @@ import numpy as np
 import PIL.Image
 
 from ..data.dicom_checks import warnings_of
-from ..data.images import DICOM_SUFFIXES, PIL_SUFFIXES, is_dicom, read_image
+from ..data.images import DICOM_SUFFIXES, PIL_SUFFIXES, is_dicom, read_header, read_image
+from ..data.limits import check_scans
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP")  # by content: PIL knows others, some of which start programs
 MAX_MEGAPIXELS = 40  # a chest radiograph has about 10
@@ -69,6 +70,8 @@ def check_size(width, height, max_megapixels=MAX_MEGAPIXELS):
 def header_size(path):
     """(width, height) of a png, jpg, bmp or tif file, from its header."""
     with PIL.Image.open(path, formats=FORMATS) as image:
+        if image.format in ("JPEG", "MPO"):
+            check_scans(path.read_bytes(), image.width * image.height)
         return image.size
 
 
@@ -83,19 +86,19 @@ def dicom_size(path):
         syntax = None
     if syntax is not None and syntax.is_deflated:
         raise Refused("its data set is compressed as a whole (deflated), which this page does not open.")
-    header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=["Rows", "Columns"])
-    if "Rows" not in header or "Columns" not in header:
-        raise Refused("a DICOM file without a picture (a report, or no DICOM file at all).")
-    return int(header.Columns), int(header.Rows)
+    try:  # pydicom's own messages quote the header, which is a patient's
+        header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=["Rows", "Columns"])
+        return int(header.Columns), int(header.Rows)
+    except AttributeError:
+        raise Refused("a DICOM file without a picture (a report, or no DICOM file at all).") from None
+    except Exception:
+        raise Refused("a DICOM file whose header is damaged.") from None
 
 
 def dicom_warnings(path):
     """Sentences about a DICOM file whose header does not speak of a frontal radiograph of a chest; [] for one that does
     or is silent."""
-    import pydicom
-
-    header = pydicom.dcmread(path, stop_before_pixels=True, force=True)
-    return [f"Its header speaks against it: {warning}." for warning in warnings_of(header)]
+    return [f"Its header speaks against it: {warning}." for warning in warnings_of(read_header(path))]
 
 
 def colour_warnings(path):

@@ -18,8 +18,8 @@ ORIENTATION = 0x0112  # EXIF tag
 def strip_metadata(content):
     """An image file without text, EXIF, XMP, colour profile, comments, thumbnail or bytes after its end.
 
-    PNG and JPEG keep their compressed pixels. Other formats, and images that EXIF turns, become PNG; modes that PNG does
-    not have become TIFF.
+    PNG and JPEG keep their compressed pixels. Other formats, and images that EXIF turns, become PNG; modes that PNG
+    does not have become TIFF.
 
     Args:
         content: bytes of an image file that Pillow reads.

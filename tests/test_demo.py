@@ -183,6 +183,8 @@ def test_a_score_is_compared_with_its_like_alone(toy, upload, tmp_path):
     card = answers.score_card(answer, reference, reference.fits(toy, {}), "a mean")
     assert "<b>2 of 3</b>" in card and "3 &lt;healthy&gt; chests" in card and "svg+xml" in card
     assert reference.fits(toy, {"noise_level": 300}) and not reference.fits(toy, {"noise_level": 200})
+    below, of = reference.share_below(answer.score)
+    assert f"p = {(1 + of - below) / (1 + of):.2g}." in card and card.index("Higher than") < card.index('id="score"')
     other = answers.score_card(answer, reference, reference.fits(toy, {"noise_level": 200}), "a mean")
     assert "cannot be compared" in other and "2 of 3" not in other and "svg" not in other
     assert "--healthy" in answers.score_card(answer, None, False, "a mean")

@@ -23,7 +23,7 @@ def port(pipeline, monkeypatch):
     from cxr_diffusers.demo.page import build_page
 
     pipeline.register_to_config(settings=TEN_STEPS)
-    monkeypatch.setattr(guard.Guard.__init__, "__defaults__", ((), 0.5, 2))
+    monkeypatch.setattr(guard.Guard.__init__, "__defaults__", ((), 0.5, 2, "localhost"))
     with serve.temporary_folder() as folder:
         page = build_page({"toy": pipeline}, lambda name, progress: None)
         serve.launch(page, allow_hosts=["xray.example.org"], wait=False)

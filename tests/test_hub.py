@@ -255,6 +255,13 @@ def test_what_is_no_model_is_named(name):
         load_pipeline(name)
 
 
+def test_a_mistyped_folder_is_named_without_asking_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="Hub name USER/NAME, got runs/typo"):
+        load_pipeline("runs/typo")
+
+
 def test_training_can_start_from_a_saved_unet(pipeline, folder):
     for ours, theirs in zip(pipeline.unet.parameters(), load_unet(folder).parameters(), strict=True):
         assert torch.equal(ours, theirs)

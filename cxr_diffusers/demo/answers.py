@@ -182,12 +182,15 @@ def score_card(answer, reference, fits, meaning):
     if not fits:
         return f"{head}{OTHER_SETTINGS}"
     below, of = reference.share_below(answer.score)
+    # conformal: the rank of this image among the healthy ones, itself counted
+    p = (1 + of - below) / (1 + of)
     label = escape(reference.data)
     return (
-        f'{head}<p class="rank">Higher than <b>{below} of {of}</b> healthy radiographs.</p>'
+        f'<p class="rank">Higher than <b>{below} of {of}</b> healthy radiographs; p = {p:.2g}.</p>{head}'
         f'<img alt="The score among those of {label}" src="{score_figure(answer.score, reference)}">'
-        f'<p class="hint">Grey: {label}; same model, same settings. Orange: this picture. Scores overlap: many '
-        "diseased chests score like healthy ones.</p>"
+        f'<p class="hint">Grey: {label}; same model, same settings. Orange: this image. p: the share of healthy images '
+        f"(of {of}, and this one) that score as high or higher. Scores overlap: many diseased chests score like "
+        "healthy ones.</p>"
     )
 
 

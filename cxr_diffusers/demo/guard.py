@@ -22,14 +22,15 @@ class Guard:
     - A body that pauses for `pause` seconds, or takes more than `longest`, is given up, its temporary file deleted.
 
     Args:
-        hosts: further names; one that begins with a dot stands for all names that end so.
+        hosts: further names, those of proxies; one that begins with a dot stands for all names that end so.
         pause, longest: seconds.
+        address: the name or address that the page listens on.
     """
 
-    def __init__(self, app, hosts=(), pause=PAUSE, longest=LONGEST_UPLOAD):
+    def __init__(self, app, hosts=(), pause=PAUSE, longest=LONGEST_UPLOAD, address="localhost"):
         self.app, self.pause, self.longest = app, pause, longest
         self.proxied = {host.lower() for host in hosts}
-        self.hosts = {"localhost", socket.gethostname().lower(), *self.proxied}
+        self.hosts = {"localhost", address.lower(), socket.gethostname().lower(), *self.proxied}
 
     async def __call__(self, scope, receive, send):
         if scope["type"] not in ("http", "websocket"):

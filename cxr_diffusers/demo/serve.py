@@ -105,7 +105,7 @@ def launch(
     from .guard import Guard
     from .page import DARK, look
 
-    names = (host, *allow_hosts, *([".gradio.live"] if share else []))
+    names = (*allow_hosts, *([".gradio.live"] if share else []))
     page.queue(max_size=WAITING, default_concurrency_limit=4, api_open=False)
     _, local, public = page.launch(
         server_name=host,
@@ -123,7 +123,7 @@ def launch(
         pwa=False,
         favicon_path=str(files(__package__) / "favicon.svg"),
         mcp_server=False,
-        app_kwargs={"middleware": [Middleware(Guard, hosts=names)]},
+        app_kwargs={"middleware": [Middleware(Guard, hosts=names, address=host)]},
         state_session_capacity=64,
         theme=look(),
         css=(files(__package__) / "page.css").read_text(),

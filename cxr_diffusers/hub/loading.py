@@ -64,8 +64,9 @@ def load_unet(folder, unconditional=False):
 
 
 def is_hub_name(name):
-    """Whether this can only be USER/NAME on the Hub: it is formed so, and nothing here is called so."""
-    return not Path(name).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) is not None
+    """Whether this can only be USER/NAME on the Hub: it is formed so, and neither it nor a folder USER is here."""
+    path = Path(name)
+    return not path.exists() and not path.parent.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) is not None
 
 
 def shipped_folder(name):

@@ -12,7 +12,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parent.parent
 # a file of the repository -> the page that it is
 PAGES = {
-    "README.md": "index.md",
+    "README.md": "overview.md",
     "CONTRIBUTING.md": "extend.md",
     "training/README.md": "runs.md",
     "benchmarks/README.md": "benchmarks.md",

@@ -11,15 +11,15 @@ from .version import __version__
 
 
 def fingerprint(pipeline, call_kwargs, seed):
-    """What decides a map, as a hash: code version, class, configuration, weights, arguments, seed."""
+    """Hash of everything that determines a map: code version, class, configuration, weights, arguments, seed."""
     components = getattr(pipeline, "components", {"": pipeline})
-    known = hasattr(pipeline, "components") or isinstance(pipeline, torch.nn.Module)
+    is_hashable = hasattr(pipeline, "components") or isinstance(pipeline, torch.nn.Module)
     digest = hashlib.blake2b(digest_size=16)
-    # what cannot be told apart must not be taken for the same
-    digest.update((f"{type(pipeline).__qualname__} {__version__}" if known else uuid.uuid4().hex).encode())
+    # any other callable gets a random fingerprint, so that two of them never count as equal
+    digest.update((f"{type(pipeline).__qualname__} {__version__}" if is_hashable else uuid.uuid4().hex).encode())
     for part in (pipeline, *components.values()):
         config = config_of(part)
-        config.pop("map_threshold", None)  # it comes after the map
+        config.pop("map_threshold", None)  # applied after the map is computed
         digest.update(json.dumps(config, sort_keys=True, default=repr).encode())
         if isinstance(part, torch.nn.Module):
             for name, tensor in part.state_dict().items():
@@ -30,7 +30,7 @@ def fingerprint(pipeline, call_kwargs, seed):
 
 
 def config_of(part):
-    """The config of a pipeline or component without its library's own bookkeeping; {} for what has none."""
+    """The config of a pipeline or component without the private keys of its library; {} if it has no config."""
     config = getattr(part, "config", None) or part
     # transformers' configs and image processors have `to_dict`
     config = config.to_dict() if hasattr(config, "to_dict") else config if isinstance(config, dict) else {}
@@ -38,19 +38,19 @@ def config_of(part):
 
 
 def picture_digest(key, row):
-    """The name of a picture under `key`, whatever its file is called and wherever it lies."""
+    """Hash of `key` and the pixels of `row["image"]`, independent of file name and location."""
     image = row["image"]
-    # a PIL picture, or an array of several channels
-    kind = f"{image.mode} {image.size}" if hasattr(image, "mode") else f"{image.dtype} {image.shape}"
-    content = f"{key} {kind}".encode() + image.tobytes()
+    # a PIL image, or an array of several channels
+    layout = f"{image.mode} {image.size}" if hasattr(image, "mode") else f"{image.dtype} {image.shape}"
+    content = f"{key} {layout}".encode() + image.tobytes()
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-DIGESTS = WeakKeyDictionary()  # of pipelines in use, whose weights stay as they are
+DIGESTS = WeakKeyDictionary()  # cache by pipeline; assumes that the weights do not change
 
 
 def weights_digest(pipeline):
-    """A hash of all weights of a pipeline, as float32: the same in whatever precision and order they lie in memory."""
+    """Hash of all weights of a pipeline, converted to float32: independent of memory layout."""
     if pipeline not in DIGESTS:
         digest = hashlib.blake2b(digest_size=16)
         for part, module in sorted(pipeline.components.items()):

@@ -1,4 +1,4 @@
-"""An image file -> a grey PIL picture that has lost nothing: mode "L" (8 bit) or "I;16" (more)."""
+"""Read image files as greyscale PIL images without loss: mode "L" (8 bit) or "I;16" (more)."""
 
 import collections
 import logging
@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 
 PIL_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 SUFFIXES = (*PIL_SUFFIXES, ".npy", *DICOM_SUFFIXES)
-FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "GIF", "WEBP", "JPEG2000")  # others would start programs
+FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "GIF", "WEBP", "JPEG2000")  # other formats may start external programs
 
-# not pictures, although they begin like DICOM files: the table of contents of an exported CD
+# table of contents of an exported CD: a DICOM file without an image
 DICOM_CONTENTS = "DICOMDIR"
 
 
@@ -32,10 +32,10 @@ def read_image(path):
     zero is white is inverted.
     npy: uint8 (H, W) or (H, W, 1); uint16; or float in [0, 1], which becomes 16 bit.
     DICOM: modality LUT, then VOI LUT or the first window, then MONOCHROME1 inverted, so that bright is dense. The grey
-    scale is that of the type, never of the image: 0 and the maximum of the result are the ends of the *stored bits*
-    after the modality LUT (with a window: the ends of the window). So two exposures stay two exposures, and whoever
-    wants a stretch per image asks for it (`scaling="minmax"`). Padding pixels (PixelPaddingValue, with
-    PixelPaddingRangeLimit) take no part: they become as dark as the darkest of the other pixels.
+    scale is that of the data type, not of the image: 0 and the maximum of the result correspond to the range of the
+    *stored bits* after the modality LUT (or to the window, if there is one). Differences in exposure between images are
+    therefore preserved; use `scaling="minmax"` to stretch each image. Padding pixels (PixelPaddingValue, with
+    PixelPaddingRangeLimit) are ignored and set to the darkest value of the other pixels.
 
     Returns:
         PIL image, mode "L", or "I;16" for more than 8 bits stored.
@@ -66,7 +66,7 @@ def read_image(path):
 
 
 def check_has_contrast(image, path):
-    """Raise ValueError naming `path` where an image has one single value: no score of it would mean anything.
+    """Raise ValueError naming `path` if all pixels of an image have the same value: its score would be meaningless.
 
     Args:
         image: PIL image or array.
@@ -114,8 +114,8 @@ def grey_picture(array):
 def list_images(folder):
     """Sorted paths of all images below `folder`, among them DICOM files without extension, as a PACS exports them.
 
-    Hidden files and folders are left out, and DICOM files that are no picture (reports, segmentations, presentation
-    states), with a note in the log. Raises NotADirectoryError.
+    Skips hidden files and folders, and DICOM files without an image (reports, segmentations, presentation states); the
+    log lists the latter. Raises NotADirectoryError.
     """
     images, skipped = split_images(folder)
     if skipped:
@@ -124,29 +124,29 @@ def list_images(folder):
 
 
 def split_images(folder):
-    """(what `list_images` lists, {path: what it is} of the DICOM files that are no picture), both sorted."""
+    """(sorted image paths, {path: object type} of the DICOM files without an image, sorted by path)."""
     folder = Path(folder)
     if not folder.is_dir():
         raise NotADirectoryError(f"expected a folder of images, got {folder}")
-    found = []
+    paths = []
     for parent, _, files in walk(folder):
-        found += [Path(parent, name) for name in files if not name.startswith(".")]
+        paths += [Path(parent, name) for name in files if not name.startswith(".")]
     images, skipped = [], {}
-    for path in sorted(found):
+    for path in sorted(paths):
         suffix = path.suffix.lower()
         if suffix in PIL_SUFFIXES or suffix == ".npy":
             images.append(path)
         elif suffix in DICOM_SUFFIXES or _is_bare_dicom(path):
-            what = no_picture(path) if os.path.isfile(path) else ""
-            if what:
-                skipped[path] = what
+            object_type = no_picture(path) if os.path.isfile(path) else ""
+            if object_type:
+                skipped[path] = object_type
             else:
                 images.append(path)
     return images, skipped
 
 
 def walk(folder):
-    """`os.walk` from the top, without hidden folders, that follows links and yet enters each folder once."""
+    """Like `os.walk`, top down: skips hidden folders, follows links, and visits each folder once."""
     entered = set()
 
     def is_new(path):
@@ -163,22 +163,22 @@ def walk(folder):
         if not is_new(parent):
             return
         for place, folders, files in os.walk(parent, onerror=_unreadable):
-            shown = sorted(name for name in folders if not name.startswith("."))
-            links = [name for name in shown if os.path.islink(os.path.join(place, name))]
-            yield place, shown, files
-            folders[:] = [n for n in shown if n not in links and is_new(os.path.join(place, n))]
+            visible = sorted(name for name in folders if not name.startswith("."))
+            links = [name for name in visible if os.path.islink(os.path.join(place, name))]
+            yield place, visible, files
+            folders[:] = [n for n in visible if n not in links and is_new(os.path.join(place, n))]
             waiting.extend(os.path.join(place, name) for name in links)
 
     waiting = [os.fspath(folder)]
-    while waiting:  # links after all folders that are no links, so that a file has its own path
+    while waiting:  # links last, so that a file is listed under its real path
         yield from enter(waiting.pop(0))
 
 
 def describe_skipped(skipped):
-    """{path: what it is} -> "3 DICOM files without a radiograph (2 Enhanced SR Storage, 1 Segmentation Storage)"."""
+    """{path: object type} -> "3 DICOM files without a radiograph (2 Enhanced SR Storage, 1 Segmentation Storage)"."""
     counts = collections.Counter(skipped.values())
-    kinds = ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
-    return f"{len(skipped)} DICOM file{'s' * (len(skipped) > 1)} without a radiograph ({kinds})"
+    listing = ", ".join(f"{count} {object_type}" for object_type, count in sorted(counts.items()))
+    return f"{len(skipped)} DICOM file{'s' * (len(skipped) > 1)} without a radiograph ({listing})"
 
 
 def fit_image(image, size, aspect="pad"):
@@ -187,9 +187,8 @@ def fit_image(image, size, aspect="pad"):
     Area means along a side that shrinks, bicubic along one that grows.
 
     Args:
-        aspect: "pad" (bars as dark as the picture's darkest pixel, so that a later stretch of the grey scale finds the
-            same ends as in the picture itself; nothing lost), "crop" (the centre) or "squash" (sides stretched, as the
-            original's preparation script does).
+        aspect: "pad" (adds bars of the darkest pixel value, which keeps the range of grey values), "crop" (the centre)
+            or "squash" (changes the aspect ratio, as the preparation script of the original does).
     """
     return _fit(image, size, aspect, PIL.Image.Resampling.BICUBIC, PIL.Image.Resampling.BOX, fill=np.min)
 
@@ -249,15 +248,15 @@ def _fit(image, size, aspect, grow, shrink, fill):
     if aspect not in ("pad", "crop", "squash"):
         raise ValueError(f"expected `aspect` pad, crop or squash, got {aspect!r}")
     top, left, h, w = frame(image.height, image.width, size, aspect)
-    kind = np.asarray(image).dtype
+    dtype = np.asarray(image).dtype
     # 16 bits are resized as floats: exact, and bicubic overshoot is clipped instead of wrapped
-    picture = image if kind == np.uint8 else PIL.Image.fromarray(np.asarray(image).astype(np.float32))
-    picture = picture.resize((min(w, image.width), min(h, image.height)), shrink).resize((w, h), grow)
-    resized = np.asarray(picture)[max(-top, 0) : max(-top, 0) + size, max(-left, 0) : max(-left, 0) + size]
-    if kind != np.uint8:
-        resized = resized.round().clip(0, 65535).astype(kind)
+    values = image if dtype == np.uint8 else PIL.Image.fromarray(np.asarray(image).astype(np.float32))
+    values = values.resize((min(w, image.width), min(h, image.height)), shrink).resize((w, h), grow)
+    resized = np.asarray(values)[max(-top, 0) : max(-top, 0) + size, max(-left, 0) : max(-left, 0) + size]
+    if dtype != np.uint8:
+        resized = resized.round().clip(0, 65535).astype(dtype)
     top, left = max(top, 0), max(left, 0)
-    square = np.full((size, size), fill(resized), kind)
+    square = np.full((size, size), fill(resized), dtype)
     square[top : top + resized.shape[0], left : left + resized.shape[1]] = resized
     return PIL.Image.fromarray(square)
 

@@ -26,7 +26,7 @@ def save_png(image, path):
     """Write a PIL image or a matplotlib figure as PNG, under its name only when complete."""
     with io.BytesIO() as buffer:
         if isinstance(image, Image.Image):
-            image.save(buffer, format="png")
+            image.save(buffer, format="png", compress_level=1)  # three times as fast, a tenth larger
         else:
             image.savefig(buffer, format="png", dpi=150)
         write_file(path, buffer.getvalue())
@@ -46,7 +46,8 @@ def save_map(anomaly_map, path):
         if _ending(path) == ".npy":
             np.save(buffer, anomaly_map)
         else:
-            Image.fromarray((anomaly_map * 65535).round().astype(np.uint16)).save(buffer, format="png")
+            sixteen_bits = np.rint(anomaly_map * 65535).astype(np.uint16)
+            Image.fromarray(sixteen_bits).save(buffer, format="png", compress_level=1)
         write_file(path, buffer.getvalue())
 
 
@@ -126,6 +127,10 @@ class OtherSettingsError(FileExistsError, ValueError):
     """A folder holds results of other settings."""
 
 
+class DamagedSettingsError(ValueError):
+    """A file of settings cannot be read."""
+
+
 def check_settings(path, settings, *, ignore=(), defaults=None, advice="give another folder"):
     """Refuse a folder whose results were made with other settings.
 
@@ -138,7 +143,7 @@ def check_settings(path, settings, *, ignore=(), defaults=None, advice="give ano
 
     Raises:
         OtherSettingsError: a FileExistsError and a ValueError; names the keys that differ.
-        ValueError: the file of settings is damaged.
+        DamagedSettingsError: a ValueError.
     """
     path = Path(path)
     if not path.is_file():
@@ -146,7 +151,7 @@ def check_settings(path, settings, *, ignore=(), defaults=None, advice="give ano
     try:
         old = {**(defaults or {}), **json.loads(path.read_text())}
     except (ValueError, TypeError):
-        raise ValueError(f"{path} is damaged: delete it, or {advice}") from None
+        raise DamagedSettingsError(f"{path} is damaged: delete it, or {advice}") from None
     settings = as_json(settings)
     differing = [key for key in [*settings, *(old.keys() - settings.keys())] if old.get(key) != settings.get(key)]
     changes = [f"{key}: {old.get(key)!r}, now {settings.get(key)!r}" for key in differing if key not in ignore]

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from cxr_diffusers.files import load_map
-from cxr_diffusers.inference.detection import detect, in_model_greys
+from cxr_diffusers.inference.detection import detect
+from cxr_diffusers.inference.panels import in_model_greys
 from cxr_diffusers.pipelines.cxr_images import restore_map
 from helpers import FEW_STEPS, run_detect, write_dicom
 

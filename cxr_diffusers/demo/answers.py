@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from ..evaluation.masks import threshold_map
 from ..files import safe_name
-from ..inference.detection import same_frame
+from ..inference.panels import same_frame
 from ..inference.trajectory import Trajectory, check_steps
 from ..pipelines.cxr_images import restore_map
 from ..pipelines.cxr_inversion import timesteps_below

@@ -1,11 +1,10 @@
-"""Images in a folder -> a picture and a map each, and a row in results.csv."""
+"""Detection over files and folders: a panel and a map of each image, and a row in results.csv."""
 
-import csv
-import hashlib
-import io
-import json
+import os
 import time
-from functools import partial
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +13,15 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..data.dicom_checks import warnings_of
-from ..data.images import SUFFIXES, describe_skipped, is_dicom, picture_size, read_header, read_image, split_images
-from ..files import check_settings, keep_settings, save_map, save_png, write_file
+from ..data.images import PIL_SUFFIXES, check_has_contrast, describe_skipped, is_dicom, read_header, read_image, split_images
 from ..fingerprints import fingerprint
-from ..pipelines.cxr_images import frame, prepare_image, restore_map
 from ..processes import process_state
-from ..visualization import side_by_side, to_grey
-from .dicom_output import ENDINGS, Algorithm, DicomOutputError, check_source, import_highdicom, write_objects
+from .detection_folder import RESULTS, DetectionFolder, file_stamp
+from .dicom_output import Algorithm, DicomOutputError, check_source, import_highdicom
+from .reference_scores import kept_scores
 from .trajectory import Trajectory, check_steps
 
-FIELDS = ["image", "name", "anomaly_score", "abnormal_fraction", "map_max", "height", "width", "seconds", "warnings"]
-WRITTEN = ("maps", "counterfactuals", "trajectories", "dicom")  # folders of results, which are no input
-SETTINGS = "settings.json"
-SHOWN = 512  # longer side of a panel: sharp enough to read the chest, three of them fit on a screen
+WORKERS = max(2, min(8, os.cpu_count() or 1))  # threads that read, and threads that write
 
 
 def detect(
@@ -39,6 +34,9 @@ def detect(
     save_counterfactual=False,
     save_trajectory=False,
     vmax=None,
+    threshold=None,
+    save_masks=False,
+    save_panel=True,
     dicom=False,
     call_kwargs=None,
     progress=True,
@@ -90,20 +88,21 @@ def detect(
     """
     if map_format not in ("png", "npy"):
         raise ValueError(f"expected `map_format` png or npy, got {map_format!r}")
+    if vmax is not None and not vmax > 0:
+        raise ValueError(f"expected `vmax` above 0, got {vmax!r}")
+    if threshold is not None and not 0 < threshold < 1:
+        raise ValueError(f"expected `threshold` between 0 and 1, got {threshold!r}")
     call_kwargs = dict(call_kwargs or {})
     trajectory = None
     if save_trajectory:
         check_steps(pipeline)
         trajectory = Trajectory()
     state, output_dir = process_state(), Path(output_dir)
-    threshold = pipeline.config.get("map_threshold")
-    if vmax is None:
-        vmax = 3 * threshold if threshold else None
-    elif not vmax > 0:
-        raise ValueError(f"expected `vmax` above 0, got {vmax!r}")
+    threshold = threshold or pipeline.config.get("map_threshold")
+    if save_masks and not threshold:
+        raise ValueError("expected `threshold`, or a model with one (`map_threshold`), for `save_masks`, got neither")
     channels = model_channels(pipeline)
-    found, skipped = find_images(images, output_dir, channels)
-    algorithm = dicom_algorithm(pipeline, call_kwargs, [path for _, path in found]) if dicom else None
+    images, skipped = find_images(images, output_dir, channels)
     settings = {
         "model": str(pipeline.config.get("_name_or_path") or type(pipeline).__name__),
         "weights": fingerprint(pipeline, {}, 0),
@@ -111,97 +110,209 @@ def detect(
         "map_format": map_format,
         "save_counterfactual": save_counterfactual,
         "save_trajectory": save_trajectory,
+        "save_masks": save_masks,
+        "save_panel": save_panel,
         "map_threshold": threshold,
-        "vmax": vmax,
+        "vmax": 3 * threshold if vmax is None and threshold else vmax,
         "dicom": dicom,
     }
-    kept = dict(ignore=("model",), defaults={"save_trajectory": False, "dicom": False})  # of before there were these
-    check_settings(output_dir / SETTINGS, settings, **kept)
-    rows = read_rows(output_dir)
-    files = name_files(found, rows)
-    todo = [(name, path) for name, path in files.items() if name not in rows or rows[name]["file"] != stamp(path)]
-    state.wait_for_everyone()  # all have looked before the first writes, or they would share out different lists
+    folder = DetectionFolder(
+        output_dir,
+        settings,
+        pipeline.config,
+        algorithm=dicom_algorithm(pipeline, call_kwargs, [path for _, path in images], threshold) if dicom else None,
+        reference=healthy_reference(pipeline, call_kwargs),
+        main=state.is_main_process,
+    )
+    state.wait_for_everyone()  # results of unknown settings are gone before anyone lists what is done
+    rows = folder.read_rows()
+    files = folder.name_files(images, rows)
+    pending = [(name, path) for name, path in files.items() if not is_done(rows.get(name), path)]
+    state.wait_for_everyone()  # barrier: every process lists the pending files before any is written
 
-    stepwise = {"callback_on_step_end": trajectory} if trajectory else {}
-    share, failed, seconds = todo[state.process_index :: state.num_processes], {}, []
+    share, failed, seconds = pending[state.process_index :: state.num_processes], {}, []
     bar = tqdm(total=len(share), desc="detect", unit="image", disable=not (progress and state.is_main_process))
     try:
-        for first in range(0, len(share), batch_size):
-            batch = []
-            for name, path in share[first : first + batch_size]:
-                try:
-                    batch.append((name, path, read_picture(path, channels), read_source(path, dicom)))
-                except (ValueError, OSError) as error:
-                    failed[str(path)] = str(error)
-                    forget(output_dir, name)
-                    bar.update()
-            if not batch:
-                continue
-            start = time.perf_counter()
-            output = pipeline([picture for _, _, picture, _ in batch], output_type="np", **call_kwargs, **stepwise)
-            seconds += [(time.perf_counter() - start) / len(batch)] * len(batch)
-            keep_settings(
-                output_dir / SETTINGS, settings, **kept
-            )  # now that there are answers: a call that was refused leaves nothing
-            for i, (name, path, picture, source) in enumerate(batch):
-                answer = (
-                    output.image[i],
-                    output.counterfactual[i],
-                    output.anomaly_map[i],
-                    float(output.anomaly_score[i]),
-                )
-                objects = (source, algorithm) if algorithm and source is not None else None
-                try:
-                    row = write_answer(
-                        output_dir, name, path, picture, answer, pipeline.config, map_format, vmax, objects
-                    )
-                except DicomOutputError as error:
-                    failed[str(path)] = f"{path}: {error}"
-                    forget(output_dir, name)
-                    seconds.pop()
-                    bar.update()
-                    continue
-                row["warnings"] = "; ".join(warnings_of(source)) if source is not None else ""
-                if save_counterfactual:
-                    save_png(to_grey(answer[1].mean(-1)), output_dir / "counterfactuals" / f"{name}.png")
-                if trajectory:
-                    trajectory.save(output_dir / "trajectories" / f"{name}.webp", index=i)
-                row |= {"seconds": round(seconds[-1], 4), "file": stamp(path), "process": state.process_index}
-                write_file(row_file(output_dir, name), json.dumps(row).encode())
-                bar.update()
+        run = Detection(pipeline, folder, call_kwargs, trajectory, failed, seconds, bar, state.process_index)
+        run.process(share, batch_size, lambda name, path: read_input(name, path, channels, dicom))
         failed, seconds = dict(gather_object(list(failed.items()))), gather_object(seconds)
-    finally:  # stopped or failed, what is done is in the tables
+    finally:  # also after an error the tables hold what is done
         bar.close()
         if state.is_main_process:
-            rows = sorted(read_rows(output_dir).values(), key=lambda row: -row["anomaly_score"])
-            write_csv(output_dir / "results.csv", FIELDS, rows)
-            write_csv(output_dir / "failed.csv", ["image", "error"], [dict(image=k, error=failed[k]) for k in failed])
+            rows = folder.write_tables(failed)
     if not state.is_main_process:
         return None
-    mean = float(np.mean(seconds)) if seconds else None
-    mine = {stamp(path)[0] for path in files.values()}
+    sources = {os.path.realpath(path) for path in files.values()}
     return {
         "images": len(files),
         "computed": len(seconds),
         "failed": failed,
-        "seconds_per_image": mean,
-        "skipped": {str(path): what for path, what in skipped.items()},
-        "warnings": {row["image"]: row["warnings"] for row in rows if row.get("warnings") and row["file"][0] in mine},
+        "seconds_per_image": float(np.mean(seconds)) if seconds else None,
+        "skipped": {str(path): reason for path, reason in skipped.items()},
+        "warnings": {row["image"]: row["warnings"] for row in rows if row.get("warnings") and row["file"][0] in sources},
         "without_dicom": [str(path) for path in files.values() if dicom and not is_dicom(path)],
     }
 
 
-def dicom_algorithm(pipeline, call_kwargs, paths):
-    """What the DICOM objects will name as their maker; ValueError or ImportError where none can be written."""
+@dataclass
+class Input:
+    """One file, read. stamp: `file_stamp` before it was read. header: of a DICOM file. error: why it was not read."""
+
+    name: str
+    path: Path
+    stamp: list | None = None
+    image: object = None
+    header: object = None
+    warnings: str = ""
+    error: str = ""
+
+
+@dataclass
+class Detection:
+    """The loop over files: they are read ahead and written behind in threads, so that the network need not wait."""
+
+    pipeline: object
+    folder: DetectionFolder
+    call_kwargs: dict
+    trajectory: Trajectory | None
+    failed: dict
+    seconds: list
+    bar: tqdm
+    process_index: int
+
+    def process(self, files, batch_size, read):
+        """Run the pipeline over [(name, path)]; `read(name, path)` -> `Input`.
+
+        Raises:
+            OSError: a result cannot be written.
+        """
+        stepwise = {"callback_on_step_end": self.trajectory} if self.trajectory else {}
+        with ThreadPoolExecutor(WORKERS) as readers, ThreadPoolExecutor(WORKERS) as writers:
+            writing = deque()
+            for batch in in_batches(map_ahead(readers, read, files, 2 * batch_size), batch_size):
+                for file in batch:
+                    if file.error:
+                        self.fail(file, file.error)
+                batch = [file for file in batch if not file.error]
+                if not batch:
+                    continue
+                start = time.perf_counter()
+                output = self.pipeline(
+                    [file.image for file in batch], output_type="np", **self.call_kwargs, **stepwise
+                )
+                each = (time.perf_counter() - start) / len(batch)
+                self.folder.keep_settings()  # only now: a call that was refused leaves nothing
+                for i, file in enumerate(batch):
+                    if self.trajectory:  # it records the last call alone
+                        self.trajectory.save(self.folder.path / "trajectories" / f"{file.name}.webp", index=i)
+                    answer = (output.image[i], output.counterfactual[i], output.anomaly_map[i])
+                    answer = (*answer, float(output.anomaly_score[i]))
+                    writing.append((file, each, writers.submit(self.write, file, answer, each)))
+                while len(writing) > 2 * batch_size:
+                    self.finish(*writing.popleft())
+            while writing:
+                self.finish(*writing.popleft())
+
+    def write(self, file, answer, seconds):
+        columns = dict(warnings=file.warnings, seconds=round(seconds, 4), process=self.process_index)
+        self.folder.write(file.name, file.path, file.stamp, file.image, answer, file.header, **columns)
+
+    def finish(self, file, seconds, written):
+        """Wait until a file's results are written; a header that gives no DICOM objects is that file's failure."""
+        try:
+            written.result()
+        except DicomOutputError as error:
+            return self.fail(file, f"{file.path}: {error}")
+        self.seconds.append(seconds)
+        self.bar.update()
+
+    def fail(self, file, error):
+        self.failed[str(file.path)] = error
+        self.folder.forget(file.name)
+        self.bar.update()
+
+
+def map_ahead(pool, function, arguments, ahead):
+    """`function(*arguments)` of each, in order, with at most `ahead` results waiting."""
+    waiting = deque()
+    try:
+        for item in arguments:
+            waiting.append(pool.submit(function, *item))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def in_batches(items, size):
+    """Lists of `size` items; the last may be shorter."""
+    batch = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def read_input(name, path, channels, dicom):
+    """Read one file -> `Input`, with its error where it cannot be read."""
+    file = Input(name, path)
+    try:
+        file.stamp = file_stamp(path)  # before it is read: a file that is replaced meanwhile is computed again
+        file.image = read_model_input(path, channels)
+        check_has_contrast(file.image, path)
+        file.header = read_source(path, dicom)
+        found = warnings_of(file.header) if file.header is not None else colour_warnings(path)
+        file.warnings = "; ".join(found)
+    except (ValueError, OSError) as error:
+        file.error = str(error)
+    return file
+
+
+def is_done(row, path):
+    """Whether a row is of this file as it is now."""
+    try:
+        return row is not None and row["file"] == file_stamp(path)
+    except OSError:  # reading it will say why
+        return False
+
+
+def colour_warnings(path):
+    """[a warning] of an image file that is a colour photograph; grey values stored as RGB are none."""
+    if path.suffix.lower() not in PIL_SUFFIXES or not path.is_file():
+        return []
+    with Image.open(path) as image:
+        if image.mode not in ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "LAB", "HSV"):
+            return []
+        image.draft("RGB", (128, 128))
+        small = np.asarray(image.convert("RGB").resize((64, 64)), np.int16)
+    return ["a colour image: radiographs are grey"] if np.ptp(small, axis=-1).mean() > 8 else []
+
+
+def healthy_reference(pipeline, call_kwargs):
+    """`ReferenceScores` kept with the model, None where there are none for these settings."""
+    model = pipeline.config.get("_name_or_path")
+    if not model or not hasattr(pipeline, "settings"):
+        return None
+    reference = kept_scores(model)
+    return reference if reference is not None and reference.scores and reference.fits(pipeline, call_kwargs) else None
+
+
+def dicom_algorithm(pipeline, call_kwargs, paths, threshold):
+    """`Algorithm` that DICOM objects name as their maker; ValueError or ImportError where none can be written."""
     import_highdicom()
-    threshold = pipeline.config.get("map_threshold")
     if not threshold:
         raise ValueError(
             "expected a model with a threshold from healthy validation images (`map_threshold` in its "
             "model_index.json) to write DICOM segmentations, got one without"
         )
     if not any(map(is_dicom, paths)):
-        raise ValueError("expected at least one DICOM file to write DICOM objects beside, got other pictures only")
+        raise ValueError("expected at least one DICOM file to write DICOM objects beside, got other images only")
     name = str(pipeline.config.get("_name_or_path") or "")
     model = Path(name).resolve().name if Path(name).is_dir() else name
     return Algorithm(type(pipeline).__name__, model or "unnamed", fingerprint(pipeline, call_kwargs, 0), threshold)
@@ -218,26 +329,26 @@ def read_source(path, dicom):
 
 
 def model_channels(pipeline):
-    """Channels of the pictures that a pipeline's model takes; 1 where it does not say."""
+    """Channels of the images that a pipeline's model takes; 1 where it does not say."""
     configs = [getattr(component, "config", None) or {} for component in pipeline.components.values()]
     return next((config["in_channels"] for config in configs if "in_channels" in config), 1)
 
 
-def read_picture(path, channels):
+def read_model_input(path, channels):
     """An image file -> PIL image; the folder of an MRI slice -> (H, W, 4) array.
 
-    Raises ValueError where it is broken, or where the model takes pictures of other `channels`.
+    Raises ValueError where it is broken, or where the model takes images of other `channels`.
     """
     if path.is_dir():
         from ..data.brats import read_slice
 
-        picture = read_slice(path)
+        image = read_slice(path)
     else:
-        picture = read_image(path)
-    found = picture.shape[-1] if isinstance(picture, np.ndarray) else 1
-    if found != channels and (found, channels) != (1, 3):
-        raise ValueError(f"{path}: expected a picture of {channels} channels for this model, got {found}")
-    return picture
+        image = read_image(path)
+    depth = image.shape[-1] if isinstance(image, np.ndarray) else 1
+    if depth != channels and (depth, channels) != (1, 3):
+        raise ValueError(f"{path}: expected an image of {channels} channels for this model, got {depth}")
+    return image
 
 
 def find_images(images, output_dir, channels=1):
@@ -250,7 +361,7 @@ def find_images(images, output_dir, channels=1):
         if not item.exists():
             raise FileNotFoundError(f"no such file or folder: {item}")
         folder = item if item.is_dir() else item.parent
-        if folder.resolve() in [output / name for name in ("", *WRITTEN)]:
+        if folder.resolve() in [output / name for name in ("", *RESULTS)]:
             raise ValueError(f"expected an output folder of its own, got {output_dir}, where the images are")
         slices = list_slices_of(item) if channels == 4 and item.is_dir() else []
         if not item.is_dir() or item in slices:
@@ -272,106 +383,3 @@ def list_slices_of(folder):
     from ..data.brats import list_slices
 
     return list_slices(folder)
-
-
-def name_files(found, rows):
-    """-> {name: path}: "study/a.png" is "study__a". Two files that would share a name get a hash of their path; a file
-    that has a row keeps its name, whatever has come beside it."""
-    taken = {name: row["file"][0] for name, row in rows.items()}
-    name_of = {source: name for name, source in taken.items()}
-    files = {}
-    for relative, path in found:
-        source = stamp(path)[0]
-        if source not in name_of:
-            # what follows the last dot of a DICOM file without extension is part of its UID
-            plain = relative.with_suffix("") if relative.suffix.lower() in SUFFIXES else relative
-            name = "__".join(plain.parts)[-150:]
-            if name in taken:
-                name += "-" + hashlib.sha256(source.encode()).hexdigest()[:6]
-            name_of[source], taken[name] = name, source
-        files[name_of[source]] = path
-    return files
-
-
-def stamp(path):
-    """What tells a file, or a slice's folder, and its content from another: [path, bytes, time of change in ns]."""
-    found = [file.stat() for file in (path.iterdir() if path.is_dir() else [path])]
-    return [str(path.resolve()), sum(s.st_size for s in found), max(s.st_mtime_ns for s in found)]
-
-
-def row_file(output_dir, name):
-    return output_dir / "rows" / f"{name}.json"
-
-
-def forget(output_dir, name):
-    """Take away the row and the DICOM objects of the file that was here before: they would be taken for this one's."""
-    objects = [output_dir / "dicom" / f"{name}_{ending}.dcm" for ending in ENDINGS]
-    for path in (row_file(output_dir, name), *objects):
-        path.unlink(missing_ok=True)
-
-
-def read_rows(output_dir):
-    """{name: row} of all images that are done."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted((output_dir / "rows").glob("*.json"))}
-
-
-def write_answer(output_dir, name, path, picture, answer, config, map_format, vmax, objects=None):
-    """Write the map and the picture of one image, and its DICOM `objects` = (source, algorithm); return its row."""
-    image, counterfactual, anomaly_map, score = answer
-    aspect, threshold, size = config["aspect"], config.get("map_threshold"), picture_size(picture)
-    own = restore_map(anomaly_map, *size, aspect)
-    fraction = float(np.mean(own > threshold)) if threshold else None
-    save_map(own, output_dir / "maps" / f"{name}.{map_format}")
-
-    shown, counterfactual, small = same_frame(picture, image, counterfactual, anomaly_map, config)
-    title = f"score {score:.3f}"
-    title += f"    {fraction:.1%} of the picture above the threshold" if threshold else ""
-    show = partial(side_by_side, shown, counterfactual, small, vmax=vmax, panel_size=SHOWN)
-    save_png(show(title=f"{path.name}    {title}"), output_dir / f"{name}.png")
-    if objects:  # their picture is without the file's name, which may be the patient's
-        source, algorithm = objects
-        write_objects(output_dir / "dicom" / name, source, own > threshold, show(title=title), algorithm)
-    values = (str(path), name, score, fraction, float(own.max()), *size)
-    return dict(zip(FIELDS, values, strict=False))
-
-
-def same_frame(picture, image, counterfactual, anomaly_map, config, longest=SHOWN):
-    """What belongs side by side: (input, counterfactual, map), (h, w) each, without the bars of the model's square.
-
-    Args:
-        picture: as it was handed to the pipeline. image, counterfactual, anomaly_map: one picture's of its "np" answer.
-        config: the pipeline's. longest: side of the result, in pixels.
-    """
-    aspect, size = config["aspect"], picture_size(picture)
-    if aspect == "keep" or isinstance(picture, np.ndarray):  # pixel by pixel; of several channels their mean
-        return [restore_map(x, *size, aspect) for x in (image.mean(-1), counterfactual.mean(-1), anomaly_map)]
-    shown = in_model_greys(picture, anomaly_map.shape[-1], config["scaling"], aspect, longest)
-    return [shown, *(restore_map(x, *shown.shape, aspect) for x in (counterfactual.mean(-1), anomaly_map))]
-
-
-def in_model_greys(picture, size, scaling, aspect, longest=SHOWN):
-    """PIL picture -> (h, w) float32 in [0, 1], the longer side `longest` pixels: the radiograph at its own sharpness.
-
-    It is black and white where the model that works at `size` pixels has them: comparable with the counterfactual.
-    """
-    scale = longest / max(picture.size)
-    width, height = (max(1, round(side * scale)) for side in picture.size)
-    shown = Image.fromarray(np.asarray(picture, np.float32)).resize((width, height), Image.Resampling.BICUBIC)
-    shown = np.asarray(shown) / (255 if picture.mode == "L" else 65535)
-    if scaling == "minmax":
-        top, left, h, w = frame(picture.height, picture.width, size, aspect)
-        seen = prepare_image(picture, size, "dtype", aspect, (0.0, 1.0))[0, 0]
-        seen = seen[max(top, 0) : max(top, 0) + h, max(left, 0) : max(left, 0) + w].numpy()  # without the bars
-        shown = (shown - seen.min()) / max(np.ptp(seen), 1e-12)
-    return shown.clip(0, 1)
-
-
-def write_csv(path, fields, rows):
-    """A table, under its name only when complete; no rows, no file."""
-    if not rows:
-        return path.unlink(missing_ok=True)
-    with io.StringIO(newline="") as text:
-        writer = csv.DictWriter(text, fields, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_file(path, text.getvalue().encode())

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxr_diffusers.files import load_map
+from cxr_diffusers.files import as_json, load_map
+from cxr_diffusers.fingerprints import weights_digest
 from cxr_diffusers.inference.detection import detect
 from cxr_diffusers.inference.panels import in_model_greys
+from cxr_diffusers.inference.reference_scores import ReferenceScores, keep_scores
 from cxr_diffusers.pipelines.cxr_images import restore_map
 from helpers import FEW_STEPS, run_detect, write_dicom
 
@@ -231,3 +233,102 @@ def test_processes_share_the_work_on_a_cpu(pipeline, folder, tmp_path):
     for name in expected:
         score = float(expected[name]["anomaly_score"])
         assert float(together[name]["anomaly_score"]) == pytest.approx(score, abs=1e-5)
+
+
+def test_a_bad_name_or_link_fails_alone(pipeline, tmp_path):
+    images, out = tmp_path / "images", tmp_path / "out"
+    deep = images / ("胸" * 75) / ("片" * 75)
+    deep.mkdir(parents=True)
+    picture(0).save(images / "good.png")
+    picture(1).save(images / "two\nlines.png")
+    picture(2).save(deep / "long.png")
+    picture(3).save(images / "plain.png")
+    os.rename(images / "plain.png", os.fsencode(images) + b"/\xff.png")
+    (images / "dangling.png").symlink_to("nowhere.png")
+    (images / "loop.png").symlink_to("loop.png")
+    summary = run_detect(pipeline, [images], out)
+    assert {Path(path).name for path in summary["failed"]} == {"dangling.png", "loop.png"}
+    assert summary["computed"] == 4 and len(table(out)) == 4
+    with open(out / "failed.csv", newline="", encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == 2
+    assert all((out / f"{name}.png").is_file() and "\n" not in name for name in table(out))
+    assert run_detect(pipeline, [images], out)["computed"] == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"{}", b"\xff", b'{"name": "a"'])
+def test_damaged_rows_and_settings_are_computed_anew_and_named(pipeline, folder, tmp_path, caplog, content):
+    out, images = tmp_path / "out", [folder / "a.png", folder / "deep.npy"]
+    run_detect(pipeline, images, out)
+    (out / "rows" / "a.json").write_bytes(content)
+    assert run_detect(pipeline, images, out)["computed"] == 1 and len(table(out)) == 2
+    assert str(out / "rows" / "a.json") in caplog.text
+    if content != b"{}":  # settings that can be read are compared
+        (out / "settings.json").write_bytes(content)
+        assert run_detect(pipeline, images, out)["computed"] == 2
+        assert str(out / "settings.json") in caplog.text
+        assert run_detect(pipeline, images, out)["computed"] == 0
+
+
+def test_a_source_replaced_while_it_is_computed_is_computed_again(pipeline, folder, tmp_path):
+    class Replacing(type(pipeline)):
+        def __call__(self, *args, **kwargs):
+            picture(9, 30, 30).save(folder / "a.png")
+            return super().__call__(*args, **kwargs)
+
+    slow = Replacing(**pipeline.components)
+    slow.register_to_config(**{k: v for k, v in pipeline.config.items() if k in ("aspect", "scaling")})
+    run_detect(slow, [folder / "a.png"], tmp_path / "out")
+    assert table(tmp_path / "out")["a"]["height"] == "24"
+    assert run_detect(slow, [folder / "a.png"], tmp_path / "out")["computed"] == 1
+    assert table(tmp_path / "out")["a"]["height"] == "30"
+
+
+def test_a_write_error_stops_the_run_and_the_same_call_goes_on(pipeline, folder, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "maps").write_text("a file where a folder must be: nothing can be written")
+    with pytest.raises(OSError, match="maps"):
+        run_detect(pipeline, [folder], out)
+    (out / "maps").unlink()
+    assert run_detect(pipeline, [folder], out)["computed"] == 5
+
+
+def test_an_image_of_one_value_has_no_score_and_a_colour_photograph_a_warning(pipeline, folder, tmp_path):
+    Image.new("L", (20, 20), 7).save(folder / "flat.png")
+    colours = np.random.default_rng(0).integers(0, 255, (3, 3, 3), np.uint8)
+    Image.fromarray(colours).resize((24, 24), Image.Resampling.NEAREST).save(folder / "photo.png")
+    picture(5).convert("RGB").save(folder / "grey_as_rgb.png")
+    summary = run_detect(pipeline, [folder], tmp_path / "out")
+    assert list(summary["failed"]) == [str(folder / "flat.png")]
+    assert "one value" in summary["failed"][str(folder / "flat.png")]
+    assert [Path(path).name for path in summary["warnings"]] == ["photo.png"]
+
+
+def test_a_threshold_of_ones_own_decides_fraction_and_mask(pipeline, folder, tmp_path):
+    with pytest.raises(ValueError, match="expected `threshold`"):
+        run_detect(pipeline, [folder / "a.png"], tmp_path, save_masks=True)
+    with pytest.raises(ValueError, match="between 0 and 1, got 2"):
+        run_detect(pipeline, [folder / "a.png"], tmp_path, threshold=2)
+    run_detect(pipeline, [folder / "a.png"], tmp_path, threshold=0.07, save_masks=True, save_panel=False)
+    mask = np.asarray(Image.open(tmp_path / "masks" / "a.png"))
+    anomaly_map = load_map(tmp_path / "maps" / "a.png")
+    clear = abs(anomaly_map - 0.07) > 1e-4
+    np.testing.assert_array_equal(mask[clear], 255 * (anomaly_map > 0.07)[clear])
+    assert float(table(tmp_path)["a"]["abnormal_fraction"]) == pytest.approx((mask > 0).mean())
+    assert not (tmp_path / "a.png").exists()
+    with pytest.raises(FileExistsError, match="map_threshold: 0.07, now 0.08"):
+        run_detect(pipeline, [folder / "a.png"], tmp_path, threshold=0.08, save_masks=True, save_panel=False)
+
+
+def test_a_score_is_placed_among_the_healthy_scores_of_the_model(pipeline, folder, tmp_path):
+    pipeline.save_pretrained(tmp_path / "model")
+    model = type(pipeline).from_pretrained(tmp_path / "model")
+    score = float(model(picture(0), output_type="np", **FEW_STEPS).anomaly_score[0])
+    healthy = [score * share for share in (0.25, 0.5, 0.75, 1.5)]
+    call = as_json(model.settings(**FEW_STEPS))
+    keep_scores(ReferenceScores("four chests", call, healthy, weights_digest(model)), tmp_path / "model")
+    run_detect(model, [folder / "a.png"], tmp_path / "out")
+    row = table(tmp_path / "out")["a"]
+    assert (float(row["healthy_percentile"]), float(row["p_value"])) == (75, 2 / 5)
+    detect(model, [folder / "a.png"], tmp_path / "other", call_kwargs={**FEW_STEPS, "noise_level": 200}, progress=False)
+    assert table(tmp_path / "other")["a"]["p_value"] == ""  # other settings: other scores

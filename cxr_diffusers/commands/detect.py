@@ -17,13 +17,17 @@ examples:
 def add(commands):
     detect = add_command(commands, "detect", run, "an anomaly map for each image of a file or folder", DETECT)
     detect.add_argument("images", nargs="+", type=Path, help="png, jpg, tif, npy or DICOM files, or folders")
-    detect.add_argument("--out", type=Path, required=True, help="folder for pictures, maps and results.csv")
+    detect.add_argument("--out", type=Path, required=True, help="folder for panels, maps and results.csv")
     detect.add_argument("--map-format", choices=["png", "npy"], default="png", help="16-bit PNG or float32 npy")
     detect.add_argument("--save-counterfactual", action="store_true", help="as a PNG, at the model's resolution")
     text = "for each DICOM file a Segmentation and a Secondary Capture that file beside it (docs/clinic.md)"
     detect.add_argument("--dicom", action="store_true", help=text)
     detect.add_argument("--save-trajectory", action="store_true", help="a film (WebP) of the way to noise and back")
     detect.add_argument("--vmax", type=float, help="map value of the last colour (default: 3 x the model's threshold)")
+    text = "map value above which a pixel is abnormal, from 0 to 1 (default: the model's, from healthy images)"
+    detect.add_argument("--threshold", type=float, help=text)
+    detect.add_argument("--save-masks", action="store_true", help="the map above the threshold, as a PNG of 0 and 255")
+    detect.add_argument("--no-picture", action="store_true", help="no panel NAME.png of each image: less time and space")
     add_pipeline_options(detect)
 
 
@@ -39,6 +43,9 @@ def run(options):
         save_counterfactual=options.save_counterfactual,
         save_trajectory=options.save_trajectory,
         vmax=options.vmax,
+        threshold=options.threshold,
+        save_masks=options.save_masks,
+        save_panel=not options.no_picture,
         dicom=options.dicom,
         call_kwargs=call_kwargs(options),
     )
@@ -52,7 +59,7 @@ def run(options):
     )
     tell_about_files(summary)
     for error in failed.values():
-        print(f"failed: {error}", file=sys.stderr)
+        print(f"failed: {' '.join(error.split())}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -45,45 +45,51 @@ def detect(
 
     Written for every image, under a name made of its path below the folder:
 
-        NAME.png                  input | counterfactual | map over the input, with its colour bar
+        NAME.png                  unless `save_panel` is False: input | counterfactual | map over the input
         maps/NAME.png (or .npy)   the raw map at the input's own resolution: 16 bits, value / 65535 (or float32)
+        masks/NAME.png            with `save_masks`: 255 where the map is above the threshold, else 0
         counterfactuals/NAME.png  with `save_counterfactual`: as the model made it, at its resolution
         dicom/NAME_seg.dcm        with `dicom`, of a DICOM file: the map above the threshold as a Segmentation, and
-        dicom/NAME_overlay.dcm    the picture as a Secondary Capture, filed beside their source; see docs/clinic.md
+        dicom/NAME_overlay.dcm    the panel as a Secondary Capture, filed beside their source; see docs/clinic.md
         trajectories/NAME.webp    with `save_trajectory`: a film of the way to noise and back, see `Trajectory`
         rows/NAME.json            the row of results.csv; written last, so it says that the image is done
 
-    and at the end results.csv, most abnormal first, and failed.csv, if files could not be read. Run it again and it
-    goes on where it stopped, kill -9 included: only files that are new, changed, or were broken before are computed.
-    Under `accelerate launch` each process takes its share (place the pipeline on its device first).
+    and at the end results.csv, most abnormal first, and failed.csv, if images could not be computed (unreadable, of
+    one single value, no such file). Run it again and it goes on where it stopped, kill -9 included: only files that
+    are new, changed, or failed before are computed. Under `accelerate launch` each process takes its share (place
+    the pipeline on its device first).
 
-    Columns: `anomaly_score`, see `AnomalyOutput`; `abnormal_fraction`, of the pixels above the model's threshold from
-    healthy images (empty if it has none); `map_max`; `height` and `width` of the input; `seconds`, of the model alone;
-    `warnings`, why the map may mean nothing, as the header of a DICOM file tells (a lateral view, another body part).
+    Columns: `anomaly_score`, see `AnomalyOutput`; where the model keeps scores of n healthy images for the same
+    settings, `healthy_percentile`, the percentage of them below this score, and `p_value`, conformal:
+    (1 + number of healthy scores >= this one) / (n + 1); `abnormal_fraction`, of the pixels above the threshold (empty
+    without one); `map_max`; `height` and `width` of the input; `seconds`, of the model alone; `warnings`: why the map
+    may mean nothing (a lateral view, another body part, a colour image).
 
     Args:
         pipeline: answers `pipeline(list of PIL images, output_type="np")` with an `AnomalyOutput`.
         images: files and folders; a folder is searched for png, jpg, bmp, tif, npy and DICOM files, with or without an
-            extension; DICOM files that are no picture (reports, segmentations) are left out. For a model of four
+            extension; DICOM files without an image (reports, segmentations) are left out. For a model of four
             channels, the folders of MRI slices (see `data.load_brats`) and folders of such.
         output_dir: created if need be.
         batch_size: images a call.
         map_format: "png" or "npy".
-        vmax: the map value of the last colour. None: three times the model's threshold, so all its pictures have one
-            scale; for a model without threshold each picture's own 99.5 % quantile.
-        dicom: write DICOM objects, too; pictures that are no DICOM files get none.
+        vmax: the map value of the last colour. None: three times the threshold, so all panels have one scale; without
+            a threshold each panel's own 99.5 % quantile.
+        threshold: map value in (0, 1) above which a pixel is abnormal. None: the model's, from healthy images.
+        dicom: write DICOM objects, too; images that are no DICOM files get none.
         call_kwargs: arguments of the pipeline's call.
 
     Returns:
         {"images", "computed", "failed": {path: error}, "seconds_per_image" (None if nothing was computed), "skipped":
-        {path: what it is}, "warnings": {path: text}, "without_dicom": [path]} on the main process, None on the others.
+        {path: reason}, "warnings": {path: text}, "without_dicom": [path]} on the main process, None on the others.
 
     Raises:
         FileNotFoundError: no such file or folder, or no image in it.
         FileExistsError: `output_dir` holds results of another model or other settings.
-        ValueError: `output_dir` is where the images are, an unknown `map_format`, a `vmax` of 0 or less,
-            `save_trajectory` for a pipeline without steps; or `dicom` for a model without a threshold, or without any
-            DICOM file.
+        ValueError: `output_dir` is where the images are, an unknown `map_format`, a `vmax` of 0 or less, a `threshold`
+            outside (0, 1), `save_trajectory` for a pipeline without steps; `dicom` or `save_masks` without a
+            threshold; `dicom` without any DICOM file.
+        OSError: a result cannot be written (disk full, no permission); the same call goes on afterwards.
         ImportError: `dicom`, and highdicom is not installed.
     """
     if map_format not in ("png", "npy"):

@@ -27,7 +27,9 @@ def add(commands):
     text = "map value above which a pixel is abnormal, from 0 to 1 (default: the model's, from healthy images)"
     detect.add_argument("--threshold", type=float, help=text)
     detect.add_argument("--save-masks", action="store_true", help="the map above the threshold, as a PNG of 0 and 255")
-    detect.add_argument("--no-picture", action="store_true", help="no panel NAME.png of each image: less time and space")
+    detect.add_argument(
+        "--no-picture", action="store_true", help="no panel NAME.png of each image: less time and space"
+    )
     add_pipeline_options(detect)
 
 

@@ -13,7 +13,15 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..data.dicom_checks import warnings_of
-from ..data.images import PIL_SUFFIXES, check_has_contrast, describe_skipped, is_dicom, read_header, read_image, split_images
+from ..data.images import (
+    PIL_SUFFIXES,
+    check_has_contrast,
+    describe_skipped,
+    is_dicom,
+    read_header,
+    read_image,
+    split_images,
+)
 from ..fingerprints import fingerprint
 from ..processes import process_state
 from .detection_folder import RESULTS, DetectionFolder, file_stamp
@@ -155,7 +163,9 @@ def detect(
         "failed": failed,
         "seconds_per_image": float(np.mean(seconds)) if seconds else None,
         "skipped": {str(path): reason for path, reason in skipped.items()},
-        "warnings": {row["image"]: row["warnings"] for row in rows if row.get("warnings") and row["file"][0] in sources},
+        "warnings": {
+            row["image"]: row["warnings"] for row in rows if row.get("warnings") and row["file"][0] in sources
+        },
         "without_dicom": [str(path) for path in files.values() if dicom and not is_dicom(path)],
     }
 
@@ -203,9 +213,7 @@ class Detection:
                 if not batch:
                     continue
                 start = time.perf_counter()
-                output = self.pipeline(
-                    [file.image for file in batch], output_type="np", **self.call_kwargs, **stepwise
-                )
+                output = self.pipeline([file.image for file in batch], output_type="np", **self.call_kwargs, **stepwise)
                 each = (time.perf_counter() - start) / len(batch)
                 self.folder.keep_settings()  # only now: a call that was refused leaves nothing
                 for i, file in enumerate(batch):

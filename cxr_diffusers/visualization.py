@@ -184,9 +184,11 @@ def to_grey(image):
 
 def _cover(grey, level, opacity):
     """(H, W) grey 0..255, (H, W) level 0..1 -> (H, W, 3) uint8; nothing is laid over level 0, so the anatomy stays."""
-    alpha = (opacity * level**0.8)[..., None]
-    colours = map_colours()[(level * 255).round().astype(np.uint8)]
-    return (grey[..., None] * (1 - alpha) + colours * alpha).astype(np.uint8)
+    # 256 levels, looked up: several times as fast as powers of each pixel
+    index = np.rint(level * 255).astype(np.uint8)
+    alpha = (opacity * np.linspace(0, 1, 256, dtype=np.float32) ** 0.8)[:, None]
+    weighted = map_colours() * alpha
+    return (grey[..., None] * (1 - alpha)[index] + weighted[index]).astype(np.uint8)
 
 
 @cache

@@ -257,3 +257,36 @@ def test_a_file_of_before_there_were_warnings_is_read(model, tmp_path):
         assert path.read_text() != text
     summary = detection.detect(model, [source], tmp_path / "out", call_kwargs=FEW_STEPS, progress=False)
     assert summary["computed"] == 0 and summary["warnings"] == {}
+
+
+def test_objects_carry_nothing_of_the_source_but_what_files_them(model, tmp_path):
+    source = write_source(tmp_path / "a.dcm")
+    header = pydicom.dcmread(source)
+    secrets = {
+        "PatientComments": "SECRET comment",
+        "AdditionalPatientHistory": "SECRET history",
+        "Allergies": "SECRET allergy",
+        "MedicalAlerts": "SECRET alert",
+        "Occupation": "SECRET work",
+        "EthnicGroup": "SECRET group",
+        "OtherPatientNames": "SECRET^NAME",
+        "PatientAddress": "SECRET street",
+        "StudyDescription": "SECRET reason",
+        "AdmittingDiagnosesDescription": "SECRET diagnosis",
+        "NameOfPhysiciansReadingStudy": "SECRET^READER",
+        "ImageComments": "SECRET image",
+        "SeriesDescription": "SECRET series",
+        "InstitutionName": "SECRET house",
+    }
+    for name, value in secrets.items():
+        setattr(header, name, value)
+    header.FrameOfReferenceUID = "1.2.3.4"
+    header.save_as(source)
+    run_detect(model, [source], tmp_path / "out", dicom=True)
+    for ending in ("seg", "overlay"):
+        path = tmp_path / "out" / "dicom" / f"a_{ending}.dcm"
+        assert b"SECRET" not in path.read_bytes(), ending
+        made = pydicom.dcmread(path)
+        assert made.PatientName == header.PatientName and made.StudyInstanceUID == header.StudyInstanceUID
+    segmentation = pydicom.dcmread(tmp_path / "out" / "dicom" / "a_seg.dcm")
+    assert segmentation.FrameOfReferenceUID == "1.2.3.4"

@@ -1,6 +1,5 @@
 """An anomaly map -> DICOM objects that file beside their source: a Segmentation, and a Secondary Capture to look at."""
 
-import copy
 import io
 from dataclasses import dataclass
 from hashlib import sha256
@@ -17,6 +16,13 @@ NEEDED = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUI
 EMPTY_ALLOWED = (
     "AccessionNumber PatientBirthDate PatientID PatientName PatientSex ReferringPhysicianName StudyDate StudyID "
     "StudyTime"
+).split()
+# of the source, besides: who is meant, how its pixels lie, and what is burned or lost in them; no free text
+COPIED = (
+    "SpecificCharacterSet IssuerOfPatientID Modality SeriesNumber InstanceNumber NumberOfFrames FrameOfReferenceUID "
+    "PositionReferenceIndicator ImagePositionPatient ImageOrientationPatient PixelSpacing ImagerPixelSpacing "
+    "SliceThickness PatientOrientation Laterality BurnedInAnnotation LossyImageCompression LossyImageCompressionRatio "
+    "LossyImageCompressionMethod"
 ).split()
 WARNING = "RESEARCH USE ONLY - NOT FOR DIAGNOSIS"
 SEGMENT_LABEL = "Unusual to the model (research)"
@@ -61,13 +67,18 @@ def check_source(dataset, path="the source"):
         raise ValueError(f"{path}: no DICOM objects can be filed beside a source without {', '.join(missing)}")
 
 
-def checked_source(dataset):
-    """The header of a source with everything that has to be there, if need be empty."""
+def filing_header(dataset):
+    """A new header with what files objects beside this source, and nothing else of it: no comments, no history.
+
+    Raises:
+        ValueError: see `check_source`.
+    """
     check_source(dataset)
-    header = copy.copy(dataset)
-    for name in EMPTY_ALLOWED:
-        if name not in header:
-            setattr(header, name, None)
+    header = pydicom_dataset(**{name: None for name in EMPTY_ALLOWED})
+    header.file_meta = getattr(dataset, "file_meta", None)
+    for name in (*NEEDED, *EMPTY_ALLOWED, *COPIED):
+        if name in dataset:
+            header[name] = dataset[name]
     return header
 
 
@@ -90,7 +101,7 @@ def make_segmentation(source, mask, algorithm):
     hd = import_highdicom()
     from pydicom.sr.codedict import codes
 
-    source = checked_source(source)
+    source = filing_header(source)
     if mask.shape != (source.Rows, source.Columns):
         raise ValueError(f"expected a mask of the source's size {(source.Rows, source.Columns)}, got {mask.shape}")
     segment = hd.seg.SegmentDescription(
@@ -152,7 +163,7 @@ def make_capture(source, picture, algorithm):
     hd = import_highdicom()
     from pydicom.sr.codedict import codes
 
-    source = checked_source(source)
+    source = filing_header(source)
     shown = np.asarray(
         with_banner(picture, f"{WARNING}     {algorithm.name} {algorithm.model}, cxr_diffusers {__version__}")
     )
@@ -193,10 +204,9 @@ def make_capture(source, picture, algorithm):
 
 
 def complete(made, source):
-    """What files an object into its study, and highdicom leaves out."""
-    for name in ("IssuerOfPatientID", "StudyDescription"):
-        if source.get(name):
-            setattr(made, name, source.get(name))
+    """Add to an object of highdicom what files it into its study."""
+    if source.get("IssuerOfPatientID"):
+        made.IssuerOfPatientID = source.IssuerOfPatientID
     made.PatientOrientation = source.get("PatientOrientation") or ""  # of each panel, too: they lie as the source does
     instance = pydicom_dataset(ReferencedSOPClassUID=source.SOPClassUID, ReferencedSOPInstanceUID=source.SOPInstanceUID)
     series = pydicom_dataset(SeriesInstanceUID=source.SeriesInstanceUID, ReferencedInstanceSequence=[instance])

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test slow style quality docs env clean
+.PHONY: demo test smoke slow style quality docs env clean
 
 demo: $(STAMP)  ## detect on the sample radiographs with the shipped model
 	$(BIN)/cxr-diffusers detect cxr_diffusers/samples --out demo
@@ -13,6 +13,13 @@ demo: $(STAMP)  ## detect on the sample radiographs with the shipped model
 
 test: $(STAMP)  ## the whole suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+smoke: $(STAMP)  ## about a minute: import, one detection, two training steps
+	rm -rf build/smoke
+	$(BIN)/python -c "import cxr_diffusers; print(cxr_diffusers.__version__)"
+	$(BIN)/cxr-diffusers detect cxr_diffusers/samples/sample_1.png --out build/smoke/maps
+	$(BIN)/python training/train_cfg.py configs/phantom_cfg_32.yaml train.max_steps=2 train.output_dir=build/smoke/run
+	rm -rf build/smoke
 
 slow: $(STAMP)  ## full-size checks, minutes each
 	$(BIN)/python -m pytest -m slow

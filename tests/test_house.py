@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -121,7 +122,7 @@ def test_a_bare_checkout_a_wheel_and_a_foreign_folder_called_pipelines_get_along
     copy = tmp_path / "copy"
     for name in ("cxr_diffusers", "pipelines"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy / name)
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, copy]
     done = subprocess.run(build, capture_output=True, text=True)
@@ -130,7 +131,12 @@ def test_a_bare_checkout_a_wheel_and_a_foreign_folder_called_pipelines_get_along
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {t for t in tops if not t.endswith(".dist-info")} == {"cxr_diffusers"}
-    assert "cxr_diffusers/pipelines/pipeline_cfg_anomaly.py" in names
+    assert {"cxr_diffusers/pipelines/pipeline_cfg_anomaly.py", "cxr_diffusers/py.typed"} < set(names)
+    tracked = {p.relative_to(ROOT).as_posix() for p in (ROOT / "cxr_diffusers").rglob("*") if p.is_file()}
+    assert not {name for name in tracked - set(names) if "__pycache__" not in name}, "setup.cfg misses package data"
+    description = next(zipfile.ZipFile(wheel).read(name).decode() for name in names if name.endswith("/METADATA"))
+    links = re.findall(r"\]\(([^)]+)\)", description)
+    assert len(links) > 20 and all(link.startswith("https://") for link in links), "a relative link is dead on PyPI"
     ours = {f"{n.replace('.', '/')}" for n in modules() if not n.startswith("training")}
     packed = {n.removesuffix(".py").removesuffix("/__init__") for n in names if n.endswith(".py")}
     assert not ours - packed, "setup.cfg does not list a package"

@@ -8,6 +8,9 @@ import warnings
 from .commands import COMMANDS
 from .version import __version__
 
+# what a user can mend is a line, not a traceback
+ONE_LINE_ERRORS = (ValueError, OSError, ImportError)
+
 
 def main(arguments=None):
     """Run a command; the exit code: 0 done, 1 done except for some files, 2 not done."""
@@ -21,8 +24,7 @@ def main(arguments=None):
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     try:
         return options.run(options) or 0
-    except (ValueError, OSError, ImportError) as error:
-        # what a user can mend is a line, not a traceback
+    except ONE_LINE_ERRORS as error:
         print(f"cxr-diffusers {options.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -49,6 +49,8 @@ def override_value(sections, override):
 def build(cls, values, where):
     """`cls(**values)`, naming the place and the offending key when a key is unknown, missing or of the wrong type."""
     annotations = {f.name: f.type for f in fields(cls)}
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: expected keys and values, got {values!r}")
     for key, value in values.items():
         if key not in annotations:
             raise ValueError(f"{where}: unknown key {key!r}, expected one of {sorted(annotations)}")

@@ -2,12 +2,16 @@
 
 import json
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 
+from ..files import safe_name
+
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
 DEFAULT = "cxr_cfg_64"
+LARGEST_SIZE, LARGEST_DEPTH = 1_000_000, 100  # of a number in a component's configuration; of `layers_per_block`
 
 
 def default_checkpoint(name=DEFAULT):
@@ -83,7 +87,8 @@ def load_pipeline(name, trust_remote_code=False):
         trust_remote_code: run the code that it brings along, where its class is none of ours.
 
     Raises:
-        FileNotFoundError: no such folder, or nothing was saved there. ValueError: none of our classes.
+        FileNotFoundError: no such folder, or nothing was saved there. ValueError: not one of our classes, or
+            damaged files.
     """
     from diffusers import DiffusionPipeline
 
@@ -95,10 +100,12 @@ def load_pipeline(name, trust_remote_code=False):
         if not is_hub_name(name):
             raise FileNotFoundError(f"expected a folder with a model_index.json or a Hub name USER/NAME, got {name}")
         index = Path(hf_hub_download(str(name), "model_index.json"))
-    content = json.loads(index.read_text())
+    content = read_index(index.parent)
     found = class_named(content)
-    if found in pipelines.__all__:
-        return getattr(pipelines, found).from_pretrained(name, **shared_components(Path(name), content))
+    if found in pipelines.__all__ and found.endswith("Pipeline"):
+        check_sizes(Path(name), content)
+        with one_line_errors(name):
+            return getattr(pipelines, found).from_pretrained(name, **shared_components(Path(name), content))
     if trust_remote_code:
         return DiffusionPipeline.from_pretrained(name, trust_remote_code=True)
     known = [known for known in pipelines.__all__ if known.endswith("Pipeline")]
@@ -107,13 +114,54 @@ def load_pipeline(name, trust_remote_code=False):
 
 def class_named(index):
     """The name of the pipeline class in a `model_index.json`, with or without its file."""
-    found = index["_class_name"]
-    return found[-1] if isinstance(found, list) else found
+    name = index["_class_name"]
+    return name[-1] if isinstance(name, list) else name
 
 
 def read_index(folder):
-    """`model_index.json` of a pipeline folder; FileNotFoundError where there is none."""
+    """`model_index.json` of a pipeline folder; FileNotFoundError: none there, ValueError: damaged."""
     path = Path(folder) / "model_index.json"
     if not path.is_file():
         raise FileNotFoundError(f"expected a pipeline folder with a model_index.json, got {folder}")
-    return json.loads(path.read_text())
+    index = read_json(path)
+    name = index.get("_class_name")
+    if not isinstance(name[-1] if isinstance(name, list) and name else name, str):
+        raise ValueError(f"{path}: expected the name of a pipeline class as `_class_name`, got {name!r}")
+    return index
+
+
+def read_json(path):
+    """The dict in a JSON file, else ValueError naming the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def check_sizes(folder, index):
+    """Raise ValueError where a component's configuration has a number that no network or noise schedule has.
+
+    Building it would take all memory, or hours, before its weights turn out not to fit.
+    """
+    for path in (path for component in index for path in folder.glob(f"{safe_name(component)}/*config.json")):
+        for key, value in read_json(path).items():
+            numbers = value if isinstance(value, list) else [value]
+            largest = LARGEST_DEPTH if key == "layers_per_block" else LARGEST_SIZE
+            wrong = [n for n in numbers if isinstance(n, int | float) and abs(n) > largest]
+            if wrong:
+                raise ValueError(f"{path}: expected {key} of at most {largest:,}, got {wrong[0]}")
+
+
+@contextmanager
+def one_line_errors(name):
+    """Whatever a library raises on a damaged checkpoint, as a ValueError that names the checkpoint."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError):
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())[:300]
+        raise ValueError(f"{name} cannot be opened, its files are damaged: {type(error).__name__}: {text}") from error

@@ -195,7 +195,7 @@ def load_recipe(path, overrides=()):
         if override.startswith(RENAMES) and sections["data"]["name"] != before:
             sections["data"], sections["validation"] = {"name": sections["data"]["name"]}, {}
     for section, values in sections.items():
-        for key, value in (values or {}).items():
+        for key, value in values.items() if isinstance(values, dict) else ():
             if value == "???":
                 raise ValueError(f"{path}: give {section}.{key}, for example: {section}.{key}=/data/CheXpert-v1.0")
     kind, config = next((KINDS[section] for section in sections if section in KINDS), (Recipe, TrainConfig))

@@ -8,12 +8,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from transformers import ViTImageProcessorPil as ViTImageProcessor
 
 from cxr_diffusers import ClassifierGuidedPipeline, GradCAMPipeline
-from cxr_diffusers.pipelines.cxr_inversion import (
-    class_evidence_errors,
-    noise_from_output,
-    output_from_noise,
-    timesteps_below,
-)
+from cxr_diffusers.pipelines.cxr_inversion import noise_from_output, output_from_noise, timesteps_below, view_errors
 from helpers import toy_classifier, toy_resnet, toy_unet
 
 FAST = dict(num_inference_steps=10, noise_level=300, output_type="pt")
@@ -255,7 +250,7 @@ def test_the_unet_is_given_the_null_label_of_each_images_view(images):
         torch.testing.assert_close(alone.anomaly_map[0], both.anomaly_map[i], atol=2e-5, rtol=0)
     unknown = pipeline(images, **FAST)
     x = images * 2 - 1
-    predicted = pipeline.predict_views(x, class_evidence_errors)
+    predicted = pipeline.predict_views(x, view_errors)
     named = pipeline(images, view=[["PA", "AP"][i] for i in predicted], **FAST)
     torch.testing.assert_close(unknown.anomaly_map, named.anomaly_map)
 

@@ -9,11 +9,6 @@ from transformers import ViTImageProcessorPil as ViTImageProcessor
 
 from cxr_diffusers import ClassifierGuidedPipeline, GradCAMPipeline
 from cxr_diffusers.pipelines.cxr_inversion import noise_from_output, output_from_noise, timesteps_below, view_errors
-    class_evidence_errors,
-    noise_from_output,
-    output_from_noise,
-    timesteps_below,
-)
 from helpers import toy_classifier, toy_resnet, toy_unet
 
 FAST = dict(num_inference_steps=10, noise_level=300, output_type="pt")

@@ -13,7 +13,7 @@ def read_sections(path, cls):
     try:
         sections = yaml.safe_load(Path(path).read_text())
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}") from None
+        raise ValueError(f"{path}: expected YAML, got {' '.join(str(error).split())}") from None
     if not isinstance(sections, dict):
         raise ValueError(f"{path}: expected the sections {[f.name for f in fields(cls)]}, got {sections!r}")
     return sections
@@ -32,11 +32,16 @@ def override_value(sections, override):
         target = target[parent]
         if not isinstance(target, dict):
             raise ValueError(f"{override!r}: {parent!r} has no keys, it is {target!r}")
-    target[key] = yaml.safe_load(value)
+    try:
+        target[key] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"expected a YAML value in {override!r}, got {' '.join(str(error).split())}") from None
 
 
 def build(cls, values, where):
     """`cls(**values)`, naming the place and the offending key when a key is unknown, missing or of the wrong type."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: expected keys and values, got {values!r}")
     known = {f.name: f for f in fields(cls)}
     for key, value in values.items():
         if key not in known:

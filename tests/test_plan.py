@@ -154,6 +154,33 @@ def test_a_plan_that_cannot_be_carried_out_says_why(tmp_path, changes, message):
         load_plan(write_plan(tmp_path, **changes))
 
 
+@pytest.mark.parametrize("override", ["options.seed=[1,", "data.a=[1, 2]", "data=3", "methods=text"])
+def test_an_override_that_cannot_be_read_is_told_in_one_line(models, capsys, override):
+    path = write_plan(models)
+    assert main(["evaluate", "--config", str(path), override, "--out", str(models / "out")]) == 2
+    message = capsys.readouterr().err.strip()
+    assert "expected" in message and "Traceback" not in message and len(message.splitlines()) == 1, message
+
+
+def test_a_section_that_is_no_mapping_is_told_in_one_line(models, capsys):
+    path = write_plan(models, data={"a": 7})
+    assert main(["evaluate", "--config", str(path), "--out", str(models / "out")]) == 2
+    message = capsys.readouterr().err.strip()
+    assert "data.a: expected keys and values, got 7" in message and len(message.splitlines()) == 1
+
+
+def test_only_files_that_were_written_are_named(models, capsys):
+    folder = models / "healthy"
+    folder.mkdir()
+    for i, image in enumerate(load_phantom(n=2, size=32)["image"]):
+        image.save(folder / f"{i}.png")
+    command = ["evaluate", str(folder), "--model", str(models / "cam"), "--bootstrap", "5", "--out"]
+    assert main([*command, str(models / "out")]) == 0
+    output = capsys.readouterr().out
+    assert "summary.md" in output and "contact_sheet.png" not in output
+    assert not (models / "out" / "contact_sheet.png").exists()
+
+
 def test_a_plan_is_refused_before_anything_is_computed(pipeline, tmp_path):
     nowhere = {"images": {"name": "folder", "root": str(tmp_path / "nowhere")}}
     plan = load_plan(write_plan(tmp_path, data={"a": nowhere}))

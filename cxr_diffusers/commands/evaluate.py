@@ -77,7 +77,8 @@ def run(options):
     if results is not None:  # the main process
         folders = [options.out / name for name in results] if options.config else [options.out]
         print(plan_table(results))
-        print("See " + ", ".join(f"{folder / 'summary.md'} and {folder / 'contact_sheet.png'}" for folder in folders))
+        files = [folder / name for folder in folders for name in ("summary.md", "contact_sheet.png")]
+        print("See " + ", ".join(str(file) for file in files if file.is_file()))
 
 
 def open_judge(name):

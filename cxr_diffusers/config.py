@@ -19,15 +19,9 @@ Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][
 def read_sections(path, cls):
     """The sections of a YAML file as a dict, for `build(cls, ...)`; ValueError where it is no YAML or has none."""
     try:
-<<<<<<< HEAD
         sections = yaml.load(Path(path).read_text(), Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {error}") from None
-=======
-        sections = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
         raise ValueError(f"{path}: expected YAML, got {' '.join(str(error).split())}") from None
->>>>>>> eval2
     if not isinstance(sections, dict):
         raise ValueError(f"{path}: expected the sections {[f.name for f in fields(cls)]}, got {sections!r}")
     return sections
@@ -47,28 +41,16 @@ def override_value(sections, override):
         if not isinstance(target, dict):
             raise ValueError(f"{override!r}: {parent!r} has no keys, it is {target!r}")
     try:
-<<<<<<< HEAD
         target[key] = yaml.load(value, Loader)
     except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{override!r}: {' '.join(str(error).split())}") from None
-=======
-        target[key] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
         raise ValueError(f"expected a YAML value in {override!r}, got {' '.join(str(error).split())}") from None
->>>>>>> eval2
 
 
 def build(cls, values, where):
     """`cls(**values)`, naming the place and the offending key when a key is unknown, missing or of the wrong type."""
-<<<<<<< HEAD
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: expected keys and values, got {values!r}")
     annotations = {f.name: f.type for f in fields(cls)}
-    if not isinstance(values, dict):
-        raise ValueError(f"{where}: expected keys and values, got {values!r}")
-=======
-    if not isinstance(values, dict):
-        raise ValueError(f"{where}: expected keys and values, got {values!r}")
-    known = {f.name: f for f in fields(cls)}
->>>>>>> eval2
     for key, value in values.items():
         if key not in annotations:
             raise ValueError(f"{where}: unknown key {key!r}, expected one of {sorted(annotations)}")

@@ -1,18 +1,26 @@
 """YAML and overrides -> dataclasses; unknown keys and values of the wrong type are errors."""
 
+import re
 import types
 import typing
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import yaml
 
 
+class Loader(yaml.SafeLoader):
+    """YAML whose numbers may be written 1e-3, as in YAML 1.2; PyYAML takes that for text."""
+
+
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"), "-+0123456789")
+
+
 def read_sections(path, cls):
     """The sections of a YAML file as a dict, for `build(cls, ...)`; ValueError where it is no YAML or has none."""
     try:
-        sections = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
+        sections = yaml.load(Path(path).read_text(), Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: {error}") from None
     if not isinstance(sections, dict):
         raise ValueError(f"{path}: expected the sections {[f.name for f in fields(cls)]}, got {sections!r}")
@@ -32,29 +40,43 @@ def override_value(sections, override):
         target = target[parent]
         if not isinstance(target, dict):
             raise ValueError(f"{override!r}: {parent!r} has no keys, it is {target!r}")
-    target[key] = yaml.safe_load(value)
+    try:
+        target[key] = yaml.load(value, Loader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{override!r}: {' '.join(str(error).split())}") from None
 
 
 def build(cls, values, where):
     """`cls(**values)`, naming the place and the offending key when a key is unknown, missing or of the wrong type."""
-    known = {f.name: f for f in fields(cls)}
+    annotations = {f.name: f.type for f in fields(cls)}
     for key, value in values.items():
-        if key not in known:
-            raise ValueError(f"{where}: unknown key {key!r}, expected one of {sorted(known)}")
-        values[key] = checked(value, known[key].type, f"{where}: {key}")
+        if key not in annotations:
+            raise ValueError(f"{where}: unknown key {key!r}, expected one of {sorted(annotations)}")
+        values[key] = checked(value, annotations[key], f"{where}: {key}")
     try:
         return cls(**values)
     except TypeError as error:
         raise ValueError(f"{where}: {error}") from None
 
 
-def checked(value, kind, where):
-    """`value` if it is of the annotated type (an int will do for a float), else ValueError."""
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if isinstance(value, int) and not isinstance(value, bool) and float in kinds:
+def checked(value, annotation, where):
+    """`value` if it is of the annotated type (an int will do for a float), else ValueError.
+
+    A `Literal` with "no" takes false too: YAML reads an unquoted `no` as that.
+    """
+    union = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
+    allowed = typing.get_args(annotation) if union else (annotation,)
+    choices = [choice for part in allowed for choice in typing.get_args(part)]
+    if choices:
+        value = "no" if value is False and "no" in choices else value
+        if value in choices or value is None and type(None) in allowed:
+            return value
+        raise ValueError(f"{where} must be {' or '.join(map(str, choices))}, got {value!r}")
+    if isinstance(value, int) and not isinstance(value, bool) and float in allowed:
         return float(value)
-    if isinstance(value, bool) and bool not in kinds or not isinstance(value, kinds):
-        hint = " (YAML reads 1e-4 as text, 1.0e-4 as a number)" if float in kinds and isinstance(value, str) else ""
-        names = " or ".join(k.__name__ for k in kinds)
+    if isinstance(value, bool) and bool not in allowed or not isinstance(value, allowed):
+        hint = " (YAML reads no, off, yes and on as false and true: quote it)" if isinstance(value, bool) else ""
+        # a section that has a dataclass of its own is written as a dict
+        names = " or ".join("dict" if is_dataclass(part) else part.__name__ for part in allowed)
         raise ValueError(f"{where} must be {names}, got {value!r}{hint}")
     return value

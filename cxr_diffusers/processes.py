@@ -6,8 +6,12 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
+import torch.distributed.distributed_c10d as c10d
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+
+RENDEZVOUS = timedelta(minutes=5)  # processes that start together; one that is missing is an error soon
+BARRIER = timedelta(days=7)  # a process that is done early waits for the others, as long as a whole data set may take
 
 
 def process_state():
@@ -18,9 +22,11 @@ def process_state():
     """
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not (alone or torch.accelerator.is_available())
-    # a process that is done early waits for the others, for as long as a whole data set may take
-    state = PartialState(cpu=cpu, timeout=timedelta(days=7))
+    first = not torch.distributed.is_initialized()
+    state = PartialState(cpu=cpu, timeout=RENDEZVOUS)
     if state.num_processes > 1:
+        if first and torch.distributed.is_initialized():
+            c10d._set_pg_timeout(BARRIER)  # torch has no public name for it
         atexit.unregister(leave)  # it would be registered again at each call
         atexit.register(leave)
     return state

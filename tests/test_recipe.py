@@ -42,12 +42,49 @@ def test_a_whole_number_will_do_for_a_float(path):
     assert load_recipe(path, ["data.root=/data", "train.learning_rate=1"]).train.learning_rate == 1.0
 
 
+def test_numbers_may_be_written_with_an_exponent_on_the_command_line_and_in_files(path):
+    assert load_recipe(path, ["data.root=/data", "train.learning_rate=1e-3"]).train.learning_rate == 1e-3
+    path.write_text(path.read_text().replace("train:\n", "train:\n  learning_rate: 2E-4\n"))
+    recipe = load_recipe(path, ["data.root=/data", "unet.norm_eps=-1e+2", "data.view=e3", "data.day=1e"])
+    assert recipe.train.learning_rate == 2e-4
+    assert (recipe.unet["norm_eps"], recipe.data["view"], recipe.data["day"]) == (-100.0, "e3", "1e")
+
+
+def test_mixed_precision_no_is_a_word(path):
+    assert load_recipe(path, ["data.root=/data", "train.mixed_precision=no"]).train.mixed_precision == "no"
+    path.write_text(path.read_text().replace("train:\n", "train:\n  mixed_precision: no\n"))
+    assert load_recipe(path, ["data.root=/data"]).train.mixed_precision == "no"
+    assert load_recipe(path, ["data.root=/data", "train.mixed_precision=null"]).train.mixed_precision is None
+
+
+@pytest.mark.parametrize("section", ["data", "unet", "scheduler", "train", "pipeline"])
+@pytest.mark.parametrize("values", [3, [1, 2], "text"])
+def test_a_section_that_is_no_dict_is_named(path, section, values):
+    path.write_text(yaml.safe_dump({**MINIMAL, section: values}))
+    with pytest.raises(ValueError, match=f"expected {section} to be a section"):
+        load_recipe(path, ["data.root=/data"] if section != "data" else [])
+
+
+@pytest.mark.parametrize("section", ["data", "unet", "scheduler", "train"])
+def test_an_empty_section_is_named(path, section):
+    path.write_text(yaml.safe_dump({**MINIMAL, section: None}))
+    with pytest.raises(ValueError, match=f"{section} must be dict, got None"):
+        load_recipe(path, ["data.root=/data"] if section != "data" else [])
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("train.batchsize=8", "unknown key 'batchsize'.*batch_size"),
         ("training.batch_size=8", "unknown key 'training'.*train"),
-        ("train.learning_rate=1e-4", "1.0e-4"),
+        ("train.learning_rate=fast", "must be float, got 'fast'"),
+        ("train.learning_rate=.nan", "finite"),
+        ("train.mixed_precision=fp8", "must be no or fp16 or bf16 or auto, got 'fp8'"),
+        ("train.output_dir=no", "must be str, got False.*quote it"),
+        ("train.max_steps=0", "train.max_steps: expected 1 or more, got 0"),
+        ("train.batch_size=-4", "train.batch_size: expected 1 or more, got -4"),
+        ("train.augment=3", "must be dict or NoneType, got 3"),
+        ("train.seed=[1,", "train.seed=.1,.: while parsing"),
         ("train.batch_size=2.5", "must be int"),
         ("train.push_to_hub=1", "must be bool"),
         ("data.seed.deep=3", None),

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from cxr_diffusers import CFGAnomalyPipeline, DiffPIRDeblurPipeline, load_phantom
+from cxr_diffusers.training.script import run_program
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["data.n=24", "train.batch_size=4", "train.validation_images=2", "unet.block_out_channels=[8, 16, 16]"]
@@ -99,3 +101,52 @@ def test_starting_from_other_weights_is_not_starting_anew(tmp_path):
 def test_a_recipe_that_cannot_work_says_why(tmp_path, override, message):
     with pytest.raises(ValueError, match=message):
         run_here("train_cfg", tmp_path / "run", override)
+
+
+@pytest.mark.parametrize(
+    ("script", "override", "message"),
+    [
+        ("train_cfg", "unet.chanels=3", "unet: .*chanels"),
+        ("train_cfg", "unet={}", "unet, images: 'in_channels' is missing"),
+        ("train_cfg", "scheduler.beta_schedule=square", "scheduler: square"),
+        ("train_cfg", "scheduler.betas=3", "scheduler: .*betas"),
+        ("train_cfg", "images.scalling=minmax", "images: .*scalling"),
+        ("train_cfg", "data.amount=3", "data: .*amount"),
+        ("train_cfg", "pipeline.nois_level=3", "pipeline, images: .*nois_level"),
+        ("train_cfg", "train.augment.angle=3", "train.augment: .*angle"),
+        ("train_cfg", "unet=3", "expected unet to be a section|has no keys"),
+        ("train_unconditional", "unet.chanels=3", "unet: .*chanels"),
+        ("train_fixed_point_gan", "generator.depth=3", "generator, discriminator: .*depth"),
+        ("train_classifier", "classifier.depth=3", "diffusion.model|classifier: .*depth"),
+        ("train_lung_segmenter", "segmenter.depth=3", "segmenter: .*depth|data"),
+    ],
+)
+def test_a_user_error_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, script, override, message):
+    spec = importlib.util.spec_from_file_location(script, ROOT / "training" / f"{script}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    unet = ("train_cfg", "train_unconditional")
+    options = SMALL if script in unet else ["data.n=24", "train.batch_size=4"]
+    if "segmenter" in script:
+        options = ["data.root=/nowhere", "validation.root=/nowhere"]
+    arguments = [*options, f"train.output_dir={tmp_path / 'run'}", override]
+    monkeypatch.setattr("sys.argv", [f"training/{script}.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        run_program(module.main)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.rstrip().rsplit("\r", 1)[-1].splitlines()[-1:]
+    assert line.startswith(f"{script}.py: ") and re.search(message, line), line
+
+
+def test_a_bug_keeps_its_traceback_and_ctrl_c_is_a_line(capsys):
+    def broken(_):
+        raise AssertionError("a bug")
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(AssertionError, match="a bug"):
+        run_program(broken)
+    with pytest.raises(SystemExit) as stopped:
+        run_program(interrupted)
+    assert stopped.value.code == 130 and "the same command continues" in capsys.readouterr().err

@@ -8,7 +8,6 @@ To resume, run the same command again. Several GPUs or machines: change only wha
 the script, e.g. `accelerate launch --multi_gpu --num_processes 4 training/train_cfg.py ...`.
 """
 
-import sys
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from cxr_diffusers.training.augmentation import augment
 from cxr_diffusers.training.loop import train
 from cxr_diffusers.training.recipe import parse_command_line
 from cxr_diffusers.training.run import seeded
-from cxr_diffusers.training.script import diseased_rows, finish, new_unet, write_card
+from cxr_diffusers.training.script import diseased_rows, finish, new_unet, run_program, section, write_card
 from cxr_diffusers.training.tensors import TensorImages
 from cxr_diffusers.training.validation_loss import ValidationLoss
 from cxr_diffusers.visualization import validation_strip
@@ -33,17 +32,21 @@ DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "phantom_cfg_32.yaml
 def main(arguments):
     recipe = parse_command_line(arguments, DEFAULT_RECIPE)
     config = recipe.train
-    dataset = build_dataset(**recipe.data)
+    with section("data"):
+        dataset = build_dataset(**recipe.data)
     class_names = dataset.features["label"].names
     views = recipe.conditions.get("views") or []
-    options = dict(num_channels=recipe.unet["in_channels"], views=views, **recipe.images)
-    images = TensorImages(dataset, recipe.unet["sample_size"], **options)
+    with section("unet, images"):
+        options = dict(num_channels=recipe.unet["in_channels"], views=views, **recipe.images)
+    with section("unet, images"):
+        images = TensorImages(dataset, recipe.unet["sample_size"], **options)
     shown = diseased_rows(recipe, dataset, unlabelled=True)
     conditions = Conditions(len(class_names), tuple(views))
 
     with seeded(config.seed):
         unet = load_unet(config.init_from) if config.init_from else new_unet(**recipe.unet)
-    scheduler = DDIMScheduler(**recipe.scheduler)
+    with section("scheduler"):
+        scheduler = DDIMScheduler(**recipe.scheduler)
     if unet.config.num_class_embeds != conditions.num_embeddings:
         raise ValueError(
             f"expected unet.num_class_embeds={conditions.num_embeddings}: {len(class_names)} classes {class_names}, "
@@ -53,7 +56,8 @@ def main(arguments):
     ranges = {"data_range": recipe.images["data_range"]} if "data_range" in recipe.images else {}
 
     def loss_fn(model, batch):
-        x = augment(batch["images"], **ranges, **config.augment) if config.augment else batch["images"]
+        with section("train.augment"):
+            x = augment(batch["images"], **ranges, **config.augment) if config.augment else batch["images"]
         labels, null_labels = embedding_ids(conditions, batch["labels"], batch["views"])
         return denoising_loss(
             model,
@@ -90,7 +94,8 @@ def main(arguments):
         unseen = TensorImages(build_dataset(**{**recipe.data, **recipe.validation}), images.size, **options)
         measure = ValidationLoss(unseen, conditions, class_names, scheduler, config.validation_loss_images)
 
-    pipeline(unet)  # what is wrong with the recipe's `pipeline` or `images` is said now, not at the first checkpoint
+    with section("pipeline, images"):
+        pipeline(unet)  # reports errors of these sections before training
     output_dir = train(
         unet, loss_fn, images, config, save=save, validate=validate, measure=measure, identity=recipe.identity()
     )
@@ -110,4 +115,4 @@ def embedding_ids(conditions, labels, views):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main)

@@ -11,7 +11,6 @@ resume, run the same command again. `train.init_from` may name a model whose cla
 """
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -34,7 +33,7 @@ from cxr_diffusers.training.loop import train
 from cxr_diffusers.training.losses import noisy_classification_loss
 from cxr_diffusers.training.recipe import ClassifierRecipe, parse_command_line
 from cxr_diffusers.training.run import seeded
-from cxr_diffusers.training.script import finish, write_card
+from cxr_diffusers.training.script import finish, run_program, section, write_card
 from cxr_diffusers.training.tensors import TensorImages
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "phantom_classifier_32.yaml"
@@ -42,23 +41,28 @@ DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "phantom_classifier_
 
 def main(arguments):
     recipe = parse_command_line(arguments, DEFAULT_RECIPE, ClassifierRecipe)
-    dataset = build_dataset(**recipe.data)
-    held_out = build_dataset(**{**recipe.data, **recipe.validation})
+    with section("data"):
+        dataset = build_dataset(**recipe.data)
+    with section("validation"):
+        held_out = build_dataset(**{**recipe.data, **recipe.validation})
     class_names = dataset.features["label"].names
     if min(dataset["label"][:]) < 0 or len(set(held_out["label"][:])) < 2:
         raise ValueError(f"expected a label for every image and more than one class to tell apart, got {recipe.data}")
     with seeded(recipe.train.seed):
-        task = task_of(recipe)(recipe, class_names, dataset["label"][:])
+        with section("classifier"):
+            task = task_of(recipe)(recipe, class_names, dataset["label"][:])
     if recipe.train.init_from:
         start_from(recipe.train.init_from, task.model)
     options = {"num_channels": getattr(task.model.config, "in_channels", 1), **task.preparation}
     images, held_out = (TensorImages(found, task.size, **options) for found in (dataset, held_out))
-    task.pipeline(task.model)  # what is wrong with the recipe is said now, not at the first checkpoint
+    with section("pipeline, images"):
+        task.pipeline(task.model)  # reports errors of these sections before training
 
     def loss_fn(model, batch):
         x = batch["images"]
         if recipe.train.augment:
-            x = augment(x, data_range=task.preparation["data_range"], **recipe.train.augment)
+            with section("train.augment"):
+                x = augment(x, data_range=task.preparation["data_range"], **recipe.train.augment)
         return task.loss(model, x, batch["labels"])
 
     def save(model, folder):
@@ -215,4 +219,4 @@ def measure(task, model, dataset, batch_size=64):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main)

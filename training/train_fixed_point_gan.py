@@ -7,7 +7,6 @@
 To resume, run the same command again. The method and what is known of it: docs/fixed_point_gan.md.
 """
 
-import sys
 from pathlib import Path
 
 from cxr_diffusers import (
@@ -21,7 +20,7 @@ from cxr_diffusers.figures import loss_curves
 from cxr_diffusers.files import save_png
 from cxr_diffusers.training.recipe import AdversarialRecipe, parse_command_line
 from cxr_diffusers.training.run import seeded
-from cxr_diffusers.training.script import diseased_rows, finish, write_card
+from cxr_diffusers.training.script import diseased_rows, finish, run_program, section, write_card
 from cxr_diffusers.training.tensors import TensorImages
 from cxr_diffusers.visualization import validation_strip
 
@@ -31,16 +30,19 @@ DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "phantom_fixed_point
 def main(arguments):
     recipe = parse_command_line(arguments, DEFAULT_RECIPE, AdversarialRecipe)
     config = recipe.train
-    dataset = build_dataset(**recipe.data)
+    with section("data"):
+        dataset = build_dataset(**recipe.data)
     class_names = dataset.features["label"].names
     with seeded(config.seed):
-        generator, discriminator = build_players(recipe)
+        with section("generator, discriminator"):
+            generator, discriminator = build_players(recipe)
     if generator.config.num_classes != len(class_names):
         raise ValueError(
             f"expected generator.num_classes={len(class_names)}, the classes {class_names}, got "
             f"{generator.config.num_classes}"
         )
-    images = TensorImages(dataset, generator.config.sample_size, **recipe.images)
+    with section("images"):
+        images = TensorImages(dataset, generator.config.sample_size, **recipe.images)
     shown = diseased_rows(recipe, dataset)
 
     def pipeline(model):
@@ -58,7 +60,8 @@ def main(arguments):
         save_png(loss_curves({"losses": curves.with_name("log.jsonl")}), curves)
         return {"validation": path, "losses": curves}
 
-    pipeline(generator)  # what is wrong with the recipe is said now, not at the first checkpoint
+    with section("pipeline, images"):
+        pipeline(generator)  # reports errors of these sections before training
     output_dir = train_adversarial(
         generator, discriminator, images, config, save=save, validate=validate, identity=recipe.identity()
     )
@@ -74,4 +77,4 @@ def build_players(recipe):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main)

@@ -7,7 +7,6 @@ arguments of `cxr_diffusers.training.lungs.augment_lungs`. To resume, run the sa
 """
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from cxr_diffusers.training.loop import train
 from cxr_diffusers.training.lungs import LungImages, augment_lungs, paint_opacities
 from cxr_diffusers.training.recipe import SegmenterRecipe, parse_command_line
 from cxr_diffusers.training.run import seeded
-from cxr_diffusers.training.script import finish
+from cxr_diffusers.training.script import finish, run_program, section
 from cxr_diffusers.visualization import contact_sheet
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "cxr_lung_segmenter_64.yaml"
@@ -31,11 +30,13 @@ def main(arguments):
     if recipe.train.push_to_hub:
         raise ValueError("a segmenter is published with the pipeline that it belongs to: expected no train.push_to_hub")
     with seeded(recipe.train.seed):
-        model = LungSegmenter(**recipe.segmenter)
+        with section("segmenter"):
+            model = LungSegmenter(**recipe.segmenter)
     if recipe.train.init_from:
         model.load_state_dict(LungSegmenter.from_pretrained(recipe.train.init_from).state_dict())
     size = model.config.sample_size
-    images = LungImages(build_dataset(**recipe.data), OVERSAMPLING * size, **recipe.images)
+    with section("data, images"):
+        images = LungImages(build_dataset(**recipe.data), OVERSAMPLING * size, **recipe.images)
     held_out = LungImages(build_dataset(**{**recipe.data, **recipe.validation}), OVERSAMPLING * size, **recipe.images)
 
     def loss_fn(model, batch):
@@ -81,4 +82,4 @@ def measure(model, dataset, size):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main)

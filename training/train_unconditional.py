@@ -7,7 +7,6 @@ It is saved as a `DiffPIRDeblurPipeline`. To resume, run the same command again.
 class-conditional model: training goes on from what it believes under its null label.
 """
 
-import sys
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from cxr_diffusers.training.augmentation import augment
 from cxr_diffusers.training.loop import train
 from cxr_diffusers.training.recipe import parse_command_line
 from cxr_diffusers.training.run import seeded
-from cxr_diffusers.training.script import finish, new_unet, write_card
+from cxr_diffusers.training.script import finish, new_unet, run_program, section, write_card
 from cxr_diffusers.training.tensors import TensorImages
 from cxr_diffusers.visualization import contact_sheet
 
@@ -30,11 +29,14 @@ DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "phantom_uncondition
 def main(arguments):
     recipe = parse_command_line(arguments, DEFAULT_RECIPE)
     config = recipe.train
-    size, channels = recipe.unet["sample_size"], recipe.unet["in_channels"]
-    images = TensorImages(build_dataset(**recipe.data), size, num_channels=channels, **recipe.images)
+    with section("unet"):
+        size, channels = recipe.unet["sample_size"], recipe.unet["in_channels"]
+    with section("data, images"):
+        images = TensorImages(build_dataset(**recipe.data), size, num_channels=channels, **recipe.images)
     with seeded(config.seed):
         unet = load_unet(config.init_from, unconditional=True) if config.init_from else new_unet(**recipe.unet)
-    scheduler = DDIMScheduler(**recipe.scheduler)
+    with section("scheduler"):
+        scheduler = DDIMScheduler(**recipe.scheduler)
     if unet.config.num_class_embeds is not None:
         raise ValueError(f"expected no unet.num_class_embeds, got {unet.config.num_class_embeds}: use train_cfg.py")
 
@@ -45,7 +47,8 @@ def main(arguments):
         return DiffPIRDeblurPipeline(model, scheduler, **kept)
 
     def loss_fn(model, batch):
-        x = augment(batch["images"], **ranges, **config.augment) if config.augment else batch["images"]
+        with section("train.augment"):
+            x = augment(batch["images"], **ranges, **config.augment) if config.augment else batch["images"]
         return denoising_loss(
             model,
             scheduler,
@@ -66,7 +69,8 @@ def main(arguments):
         save_png(contact_sheet(rows, [], title=f"samples at step {step}"), path)
         return {"samples": path}
 
-    pipeline(unet)  # what is wrong with the recipe is said now, not at the first checkpoint
+    with section("pipeline, images"):
+        pipeline(unet)  # reports errors of these sections before training
     output_dir = train(unet, loss_fn, images, config, save=save, validate=validate, identity=recipe.identity())
     hint = f"deblur:  cxr-diffusers deblur IMAGES OUT --model {output_dir} --kernel gaussian:sigma=1.5"
     finish(output_dir, config, hint)
@@ -85,4 +89,4 @@ def sample(unet, scheduler, count, num_inference_steps=50, data_range=(-1.0, 1.0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main)

@@ -1,7 +1,9 @@
 """A recipe is a YAML file whose sections are keyword arguments; see configs/."""
 
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Literal
 
 from ..config import build, override_value, read_sections
 
@@ -15,7 +17,9 @@ class RunConfig:
     max_seconds: float | None = None  # end after so much training time, the learning rate decaying with the clock
     batch_size: int = 4  # per process
     learning_rate: float = 1e-4
-    mixed_precision: str | None = None  # no, fp16, bf16; auto: bf16 where fast; None: what `accelerate launch` says
+    mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = (
+        None  # no, fp16, bf16; auto: bf16 where fast; None: what `accelerate launch` says
+    )
     compile: bool = False  # torch.compile the network: a minute or two once, then faster steps on a GPU
     ema_decay: float = 0.9999  # reached slowly: EMAModel's warm-up
     augment: dict | None = None  # keyword arguments of data.augment; None: none
@@ -30,6 +34,18 @@ class RunConfig:
     push_to_hub: bool = False  # publish the finished model
     hub_model_id: str | None = None  # USER/NAME; None: the name of output_dir
     hub_private: bool = False
+
+    def __post_init__(self):
+        """Raise ValueError for a count below 1 or a rate that is no finite number."""
+        counts = "max_steps batch_size save_every validate_every validation_images gradient_accumulation_steps n_critic"
+        for name in counts.split():
+            if getattr(self, name, 1) < 1:
+                raise ValueError(f"train.{name}: expected 1 or more, got {getattr(self, name)}")
+        if not 0 <= self.learning_rate < math.inf:
+            raise ValueError(f"train.learning_rate: expected a finite number of 0 or more, got {self.learning_rate}")
+        for name in ("dataloader_num_workers", "checkpoints_total_limit", "lr_warmup_steps"):
+            if getattr(self, name, 0) < 0:
+                raise ValueError(f"train.{name}: expected 0 or more, got {getattr(self, name)}")
 
 
 @dataclass
@@ -170,6 +186,9 @@ def load_recipe(path, overrides=()):
             `???`, which means "yours to give".
     """
     sections = read_sections(path, Recipe)
+    for section, values in sections.items():
+        if values is not None and not isinstance(values, dict):
+            raise ValueError(f"{path}: expected {section} to be a section of key: value lines, got {values!r}")
     for override in sorted(overrides, key=lambda override: not override.startswith(RENAMES)):
         before = (sections.get("data") or {}).get("name")
         override_value(sections, override)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,13 +18,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..files import keep_settings, write_file
+from ..files import keep_settings, remove_dead, write_file
 from ..processes import process_state
-from .checkpoints import checkpoint, checkpoints, replace_into, resume
+from .checkpoints import FolderLock, checkpoint, newest_intact, replace_into, restore_records, resume
 from .precision import has_fast_bfloat16
 
-# settings of a run that may change when it is taken up again
-FREE = (
+# settings that may differ when a run is resumed
+CHANGEABLE_SETTINGS = (
     "output_dir max_steps max_seconds compile save_every checkpoints_total_limit validate_every validation_images "
     "dataloader_num_workers "
     "report_to tracker_project_name push_to_hub hub_model_id hub_private mixed_precision validation_loss_images"
@@ -67,13 +68,26 @@ class Run:
         self.read_every = 1 if self.accelerator.device.type == "cpu" else 20
 
     def open(self):
-        """Make the folder and start the trackers; ValueError where it holds a run of other settings."""
+        """Make the folder, choose the checkpoint to resume from and start the trackers.
+
+        Raises:
+            BlockingIOError: another process trains in the folder.
+            ValueError: the folder holds a run of other settings.
+        """
         if self.is_main:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            settings = {key: value for key, value in vars(self.config).items() if key not in FREE}
+            self.lock = FolderLock(self.output_dir)
+            remove_dead(self.output_dir)
+            for unfinished in self.output_dir.glob("checkpoint-*.tmp"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+        self.checkpoint = newest_intact(self.accelerator, self.output_dir)
+        if self.is_main:
+            settings = {key: value for key, value in vars(self.config).items() if key not in CHANGEABLE_SETTINGS}
             processes = {"num_processes": self.accelerator.num_processes}
             path, settings = self.output_dir / "run.json", {**settings, **self.identity, **processes}
-            if not checkpoints(self.output_dir):  # nothing was learned from those that lie there
+            if self.checkpoint:
+                restore_records(self.checkpoint, self.output_dir)
+            else:  # the settings of a run without a checkpoint bind nobody
                 path.unlink(missing_ok=True)
             keep_settings(path, settings, advice="name a new train.output_dir")
             print(f"{self.accelerator.num_processes} process(es) on {self.accelerator.device}")
@@ -84,7 +98,7 @@ class Run:
         """Take up the newest checkpoint of what the accelerator has prepared, and of `ema`, the average of `model`."""
         self.model, self.ema = model, ema
         ema.to(self.accelerator.device)
-        self.step, self.seconds_before = resume(self.accelerator, ema, self.output_dir)
+        self.step, self.seconds_before = resume(self.accelerator, ema, self.checkpoint)
         return self.step
 
     @property
@@ -137,7 +151,7 @@ class Run:
             total=self.config.max_steps, initial=self.step, desc="training", unit="step", disable=not self.is_main
         )
         if self.is_main and self.step:
-            self.bar.write(f"resumed from {checkpoints(self.output_dir)[-1]}")
+            self.bar.write(f"resumed from {self.checkpoint}")
         if self.finished:
             self.save_average()
             self.show_average()
@@ -167,17 +181,12 @@ class Run:
             self.read_pending(shown)
             self.last = self.agreed_end()
         if due or self.last:
-            checkpoint(
-                self.accelerator,
-                self.ema,
-                self.output_dir,
-                self.step,
-                self.config.checkpoints_total_limit,
-                self.seconds,
-            )
             self.save_average()
         if show or self.last:
             self.show_average()
+        if due or self.last:  # at the end: what belongs to this step is complete, or the step is repeated
+            limit = self.config.checkpoints_total_limit
+            checkpoint(self.accelerator, self.ema, self.output_dir, self.step, limit, self.seconds)
 
     def read_pending(self, shown):
         """Bring the numbers of the steps since the last reading to the log, the trackers and the bar."""
@@ -205,6 +214,8 @@ class Run:
         self.bar.close()
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
+        if self.is_main:
+            self.lock.release()
         return self.output_dir
 
     def save_average(self):
@@ -334,13 +345,13 @@ def seeded(seed):
 
 
 class RunLog:
-    """One JSON object a line. A resumed run first forgets the lines after its checkpoint, which it will write again."""
+    """A file of one JSON object per line. Opening it at a step drops the lines of later steps, and what is damaged."""
 
     def __init__(self, path, step):
         self.path = Path(path)
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        write_file(self.path, "".join(kept).encode())
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        kept = list(itertools.takewhile(lambda line: line.endswith(b"\n") and step_of_line(line) <= step, lines))
+        write_file(self.path, b"".join(kept))
 
     def lines(self):
         """What was written, oldest first."""
@@ -349,6 +360,14 @@ class RunLog:
     def write(self, step, **values):
         with open(self.path, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def step_of_line(line):
+    """The step of a line of a `RunLog`; infinity for a damaged one."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def log_pictures(accelerator, pictures, step):

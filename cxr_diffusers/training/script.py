@@ -1,9 +1,45 @@
-"""What the programs of training/ have in common, around the loop: rows to show, the card, the last words."""
+"""What the programs of training/ share around the loop: errors as one line, validation rows, the card, the hints."""
+
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
 
 from ..data import build_dataset
 from ..hub.model_card import describe_training, trained_on, write_model_card
 from ..hub.publishing import publish
 from ..processes import process_state
+
+
+def run_program(main):
+    """Call `main` with the command line; exit code 2 and one line for an error that the user can mend, 130 for Ctrl-C.
+
+    Processes that are started together meet here, before each of them reads the data.
+    """
+    name = Path(sys.argv[0]).name
+    try:
+        process_state()
+        main(sys.argv[1:])
+    except (ValueError, OSError, ImportError, torch.OutOfMemoryError, torch.distributed.DistError) as error:
+        advice = "; lower train.batch_size" if isinstance(error, torch.OutOfMemoryError) else ""
+        print(f"{name}: {' '.join(str(error).split())}{advice}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{name}: stopped; the same command continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+@contextmanager
+def section(name):
+    """Raise what libraries raise inside, given the values of a recipe's section, as a ValueError that names it."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, RuntimeError) as error:
+        if isinstance(error, ValueError) and str(error).startswith(name):
+            raise
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{name}: {reason}") from error
 
 
 def new_unet(**options):
@@ -12,7 +48,8 @@ def new_unet(**options):
 
     from ..models.space_to_depth_unet import SpaceToDepthUNet
 
-    return (SpaceToDepthUNet if "patch_size" in options else UNet2DModel)(**options)
+    with section("unet"):
+        return (SpaceToDepthUNet if "patch_size" in options else UNet2DModel)(**options)
 
 
 def diseased_rows(recipe, dataset, unlabelled=False):

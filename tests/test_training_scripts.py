@@ -107,14 +107,14 @@ def test_a_recipe_that_cannot_work_says_why(tmp_path, override, message):
     ("script", "override", "message"),
     [
         ("train_cfg", "unet.chanels=3", "unet: .*chanels"),
-        ("train_cfg", "unet={}", "unet, images: 'in_channels' is missing"),
+        ("train_cfg", "unet.in_channels=one", "unet.*: "),
         ("train_cfg", "scheduler.beta_schedule=square", "scheduler: square"),
         ("train_cfg", "scheduler.betas=3", "scheduler: .*betas"),
         ("train_cfg", "images.scalling=minmax", "images: .*scalling"),
-        ("train_cfg", "data.amount=3", "data: .*amount"),
+        ("train_cfg", "data.amount=3", "data.*: .*amount"),
         ("train_cfg", "pipeline.nois_level=3", "pipeline, images: .*nois_level"),
         ("train_cfg", "train.augment.angle=3", "train.augment: .*angle"),
-        ("train_cfg", "unet=3", "expected unet to be a section|has no keys"),
+        ("train_cfg", "unet=3", "section.key=value"),
         ("train_unconditional", "unet.chanels=3", "unet: .*chanels"),
         ("train_fixed_point_gan", "generator.depth=3", "generator, discriminator: .*depth"),
         ("train_classifier", "classifier.depth=3", "diffusion.model|classifier: .*depth"),
@@ -134,8 +134,9 @@ def test_a_user_error_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys,
     with pytest.raises(SystemExit) as stopped:
         run_program(module.main)
     assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.rstrip().rsplit("\r", 1)[-1].splitlines()[-1:]
-    assert line.startswith(f"{script}.py: ") and re.search(message, line), line
+    lines = re.split("[\r\n]", capsys.readouterr().err)
+    (line,) = [line for line in lines if line.startswith(f"{script}.py: ")]
+    assert re.search(message, line), line
 
 
 def test_a_bug_keeps_its_traceback_and_ctrl_c_is_a_line(capsys):

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 
 from ..data import build_dataset
 from ..hub.model_card import describe_training, trained_on, write_model_card
@@ -23,10 +24,10 @@ def run_program(main):
         main(sys.argv[1:])
     except (ValueError, OSError, ImportError, torch.OutOfMemoryError, torch.distributed.DistError) as error:
         advice = "; lower train.batch_size" if isinstance(error, torch.OutOfMemoryError) else ""
-        print(f"{name}: {' '.join(str(error).split())}{advice}", file=sys.stderr)
+        tqdm.write(f"{name}: {' '.join(str(error).split())}{advice}", file=sys.stderr)  # not behind a progress bar
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{name}: stopped; the same command continues from the last checkpoint", file=sys.stderr)
+        tqdm.write(f"{name}: stopped; the same command continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)
 
 

@@ -5,7 +5,6 @@ import numpy as np
 import pandas as pd
 import PIL.Image
 import pytest
-from test_data import HEADER, chexpert_row, save_image, write_chexpert
 
 from cxr_diffusers.data import (
     load_brats,
@@ -19,6 +18,7 @@ from cxr_diffusers.data import (
 )
 from cxr_diffusers.data.boxes import check_box, image_size, parse_boxes, to_pixels
 from cxr_diffusers.data.tables import numbers, path_of, read_csv
+from helpers import HEADER, chexpert_row, save_image, write_chexpert
 
 NAME = "CheXpert-v1.0-small"
 BAD_BOXES = [

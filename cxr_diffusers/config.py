@@ -21,11 +21,7 @@ def read_sections(path, cls):
     try:
         sections = yaml.load(Path(path).read_text(), Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-<<<<<<< HEAD
         raise ValueError(f"{path}: expected YAML, got {' '.join(str(error).split())}") from None
-=======
-        raise ValueError(f"{path} is no YAML: {error}") from None
->>>>>>> train2
     if not isinstance(sections, dict):
         raise ValueError(f"{path}: expected the sections {[f.name for f in fields(cls)]}, got {sections!r}")
     return sections
@@ -47,20 +43,13 @@ def override_value(sections, override):
     try:
         target[key] = yaml.load(value, Loader)
     except (yaml.YAMLError, ValueError) as error:
-<<<<<<< HEAD
         raise ValueError(f"expected a YAML value in {override!r}, got {' '.join(str(error).split())}") from None
-=======
-        raise ValueError(f"{override!r}: {' '.join(str(error).split())}") from None
->>>>>>> train2
 
 
 def build(cls, values, where):
     """`cls(**values)`, naming the place and the offending key when a key is unknown, missing or of the wrong type."""
-<<<<<<< HEAD
     if not isinstance(values, dict):
         raise ValueError(f"{where}: expected keys and values, got {values!r}")
-=======
->>>>>>> train2
     annotations = {f.name: f.type for f in fields(cls)}
     for key, value in values.items():
         if key not in annotations:

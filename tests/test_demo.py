@@ -258,7 +258,7 @@ def test_the_shipped_models_carry_the_scores_of_37_healthy_radiographs():
     from cxr_diffusers.demo.serve import open_models
 
     models = open_models()
-    assert list(models)[0] == "cxr_cfg_64" and len(models) == 4
+    assert list(models)[0] == "cxr_cfg_64" and len(models) == 5
     sources = ROOT.parent / "shared" / "cxr" / "val_implants" / "sources"
     for pipeline in models.values():
         kept = kept_scores(pipeline.config["_name_or_path"])

@@ -120,7 +120,10 @@ def _runs(process):
         return False
     except OSError:
         pass
-    return True
+    try:  # a zombie has ended, although it can still be signalled
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (OSError, IndexError):
+        return True
 
 
 class OtherSettingsError(FileExistsError, ValueError):

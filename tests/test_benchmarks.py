@@ -184,6 +184,7 @@ sys.exit(gpu.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_gpu_is_measured_while_time_lasts(tmp_path):
     options = ["--device", "cpu", "--toy", "--seconds", "1e6", "--out", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS.parent)])}

@@ -84,7 +84,7 @@ def test_an_empty_section_is_named(path, section):
         ("train.max_steps=0", "train.max_steps: expected 1 or more, got 0"),
         ("train.batch_size=-4", "train.batch_size: expected 1 or more, got -4"),
         ("train.augment=3", "must be dict or NoneType, got 3"),
-        ("train.seed=[1,", "train.seed=.1,.: while parsing"),
+        ("train.seed=[1,", "YAML value in .train.seed=.1,., got while parsing"),
         ("train.batch_size=2.5", "must be int"),
         ("train.push_to_hub=1", "must be bool"),
         ("data.seed.deep=3", None),

@@ -28,9 +28,10 @@ style: $(STAMP)  ## format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-quality: $(STAMP)  ## check the format
+quality: $(STAMP)  ## check the format and the types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 docs: $(STAMP)  ## the pages of docs/ and the API as a site: site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

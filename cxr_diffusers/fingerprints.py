@@ -46,7 +46,7 @@ def picture_digest(key, row):
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-DIGESTS = WeakKeyDictionary()  # cache by pipeline; assumes that the weights do not change
+DIGESTS: WeakKeyDictionary = WeakKeyDictionary()  # cache by pipeline; assumes that the weights do not change
 
 
 def weights_digest(pipeline):

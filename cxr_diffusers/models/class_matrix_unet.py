@@ -29,7 +29,7 @@ class ClassMatrixUNet(UNet2DModel):
             )
 
     # diffusers reads the names of a configuration's entries off this signature
-    __init__.__signature__ = inspect.signature(UNet2DModel.__init__)
+    __init__.__signature__ = inspect.signature(UNet2DModel.__init__)  # type: ignore[attr-defined]
 
     def attentions(self):
         """Every attention: those of the levels, and of the middle."""

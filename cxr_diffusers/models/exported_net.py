@@ -1,9 +1,11 @@
 """A network that was exported to ONNX or OpenVINO, in the place of the one it was exported from."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -52,7 +54,8 @@ class ExportedNet(ModelMixin, ConfigMixin):
         super().__init__()
         if format not in NET_FILES:
             raise ValueError(f"expected a `format` of {', '.join(NET_FILES)}, got {format!r}")
-        self.folder, self.call_net = None, None
+        self.folder: Path | None = None
+        self.call_net: Callable[[dict[str, np.ndarray]], np.ndarray] | None = None
 
     @property
     def device(self):
@@ -80,6 +83,8 @@ class ExportedNet(ModelMixin, ConfigMixin):
             )
         if sample.requires_grad and torch.is_grad_enabled():
             raise ValueError("expected no gradient to be asked for: an exported network has none")
+        if self.call_net is None:
+            raise ValueError("expected a network that `from_pretrained` or `open_net` has opened, got its config alone")
         arrays = {"sample": sample.detach().cpu().float().numpy()}
         for name, value in zip(names, given, strict=True):
             kind = torch.int64 if name == "class_labels" else torch.float32
@@ -93,10 +98,8 @@ class ExportedNet(ModelMixin, ConfigMixin):
         path = Path(folder) / NET_FILES[self.config.format]
         if not path.is_file():
             raise FileNotFoundError(f"expected the exported network {path.name} in {folder}, there is none")
-        self.folder, self.call_net = (
-            Path(folder),
-            {"onnx": open_onnx, "openvino": open_openvino}[self.config.format](path),
-        )
+        self.folder = Path(folder)
+        self.call_net = {"onnx": open_onnx, "openvino": open_openvino}[self.config.format](path)
         return self
 
     @classmethod

@@ -36,7 +36,7 @@ class SpaceToDepthUNet(UNet2DModel):
         self.register_to_config(patch_size=patch_size, **outer)
 
     # diffusers reads the names of a configuration's entries off this signature
-    __init__.__signature__ = inspect.signature(UNet2DModel.__init__).replace(
+    __init__.__signature__ = inspect.signature(UNet2DModel.__init__).replace(  # type: ignore[attr-defined]
         parameters=[
             *inspect.signature(UNet2DModel.__init__).parameters.values(),
             inspect.Parameter("patch_size", inspect.Parameter.KEYWORD_ONLY, default=2),

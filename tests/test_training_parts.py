@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from cxr_diffusers.models.space_to_depth_unet import SpaceToDepthUNet
 from cxr_diffusers.pipelines.cxr_conditions import Conditions
 from cxr_diffusers.training.augmentation import augment
-from cxr_diffusers.training.precision import has_fast_bfloat16
 from cxr_diffusers.training.run import PowerEMA, ShuffledForever
 from helpers import TOY_UNET, toy_unet
 
@@ -88,10 +87,3 @@ def test_changes_of_exposure_keep_the_ends_of_the_range(data_range, change):
     changed = augment(ramp, data_range=data_range, **change)
     assert torch.allclose(changed[..., 0], torch.tensor(low)) and torch.allclose(changed[..., -1], torch.tensor(high))
     assert not torch.allclose(changed, ramp, atol=1e-3) and (changed.diff(dim=-1) >= -1e-6).all()
-
-
-def test_bfloat16_is_fast_on_a_cpu_only_where_it_has_the_instructions():
-    from cxr_diffusers.training.precision import cpu_has_bfloat16
-
-    assert has_fast_bfloat16("cpu") == cpu_has_bfloat16()
-    assert not has_fast_bfloat16("meta")

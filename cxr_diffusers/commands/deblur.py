@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .options import PROCESSES, add_command
+from .options import PROCESSES, add_command, add_device_options
 
 DEBLUR = f"""\
 KERNEL is what blurred the pictures, in their own pixels:
@@ -33,17 +33,19 @@ def add(commands):
     deblur.add_argument("--batch-size", type=int, default=4, help="images of one size at once (default: 4)")
     deblur.add_argument("--format", choices=["png", "jpg"], default="png")
     deblur.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
-    deblur.add_argument("--device", help="cuda, mps, cpu (default: the best there is)")
+    add_device_options(deblur)
     text = "only measure a few images and say how long N of them take (default: all of SOURCE)"
     deblur.add_argument("--plan", type=int, nargs="?", const=0, metavar="N", help=text)
 
 
 def run(options):
     from ..deblurring.dataset import deblur, describe_plan, load_prior, measure
+    from ..precision import use_dtype
     from ..processes import process_state
 
     state = process_state()
     pipeline = load_prior(options.model, options.trust_remote_code).to(options.device or state.device)
+    use_dtype(pipeline, options.dtype)
     pipeline.set_progress_bar_config(disable=True)
     names = ("num_inference_steps", "noise_std", "lambda_", "zeta", "tile_size")
     call = {name: getattr(options, name) for name in names if getattr(options, name) is not None}

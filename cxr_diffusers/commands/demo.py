@@ -1,6 +1,6 @@
 """cxr-diffusers demo: the web page."""
 
-from .options import add_command
+from .options import add_command, add_device_options
 
 DEMO = """\
 examples:
@@ -16,7 +16,7 @@ def add(commands):
     demo = add_command(commands, "demo", run, "a web page: drop a radiograph, see where it is abnormal", DEMO)
     demo.add_argument("--model", nargs="+", default=[], help="folders or Hub names, offered before the shipped models")
     demo.add_argument("--trust-remote-code", action="store_true", help="run the code that a Hub model brings along")
-    demo.add_argument("--device", help="cuda, mps, cpu (default: the best there is)")
+    add_device_options(demo)
     demo.add_argument(
         "--healthy",
         metavar="DATA",
@@ -50,7 +50,7 @@ def run(options):
         from ..data import open_dataset
 
         healthy = open_dataset(options.healthy)
-    models = open_models(options.model, options.device, options.trust_remote_code)
+    models = open_models(options.model, options.device, options.trust_remote_code, options.dtype)
     named = f"{len(healthy)} images that this page was started with" if healthy is not None else ""
     reference_of = references(models, healthy, named)
     reference_of(next(iter(models)))  # measured here, with a bar, and not while somebody waits

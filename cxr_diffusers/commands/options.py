@@ -61,7 +61,7 @@ def add_pipeline_options(parser, several=False):
         parser.add_argument("--model", help=text)
     parser.add_argument("--trust-remote-code", action="store_true", help="run the code that a Hub model brings along")
     parser.add_argument("--batch-size", type=int, default=8, help="images at once, in each process (default: 8)")
-    parser.add_argument("--device", help="cuda, mps, cpu (default: the best there is)")
+    add_device_options(parser)
     parser.add_argument(
         "--backend",
         choices=BACKENDS,
@@ -79,6 +79,16 @@ def add_pipeline_options(parser, several=False):
         call.add_argument(f"--{name.replace('_', '-')}", **option)
 
 
+def add_device_options(parser):
+    parser.add_argument("--device", help="cuda, mps, cpu (default: the best there is)")
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="in which the networks compute (default: bfloat16 where the device has it in hardware, else float32)",
+    )
+
+
 def call_kwargs(options):
     """The pipeline's arguments that were given; a label that is a number is an id, else a name."""
     given = {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}
@@ -94,6 +104,7 @@ def open_pipeline(options, model=None):
     from ..evaluation.plan import checked_call
     from ..hub.loading import load_pipeline
     from ..inference.export import with_backend
+    from ..precision import use_dtype
     from ..processes import process_state
 
     if options.batch_size < 1:
@@ -108,6 +119,8 @@ def open_pipeline(options, model=None):
     if options.backend:
         pipeline = with_backend(pipeline, options.backend)
     pipeline = pipeline.to(options.device or state.device)
+    # an exported network computes as it was exported; the original procedure as the original did
+    use_dtype(pipeline, "float32" if options.backend in BACKENDS[1:] or options.as_original else options.dtype)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.to(memory_format=torch.channels_last)  # convolutions take three quarters of the time in this order

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..hub.loading import CHECKPOINTS, DEFAULT, default_checkpoint, load_pipeline
 from ..inference.reference_scores import cached_scores, kept_scores
+from ..precision import use_dtype
 
 WAITING = 16  # runs that may wait for the model; further ones are told to come back
 
@@ -30,7 +31,7 @@ def temporary_folder():
             os.environ["GRADIO_TEMP_DIR"] = before
 
 
-def open_models(names=(), device=None, trust_remote_code=False):
+def open_models(names=(), device=None, trust_remote_code=False, dtype="auto"):
     """{name: pipeline}: those of `names` first, then the shipped ones, the default one before the others.
 
     Raises:
@@ -52,7 +53,7 @@ def open_models(names=(), device=None, trust_remote_code=False):
         if model_channels(pipeline) not in (1, 3) or not hasattr(pipeline, "settings"):
             raise ValueError(f"{name}: expected a model of anomalies in radiographs, got a {type(pipeline).__name__}")
         pipeline.set_progress_bar_config(disable=True)
-        models[short] = pipeline.to(device or process_state().device)
+        models[short] = use_dtype(pipeline.to(device or process_state().device), dtype)
     return models
 
 

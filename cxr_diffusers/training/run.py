@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ..files import keep_settings, remove_dead, write_file
 from ..processes import process_state
 from .checkpoints import FolderLock, checkpoint, newest_intact, replace_into, restore_records, resume
-from .precision import has_fast_bfloat16
+from ..precision import has_fast_bfloat16
 
 # settings that may differ when a run is resumed
 CHANGEABLE_SETTINGS = (

@@ -1,0 +1,57 @@
+"""The number format in which networks compute, and where bfloat16 is fast."""
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from accelerate.utils import convert_outputs_to_fp32
+from diffusers import DiffusionPipeline, ModelMixin
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@cache
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (AVX512_BF16, AMX, or Arm's BF16): elsewhere it is emulated."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
+
+
+def has_fast_bfloat16(device: torch.device | str) -> bool:
+    """Whether bfloat16 is faster than float32 on a device, rather than up to a hundred times slower."""
+    device_type = torch.device(device).type
+    if device_type == "cpu":
+        return cpu_has_bfloat16()
+    return device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def use_dtype(pipeline: DiffusionPipeline, dtype: str = "auto") -> DiffusionPipeline:
+    """Let the networks of a pipeline, where it is placed now, compute in `dtype`: their forward pass under autocast.
+
+    Classifiers of transformers stay in float32: Grad-CAM differentiates by their feature maps, which a conversion of
+    the output would copy. Weights, and with them fingerprints and what `save_pretrained` writes, stay as they are; outputs are float32.
+
+    Args:
+        dtype: "float32", "bfloat16", "float16" (CUDA only), or "auto": bfloat16 where the device multiplies it in
+            hardware, else float32.
+
+    Raises:
+        ValueError: an unknown `dtype`, or float16 on another device than CUDA.
+    """
+    device = torch.device(pipeline.device)
+    if dtype == "auto":
+        dtype = "bfloat16" if has_fast_bfloat16(device) else "float32"
+    if dtype not in DTYPES:
+        raise ValueError(f"expected `dtype` among auto, {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype == "float16" and device.type != "cuda":
+        raise ValueError(f"expected a CUDA device for float16, got {device}: bfloat16 works on CPUs")
+    for component in pipeline.components.values():
+        if isinstance(component, ModelMixin):
+            plain = vars(component).setdefault("_plain_forward", component.forward)  # not that of an earlier call
+            component.forward = plain
+            if dtype != "float32":
+                component.forward = convert_outputs_to_fp32(torch.autocast(device.type, DTYPES[dtype])(plain))
+    return pipeline

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import uuid
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
@@ -59,3 +60,17 @@ def weights_digest(pipeline):
                 digest.update(f"{part}.{name}".encode() + values.tobytes())
         DIGESTS[pipeline] = digest.hexdigest()
     return DIGESTS[pipeline]
+
+
+def checkpoint_digest(folder: Path | str) -> str:
+    """Hash (8 hexadecimal digits) of a checkpoint's weights and settings on disk: what its pictures depend on."""
+    files = sorted(p for p in Path(folder).rglob("*") if p.suffix == ".safetensors" or p.name == "model_index.json")
+    digest = hashlib.blake2b(digest_size=4)
+    for path in files:
+        digest.update(path.relative_to(folder).as_posix().encode())
+        if path.suffix == ".safetensors":
+            digest.update(path.read_bytes())
+        else:
+            settings = json.loads(path.read_text()).get("settings")
+            digest.update(json.dumps(settings, sort_keys=True).encode())
+    return digest.hexdigest()

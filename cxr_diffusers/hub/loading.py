@@ -10,7 +10,7 @@ from huggingface_hub import hf_hub_download
 from ..files import safe_name
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
-DEFAULT = "cxr_cfg_64"
+DEFAULT = "cxr_cfg_128"
 LARGEST_SIZE, LARGEST_DEPTH = 1_000_000, 100  # of a number in a component's configuration; of `layers_per_block`
 
 

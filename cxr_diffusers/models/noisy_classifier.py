@@ -1,4 +1,4 @@
-"""p(label | x_t, t): a classifier of noisy images."""
+"""p(label | x_t, t): which class a picture is of, told from its noised version."""
 
 import torch
 import torch.nn.functional as F
@@ -14,17 +14,15 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
     that are not listed mean what they mean there.
 
     Args:
-        sample_size: side of the image, in pixels.
+        sample_size: side of the picture, in pixels.
         num_classes: logits.
         attention_head_dim: channels of a head of every attention, that of the head's pool too; None: one head.
         pool: "attention": a learned query over the last feature map, its mean as the query and positions learned (the
             pool of Radford et al. 2021, https://arxiv.org/abs/2103.00020, section 2.4). "adaptive": the mean of the
             last feature map and a linear layer.
-        patch_size: p x p pixels become p * p channels before the first convolution (space-to-depth): the network
-            costs what it costs at 1 / p of the side. 1: as published.
 
     Raises:
-        ValueError: an unknown `pool`, or a `sample_size` that `patch_size` and the levels do not divide.
+        ValueError: an unknown `pool`, or a `sample_size` that the levels do not divide.
     """
 
     @register_to_config
@@ -43,17 +41,16 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         norm_eps: float = 1e-5,
         resnet_time_scale_shift: str = "scale_shift",
         pool: str = "attention",
-        patch_size: int = 1,
     ):
         super().__init__()
-        last, reduction = block_out_channels[-1], patch_size * 2 ** (len(block_out_channels) - 1)
+        last, reduction = block_out_channels[-1], 2 ** (len(block_out_channels) - 1)
         if pool not in ("attention", "adaptive"):
             raise ValueError(f"expected `pool` attention or adaptive, got {pool!r}")
         if sample_size % reduction:
             raise ValueError(f"expected a `sample_size` that {reduction} divides (the levels halve), got {sample_size}")
         unet = UNet2DModel(
-            sample_size=sample_size // patch_size,
-            in_channels=in_channels * patch_size**2,
+            sample_size=sample_size,
+            in_channels=in_channels,
             down_block_types=down_block_types,
             up_block_types=("UpBlock2D",) * len(down_block_types),
             block_out_channels=block_out_channels,
@@ -76,10 +73,10 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
             self.head = MeanPool(last, num_classes)
 
     def forward(self, sample, timestep):
-        """(B, C, H, W) noisy images, their timestep (a number, or (B,)) -> (B, num_classes) logits."""
+        """(B, C, H, W) noised pictures, their timestep (a number, or (B,)) -> (B, num_classes) logits."""
         timestep = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
         emb = self.time_embedding(self.time_proj(timestep).to(sample.dtype))
-        x = self.conv_in(F.pixel_unshuffle(sample, self.config.patch_size))
+        x = self.conv_in(sample)
         for block in self.down_blocks:
             x, _ = block(x, emb)
         return self.head(F.silu(self.conv_norm_out(self.mid_block(x, emb))))

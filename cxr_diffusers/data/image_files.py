@@ -24,31 +24,31 @@ from .tables import brief, is_file
 logger = logging.getLogger(__name__)
 
 FRONTAL = ("PA", "AP")
+NEGATIVE = "negative"
 
 
 @dataclass
 class RadiographFile:
     """A `datasets` feature: the path of an image file (DICOM, tif, npy, ...), decoded by `read_image` on access.
 
-    A value is a path or {"path", "negative"}; an example shows a PIL image of mode "L" or "I;16". Where `negative` is
-    true, light and dark are exchanged within the range of the image's own values. Only paths are stored: a data set
-    that is moved to another machine needs its files there.
+    A value is [path], or [path, "negative"] for a file whose light and dark are exchanged; an example shows a PIL image
+    of mode "L" or "I;16", a negative inverted. Only paths are stored: a data set that is moved to another machine needs
+    its files there.
     """
 
     dtype: ClassVar[str] = "PIL.Image.Image"
-    pa_type: ClassVar[pa.DataType] = pa.struct({"path": pa.string(), "negative": pa.bool_()})
+    pa_type: ClassVar[pa.DataType] = pa.list_(pa.string())
     _type: str = field(default="RadiographFile", init=False, repr=False)
 
     def __call__(self) -> pa.DataType:
         return self.pa_type
 
-    def encode_example(self, value: Any) -> dict[str, Any]:
-        value = value if isinstance(value, dict) else {"path": value, "negative": False}
-        return {"path": str(value["path"]), "negative": bool(value["negative"])}
+    def encode_example(self, value: Sequence[Path | str]) -> list[str]:
+        return [str(item) for item in value]
 
-    def decode_example(self, value: dict[str, Any], token_per_repo_id: Any = None) -> PIL.Image.Image:
-        image = read_image(value["path"])
-        return as_negative(image) if value["negative"] else image
+    def decode_example(self, value: Sequence[str], token_per_repo_id: Any = None) -> PIL.Image.Image:
+        image = read_image(value[0])
+        return as_negative(image) if value[1:] == [NEGATIVE] else image
 
 
 with warnings.catch_warnings():
@@ -64,7 +64,7 @@ def as_negative(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def files_to_dataset(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> datasets.Dataset:
-    """As `rows.to_dataset`, for rows whose image is a path: every file is decoded on access, DICOM files too.
+    """As `rows.to_dataset`, for rows whose image is a path: every file is decoded on access, also a DICOM file.
 
     Args:
         rows: may have "negative", true for an image whose light and dark are exchanged in its file.
@@ -73,8 +73,7 @@ def files_to_dataset(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> da
     lazy = [Path(row["image"]).suffix.lower() in LAZY_SUFFIXES and not row.get("negative") for row in rows]
     if all(lazy):
         return to_dataset(rows, names)
-    files = [{"path": str(row["image"]), "negative": bool(row.get("negative"))} for row in rows]
-    rows = [{**row, "image": file} for row, file in zip(rows, files, strict=True)]
+    rows = [{**row, "image": [row["image"], *([NEGATIVE] if row.get("negative") else [])]} for row in rows]
     return to_dataset(rows, names, image=RadiographFile())
 
 

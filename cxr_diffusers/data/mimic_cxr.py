@@ -119,13 +119,13 @@ def read_images(root: Path, split: str = "train") -> pd.DataFrame:
     table = read_csv(csv, columns, only=columns.__contains__)
     table["where"] = [f"{csv}, line {line}" for line in table.index]
     table = with_ids(table, csv, ["subject", "study"])
+    for where, name in zip(table["where"], table["dicom_id"], strict=True):
+        if len(path_of(name, where).parts) > 1:
+            raise ValueError(f"{where}: expected the name of a file, got the path {brief(name)}")
     if split != "all":
         parts_csv = find_table(root, "mimic-cxr-*-split.csv")
         parts = read_csv(parts_csv, ["dicom_id", "split"], only=["dicom_id", "split"].__contains__)
         table = table[table["dicom_id"].isin(set(parts.loc[parts["split"].str.strip() == split, "dicom_id"]))]
-    for where, name in zip(table["where"], table["dicom_id"], strict=True):
-        if len(path_of(name, where).parts) > 1:
-            raise ValueError(f"{where}: expected the name of a file, got the path {brief(name)}")
     view = table["ViewPosition"].str.strip().str.upper()
     table["view"] = view.where(view.isin(FRONTAL), "")
     table["patient"] = [f"p{subject}" for subject in table["subject"]]

@@ -2,14 +2,25 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 
-from cxr_diffusers import build_dataset, load_chestx_det, load_chexmask, load_rsna, load_siim
+from cxr_diffusers import (
+    build_dataset,
+    load_chestx_det,
+    load_chexmask,
+    load_packed,
+    load_rsna,
+    load_siim,
+    prepare,
+    publish_dataset,
+)
 from cxr_diffusers.data import open_dataset
+from cxr_diffusers.data.packing import pack
 from cxr_diffusers.data.run_lengths import decode_runs, mask_image
 from helpers import chexpert_row, save_image, write_dicom
 
@@ -206,6 +217,23 @@ def test_rsna_a_wrong_cell_names_its_row(rsna, table, old, new, match):
     path.write_text(text.replace(old, new, 1))
     with pytest.raises(ValueError, match=match):
         load_rsna(rsna)
+
+
+def test_rsna_small_copies_keep_labels_views_and_boxes(rsna, tmp_path):
+    pack(load_rsna(rsna), tmp_path / "rsna.parquet", size=32)
+    packed = load_packed(tmp_path / "rsna.parquet")
+    assert by_name(packed, "label") == by_name(load_rsna(rsna), "label")
+    assert by_name(packed, "view") == by_name(load_rsna(rsna), "view") and packed[0]["image"].size == (32, 32)
+    prepare(rsna, tmp_path / "small", size=32, num_workers=1)
+    for table in rsna.glob("*.csv"):
+        shutil.copy(table, tmp_path / "small")
+    boxes = by_name(load_rsna(tmp_path / "small"), "boxes")
+    assert boxes["op-1"] == [[x / 32, y / 32, w / 32, h / 32] for x, y, w, h in OPACITIES["op-1"]]
+
+
+def test_dicom_files_are_not_uploaded_as_they_are(rsna):
+    with pytest.raises(ValueError, match="image"):
+        publish_dataset(load_rsna(rsna), "me/rsna", license="other", private=True)
 
 
 def test_rsna_missing_tables_are_named(rsna):

@@ -5,6 +5,8 @@ import gzip
 import importlib.util
 import json
 import logging
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,11 @@ import pytest
 
 from cxr_diffusers import build_dataset, load_mimic_cxr, load_padchest
 from cxr_diffusers.cli import main
-from cxr_diffusers.data import open_dataset
+from cxr_diffusers.data import LOADERS, open_dataset
 from cxr_diffusers.data.findings import class_id, match_names
 from cxr_diffusers.data.padchest import parse_labels
 from cxr_diffusers.data.tables import columns_of, read_csv
+from cxr_diffusers.training.recipe import load_recipe
 from helpers import save_image
 
 ROOT = Path(__file__).parent.parent
@@ -353,3 +356,44 @@ def test_a_recipe_trains_on_the_data_set_by_its_name(padchest, tmp_path):
     run = tmp_path / "run"
     program.main([str(ROOT / "configs" / "phantom_cfg_32.yaml"), *data, *small, f"train.output_dir={run}"])
     assert json.loads((run / "model_index.json").read_text())["_class_name"][1] == "CFGAnomalyPipeline"
+
+
+# the page of data sets
+
+PAGE = (ROOT / "docs" / "datasets.md").read_text()
+
+
+def shown_lines(program):
+    blocks = "\n".join(re.findall(r"^```bash\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE))
+    for line in blocks.splitlines():
+        if line.startswith(program):
+            yield shlex.split(line.partition("&&")[0], comments=True)[len(program.split()) :]
+
+
+def keys_are_refused(call):
+    """Whether a call fails because of a keyword; that /data is missing on this machine is no fault of the page."""
+    try:
+        call()
+    except ValueError as error:
+        return bool(re.search(r"unknown key|give '", str(error)))
+    except OSError:
+        return False
+    return False
+
+
+def test_every_line_of_the_page_has_keys_that_its_loader_knows():
+    shown = [line[0] for line in [*shown_lines("cxr-diffusers evaluate"), *shown_lines("cxr-diffusers prepare")]]
+    shown = [data for data in shown if ":" in data]
+    assert {data.partition(":")[0] for data in shown} == set(LOADERS) - {"hub", "packed", "phantom"}
+    assert not [data for data in shown if keys_are_refused(lambda data=data: open_dataset(data))]
+    assert keys_are_refused(lambda: open_dataset("nih:rot=/data/nih"))
+    count = 0
+    for path, *overrides in (line[1:] for line in shown_lines("accelerate launch")):
+        recipe = load_recipe(ROOT / path, overrides)
+        for keys in (recipe.data, {**recipe.data, **recipe.validation}):
+            assert not keys_are_refused(lambda keys=keys: build_dataset(**keys)), (overrides, keys)
+            if "images" in keys:
+                assert not keys_are_refused(lambda keys=keys: build_dataset(**keys["images"])), keys
+        count += 1
+    assert count >= 12
+    assert not [name for name in LOADERS if f"`{name}`" not in PAGE]

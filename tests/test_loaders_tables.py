@@ -252,6 +252,19 @@ def test_padchest_labels_views_and_patients_are_those_of_the_table(padchest):
     assert names(load_padchest(padchest, physician_only=True, other=True)) == {healthy: 0, "b": 2}
 
 
+def test_padchest_patients_are_never_split(padchest):
+    for seed in range(4):
+        sides = []
+        for part in ("train", "holdout"):
+            try:
+                options = dict(other=True, holdout=0.5, holdout_seed=seed, part=part)
+                sides.append(load_padchest(padchest, **options)["patient"][:])
+            except ValueError as error:
+                assert "the data set is empty" in str(error)
+                sides.append([])
+        assert not set(sides[0]) & set(sides[1]) and sorted(sides[0] + sides[1]) == ["p1", "p2", "p3", "p3"]
+
+
 def test_padchest_pixels_keep_16_bits_and_negatives_are_inverted(padchest):
     images = {Path(row["path"]).stem: row["image"] for row in load_padchest(padchest)}
     assert {image.mode for image in images.values()} == {"I;16"}

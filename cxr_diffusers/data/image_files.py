@@ -117,8 +117,8 @@ def locate_files(
         if file is None:
             missing.append(f"{row.where}: no image {brief(paths[0], 400)}")
     if missing and not skip_missing:
-        more = f", nor those of {len(missing) - 1} other rows" if len(missing) > 1 else ""
-        raise FileNotFoundError(f"{missing[0]}{more}; `skip_missing` leaves rows without an image out")
+        more = f" (and {len(missing) - 1} more rows without one)" if len(missing) > 1 else ""
+        raise FileNotFoundError(f"{missing[0]}{more}; `skip_missing` leaves such rows out")
     if missing:
         logger.warning(
             "left out %d of %d rows, their images are missing; first: %s", len(missing), len(table), missing[0]

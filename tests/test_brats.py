@@ -105,6 +105,25 @@ def test_plain_names_and_masks_in_a_folder_of_their_own(tmp_path):
     assert np.asarray(dataset[0]["mask"]).sum() == 255
 
 
+def test_the_names_since_brats_2023_are_read_and_examinations_of_a_patient_stay_together(tmp_path):
+    renamed = {"t1": "t1n", "t1ce": "t1c", "t2": "t2w", "flair": "t2f"}
+    for i, name in enumerate(("BraTS-GLI-00005-000", "BraTS-GLI-00005-001", "BraTS-MEN-00006-000")):
+        folder = tmp_path / "slices" / f"{name}_080"
+        for sequence, array in slice_values(i).items():
+            write_nifti(folder / f"{name}-{renamed[sequence]}_080.nii.gz", array)
+        region = np.zeros((12, 12))
+        region[4:7, 3 : 3 + i] = 3  # the enhancing tumour, 4 in the earlier years
+        write_nifti(folder / f"{name}-seg_080.nii.gz", region)
+    dataset = load_brats(tmp_path / "slices")
+    assert dataset["label"][:] == [0, 1, 1]
+    assert dataset["patient"][:] == ["BraTS-GLI-00005", "BraTS-GLI-00005", "BraTS-MEN-00006"]
+    for channel, sequence in enumerate(CHANNELS):
+        np.testing.assert_allclose(dataset[0]["image"][..., channel], slice_values(0)[sequence], atol=1e-6)
+    write_nifti(tmp_path / "slices" / f"{name}_080" / "t1.nii.gz", np.zeros((12, 12)))
+    with pytest.raises(ValueError, match="two files of t1"):
+        load_brats(tmp_path / "slices")
+
+
 def test_what_is_no_slice_is_named(root, tmp_path, monkeypatch):
     first = root / "000000"
     with pytest.raises(ValueError, match="no slice below"):

@@ -34,15 +34,22 @@ def chexpert(tmp_path):
 def test_every_loader_is_opened_by_its_name():
     assert set(LOADERS) == {
         "brats",
+        "chestx_det",
         "chexlocalize",
+        "chexmask",
         "chexpert",
         "folder",
         "hub",
+        "mimic_cxr",
         "nih",
         "packed",
+        "padchest",
         "phantom",
+        "rsna",
+        "siim",
         "table",
         "vindr",
+        "vindr_pcxr",
     }
     assert len(build_dataset("phantom", n=3, size=16)) == 3
 

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cxr_diffusers import build_dataset, load_table, load_vindr
+from cxr_diffusers import build_dataset, load_table, load_vindr, load_vindr_pcxr
 from cxr_diffusers.data import prepare
 from cxr_diffusers.data.vindr import read_labels, vote
 from helpers import write_dicom
@@ -150,3 +150,82 @@ def test_rows_of_a_table_can_be_chosen_by_a_column(vindr, tmp_path):
         load_table("list.csv", where={"part": "b"}, **options)
     with pytest.raises(FileNotFoundError, match="line 4"):
         load_table("list.csv", **options)
+
+
+def test_dicom_files_are_decoded_on_access(vindr):
+    dataset = load_vindr(vindr, classes=["Pleural effusion"])
+    (vindr / "train" / "effusion.dicom").write_bytes(b"no image")
+    assert sorted(dataset["label"][:]) == [0, 1]
+    with pytest.raises(ValueError, match="effusion.dicom"):
+        dataset[dataset["label"][:].index(1)]["image"]
+
+
+# VinDr-PCXR: one radiologist an image, diseases in one table, local findings with boxes in the other
+
+DISEASES = ["No finding", "Bronchitis", "Brocho-pneumonia", "Other disease", "Pneumonia"]
+# image -> its diseases, its local findings with corners
+CHILDREN = {
+    "well": (["No finding"], []),
+    "pneumonia": (["Pneumonia"], [("Consolidation", (4, 8, 20, 30)), ("Other opacity", (30.5, 2, 44, 10.5))]),
+    "bronchitis": (["Bronchitis"], [("Bronchial thickening", (10, 10, 20, 20))]),
+    "heart": (["No finding"], [("Cardiomegaly", (12, 14, 40, 36))]),
+}
+
+
+@pytest.fixture
+def pcxr(tmp_path):
+    root = tmp_path / "vindr-pcxr"
+    (root / "train").mkdir(parents=True)
+    labels, boxes = (
+        [["image_id", "rad_ID", *DISEASES]],
+        [["image_id", "rad_ID", "class_name", "x_min", "y_min", "x_max", "y_max", "class_id"]],
+    )
+    for name, (diseases, findings) in CHILDREN.items():
+        pixels = np.full((40, 48), 100, np.uint16)
+        for _, (x0, y0, x1, y1) in findings:
+            pixels[int(y0) : int(y1), int(x0) : int(x1)] = 3000
+        write_dicom(root / "train" / f"{name}.dicom", pixels, 12, PatientID="")
+        labels.append([name, "R1", *(float(disease in diseases) for disease in DISEASES)])
+        boxes += [[name, "R1", finding, *corners, 3] for finding, corners in findings]
+        boxes += [] if findings else [[name, "R1", "No finding", 0, 0, 1, 1, 36]]
+    for name, rows in (("image_labels_train", labels), ("annotations_train", boxes)):
+        pd.DataFrame(rows[1:], columns=rows[0]).to_csv(root / f"{name}.csv", index=False)
+    return root
+
+
+def test_pcxr_diseases_and_local_findings_are_classes(pcxr):
+    dataset = load_vindr_pcxr(pcxr, classes=["pneumonia"])
+    assert names(dataset) == {"well": 0, "pneumonia": 1}, "an image with a local finding is not healthy"
+    assert dataset.features["label"].names == ["healthy", "pneumonia"]
+    both = build_dataset("vindr_pcxr", root=pcxr, classes=["Cardiomegaly", "Pneumonia"], other=True)
+    assert names(both) == {"well": 0, "heart": 1, "pneumonia": 2, "bronchitis": 3}
+    assert names(load_vindr_pcxr(pcxr)) == dict.fromkeys(CHILDREN, 0)
+    with pytest.raises(ValueError, match="unknown class 'No finding'.*Bronchitis.*Cardiomegaly"):
+        load_vindr_pcxr(pcxr, classes=["No finding"])
+    with pytest.raises(FileNotFoundError, match="test/IMAGE_ID.dicom"):
+        load_vindr_pcxr(pcxr, splits=["train", "test"])
+
+
+def test_pcxr_boxes_lie_on_the_local_findings(pcxr):
+    dataset = load_vindr_pcxr(pcxr, classes=["Pneumonia"], other=True, boxes=True)
+    boxes = dict(zip(dataset["patient"][:], dataset["boxes"][:], strict=True))
+    assert boxes == {"well": [], "pneumonia": [[4, 8, 16, 22], [30.5, 2, 13.5, 8.5]]} | {
+        "bronchitis": [[10, 10, 10, 10]],
+        "heart": [[12, 14, 28, 22]],
+    }, "a disease has no boxes of its own"
+    [image] = [row["image"] for row in dataset if row["patient"] == "heart"]
+    x, y, w, h = map(int, boxes["heart"][0])
+    bright = np.asarray(image) > np.asarray(image).mean()
+    assert bright[y : y + h, x : x + w].all() and bright.sum() == w * h
+    named = load_vindr_pcxr(pcxr, classes=["Other opacity"], boxes=True)
+    assert dict(zip(named["patient"][:], named["boxes"][:], strict=True))["pneumonia"] == [[30.5, 2, 13.5, 8.5]]
+
+
+def test_pcxr_a_box_or_an_image_without_its_table_is_named(pcxr):
+    csv = pcxr / "annotations_train.csv"
+    csv.write_text(csv.read_text().replace("heart,", "nobody,"))
+    with pytest.raises(ValueError, match=r"annotations_train\.csv, line \d: a box of 'nobody'"):
+        load_vindr_pcxr(pcxr, boxes=True)
+    csv.unlink()
+    with pytest.raises(FileNotFoundError, match=r"annotations_train\.csv"):
+        load_vindr_pcxr(pcxr, classes=["Pneumonia"])

@@ -6,8 +6,9 @@ from .options import PROCESSES, add_command, add_pipeline_options, call_kwargs, 
 
 EVALUATE = f"""\
 DATA is a folder of images (healthy/ and diseased/, masks or boxes beside them), or NAME:key=value,... where NAME is
-brats, chexlocalize, chexpert, folder, hub, nih, packed, phantom, table or vindr and the keys are those of the loader
-load_NAME in cxr_diffusers.data. docs/evaluation.md says what each number is.
+brats, chestx_det, chexlocalize, chexmask, chexpert, folder, hub, mimic_cxr, nih, packed, padchest, phantom, rsna, siim,
+table, vindr or vindr_pcxr and the keys are those of the loader load_NAME in cxr_diffusers.data (docs/datasets.md).
+docs/evaluation.md says what each number is.
 
 examples:
   cxr-diffusers evaluate /data/testing --healthy /data/validation/healthy --out report

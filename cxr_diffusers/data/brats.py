@@ -1,11 +1,13 @@
-"""BraTS slices as Wolleb's anomaly code reads them: four MRI sequences, a NIfTI file each, are four channels."""
+"""BraTS slices: four MRI sequences, a NIfTI file each, are the four channels of an image."""
 
 import re
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import datasets
 import numpy as np
 import pandas as pd
 import PIL.Image
@@ -20,66 +22,69 @@ from .selection import select_rows
 from .tables import check_encodable
 
 SEQUENCES = ("t1", "t1ce", "t2", "flair")  # the order of the channels
+NAMES_2023 = {"t1n": "t1", "t1c": "t1ce", "t2w": "t2", "t2f": "flair"}  # names of the same since BraTS 2023
 SEGMENTATION = "seg"
 SUFFIXES = (".nii", ".nii.gz")
 
 
 def load_brats(
-    root,
+    root: Path | str,
     *,
-    masks=None,
-    classes=("healthy", "tumour"),
-    patient_pattern=None,
-    per_class=None,
-    seed=0,
-    one_per_patient=False,
-    holdout=0.0,
-    part="train",
-    holdout_seed=0,
-):
-    """A folder for each slice, below `root`, with files of t1, t1ce, t2, flair and, where it is known, seg -> data set.
+    masks: Path | str | None = None,
+    classes: Sequence[str] = ("healthy", "tumour"),
+    patient_pattern: str | None = None,
+    per_class: int | None = None,
+    seed: int = 0,
+    one_per_patient: bool = False,
+    holdout: float = 0.0,
+    part: str = "train",
+    holdout_seed: int = 0,
+) -> datasets.Dataset:
+    """Slices of brain MRI -> data set: a folder for each slice, with files of four sequences, and seg if it is known.
 
-    A file's sequence is a word of its name: `brats_train_001_t1_123_w.nii.gz` or `t1.nii.gz`. Values are read as they
-    are stored: the original's slices were scaled to [0, 1] beforehand, which `scaling: dtype` wants; other ranges want
-    `minmax`, which scales each sequence of a slice by itself. Sides are kept too: it is the model's `aspect: keep` that
-    puts 240 pixels into 256.
+    The sequences are t1, t1ce, t2, flair, or t1n, t1c, t2w, t2f as they are called since BraTS 2023. A file's sequence
+    is a word of its name: `brats_train_001_t1_123_w.nii.gz`, `BraTS-GLI-00005-000-t1n_080.nii.gz`, `t1.nii.gz`.
+    Values are read as stored: the slices of Wolleb et al. (2022) were scaled to [0, 1] beforehand, which fits
+    `scaling: dtype`; other ranges need `minmax`, which scales each sequence of a slice by itself. The size is kept,
+    too: the model's `aspect: keep` puts 240 pixels into 256.
     Label: 1 where any pixel of seg is above 0, else 0; without seg -1, unlabelled. Mask: seg above 0.
-    Patient: the first group of `patient_pattern`, searched in the folder's path below `root`; else what stands before
-    the sequence in the files' names (`brats_train_001`); else the folder's path below `root`, that is, every slice
-    is its own.
+    Patient: the first group of `patient_pattern`, searched in the folder's path below `root`; else the part of the
+    files' names before the sequence (`brats_train_001`; `BraTS-GLI-00005`, without the number of the examination); else
+    the folder's path below `root`, so that every slice is its own patient.
 
     Args:
         root: e.g. data/brats/training.
-        masks: folder of ID-label.nii.gz, the segmentation of slice folder ID (the original's test_labels), for slices
-            without seg.
+        masks: folder of ID-label.nii.gz, the segmentation of slice folder ID (the test_labels of Wolleb et al.), for
+            slices without seg.
         classes: names of healthy and diseased.
         per_class, seed, one_per_patient, holdout, part, holdout_seed: see `selection.select_rows`.
 
     Returns:
-        `datasets.Dataset` with columns image ((H, W, 4) float32 arrays, read when they are looked at), label, patient,
-        view, path (the slice's folder), and mask if there are any.
+        `datasets.Dataset` with columns image ((H, W, 4) float32 arrays, read on access), label, patient, view, path
+        (the slice's folder), and mask if there are any.
 
     Raises:
         ImportError: nibabel is not installed. NotADirectoryError: no such folder.
-        ValueError: no slice, a sequence that is missing or there twice, a volume instead of a slice, a segmentation
-            of another size.
+        ValueError: no slice, a missing sequence or two files of one, a volume instead of a slice, a segmentation of
+            another size.
     """
     root = Path(root)
     slices = list_slices(root)
     if not slices:
         raise ValueError(f"no slice below {root}: expected folders with files of {', '.join(SEQUENCES)}")
     check_encodable([str(folder) for folder in slices], root)
-    known = [{**files_of(folder), "folder": folder} for folder in slices]
-    for files in known if masks else []:
-        beside = Path(masks) / f"{files['folder'].name}-label.nii.gz"
-        if SEGMENTATION not in files and beside.is_file():
-            files[SEGMENTATION] = beside
-    bar = tqdm(known, desc="reading segmentations", unit="slice", delay=2, leave=False)
+    files_of_slices = [{**files_of(folder), "folder": folder} for folder in slices]
+    if masks is not None:
+        for files in files_of_slices:
+            separate = Path(masks) / f"{files['folder'].name}-label.nii.gz"
+            if SEGMENTATION not in files and separate.is_file():
+                files[SEGMENTATION] = separate
+    bar = tqdm(files_of_slices, desc="reading segmentations", unit="slice", delay=2, leave=False)
     table = pd.DataFrame(
         {
             "label": [label_of(files) for files in bar],
-            "patient": [patient_of(files, root, patient_pattern) for files in known],
-            "key": [files["folder"].relative_to(root).as_posix() for files in known],
+            "patient": [patient_of(files, root, patient_pattern) for files in files_of_slices],
+            "key": [files["folder"].relative_to(root).as_posix() for files in files_of_slices],
         }
     )
     table = select_rows(
@@ -93,7 +98,7 @@ def load_brats(
     )
     rows = []
     for index, row in table.iterrows():
-        files = known[index]
+        files = files_of_slices[index]
         rows.append(
             {
                 "image": [str(files[sequence]) for sequence in SEQUENCES],
@@ -106,7 +111,7 @@ def load_brats(
     return to_dataset(rows, classes, image=NiftiChannels())
 
 
-def list_slices(root):
+def list_slices(root: Path | str) -> list[Path]:
     """Sorted folders below `root` (or `root` itself) that hold a NIfTI file of one of the sequences."""
     root = Path(root)
     if not root.is_dir():
@@ -115,45 +120,49 @@ def list_slices(root):
     return sorted(folder for folder in folders if set(files_of(folder, check=False)) & set(SEQUENCES))
 
 
-def files_of(folder, check=True):
-    """{sequence: path} of a slice's folder; ValueError where one of the four is missing, or there twice."""
-    found = {}
+def files_of(folder: Path, check: bool = True) -> dict[str, Path]:
+    """{sequence or "seg": path} of a slice's folder; ValueError where one of the four is missing, or there twice."""
+    files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         sequence = sequence_of(path.name)
-        if sequence in found and check:
+        if sequence in files and check:
             raise ValueError(f"{folder}: expected one slice a folder, got two files of {sequence}: {path.name}")
         if sequence:
-            found[sequence] = path
-    missing = [sequence for sequence in SEQUENCES if sequence not in found]
+            files[sequence] = path
+    missing = [sequence for sequence in SEQUENCES if sequence not in files]
     if missing and check:
         raise ValueError(f"{folder}: no NIfTI file of {', '.join(missing)}")
-    return found
+    return files
 
 
-def sequence_of(name):
-    """The sequence (or "seg") that a file name has among its words; None for other files."""
+def sequence_of(name: str) -> str | None:
+    """The sequence (of `SEQUENCES`, or "seg") that a file name has among its words; None for other files."""
     if not name.endswith(SUFFIXES):
         return None
-    words = re.split(r"[^a-z0-9]+", name.lower())
+    words = (NAMES_2023.get(word, word) for word in re.split(r"[^a-z0-9]+", name.lower()))
     return next((word for word in words if word in (*SEQUENCES, SEGMENTATION)), None)
 
 
-def patient_of(files, root, pattern):
+def patient_of(files: Mapping[str, Path], root: Path, pattern: str | None) -> str:
+    """Patient of a slice, see `load_brats`."""
     folder = files["folder"]
     relative = folder.relative_to(root).as_posix() if folder != root else folder.name
     if pattern:
         return group_of(pattern, relative)
-    before = re.split(rf"(?i)(?:^|[^a-z0-9])({'|'.join(SEQUENCES)})(?![a-z0-9])", files[SEQUENCES[0]].name)[0]
-    return before or relative
+    names = "|".join((*SEQUENCES, *NAMES_2023))
+    before = re.split(rf"(?i)(?:^|[^a-z0-9])({names})(?![a-z0-9])", files[SEQUENCES[0]].name)[0]
+    examination = re.fullmatch(r"(?i)(BraTS-[a-z]+-\d+)-\d+", before)  # patient and number of the examination
+    return examination.group(1) if examination else before or relative
 
 
-def label_of(files):
+def label_of(files: Mapping[str, Path]) -> int:
+    """1 where any pixel of the segmentation is above 0, else 0; `UNLABELLED` without one."""
     if SEGMENTATION not in files:
         return UNLABELLED
     return int((read_nifti(files[SEGMENTATION]) > 0).any())
 
 
-def read_segmentation(files):
+def read_segmentation(files: Mapping[str, Path]) -> PIL.Image.Image:
     """PIL "L" of 0 / 255; ValueError unless it is as large as its slice."""
     region = read_nifti(files[SEGMENTATION]) > 0
     expected = read_nifti(files[SEQUENCES[0]]).shape
@@ -162,13 +171,13 @@ def read_segmentation(files):
     return PIL.Image.fromarray(region.astype(np.uint8) * 255)
 
 
-def read_slice(folder):
-    """A slice's folder -> (H, W, 4) float32, the sequences as stored."""
+def read_slice(folder: Path | str) -> np.ndarray:
+    """The folder of a slice -> (H, W, 4) float32, the values as stored."""
     files = files_of(Path(folder))
     return stack_channels([files[sequence] for sequence in SEQUENCES])
 
 
-def stack_channels(paths):
+def stack_channels(paths: Sequence[Path | str]) -> np.ndarray:
     """Files of one size -> (H, W, C) float32."""
     channels = [read_nifti(path) for path in paths]
     if len({channel.shape for channel in channels}) > 1:
@@ -177,7 +186,7 @@ def stack_channels(paths):
     return np.stack(channels, axis=-1)
 
 
-def read_nifti(path):
+def read_nifti(path: Path | str) -> np.ndarray:
     """One NIfTI slice -> (H, W) float32, its axes as stored."""
     try:
         import nibabel
@@ -186,10 +195,11 @@ def read_nifti(path):
             "BraTS slices are NIfTI files, which nibabel reads: pip install nibabel (or cxr_diffusers[brats])"
         ) from None
     try:
-        array = np.asarray(nibabel.load(path).dataobj, dtype=np.float32)
+        image: Any = nibabel.load(path)  # its stubs know the base class of all formats only
+        array = np.asarray(image.dataobj, dtype=np.float32)
     except FileNotFoundError:
         raise
-    except Exception as error:  # nibabel, gzip and zlib raise many kinds; whatever it is, the user needs the path
+    except Exception as error:  # nibabel, gzip and zlib raise errors of many types; the user needs the path with each
         raise ValueError(f"{path}: {error}") from error
     array = array.reshape(array.shape[:2]) if array.ndim > 2 and set(array.shape[2:]) == {1} else array
     if array.ndim != 2 or 0 in array.shape:
@@ -201,22 +211,22 @@ def read_nifti(path):
 
 @dataclass
 class NiftiChannels:
-    """A `datasets` feature: paths of NIfTI slices, which an example shows as one (H, W, C) float32 array.
+    """A `datasets` feature: the paths of NIfTI slices, read on access as one (H, W, C) float32 array.
 
-    The paths stay paths: a data set that goes to another machine needs its files beside it.
+    Only paths are stored: a data set that is moved to another machine needs its files there.
     """
 
     dtype: ClassVar[str] = "float32"
     pa_type: ClassVar[pa.DataType] = pa.list_(pa.string())
     _type: str = field(default="NiftiChannels", init=False, repr=False)
 
-    def __call__(self):
+    def __call__(self) -> pa.DataType:
         return self.pa_type
 
-    def encode_example(self, value):
+    def encode_example(self, value: Sequence[Path | str]) -> list[str]:
         return [str(path) for path in value]
 
-    def decode_example(self, value, token_per_repo_id=None):
+    def decode_example(self, value: Sequence[str], token_per_repo_id: Any = None) -> np.ndarray:
         return stack_channels(value)
 
 

@@ -1,10 +1,14 @@
 """NIH ChestX-ray14, as downloaded: healthy, a disease, and if wanted any other finding."""
 
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pandas as pd
 
 from .boxes import PREPARED, check_box, image_size, to_pixels
+from .findings import class_id, class_names, match_names
 from .rows import to_dataset
 from .selection import select_rows
 from .tables import brief, check_encodable, in_words, numbers, path_of, read_csv
@@ -38,44 +42,45 @@ SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def load_nih(
-    root,
+    root: Path | str,
     *,
-    split="train",
-    classes=("Effusion",),
-    other=False,
-    views=None,
-    per_class=None,
-    seed=0,
-    one_per_patient=False,
-    holdout=0.0,
-    part="train",
-    holdout_seed=0,
-):
+    split: str = "train",
+    classes: Sequence[str] = ("Effusion",),
+    other: bool = False,
+    views: Sequence[str] | None = None,
+    per_class: int | None = None,
+    seed: int = 0,
+    one_per_patient: bool = False,
+    holdout: float = 0.0,
+    part: str = "train",
+    holdout_seed: int = 0,
+) -> datasets.Dataset:
     """ChestX-ray14 -> data set with labels 0 healthy, 1.. `classes`, and with `other` a last class "other finding".
 
-    Healthy is the label "No Finding"; a row with several named diseases goes to the first named.
+    Healthy is the label "No Finding"; a row with several of the named diseases belongs to the first named.
 
     Args:
         root: the folder with `Data_Entry_2017*.csv`; images lie in images/ or images_001/images/, images_002/ ...
-        split: "train" (train_val_list.txt) or "test" (test_list.txt), which share no patient; "all" takes every row.
-        classes: names of findings; CheXpert's "Pleural Effusion" is understood.
+        split: "train" (train_val_list.txt) or "test" (test_list.txt), which share no patient; "all" reads every row.
+        classes: names of findings, in any case; CheXpert's name "Pleural Effusion" also works.
+        other: whether rows with other findings only are kept as a class of their own.
         views: e.g. ("PA",); None keeps both.
         per_class, seed, one_per_patient, holdout, part, holdout_seed: see `selection.select_rows`.
 
     Returns:
-        `datasets.Dataset` with columns image, label, patient, view, path, and boxes of the `classes` where
-        BBox_List_2017.csv is there, in pixels of the image. The list counts in pixels of the download's 1024 x 1024:
-        for a smaller copy beside the official table (the one with the original sizes) its boxes are scaled.
+        `datasets.Dataset` with columns image, label, patient, view, path, and boxes of the `classes` if
+        BBox_List_2017.csv is present, in pixels of the image. The list counts in pixels of the 1024 x 1024 originals:
+        for a smaller copy with the official table (the one with the original sizes) its boxes are scaled.
 
     Raises:
-        FileNotFoundError: no CSV, no list of the split, or an image (its line and name are told).
+        FileNotFoundError: no CSV, no list of the split, or an image (its line and name are given).
         ValueError: a missing column, an unknown class or option, or a box that is none, belongs to no row of the table
             or reaches beyond its image.
     """
     root = Path(root)
     csv = find_csv(root)
     table = read_table(csv)
-    names, keys = [_finding(name) for name in classes], set(table["key"])
+    names, keys = match_names(classes, FINDINGS, ALIASES), set(table["key"])
     table["label"] = label_rows(table["Finding Labels"], names, other)
     table = table[(table["label"] >= 0) & table["key"].isin(_names_of(root, split, table))]
     if views is not None:
@@ -101,34 +106,31 @@ def load_nih(
             own = [(where, box) for where, finding, box in boxes.get(file.stem, []) if _finding(finding) in names]
             size = image_size(file) if own else None
             rows[-1]["boxes"] = [to_pixels(box, unit, size, file, where) for where, box in own]
-    spoken = [name.lower() if name.lower() in ALIASES else _finding(name).lower() for name in classes]
-    return to_dataset(rows, ["healthy", *spoken, *(["other finding"] if other else [])])
+    as_named = [
+        name.lower() if name.lower() in ALIASES else finding.lower()
+        for name, finding in zip(classes, names, strict=True)
+    ]
+    return to_dataset(rows, class_names(as_named, other))
 
 
-def label_rows(findings, classes, other=False):
+def label_rows(findings: Iterable[str], classes: Sequence[str], other: bool = False) -> np.ndarray:
     """("Effusion|Mass", ...) -> (N,) class ids, -1 for rows that belong to no class."""
     names_of_rows = [{name.strip() for name in str(text).split("|")} for text in findings]
-    label = np.full(len(names_of_rows), -1)
-    for i, names in enumerate(names_of_rows):
-        named = [k for k, name in enumerate(classes, start=1) if name in names]
-        if named:
-            label[i] = named[0]
-        elif NO_FINDING in names:
-            label[i] = 0
-        elif other and names & set(FINDINGS):
-            label[i] = len(classes) + 1
-    return label
+    labels = [
+        class_id(names & set(FINDINGS), classes, healthy=NO_FINDING in names, other=other) for names in names_of_rows
+    ]
+    return np.array(labels, dtype=int)
 
 
-def find_csv(root):
-    """`Data_Entry_2017*.csv` of `root`: the newest version if there are two."""
-    found = sorted(Path(root).glob("Data_Entry_2017*.csv"))
-    if not found:
+def find_csv(root: Path | str) -> Path:
+    """`Data_Entry_2017*.csv` of `root`, the newest version of several; FileNotFoundError."""
+    files = sorted(Path(root).glob("Data_Entry_2017*.csv"))
+    if not files:
         raise FileNotFoundError(f"expected Data_Entry_2017*.csv in {root}")
-    return found[-1]
+    return files[-1]
 
 
-def read_table(csv):
+def read_table(csv: Path | str) -> pd.DataFrame:
     """Data_Entry CSV -> its table, with columns patient and key; its index is the line of each row."""
     table = read_csv(csv, COLUMNS)
     patients = numbers(table, "Patient ID", csv)
@@ -142,25 +144,26 @@ def read_table(csv):
     return table
 
 
-def index_images(root):
+def index_images(root: Path | str) -> dict[str, Path]:
     """{stem: path} of all images in images/, images_001/, images_001/images/, ..."""
     folders = [f for pattern in ("images*", "images*/images") for f in sorted(Path(root).glob(pattern)) if f.is_dir()]
     paths = [path for folder in folders for path in folder.iterdir() if not path.name.startswith(".")]
     return {path.stem: path for path in sorted(paths, reverse=True) if path.suffix.lower() in SUFFIXES}
 
 
-def read_boxes(root, keys):
-    """BBox_List_2017.csv -> {stem: [(where, finding as it stands there, [x, y, w, h])]}; {} where it is not there.
+def read_boxes(root: Path | str, keys: Collection[str]) -> dict[str, list[tuple[str, str, list[float]]]]:
+    """BBox_List_2017.csv -> {stem: [(where, finding as spelled there, [x, y, w, h])]}; {} without such a file.
 
     Its header calls the columns "Bbox [x", "y", "w", "h]" and adds three empty ones, so they are read by position.
 
     Args:
-        keys: stems of the images that there are.
+        keys: stems of all images of the table.
 
     Raises:
         ValueError: a row with an unknown finding, a box that is none, or an image that is not one of `keys`.
     """
-    path, boxes = Path(root) / BOXES, {}
+    path = Path(root) / BOXES
+    boxes: dict[str, list[tuple[str, str, list[float]]]] = {}
     table = read_csv(path) if path.is_file() else None
     if table is not None and len(table.columns) < 6:
         raise ValueError(f"{path}: expected the columns {BOX_HEADER}, got {in_words(table.columns)}")
@@ -174,17 +177,17 @@ def read_boxes(root, keys):
     return boxes
 
 
-def box_unit(root, table):
-    """(width, height) that the boxes beside a table count in; None: in pixels of the images as they are."""
+def box_unit(root: Path | str, table: pd.DataFrame) -> tuple[int, int] | None:
+    """(width, height) of the images that the boxes of a table count in; None: in pixels of the images as stored."""
     official = set(ORIGINAL) <= set(table.columns) and not (Path(root) / PREPARED).is_file()
     return (SIDE, SIDE) if official else None
 
 
 def _finding(name, where=""):
-    known = {finding.lower(): finding for finding in FINDINGS} | ALIASES
-    if str(name).lower() not in known:
+    spelling = {finding.lower(): finding for finding in FINDINGS} | ALIASES
+    if str(name).lower() not in spelling:
         raise ValueError(f"{where}unknown class {brief(name)}, expected some of {', '.join(FINDINGS)}")
-    return known[str(name).lower()]
+    return spelling[str(name).lower()]
 
 
 def _names_of(root, split, table):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
-from datasets import Dataset
+from datasets import Dataset, Features, Image
 from tqdm.auto import tqdm
 
 from ..files import new_file
@@ -33,7 +33,7 @@ def pack(dataset, path, *, size, aspect="pad", quality=92, unlabelled=()):
     """
     if size < 8 or not 1 <= quality <= 100:
         raise ValueError(f"expected a `size` of 8 pixels or more and a `quality` of 1 to 100, got {size} and {quality}")
-    features = dataset.select_columns(list(COLUMNS)).features
+    features = Features({**dataset.select_columns(list(COLUMNS)).features, "image": Image()})
     parts = [(dataset, None), *((more, -1) for more in unlabelled)]
     columns = {name: [] for name in COLUMNS}
     with tqdm(total=sum(len(part) for part, _ in parts), desc="packing", unit="image") as bar:

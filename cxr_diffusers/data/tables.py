@@ -1,26 +1,29 @@
 """CSV files: reading and checking their cells, with errors that name the line."""
 
 import csv
+import gzip
 import math
+import zlib
 from pathlib import PurePosixPath
 
 import pandas as pd
 
 
-def read_csv(path, columns=(), only=None):
+def read_csv(path, columns=(), only=None, keep=None):
     """A CSV -> table of texts, whose index is the line of each row in the file; blank lines are left out.
 
-    Commas at the end of a row, behind the last column, say nothing.
+    A file whose name ends in .gz is unpacked. Commas at the end of a row, behind the last column, say nothing.
 
     Args:
         columns: names that must be there.
         only: a function of a column's name: which to keep.
+        keep: a function of a row, {column: text}: which to keep; the others never take up memory.
 
     Raises:
         ValueError: no table, a missing column, or a row with more cells than there are columns, or not in UTF-8.
     """
     lines, rows = [], []
-    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+    with open_text(path) as file:
         reader = csv.reader(file, strict=True)
         try:
             header = _unique([name.strip() for name in next(reader, [])])
@@ -32,13 +35,20 @@ def read_csv(path, columns=(), only=None):
                 if any(cell.strip() for cell in row):
                     if any(cell.strip() for cell in row[len(header) :]):
                         raise ValueError(f"{path}, line {begin}: expected {len(header)} cells, got {len(row)}")
-                    lines.append(begin)
-                    rows.append([row[i] if i < len(row) else "" for i in kept])
-                    check_encodable(rows[-1], f"{path}, line {begin}")
+                    if keep is None or keep(dict(zip(header, row, strict=False))):
+                        lines.append(begin)
+                        rows.append([row[i] if i < len(row) else "" for i in kept])
+                        check_encodable(rows[-1], f"{path}, line {begin}")
                 begin = reader.line_num + 1
-        except csv.Error as error:
+        except (csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
     return pd.DataFrame(rows, index=lines, columns=[header[i] for i in kept], dtype=object)
+
+
+def open_text(path):
+    """A table's file, unpacked if its name ends in .gz, opened for `csv.reader`."""
+    opener = gzip.open if str(path).lower().endswith(".gz") else open
+    return opener(path, "rt", newline="", encoding="utf-8-sig", errors="surrogateescape")
 
 
 def check_encodable(texts, where):
@@ -52,7 +62,7 @@ def check_encodable(texts, where):
 
 def columns_of(path):
     """The names in the first line of a CSV."""
-    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+    with open_text(path) as file:
         return [name.strip() for name in next(csv.reader(file), [])]
 
 

@@ -1,100 +1,164 @@
-"""VinDr-CXR, as downloaded: 18,000 DICOM files, train labelled by three readers each, test by their consensus."""
+"""VinDr-CXR and VinDr-PCXR (children), as downloaded from PhysioNet: DICOM files, boxes around findings.
 
+VinDr-CXR: train labelled by three radiologists an image, test by their consensus. VinDr-PCXR: one radiologist an image.
+"""
+
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
+import datasets
 import pandas as pd
 
 from .boxes import PREPARED, check_box, image_size, to_pixels, units_of
 from .dicom import is_dicom
+from .findings import match_names
+from .image_files import files_to_dataset
 from .images import SUFFIXES
-from .rows import to_dataset
 from .selection import select_rows
 from .tables import brief, check_encodable, missing_columns, numbers, path_of, read_csv
 
 NO_FINDING = "No finding"
 SPLITS = ("train", "test")
-READERS = ("rad_id", "rad_ID")  # the boxes' table writes it one way, the labels' the other
+READERS = ("rad_id", "rad_ID")  # the two spellings of the radiologist's column
 CORNERS = ("x_min", "y_min", "x_max", "y_max")
 
 
 def load_vindr(
-    root,
+    root: Path | str,
     *,
-    splits=("train",),
-    classes=None,
-    other=False,
-    votes=2,
-    boxes=False,
-    per_class=None,
-    seed=0,
-    holdout=0.0,
-    part="train",
-    holdout_seed=0,
-):
-    """VinDr-CXR -> data set: without labels, as a prior wants it, or 0 healthy, 1.. `classes`, last "other finding".
+    splits: Sequence[str] = ("train",),
+    classes: Sequence[str] | None = None,
+    other: bool = False,
+    votes: int = 2,
+    boxes: bool = False,
+    per_class: int | None = None,
+    seed: int = 0,
+    holdout: float = 0.0,
+    part: str = "train",
+    holdout_seed: int = 0,
+) -> datasets.Dataset:
+    """VinDr-CXR -> data set: without labels, to train a prior, or 0 healthy, 1.. `classes`, last "other finding".
 
-    A reader's finding counts where `votes` readers of an image agree (2 of 3); where there is one row an image, as in
-    the test split's consensus, that row decides.
+    A finding of an image counts where `votes` of its radiologists agree (2 of 3). Where a table has one row an image,
+    as the consensus of the test split, that row decides.
 
     Args:
         root: the downloaded folder: train/ and test/ with IMAGE_ID.dicom, annotations/image_labels_SPLIT.csv and
-            annotations/annotations_SPLIT.csv (Kaggle's train.csv in `root` serves for both). Or a copy by `prepare`.
-        splits: which to read; both are merged for a prior.
-        classes: names of findings, case does not matter, the first named wins; None: no labels, and no CSV is read.
+            annotations/annotations_SPLIT.csv (Kaggle's train.csv in `root` replaces both). Or a copy by `prepare`.
+        splits: the splits to read, merged into one data set.
+        classes: names of findings, in any case; the first named takes precedence. None: no labels, no table is read.
         other: whether images with another finding only are kept as a class of their own.
-        votes: readers who must agree.
-        boxes: whether to give the readers' boxes of the named findings (of all, without `classes`) that were voted for,
-            every reader's, in pixels of the image. For a copy of another size than the DICOM originals, the boxes'
-            table must have columns width and height, the size that its boxes count in; one by `prepare` has.
-        per_class, seed, holdout, part, holdout_seed: see `selection.select_rows`. Nothing tells which images are of one
-            patient, so each image is its own.
+        votes: number of radiologists who must agree.
+        boxes: whether to read the boxes of the named findings (of all, without `classes`) that have enough votes, of
+            every radiologist, in pixels of the image. For a copy of another size than the DICOM originals, the table of
+            boxes must have columns width and height, the size that its boxes count in; a copy by `prepare` has them.
+        per_class, seed, holdout, part, holdout_seed: see `selection.select_rows`. The data set does not tell which
+            images are of one patient, so each image is its own.
 
     Returns:
-        `datasets.Dataset` with columns image, label, patient, view (unknown), path, and boxes if asked for.
+        `datasets.Dataset` with columns image (DICOM files are decoded on access), label, patient, view (unknown), path,
+        and boxes if requested.
 
     Raises:
-        FileNotFoundError: no folder of a split, or no CSV where one is needed. ValueError: an unknown split or class,
-            an image without labels, or a box that is none, belongs to no image or reaches beyond it.
+        FileNotFoundError: no folder of a split, or no table where one is needed.
+        ValueError: an unknown split or class, an image without labels, or a box that is none, belongs to no image or
+            reaches beyond it.
     """
-    root = Path(root)
-    wrong = [split for split in splits if split not in SPLITS]
-    if wrong or not splits or isinstance(splits, str):
+    check_splits(splits)
+    tables = [_read_split(Path(root), split, classes, other, votes, boxes) for split in splits]
+    selection = {"per_class": per_class, "seed": seed, "holdout": holdout, "part": part, "holdout_seed": holdout_seed}
+    return _to_dataset(Path(root), pd.concat(tables, ignore_index=True), classes, other, boxes, selection)
+
+
+def load_vindr_pcxr(
+    root: Path | str,
+    *,
+    splits: Sequence[str] = ("train",),
+    classes: Sequence[str] | None = None,
+    other: bool = False,
+    boxes: bool = False,
+    per_class: int | None = None,
+    seed: int = 0,
+    holdout: float = 0.0,
+    part: str = "train",
+    holdout_seed: int = 0,
+) -> datasets.Dataset:
+    """VinDr-PCXR, children up to ten years -> data set as `load_vindr` makes of VinDr-CXR.
+
+    Healthy is an image with the disease label "No finding" and without any local finding.
+
+    Args:
+        root: the downloaded folder: train/ and test/ with IMAGE_ID.dicom, image_labels_SPLIT.csv with the diseases and
+            annotations_SPLIT.csv with the local findings and their boxes.
+        classes: names of diseases ("Pneumonia", "Brocho-pneumonia", as spelled in the table) or of local findings
+            ("Other opacity"), in any case; the first named takes precedence. None: no labels, no table is read.
+        boxes: whether to read the boxes of the named local findings, in pixels of the image. A disease has no boxes of
+            its own: where `classes` names one, and without `classes`, those of all local findings are read.
+        splits, other, per_class, seed, holdout, part, holdout_seed: as of `load_vindr`.
+
+    Returns, Raises: as `load_vindr`.
+
+    Source: Pham et al., Scientific Data 10 (2023) 240; PhysioNet vindr-pcxr 1.0.0.
+    """
+    check_splits(splits)
+    tables = [_read_pcxr_split(Path(root), split, classes, other, boxes) for split in splits]
+    selection = {"per_class": per_class, "seed": seed, "holdout": holdout, "part": part, "holdout_seed": holdout_seed}
+    return _to_dataset(Path(root), pd.concat(tables, ignore_index=True), classes, other, boxes, selection)
+
+
+def check_splits(splits: Sequence[str]) -> None:
+    """ValueError unless `splits` is a list of one or more of `SPLITS`."""
+    if not splits or isinstance(splits, str) or any(split not in SPLITS for split in splits):
         raise ValueError(f"expected `splits` a list of {' and '.join(SPLITS)}, got {splits!r}")
-    tables = [_read_split(root, split, classes, other, votes, boxes) for split in splits]
-    table = pd.concat(tables, ignore_index=True)
-    table = table[table["label"] >= 0]
-    table = select_rows(table, per_class=per_class, seed=seed, holdout=holdout, part=part, holdout_seed=holdout_seed)
+
+
+def _to_dataset(root, table, classes, other, boxes, selection):
+    table = select_rows(table[table["label"] >= 0], **selection)
     names = ["radiograph"] if classes is None else ["healthy", *(name.lower() for name in classes)]
     rows = [
         {"image": r["file"], "label": r["label"], "patient": r["key"], "path": str(r["file"])}
         | ({"boxes": _pixels(root, r["file"], r["boxes"])} if boxes else {})
         for r in table.to_dict("records")
     ]
-    return to_dataset(rows, [*names, *(["other finding"] if other and classes is not None else [])])
+    return files_to_dataset(rows, [*names, *(["other finding"] if other and classes is not None else [])])
 
 
 def _read_split(root, split, classes, other, votes, boxes):
     files = index_images(root, split)
-    if classes is None:
-        label = dict.fromkeys(files, 0)
-    else:
-        voted = vote(read_labels(root, split), votes)
-        label = label_images(voted, classes, other)
-        missing = sorted(files.keys() - label.keys())
-        if missing:
-            raise ValueError(f"{root}: no labels of {split} image {missing[0]} and {len(missing) - 1} more")
+    labels = None if classes is None else label_images(vote(read_labels(root, split), votes), classes, other)
     rows_of_boxes = read_boxes(root, split, files, votes, classes) if boxes else {}
+    return _table(root, split, files, labels, rows_of_boxes)
+
+
+def _read_pcxr_split(root, split, classes, other, boxes):
+    files = index_images(root, split)
+    labels, boxed = None, classes
+    if classes is not None:
+        diseases, findings = vote(read_labels(root, split), 1), read_findings(root, split)
+        labels = label_images(join_labels(diseases, findings), classes, other)
+        local = {name.lower() for name in findings.columns}
+        boxed = classes if all(str(name).lower() in local for name in classes) else None
+    return _table(root, split, files, labels, read_boxes(root, split, files, 1, boxed) if boxes else {})
+
+
+def _table(root, split, files, labels, rows_of_boxes):
+    """A row an image: file, key, patient, label (0 where `labels` is None), boxes."""
+    missing = [] if labels is None else sorted(files.keys() - labels.keys())
+    if missing:
+        raise ValueError(f"{root}: no labels of {split} image {missing[0]} and {len(missing) - 1} more")
     rows = [
-        {"file": file, "key": key, "patient": key, "label": label[key], "boxes": rows_of_boxes.get(key, [])}
+        {"file": file, "key": key, "patient": key, "label": labels[key] if labels else 0}
+        | {"boxes": rows_of_boxes.get(key, [])}
         for key, file in files.items()
     ]
     return pd.DataFrame(rows, columns=["file", "key", "patient", "label", "boxes"])
 
 
-def index_images(root, split):
-    """{image id: path} of a split's folder; FileNotFoundError without it, or with no image in it."""
+def index_images(root: Path, split: str) -> dict[str, Path]:
+    """{image id: path} of the folder of a split; FileNotFoundError if it does not exist or has no image."""
     folder = Path(root) / split
-    files = {}
+    files: dict[str, Path] = {}
     for path in sorted(folder.glob("*")):
         if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
             if path.stem in files:
@@ -102,22 +166,26 @@ def index_images(root, split):
             files[path.stem] = path
     check_encodable(files, folder)
     if not files:
-        raise FileNotFoundError(f"expected VinDr-CXR's images as {folder}/IMAGE_ID.dicom")
+        raise FileNotFoundError(f"expected VinDr's images as {folder}/IMAGE_ID.dicom")
     return files
 
 
-def find_table(root, split, kind):
-    """annotations/{kind}_{split}.csv of `root`, or Kaggle's train.csv; FileNotFoundError."""
-    places = [Path(root) / "annotations" / f"{kind}_{split}.csv", Path(root) / f"{kind}_{split}.csv"]
+def find_table(root: Path, split: str, name: str) -> Path:
+    """annotations/NAME_SPLIT.csv or NAME_SPLIT.csv of `root`, or Kaggle's train.csv; FileNotFoundError."""
+    places = [Path(root) / "annotations" / f"{name}_{split}.csv", Path(root) / f"{name}_{split}.csv"]
     places += [Path(root) / "train.csv"] if split == "train" else []
-    found = next((path for path in places if path.is_file()), None)
-    if found is None:
-        raise FileNotFoundError(f"expected VinDr-CXR's table {places[0]}")
-    return found
+    path = next((path for path in places if path.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"expected VinDr's table {places[0]} or {places[1]}")
+    return path
 
 
-def read_labels(root, split):
-    """(image_id, reader) x finding -> 0 / 1; findings as the table's columns call them."""
+def read_labels(root: Path, split: str) -> pd.DataFrame:
+    """Table of 0 and 1: a row for (image_id, reader), a column a finding, named as in the file.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_vindr`.
+    """
     csv = find_table(root, split, "image_labels")
     table = read_table(csv)
     reader = next((name for name in READERS if name in table), None)
@@ -138,8 +206,25 @@ def read_labels(root, split):
     return table.set_index(["image_id", "reader"])
 
 
-def read_table(csv):
-    """One of VinDr-CXR's tables, its index the line of each row; ValueError where an image's id is no file's name."""
+def read_findings(root: Path, split: str) -> pd.DataFrame:
+    """annotations_SPLIT.csv -> booleans: a row for image_id, a column a local finding ("No finding" left out)."""
+    csv = find_table(root, split, "annotations")
+    table = read_table(csv)
+    missing_columns(["class_name"], table.columns, csv)
+    table = table[table["class_name"] != NO_FINDING]
+    return pd.crosstab(table["image_id"], table["class_name"]) > 0
+
+
+def join_labels(diseases: pd.DataFrame, findings: pd.DataFrame) -> pd.DataFrame:
+    """Booleans by image_id: diseases and local findings; "No finding" only where neither table has one."""
+    findings = findings.reindex(diseases.index, fill_value=False)
+    both = diseases.join(findings[[name for name in findings.columns if name not in diseases.columns]])
+    both[NO_FINDING] &= ~both.drop(columns=NO_FINDING).any(axis=1)
+    return both
+
+
+def read_table(csv: Path) -> pd.DataFrame:
+    """One of VinDr's tables; its index is the line of each row. ValueError where an image_id is no file name."""
     table = read_csv(csv, ["image_id"])
     for line, key in table["image_id"].items():
         if len(path_of(key, f"{csv}, line {line}").parts) > 1:
@@ -147,74 +232,75 @@ def read_table(csv):
     return table
 
 
-def vote(labels, votes=2):
-    """(image_id, reader) x finding -> image_id x finding, booleans: at least `votes` readers, or all of fewer."""
+def vote(labels: pd.DataFrame, votes: int = 2) -> pd.DataFrame:
+    """Table of `read_labels` -> booleans by image_id: at least `votes` readers agree, or all where there are fewer."""
     count = labels.groupby("image_id").sum()
     readers = labels.groupby("image_id").size().clip(upper=votes)
     return count.ge(readers, axis=0)
 
 
-def label_images(voted, classes, other=False):
-    """image_id x finding, booleans -> {image id: class id, -1 for none}."""
-    known = {name.lower(): name for name in voted.columns}
-    unknown = [name for name in classes if str(name).lower() not in known or str(name).lower() == NO_FINDING.lower()]
-    if unknown:
-        raise ValueError(f"unknown class {unknown[0]!r}, expected some of {', '.join(voted.columns)}")
+def label_images(voted: pd.DataFrame, classes: Sequence[str], other: bool = False) -> dict[str, int]:
+    """Booleans, a row for image_id and a column a finding -> {image id: class id, -1 to leave it out}."""
+    names = match_names(classes, [name for name in voted.columns if name != NO_FINDING])
     label = pd.Series(-1, index=voted.index)
     if other:
-        label[voted.drop(columns=NO_FINDING).any(axis=1)] = len(classes) + 1
+        label[voted.drop(columns=NO_FINDING).any(axis=1)] = len(names) + 1
     label[voted[NO_FINDING]] = 0
-    for i, name in reversed(list(enumerate(classes, start=1))):
-        label[voted[known[str(name).lower()]]] = i
+    for i, name in reversed(list(enumerate(names, start=1))):
+        label[voted[name]] = i
     return label.to_dict()
 
 
-def read_boxes(root, split, images, votes=2, classes=None):
-    """annotations_SPLIT.csv -> {image id: [(where, [x, y, w, h], unit)]} of the findings that were voted for.
+def read_boxes(
+    root: Path, split: str, images: Collection[str], votes: int = 2, classes: Sequence[str] | None = None
+) -> dict[str, list[tuple[str, list[float], Any]]]:
+    """annotations_SPLIT.csv -> {image id: [(where, [x, y, w, h], unit)]} of the findings with enough votes.
 
     `unit` is (width, height) that a box counts in, where the table says so, else None.
 
     Args:
-        images: ids of the images that there are.
+        images: ids of the images of the split.
+        classes: names of findings, in any case; None: all.
 
     Raises:
-        ValueError: a row whose box is none, or whose image is neither among `images` nor in the labels' table.
+        ValueError: a row whose box is none, or whose image is neither among `images` nor in the table of labels.
     """
     csv = find_table(root, split, "annotations")
     table = read_table(csv)
     missing_columns(["class_name", *CORNERS], table.columns, csv)
     reader = next((name for name in READERS if name in table), None)
     readers = table.groupby("image_id")[reader].nunique() if reader else pd.Series(1, index=table["image_id"].unique())
+    table = table[table["class_name"] != NO_FINDING].copy()
     table["row"] = list(zip(rows_of(table, csv), units_of(table, csv), strict=True))
     check_images(table, csv, root, split, images)
     table = table[table["row"].map(lambda row: row[0] is not None).astype(bool)]
     if classes is not None:
         table = table[table["class_name"].str.lower().isin([str(name).lower() for name in classes])]
-    boxes = {}
+    boxes: dict[str, list[tuple[str, list[float], Any]]] = {}
     for (image, _), rows in table.groupby(["image_id", "class_name"], sort=False):
         if (rows[reader].nunique() if reader else 1) >= min(votes, readers[image]):
             boxes.setdefault(image, []).extend((f"{csv}, line {line}", *row) for line, row in rows["row"].items())
     return boxes
 
 
-def check_images(table, csv, root, split, images):
-    """ValueError naming the first row of boxes whose image is neither among `images` nor in the labels' table."""
-    strangers = set(table["image_id"]) - set(images)
-    if strangers:
+def check_images(table: pd.DataFrame, csv: Path, root: Path, split: str, images: Collection[str]) -> None:
+    """ValueError naming the first row of boxes whose image is neither among `images` nor in the table of labels."""
+    unknown = set(table["image_id"]) - set(images)
+    if unknown:
         try:
-            strangers -= set(read_table(find_table(root, split, "image_labels"))["image_id"])
+            unknown -= set(read_table(find_table(root, split, "image_labels"))["image_id"])
         except FileNotFoundError:
             pass
-    line = next((line for line, key in table["image_id"].items() if key in strangers), None)
+    line = next((line for line, key in table["image_id"].items() if key in unknown), None)
     if line is not None:
         key = brief(table.at[line, "image_id"])
         raise ValueError(f"{csv}, line {line}: a box of {key}, which is no image of {split}")
 
 
-def rows_of(table, csv):
-    """[[x, y, w, h]] of a table of corners, None for a row without; ValueError naming a row whose box is none."""
+def rows_of(table: pd.DataFrame, csv: Path) -> list[list[float] | None]:
+    """[[x, y, w, h]] of a table of corners, None for a row without a box; ValueError naming a row with a wrong one."""
     corners = pd.DataFrame({name: numbers(table, name, csv) for name in CORNERS})
-    boxes = []
+    boxes: list[list[float] | None] = []
     for line, (x0, y0, x1, y1) in zip(table.index, corners.to_numpy(), strict=True):
         if pd.isna([x0, y0, x1, y1]).all() and all(not str(table.at[line, name]).strip() for name in CORNERS):
             boxes.append(None)
@@ -223,8 +309,8 @@ def rows_of(table, csv):
     return boxes
 
 
-def check_unit(root, image, unit, where):
-    """ValueError where nothing says which pixels a box counts in: a copy of a DICOM original, of unknown scale."""
+def check_unit(root: Path, image: Path, unit: tuple[float, float] | None, where: str) -> None:
+    """ValueError where the scale of a box is unknown: the image is a copy of its DICOM original, of any size."""
     if unit is None and not is_dicom(image) and not (Path(root) / PREPARED).is_file():
         raise ValueError(
             f"{where}: {image} is no DICOM original, and nothing says which size the boxes count in: "

@@ -8,6 +8,7 @@ To resume, run the same command again. Several GPUs or machines: change only wha
 the script, e.g. `accelerate launch --multi_gpu --num_processes 4 training/train_cfg.py ...`.
 """
 
+import sys
 from pathlib import Path
 
 import torch
@@ -19,9 +20,9 @@ from cxr_diffusers.hub.loading import load_unet
 from cxr_diffusers.pipelines.cxr_conditions import Conditions
 from cxr_diffusers.training.augmentation import augment
 from cxr_diffusers.training.loop import train
-from cxr_diffusers.training.recipe import parse_command_line
+from cxr_diffusers.training.recipe import Recipe, parse_command_line, section
 from cxr_diffusers.training.run import seeded
-from cxr_diffusers.training.script import diseased_rows, finish, new_unet, run_program, section, write_card
+from cxr_diffusers.training.script import diseased_rows, finish, new_unet, run_program, write_card
 from cxr_diffusers.training.tensors import TensorImages
 from cxr_diffusers.training.validation_loss import ValidationLoss
 from cxr_diffusers.visualization import validation_strip
@@ -30,7 +31,7 @@ DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "phantom_cfg_32.yaml
 
 
 def main(arguments):
-    recipe = parse_command_line(arguments, DEFAULT_RECIPE)
+    recipe = parse_command_line(arguments, DEFAULT_RECIPE, Recipe)
     config = recipe.train
     with section("data"):
         dataset = build_dataset(**recipe.data)
@@ -91,7 +92,8 @@ def main(arguments):
 
     measure = None
     if config.validation_loss_images:
-        unseen = TensorImages(build_dataset(**{**recipe.data, **recipe.validation}), images.size, **options)
+        with section("validation, images"):
+            unseen = TensorImages(build_dataset(**{**recipe.data, **recipe.validation}), images.size, **options)
         measure = ValidationLoss(unseen, conditions, class_names, scheduler, config.validation_loss_images)
 
     with section("pipeline, images"):
@@ -115,4 +117,4 @@ def embedding_ids(conditions, labels, views):
 
 
 if __name__ == "__main__":
-    run_program(main)
+    sys.exit(run_program(main))

@@ -11,6 +11,7 @@ resume, run the same command again. `train.init_from` may name a model whose cla
 """
 
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -31,9 +32,9 @@ from cxr_diffusers.hub.loading import load_pipeline
 from cxr_diffusers.training.augmentation import augment
 from cxr_diffusers.training.loop import train
 from cxr_diffusers.training.losses import noisy_classification_loss
-from cxr_diffusers.training.recipe import ClassifierRecipe, parse_command_line
+from cxr_diffusers.training.recipe import ClassifierRecipe, parse_command_line, section
 from cxr_diffusers.training.run import seeded
-from cxr_diffusers.training.script import finish, run_program, section, write_card
+from cxr_diffusers.training.script import finish, run_program, write_card
 from cxr_diffusers.training.tensors import TensorImages
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "phantom_classifier_32.yaml"
@@ -220,4 +221,4 @@ def measure(task, model, dataset, batch_size=64):
 
 
 if __name__ == "__main__":
-    run_program(main)
+    sys.exit(run_program(main))

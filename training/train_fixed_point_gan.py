@@ -7,6 +7,7 @@
 To resume, run the same command again. The method and what is known of it: docs/fixed_point_gan.md.
 """
 
+import sys
 from pathlib import Path
 
 from cxr_diffusers import (
@@ -18,9 +19,9 @@ from cxr_diffusers import (
 )
 from cxr_diffusers.figures import loss_curves
 from cxr_diffusers.files import save_png
-from cxr_diffusers.training.recipe import AdversarialRecipe, parse_command_line
+from cxr_diffusers.training.recipe import AdversarialRecipe, parse_command_line, section
 from cxr_diffusers.training.run import seeded
-from cxr_diffusers.training.script import diseased_rows, finish, run_program, section, write_card
+from cxr_diffusers.training.script import diseased_rows, finish, run_program, write_card
 from cxr_diffusers.training.tensors import TensorImages
 from cxr_diffusers.visualization import validation_strip
 
@@ -77,4 +78,4 @@ def build_players(recipe):
 
 
 if __name__ == "__main__":
-    run_program(main)
+    sys.exit(run_program(main))

@@ -7,6 +7,7 @@ arguments of `cxr_diffusers.training.lungs.augment_lungs`. To resume, run the sa
 """
 
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -16,9 +17,9 @@ from cxr_diffusers import LungSegmenter, build_dataset
 from cxr_diffusers.files import save_png, write_file
 from cxr_diffusers.training.loop import train
 from cxr_diffusers.training.lungs import LungImages, augment_lungs, paint_opacities
-from cxr_diffusers.training.recipe import SegmenterRecipe, parse_command_line
+from cxr_diffusers.training.recipe import SegmenterRecipe, parse_command_line, section
 from cxr_diffusers.training.run import seeded
-from cxr_diffusers.training.script import finish, run_program, section
+from cxr_diffusers.training.script import finish, run_program
 from cxr_diffusers.visualization import contact_sheet
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "cxr_lung_segmenter_64.yaml"
@@ -37,10 +38,14 @@ def main(arguments):
     size = model.config.sample_size
     with section("data, images"):
         images = LungImages(build_dataset(**recipe.data), OVERSAMPLING * size, **recipe.images)
-    held_out = LungImages(build_dataset(**{**recipe.data, **recipe.validation}), OVERSAMPLING * size, **recipe.images)
+    with section("validation"):
+        held_out = build_dataset(**{**recipe.data, **recipe.validation})
+    with section("validation, images"):
+        held_out = LungImages(held_out, OVERSAMPLING * size, **recipe.images)
 
     def loss_fn(model, batch):
-        x, masks = augment_lungs(batch["images"], batch["masks"], size, **(recipe.train.augment or {}))
+        with section("train.augment"):
+            x, masks = augment_lungs(batch["images"], batch["masks"], size, **(recipe.train.augment or {}))
         logits = model(x).float()
         overlap = dice(logits.sigmoid(), masks)
         return F.binary_cross_entropy_with_logits(logits, masks) + 1 - overlap.mean(), {"dice": overlap.mean()}
@@ -82,4 +87,4 @@ def measure(model, dataset, size):
 
 
 if __name__ == "__main__":
-    run_program(main)
+    sys.exit(run_program(main))

@@ -7,6 +7,7 @@ It is saved as a `DiffPIRDeblurPipeline`. To resume, run the same command again.
 class-conditional model: training goes on from what it believes under its null label.
 """
 
+import sys
 from pathlib import Path
 
 import torch
@@ -17,9 +18,9 @@ from cxr_diffusers.files import save_png
 from cxr_diffusers.hub.loading import load_unet
 from cxr_diffusers.training.augmentation import augment
 from cxr_diffusers.training.loop import train
-from cxr_diffusers.training.recipe import parse_command_line
+from cxr_diffusers.training.recipe import Recipe, parse_command_line, section
 from cxr_diffusers.training.run import seeded
-from cxr_diffusers.training.script import finish, new_unet, run_program, section, write_card
+from cxr_diffusers.training.script import finish, new_unet, run_program, write_card
 from cxr_diffusers.training.tensors import TensorImages
 from cxr_diffusers.visualization import contact_sheet
 
@@ -27,7 +28,7 @@ DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "phantom_uncondition
 
 
 def main(arguments):
-    recipe = parse_command_line(arguments, DEFAULT_RECIPE)
+    recipe = parse_command_line(arguments, DEFAULT_RECIPE, Recipe)
     config = recipe.train
     with section("unet"):
         size, channels = recipe.unet["sample_size"], recipe.unet["in_channels"]
@@ -89,4 +90,4 @@ def sample(unet, scheduler, count, num_inference_steps=50, data_range=(-1.0, 1.0
 
 
 if __name__ == "__main__":
-    run_program(main)
+    sys.exit(run_program(main))

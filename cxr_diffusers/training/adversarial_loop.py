@@ -6,6 +6,7 @@ from diffusers.training_utils import EMAModel
 
 from .adversarial_losses import discriminator_loss, generator_loss
 from .augmentation import augment
+from .recipe import section
 from .run import Run
 
 
@@ -47,7 +48,8 @@ def train_adversarial(generator, discriminator, dataset, config, *, save, valida
         # on its device and in the checkpoint, but not wrapped: autocast is ours to open, the penalty stays outside
         players[name] = accelerator.prepare_model(player, evaluation_mode=True)
         players[name] = accelerator.unwrap_model(players[name], keep_fp32_wrapper=False).train()
-        optimizer = torch.optim.Adam(player.parameters(), lr=config.learning_rate, betas=tuple(config.adam_betas))
+        with section("train.adam_betas"):
+            optimizer = torch.optim.Adam(player.parameters(), lr=config.learning_rate, betas=tuple(config.adam_betas))
         optimizers[name] = accelerator.prepare_optimizer(optimizer)
     ema = EMAModel(generator.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
     ema.optimization_step = run.resume(generator, ema) // config.n_critic
@@ -68,7 +70,8 @@ def train_adversarial(generator, discriminator, dataset, config, *, save, valida
         batch = send_to_device(batch, accelerator.device)
         images, labels = batch["images"], batch["labels"]
         if config.augment:
-            images = augment(images, **config.augment)
+            with section("train.augment"):
+                images = augment(images, **config.augment)
         # to each image the class of another one of the batch, so that targets are as frequent as classes are
         target_labels = labels[torch.randperm(len(labels)).to(labels.device)]
         rate = config.learning_rate * decay(step, config.max_steps, config.lr_decay_steps)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cxr_diffusers import CFGAnomalyPipeline, DiffPIRDeblurPipeline, FixedPointGANPipeline, load_phantom
 from cxr_diffusers.cli import main
@@ -84,6 +85,26 @@ def test_two_processes_train_one_model_and_resume(tmp_path):
     straight = tmp_path / "straight"
     assert launch("train_cfg.py", straight, "train.max_steps=3", "train.batch_size=2", launcher=two).returncode == 0
     assert steps(run)[2]["loss"] == pytest.approx(steps(straight)[2]["loss"], rel=1e-5)
+
+
+def test_a_run_continues_with_another_number_of_processes_and_says_so(tmp_path, capsys):
+    """From the same weights: steps 2 and 3 of two processes, then of one, follow step 1 in the log and the model."""
+    run = tmp_path / "run"
+    run_here("train_cfg", run, "train.max_steps=1", "train.batch_size=2")
+    weights = load_file(run / "checkpoint-0000001" / "model.safetensors")
+    assert "number of processes" not in capsys.readouterr().out
+    two = ("torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29518")
+    done = launch("train_cfg.py", run, "train.max_steps=2", "train.batch_size=2", "train.learning_rate=0", launcher=two)
+    assert done.returncode == 2 and "learning_rate" in done.stderr, "other settings are still refused"
+    done = launch("train_cfg.py", run, "train.max_steps=2", "train.batch_size=2", launcher=two)
+    assert done.returncode == 0, done.stderr
+    warning = "has changed (1, then 2): it continues from the same weights, but its numbers are no longer"
+    assert done.stdout.count(warning) == 1 and "resumed from" in done.stdout
+    moved = load_file(run / "checkpoint-0000002" / "model.safetensors")
+    assert max((moved[key] - weights[key]).abs().max() for key in weights) < 1e-3, "one step away from those weights"
+    run_here("train_cfg", run, "train.max_steps=3", "train.batch_size=2")
+    assert "(1, then 2, then 1)" in capsys.readouterr().out
+    assert [line["step"] for line in steps(run)] == [1, 2, 3]
 
 
 def test_starting_from_other_weights_is_not_starting_anew(tmp_path):

@@ -94,8 +94,6 @@ def test_a_run_continues_with_another_number_of_processes_and_says_so(tmp_path, 
     weights = load_file(run / "checkpoint-0000001" / "model.safetensors")
     assert "number of processes" not in capsys.readouterr().out
     two = ("torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29518")
-    done = launch("train_cfg.py", run, "train.max_steps=2", "train.batch_size=2", "train.learning_rate=0", launcher=two)
-    assert done.returncode == 2 and "learning_rate" in done.stderr, "other settings are still refused"
     done = launch("train_cfg.py", run, "train.max_steps=2", "train.batch_size=2", launcher=two)
     assert done.returncode == 0, done.stderr
     warning = "has changed (1, then 2): it continues from the same weights, but its numbers are no longer"

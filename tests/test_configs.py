@@ -79,7 +79,7 @@ def build_classifier(recipe):
     return "train_classifier.py", ClassifierGuidedPipeline.ORIGINAL_SETTINGS
 
 
-def build_players(recipe):
+def build_gan(recipe):
     with torch.device("meta"):
         generator = FixedPointGenerator(**recipe.generator)
         shared = {key: generator.config[key] for key in ("sample_size", "in_channels", "num_classes")}
@@ -98,7 +98,7 @@ def build_segmenter(recipe):
 BUILD = {
     Recipe: build_unet,
     ClassifierRecipe: build_classifier,
-    AdversarialRecipe: build_players,
+    AdversarialRecipe: build_gan,
     SegmenterRecipe: build_segmenter,
 }
 

@@ -41,7 +41,7 @@ def main(arguments):
         options = dict(num_channels=recipe.unet["in_channels"], views=views, **recipe.images)
     with section("unet, images"):
         images = TensorImages(dataset, recipe.unet["sample_size"], **options)
-    shown = diseased_rows(recipe, dataset, unlabelled=True)
+    validation_rows = diseased_rows(recipe, dataset, unlabelled=True)
     conditions = Conditions(len(class_names), tuple(views))
 
     with seeded(config.seed):
@@ -85,9 +85,9 @@ def main(arguments):
     def validate(model, step):
         detector = pipeline(model)
         detector.set_progress_bar_config(disable=True)
-        found = detector(shown["image"][:], output_type="np")
+        output = detector(validation_rows["image"][:], output_type="np")
         path = Path(config.output_dir) / "validation" / f"step-{step:07d}.png"
-        save_png(validation_strip(found.image, found.counterfactual, found.anomaly_map, title=f"step {step}"), path)
+        save_png(validation_strip(output.image, output.counterfactual, output.anomaly_map, title=f"step {step}"), path)
         return {"validation": path}
 
     measure = None

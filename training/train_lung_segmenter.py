@@ -53,9 +53,9 @@ def main(arguments):
     def validate(model, step):
         path = Path(recipe.train.output_dir) / "validation" / f"step-{step:07d}.png"
         write_file(path.with_suffix(".json"), json.dumps(measure(model, held_out, size)).encode())
-        shown = held_out[: recipe.train.validation_images]["images"]
-        fields = model.field(shown.to(model.device)).cpu()
-        pairs = zip((shown[:, 0].numpy() + 1) / 2, fields.numpy(), strict=True)
+        x = held_out[: recipe.train.validation_images]["images"]
+        fields = model.field(x.to(model.device)).cpu()
+        pairs = zip((x[:, 0].numpy() + 1) / 2, fields.numpy(), strict=True)
         rows = [{"image": image, "maps": {"lung gate": gate}} for image, gate in pairs]
         save_png(contact_sheet(rows, ["lung gate"], vmax=1.0, title=f"step {step}", opacity=0.5), path)
         return {"validation": path}
@@ -75,15 +75,15 @@ def dice(masks, truth):
 
 @torch.no_grad()
 def measure(model, dataset, size):
-    """{name: Dice} of a model in eval mode, the mean over images: as they are, and with painted opacities."""
+    """{name: mean Dice over images} of a model in eval mode: unchanged images, and images with painted opacities."""
     with seeded(0):
-        images, masks = augment_lungs(dataset.images, dataset.masks, size)  # nothing changes but the size
+        images, masks = augment_lungs(dataset.images, dataset.masks, size)  # only resized
         painted = paint_opacities(images, masks, 1.0)
-    found = {}
+    values = {}
     for name, x in {"dice": images, "dice with painted opacities": painted}.items():
         answers = [(model(part.to(model.device)) > 0).float().cpu() for part in x.split(64)]
-        found[name] = float(dice(torch.cat(answers), masks).mean())
-    return found
+        values[name] = float(dice(torch.cat(answers), masks).mean())
+    return values
 
 
 if __name__ == "__main__":

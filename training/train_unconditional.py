@@ -4,7 +4,7 @@
     accelerate launch training/train_unconditional.py RECIPE.yaml [section.key=value ...]
 
 It is saved as a `DiffPIRDeblurPipeline`. To resume, run the same command again. `train.init_from` may name a
-class-conditional model: training goes on from what it believes under its null label.
+class-conditional model: training starts from its prediction under the null label.
 """
 
 import sys
@@ -41,11 +41,11 @@ def main(arguments):
     if unet.config.num_class_embeds is not None:
         raise ValueError(f"expected no unet.num_class_embeds, got {unet.config.num_class_embeds}: use train_cfg.py")
 
-    kept = {key: recipe.images[key] for key in ("scaling", "data_range") if key in recipe.images}
-    ranges = {key: value for key, value in kept.items() if key == "data_range"}
+    prepared = {key: recipe.images[key] for key in ("scaling", "data_range") if key in recipe.images}
+    ranges = {key: value for key, value in prepared.items() if key == "data_range"}
 
     def pipeline(model):
-        return DiffPIRDeblurPipeline(model, scheduler, **kept)
+        return DiffPIRDeblurPipeline(model, scheduler, **prepared)
 
     def loss_fn(model, batch):
         with section("train.augment"):
@@ -64,7 +64,7 @@ def main(arguments):
         write_card(folder, recipe, size, len(images))
 
     def validate(model, step):
-        """Samples: what the prior believes a chest looks like."""
+        """Write samples of the prior."""
         path = Path(config.output_dir) / "validation" / f"step-{step:07d}.png"
         rows = [{"image": x, "maps": {}} for x in sample(model, scheduler, config.validation_images, **ranges)]
         save_png(contact_sheet(rows, [], title=f"samples at step {step}"), path)

@@ -1,6 +1,6 @@
 """What each choice of the method is worth and what it costs: the table and the picture of docs/method.md.
 
-    cxr-diffusers evaluate --config configs/method.yaml root=../shared/cxr --on implants --out results_method
+    cxr-diffusers evaluate --config method root=../shared/cxr --on implants --out results_method
     python benchmarks/method.py --results results_method --picture method_cost.png
 
 Of the plan's other data sets, where they were evaluated, it prints a table each. The figures are those of the
@@ -24,7 +24,7 @@ from cxr_diffusers.evaluation import load_plan
 from cxr_diffusers.evaluation.controls import CHANCE, LOCATION, mean_map_of
 from cxr_diffusers.files import save_png
 
-PLAN = Path(__file__).parent.parent / "configs" / "method.yaml"
+PLAN = Path(__file__).parent.parent / "configs" / "plans" / "method.yaml"
 
 
 def main(arguments=None):

@@ -1,4 +1,4 @@
-"""YAML and overrides -> dataclasses; unknown keys and values of the wrong type are errors."""
+"""YAML files and command-line overrides -> dataclasses; unknown keys and values of the wrong type are errors."""
 
 import re
 import types
@@ -8,6 +8,27 @@ from pathlib import Path
 
 import yaml
 
+T = typing.TypeVar("T")
+
+# recipes, and plans/ of evaluations: inside the package when installed, beside it in a checkout
+INSTALLED = Path(__file__).with_name("configs")
+CONFIGS = INSTALLED if INSTALLED.is_dir() else Path(__file__).parents[1] / "configs"
+PLANS = CONFIGS / "plans"
+
+
+def config_file(name: str | Path, folder: Path = CONFIGS) -> Path:
+    """The path of a YAML file: `name` itself, or the file of that name that comes with the package in `folder`.
+
+    Raises:
+        FileNotFoundError: there is neither; the message lists the names in `folder`.
+    """
+    shipped = folder / f"{name}.yaml"
+    path = shipped if Path(name).suffix not in (".yaml", ".yml") and shipped.is_file() else Path(name)
+    if not path.is_file():
+        names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+        raise FileNotFoundError(f"expected a YAML file or one of {names}, got {name}")
+    return path
+
 
 class Loader(yaml.SafeLoader):
     """YAML whose numbers may be written 1e-3, as in YAML 1.2; PyYAML takes that for text."""
@@ -16,8 +37,12 @@ class Loader(yaml.SafeLoader):
 Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"), "-+0123456789")
 
 
-def read_sections(path, cls):
-    """The sections of a YAML file as a dict, for `build(cls, ...)`; ValueError where it is no YAML or has none."""
+def read_sections(path: str | Path, cls: type) -> dict:
+    """The sections of a YAML file, as a dict for `build(cls, ...)`.
+
+    Raises:
+        ValueError: the file is not YAML, or has no sections.
+    """
     try:
         sections = yaml.load(Path(path).read_text(), Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -27,8 +52,8 @@ def read_sections(path, cls):
     return sections
 
 
-def override_value(sections, override):
-    """Put one `section.key=value` into the nested dict `sections`."""
+def override_value(sections: dict, override: str) -> None:
+    """Put one `section.key=value` into the nested dict `sections`; ValueError if it has another form."""
     dotted, equals, value = override.partition("=")
     *parents, key = dotted.removeprefix("--").split(".")
     if not equals or not parents:
@@ -46,11 +71,15 @@ def override_value(sections, override):
         raise ValueError(f"expected a YAML value in {override!r}, got {' '.join(str(error).split())}") from None
 
 
-def build(cls, values, where):
-    """`cls(**values)`, naming the place and the offending key when a key is unknown, missing or of the wrong type."""
+def build(cls: type[T], values: dict, where: str) -> T:
+    """`cls(**values)` of a dataclass.
+
+    Raises:
+        ValueError: a key is unknown or missing, or its value has the wrong type; names the key and `where` it is.
+    """
     if not isinstance(values, dict):
         raise ValueError(f"{where}: expected keys and values, got {values!r}")
-    annotations = {f.name: f.type for f in fields(cls)}
+    annotations: dict[str, typing.Any] = {f.name: f.type for f in fields(typing.cast(typing.Any, cls))}
     for key, value in values.items():
         if key not in annotations:
             raise ValueError(f"{where}: unknown key {key!r}, expected one of {sorted(annotations)}")
@@ -61,8 +90,8 @@ def build(cls, values, where):
         raise ValueError(f"{where}: {error}") from None
 
 
-def checked(value, annotation, where):
-    """`value` if it is of the annotated type (an int will do for a float), else ValueError.
+def checked(value: typing.Any, annotation: typing.Any, where: str) -> typing.Any:
+    """`value` if it has the annotated type (an int is accepted for a float), else ValueError.
 
     A `Literal` with "no" takes false too: YAML reads an unquoted `no` as that.
     """

@@ -15,8 +15,8 @@ from .cxr_deconvolution import (
     check_kernel,
     data_step,
     extend,
+    image_masks,
     masked_data_step,
-    measured,
     middle,
     transfer_function,
 )
@@ -223,7 +223,7 @@ class DiffPIRDeblurPipeline(PortableMixin, DiffusionPipeline):
         y = torch.stack([extend(p, *canvas) for p in pictures])
         y = self._to_model((y - low) / (high - low)).to(device)
         otf = transfer_function(kernel.to(device), *canvas)
-        known = measured([p.shape[-2:] for p in pictures], *canvas).to(device)
+        measured = image_masks([p.shape[-2:] for p in pictures], *canvas).to(device)
         # the stretch to the prior's black and white stretches the noise as well
         sigma_n = (max(NOISE_FLOOR, noise_std) / (high - low)).to(device)
 
@@ -236,7 +236,7 @@ class DiffPIRDeblurPipeline(PortableMixin, DiffusionPipeline):
             # Algorithm 1: the prior's guess, the guess that agrees with y, and from it x_{t-1}
             x0 = self.denoise(x, t, alpha, tile_size)
             rho = self.penalty(alpha, sigma_n, lambda_)
-            x0 = masked_data_step(x0, y, otf, rho, known) if boundary == "unknown" else data_step(x0, y, otf, rho)
+            x0 = masked_data_step(x0, y, otf, rho, measured) if boundary == "unknown" else data_step(x0, y, otf, rho)
             x = x0 if last else self.renoise(x, x0, alpha, alphas[timesteps[i + 1]], zeta, self._noise(x, generator))
             if on_step is not None:
                 x = on_step(i, t, x)
@@ -289,8 +289,8 @@ class DiffPIRDeblurPipeline(PortableMixin, DiffusionPipeline):
 
     @property
     def reduction(self):
-        """The sides of what the UNet is shown divide by this: it halves them so often."""
-        return 2 ** (len(self.unet.config.block_out_channels) - 1)
+        """The sides of the UNet's input must be multiples of this number, because its levels halve them."""
+        return self.unet.config.get("patch_size", 1) * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     def check_inputs(self, pictures, kernel, **given):
         chain = self.scheduler.config.num_train_timesteps

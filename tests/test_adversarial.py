@@ -24,7 +24,7 @@ from cxr_diffusers.training.adversarial_losses import (
     gradient_penalty,
 )
 from cxr_diffusers.training.checkpoints import checkpoints
-from cxr_diffusers.training.recipe import AdversarialConfig, load_recipe, parse_command_line
+from cxr_diffusers.training.recipe import AdversarialConfig, Recipe, load_recipe, parse_command_line
 
 ROOT = Path(__file__).parent.parent
 IMAGES = torch.rand(4, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -344,7 +344,7 @@ def test_a_recipe_that_cannot_work_says_why(tmp_path, override, message):
 def test_a_script_refuses_the_recipe_of_another(tmp_path):
     gan = ROOT / "configs" / "phantom_fixed_point_gan_32.yaml"
     with pytest.raises(ValueError, match="unet"):
-        parse_command_line([str(gan)], "unused.yaml")
+        parse_command_line([str(gan)], "unused.yaml", Recipe)
     with pytest.raises(ValueError, match="discriminator"):
         script().main([str(ROOT / "configs" / "phantom_cfg_32.yaml")])
     assert load_recipe(gan).identity().keys() == {"data", "generator", "discriminator", "images"}

@@ -27,8 +27,7 @@ from cxr_diffusers.training.recipe import AdversarialRecipe, ClassifierRecipe, R
 from cxr_diffusers.training.script import new_unet
 
 ROOT = Path(__file__).parent.parent
-PLANS = {"evaluate", "method"}  # what is compared on what: see test_plan.py
-CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if path.stem not in PLANS]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))  # plans/ are evaluations: see test_plan.py
 
 
 def open_recipe(path):
@@ -80,7 +79,7 @@ def build_classifier(recipe):
     return "train_classifier.py", ClassifierGuidedPipeline.ORIGINAL_SETTINGS
 
 
-def build_players(recipe):
+def build_gan(recipe):
     with torch.device("meta"):
         generator = FixedPointGenerator(**recipe.generator)
         shared = {key: generator.config[key] for key in ("sample_size", "in_channels", "num_classes")}
@@ -99,7 +98,7 @@ def build_segmenter(recipe):
 BUILD = {
     Recipe: build_unet,
     ClassifierRecipe: build_classifier,
-    AdversarialRecipe: build_players,
+    AdversarialRecipe: build_gan,
     SegmenterRecipe: build_segmenter,
 }
 

@@ -6,12 +6,12 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 
-from cxr_diffusers import CFGAnomalyPipeline, DiffPIRDeblurPipeline
+from cxr_diffusers import CFGAnomalyPipeline, DiffPIRDeblurPipeline, SpaceToDepthUNet
 from cxr_diffusers.deblurring.dataset import load_prior
 from cxr_diffusers.deblurring.degradations import blur, gaussian_kernel, motion_kernel
 from cxr_diffusers.hub.loading import load_unet
 from cxr_diffusers.pipelines.cxr_tiles import blend
-from helpers import toy_unet
+from helpers import TOY_UNET, toy_unet
 
 KERNEL = gaussian_kernel(0.8)
 FAST = dict(kernel=KERNEL, num_inference_steps=3, output_type="pt")
@@ -238,12 +238,20 @@ def test_tiles_cover_everything_and_show_no_seam():
 
 
 def test_tiles_are_seen_one_by_one_by_the_network(deblur):
-    x = torch.rand(1, 1, 40, 40)
+    x = torch.rand(1, 1, 40, 40, generator=torch.Generator().manual_seed(0))
     whole = deblur(x, generator=seeds(1), **FAST).restored
     tiled = deblur(x, tile_size=16, generator=seeds(1), **FAST).restored
-    assert tiled.shape == whole.shape and (tiled - whole).abs().max() > 1e-6
+    assert tiled.shape == whole.shape and (tiled - whole).abs().max() > 1e-3
     large = deblur(x, tile_size=128, generator=seeds(1), **FAST).restored
-    torch.testing.assert_close(large, whole, atol=1e-5, rtol=0)
+    torch.testing.assert_close(large, whole, atol=3e-5, rtol=0)
+
+
+def test_the_sides_of_a_canvas_are_multiples_of_the_networks_reduction():
+    """A space-to-depth UNet halves its input once more than its levels do."""
+    deblur = prior(SpaceToDepthUNet(**{**TOY_UNET, "sample_size": 32, "num_class_embeds": None}))
+    assert deblur.reduction == 4
+    restored = deblur(torch.rand(1, 1, 18, 21), generator=seeds(1), **FAST).restored
+    assert restored.shape == (1, 1, 18, 21)
 
 
 def test_a_callback_sees_every_step_and_may_change_the_latents(deblur, images):

@@ -208,8 +208,8 @@ def test_the_command_deblurs_plans_and_says_how_fast(prior, folder, tmp_path, ca
     assert "224,316 images" in capsys.readouterr().out and not (tmp_path / "out").exists()
     assert main(command) == 0
     shown = capsys.readouterr().out
-    assert "7 images: 5 computed, 0 were there, 0 skipped" in shown and "images/s" in shown
-    assert main(command) == 0 and "0 computed, 7 were there" in capsys.readouterr().out
+    assert "7 images: 5 computed, 0 already present, 0 skipped" in shown and "images/s" in shown
+    assert main(command) == 0 and "0 computed, 7 already present" in capsys.readouterr().out
     assert main([*command[:-1], "0.7"]) == 2 and "zeta" in capsys.readouterr().err
 
 

@@ -24,8 +24,9 @@ from cxr_diffusers.pipelines.cxr_deconvolution import (
     check_kernel,
     data_step,
     extend,
+    fast_length,
+    image_masks,
     masked_data_step,
-    measured,
     middle,
     transfer_function,
 )
@@ -201,26 +202,43 @@ def test_the_data_step_believes_the_prior_or_the_picture_as_it_is_told():
     ).abs().mean()
 
 
-def test_with_all_pixels_measured_conjugate_gradients_find_the_closed_form():
+def test_with_all_pixels_measured_conjugate_gradients_reach_the_closed_form():
     kernel = torch.from_numpy(KERNELS["motion, small"])[None].double()
     x0, y = picture(2, 1, 24, 24), picture(2, 1, 24, 24, seed=1)
     otf, rho = transfer_function(kernel, 24, 24), torch.tensor([0.05, 2.0]).reshape(2, 1, 1, 1)
-    found = masked_data_step(x0, y, otf, rho, torch.tensor(True), iterations=60)
-    torch.testing.assert_close(found, data_step(x0, y, otf, rho), atol=1e-6, rtol=0)
-    same = masked_data_step(x0, blur(x0, kernel[0], "wrap"), otf, rho, torch.tensor(True))
-    torch.testing.assert_close(same, x0, atol=1e-6, rtol=0)
+    solution = masked_data_step(x0, y, otf, rho, torch.tensor(True), iterations=60)
+    torch.testing.assert_close(solution, data_step(x0, y, otf, rho), atol=1e-6, rtol=0)
+    unchanged = masked_data_step(x0, blur(x0, kernel[0], "wrap"), otf, rho, torch.tensor(True))
+    torch.testing.assert_close(unchanged, x0, atol=1e-6, rtol=0)
 
 
-def test_what_was_not_measured_does_not_count():
+def test_pixels_outside_the_image_do_not_influence_the_data_step():
     kernel = torch.from_numpy(KERNELS["motion, small"])[None].double()
     x0, y = picture(1, 1, 24, 24), picture(1, 1, 24, 24, seed=1)
-    known, otf = measured([(10, 12)], 24, 24), transfer_function(kernel, 24, 24)
-    assert known.sum() == 120 and middle(known, 10, 12).all()
-    other = torch.where(known, y, 0)
-    found = [masked_data_step(x0, measurement, otf, 0.01, known, 200) for measurement in (y, other)]
-    torch.testing.assert_close(*found)
-    residual = blur_adjoint(known * (blur(found[0], kernel[0], "wrap") - y), kernel[0], "wrap") + 0.01 * (found[0] - x0)
+    measured, otf = image_masks([(10, 12)], 24, 24), transfer_function(kernel, 24, 24)
+    assert measured.sum() == 120 and middle(measured, 10, 12).all()
+    other = torch.where(measured, y, 0)
+    x, from_other = (masked_data_step(x0, measurement, otf, 0.01, measured, 200) for measurement in (y, other))
+    torch.testing.assert_close(x, from_other)
+    residual = blur_adjoint(measured * (blur(x, kernel[0], "wrap") - y), kernel[0], "wrap") + 0.01 * (x - x0)
     assert residual.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("width", [20, 21])
+def test_the_data_step_is_that_of_the_full_fourier_transform(width):
+    """Half of the frequencies are transformed: an even and an odd width have a different last frequency."""
+    kernel = torch.from_numpy(KERNELS["motion, small"])[None].double()
+    x0, y, otf = picture(1, 1, 18, width), picture(1, 1, 18, width, seed=1), transfer_function(kernel, 18, width)
+    full = otf.conj() * torch.fft.fft2(y) + 0.1 * torch.fft.fft2(x0)
+    full = torch.fft.ifft2(full / (otf.abs() ** 2 + 0.1)).real
+    torch.testing.assert_close(data_step(x0, y, otf, 0.1), full, atol=1e-12, rtol=0)
+    iterated = masked_data_step(x0, y, otf, 0.1, torch.tensor(True), iterations=80)
+    torch.testing.assert_close(iterated, full, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("length", "multiple", "expected"), [(278, 2, 280), (278, 8, 280), (1046, 8, 1056), (7, 7, 7)])
+def test_canvas_sides_have_small_prime_factors(length, multiple, expected):
+    assert fast_length(length, multiple) == expected
 
 
 @pytest.mark.parametrize("size", [(16, 16), (17, 23), (5, 40)])

@@ -19,7 +19,9 @@ from cxr_diffusers.training.recipe import (
     ClassifierRecipe,
     Recipe,
     SegmenterRecipe,
+    load_recipe,
     parse_command_line,
+    parse_overrides,
 )
 from helpers import write_chexpert, write_source
 
@@ -82,6 +84,13 @@ def test_every_training_line_builds_its_recipe(page):
         assert parse_command_line(given, default, KINDS[name]).train.max_steps > 0
 
 
+def test_every_train_command_builds_its_recipe(page):
+    for program in ("cxr-diffusers train ", "cxr_diffusers.cli train "):
+        for _, _, *arguments in lines(page.read_text(), program):
+            if not arguments[0].startswith("-"):
+                assert load_recipe(arguments[0], parse_overrides(arguments[1:])).train.max_steps > 0
+
+
 def test_every_make_target_is_there(page):
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for line in lines(page.read_text(), "make "):
@@ -108,7 +117,7 @@ def test_the_checks_have_something_to_check():
 @pytest.mark.parametrize("path", sorted(ROOT.glob("notebooks/*.ipynb")), ids=lambda path: path.stem)
 def test_the_files_that_a_notebook_names_are_there(path):
     text = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells)
-    for name in re.findall(r"configs/\w+\.yaml|benchmarks/\w+\.py|training/\w+\.py", text):
+    for name in re.findall(r"configs/[\w/]+\.yaml|benchmarks/\w+\.py|training/\w+\.py", text):
         assert (ROOT / name).is_file(), name
 
 

@@ -120,7 +120,7 @@ def test_a_bare_checkout_a_wheel_and_a_foreign_folder_called_pipelines_get_along
 
     # built from a copy: setuptools leaves a build folder behind and packs what it finds in an old one
     copy = tmp_path / "copy"
-    for name in ("cxr_diffusers", "pipelines"):
+    for name in ("configs", "cxr_diffusers", "pipelines", "training"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy / name)
@@ -144,6 +144,21 @@ def test_a_bare_checkout_a_wheel_and_a_foreign_folder_called_pipelines_get_along
     assert {f"cxr_diffusers/demo/{n}" for n in ("page.css", "viewer.html", "viewer.js")} < set(names)
     assert any(n.endswith("cxr_cfg_64/unet/diffusion_pytorch_model.safetensors") for n in names)
     assert any(n.endswith("cxr_fixed_point_gan_64/generator/diffusion_pytorch_model.safetensors") for n in names)
+    recipes = {p.relative_to(ROOT).as_posix() for p in (ROOT / "configs").rglob("*.yaml")}
+    programs = {f"training_programs/{p.name}" for p in (ROOT / "training").glob("*.py")}
+    assert {f"cxr_diffusers/{n}" for n in recipes | programs} <= set(names)
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     assert run_python(IMPORTS, tmp_path, site) == str(site / "cxr_diffusers" / "pipelines" / "__init__.py")
+    # a recipe and a plan are found by name, and the recipe's program trains, without the repository
+    values = ["data.n=8", "train.batch_size=4", "train.max_steps=1", "train.validation_images=1"]
+    code = f"""
+from cxr_diffusers.cli import main
+assert main(["train", "phantom_unconditional_32", *{values}]) == 0
+assert main(["evaluate", "--config", "evaluate", "--out", "report"]) == 2  # the plan asks for its root
+"""
+    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "phantom_unconditional_32" / "model_index.json").is_file()
+    assert f"{site}/cxr_diffusers/configs/plans/evaluate.yaml: give root" in done.stderr

@@ -14,6 +14,7 @@ from cxr_diffusers import LungSegmenter, build_dataset, load_table, read_image
 from cxr_diffusers.data import list_images
 from cxr_diffusers.pipelines.cxr_images import prepare_image
 from cxr_diffusers.training.lungs import LungImages, augment_lungs, paint_opacities, split_lungs
+from cxr_diffusers.training.script import run_program
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "cxr_diffusers" / "checkpoints" / "cxr_lung_segmenter_64"
@@ -240,6 +241,12 @@ def test_training_leaves_a_segmenter_and_resumes(script, folder):
     assert (run / "validation" / "step-0000003.png").is_file()
     segmenter = LungSegmenter.from_pretrained(run)
     assert segmenter.config.sample_size == 32 and torch.isfinite(segmenter.field(chests())).all()
+
+
+def test_an_unknown_key_of_the_augmentation_is_one_line(script, folder, capsys):
+    assert run_program(script.main, short(folder, 1, "train.augment={angle: 3}"), "train") == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train: ")]
+    assert "train.augment: " in line and "'angle'" in line
 
 
 def test_training_starts_from_given_weights(script, folder):

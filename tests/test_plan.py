@@ -14,7 +14,7 @@ from cxr_diffusers.evaluation.plan import checked_call
 from cxr_diffusers.pipelines.pipeline_cfg_anomaly import noise_levels
 from helpers import toy_resnet
 
-CONFIG = Path(__file__).parent.parent / "configs" / "evaluate.yaml"
+CONFIG = Path(__file__).parent.parent / "configs" / "plans" / "evaluate.yaml"
 FAST = {"num_inference_steps": 4, "noise_level": 500}
 
 

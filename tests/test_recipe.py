@@ -4,7 +4,7 @@ import pytest
 import torch
 import yaml
 
-from cxr_diffusers.training.recipe import load_recipe, parse_command_line
+from cxr_diffusers.training.recipe import Recipe, load_recipe, parse_command_line
 from helpers import TOY_UNET
 
 MINIMAL = {
@@ -121,15 +121,15 @@ def test_options_in_the_style_of_diffusers_are_train_keys(path):
         "--max_steps=7",
         "train.seed=3",
     ]
-    recipe = parse_command_line(line, "unused.yaml")
+    recipe = parse_command_line(line, "unused.yaml", Recipe)
     assert recipe.train.push_to_hub is True and recipe.train.hub_model_id == "me/model"
     assert recipe.train.max_steps == 7 and recipe.train.seed == 3
 
 
 def test_without_a_recipe_the_default_is_taken(path):
-    assert parse_command_line(["data.root=/d"], path).train.output_dir == "runs/x"
-    with pytest.raises(ValueError, match="nowhere.yaml"):
-        parse_command_line([], "nowhere.yaml")
+    assert parse_command_line(["data.root=/d"], path, Recipe).train.output_dir == "runs/x"
+    with pytest.raises(FileNotFoundError, match="phantom_cfg_32.*nowhere.yaml"):
+        parse_command_line([], "nowhere.yaml", Recipe)
 
 
 def test_the_toy_of_these_tests_is_a_unet():

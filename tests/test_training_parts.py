@@ -3,10 +3,17 @@
 import math
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
+from PIL import Image
 
+from cxr_diffusers import build_dataset, load_packed, load_phantom
+from cxr_diffusers.data.images import fit_image
+from cxr_diffusers.data.packing import pack
+from cxr_diffusers.data.views import fill_views
 from cxr_diffusers.models.space_to_depth_unet import SpaceToDepthUNet
 from cxr_diffusers.pipelines.cxr_conditions import Conditions
 from cxr_diffusers.training.augmentation import augment
@@ -87,3 +94,71 @@ def test_changes_of_exposure_keep_the_ends_of_the_range(data_range, change):
     changed = augment(ramp, data_range=data_range, **change)
     assert torch.allclose(changed[..., 0], torch.tensor(low)) and torch.allclose(changed[..., -1], torch.tensor(high))
     assert not torch.allclose(changed, ramp, atol=1e-3) and (changed.diff(dim=-1) >= -1e-6).all()
+
+
+def as_png(values):
+    return Image.fromarray(values.astype(np.uint8))
+
+
+def noisy_chests(count, view, seed=0):
+    """Rows of a data set whose view can be read from the image: the lower half is brighter in PA, the upper in AP."""
+    rng = np.random.default_rng(seed)
+    ramp = np.linspace(60, 180, 40)[:: 1 if view == "PA" else -1, None]
+    return [
+        {
+            "image": as_png(rng.normal(ramp, 8, (40, 30)).clip(0, 255)),
+            "label": i % 2,
+            "patient": f"{view}{seed}{i}",
+            "view": view,
+            "path": f"{view}{seed}{i}.png",
+        }
+        for i in range(count)
+    ]
+
+
+def as_dataset(rows):
+    features = load_phantom(n=1, size=16).select_columns(["image", "label", "patient", "view", "path"]).features
+    return Dataset.from_list(rows, features=features)
+
+
+def test_a_packed_data_set_comes_back_with_labels_and_unlabelled_images(tmp_path):
+    labelled, more = as_dataset(noisy_chests(4, "PA")), as_dataset(noisy_chests(3, "AP", seed=1))
+    path = pack(labelled, tmp_path / "train.parquet", size=32, quality=95, unlabelled=[more])
+    assert [p.name for p in tmp_path.iterdir()] == ["train.parquet"], "no temporary file stays"
+    everything = load_packed(path)
+    assert everything["label"][:] == [0, 1, 0, 1, -1, -1, -1]
+    for name in ("patient", "view", "path"):
+        assert everything[name][:] == labelled[name][:] + more[name][:]
+    assert everything.features["label"].names == labelled.features["label"].names
+    for original, packed in zip([*labelled, *more], everything, strict=True):
+        expected = np.asarray(fit_image(original["image"], 32, "pad"), float)
+        assert np.abs(np.asarray(packed["image"], float) - expected).mean() < 3, "JPEG of quality 95"
+    assert load_packed(path, part="labelled")["path"][:] == labelled["path"][:]
+    assert load_packed(path, part="unlabelled")["path"][:] == more["path"][:]
+    assert len(build_dataset(name="packed", root=str(path), part="labelled")) == 4
+
+
+def test_a_wrong_packed_data_set_is_refused(tmp_path):
+    labelled = as_dataset(noisy_chests(2, "PA"))
+    with pytest.raises(ValueError, match="`size` of 8 pixels"):
+        pack(labelled, tmp_path / "x.parquet", size=4)
+    with pytest.raises(FileNotFoundError, match="expected a packed data set"):
+        load_packed(tmp_path / "nowhere.parquet")
+    (tmp_path / "text.parquet").write_text("text")
+    with pytest.raises(ValueError, match="expected a packed data set"):
+        load_packed(tmp_path / "text.parquet")
+    path = pack(labelled, tmp_path / "x.parquet", size=16)
+    with pytest.raises(ValueError, match="`part` all, labelled or unlabelled"):
+        load_packed(path, part="half")
+
+
+def test_missing_views_are_predicted_from_the_images_whose_view_is_given():
+    rows = noisy_chests(12, "PA") + noisy_chests(12, "AP")
+    hidden = [{**row, "view": ""} for row in noisy_chests(3, "PA", seed=7) + noisy_chests(3, "AP", seed=8)]
+    filled, auroc = fill_views(as_dataset(rows + hidden))
+    assert filled["view"][:] == ["PA"] * 12 + ["AP"] * 12 + ["PA"] * 3 + ["AP"] * 3
+    assert auroc > 0.95
+    complete = as_dataset(rows)
+    assert fill_views(complete) == (complete, None)
+    with pytest.raises(ValueError, match="at least 10 images of each view .*'AP': 0"):
+        fill_views(as_dataset(rows[:12] + hidden))

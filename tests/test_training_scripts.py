@@ -1,6 +1,5 @@
 """Each script, started as a user starts it: it trains, resumes, and leaves something that loads."""
 
-import importlib.util
 import json
 import os
 import re
@@ -10,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from cxr_diffusers import CFGAnomalyPipeline, DiffPIRDeblurPipeline, load_phantom
-from cxr_diffusers.training.script import run_program
+from cxr_diffusers import CFGAnomalyPipeline, DiffPIRDeblurPipeline, FixedPointGANPipeline, load_phantom
+from cxr_diffusers.cli import main
+from cxr_diffusers.config import CONFIGS
+from cxr_diffusers.training.script import PROGRAMS, load_program, run_program
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["data.n=24", "train.batch_size=4", "train.validation_images=2", "unet.block_out_channels=[8, 16, 16]"]
@@ -28,10 +30,7 @@ def launch(script, output_dir, *overrides, launcher=("accelerate.commands.launch
 
 def run_here(script, output_dir, *overrides):
     """The same in this process, without the seconds that importing takes; how it is started is another test."""
-    spec = importlib.util.spec_from_file_location(script, ROOT / "training" / f"{script}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.main([*SMALL, f"train.output_dir={output_dir}", *overrides])
+    load_program(script).main([*SMALL, f"train.output_dir={output_dir}", *overrides])
 
 
 def steps(output_dir):
@@ -88,6 +87,24 @@ def test_two_processes_train_one_model_and_resume(tmp_path):
     assert steps(run)[2]["loss"] == pytest.approx(steps(straight)[2]["loss"], rel=1e-5)
 
 
+def test_a_run_continues_with_another_number_of_processes_and_says_so(tmp_path, capsys):
+    """From the same weights: steps 2 and 3 of two processes, then of one, follow step 1 in the log and the model."""
+    run = tmp_path / "run"
+    run_here("train_cfg", run, "train.max_steps=1", "train.batch_size=2")
+    weights = load_file(run / "checkpoint-0000001" / "model.safetensors")
+    assert "number of processes" not in capsys.readouterr().out
+    two = ("torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29518")
+    done = launch("train_cfg.py", run, "train.max_steps=2", "train.batch_size=2", launcher=two)
+    assert done.returncode == 0, done.stderr
+    warning = "has changed (1, then 2): it continues from the same weights, but its numbers are no longer"
+    assert done.stdout.count(warning) == 1 and "resumed from" in done.stdout
+    moved = load_file(run / "checkpoint-0000002" / "model.safetensors")
+    assert max((moved[key] - weights[key]).abs().max() for key in weights) < 1e-3, "one step away from those weights"
+    run_here("train_cfg", run, "train.max_steps=3", "train.batch_size=2")
+    assert "(1, then 2, then 1)" in capsys.readouterr().out
+    assert [line["step"] for line in steps(run)] == [1, 2, 3]
+
+
 def test_starting_from_other_weights_is_not_starting_anew(tmp_path):
     run_here("train_cfg", tmp_path / "a", "train.max_steps=1", "train.lr_warmup_steps=0")
     run_here("train_cfg", tmp_path / "b", "train.max_steps=1", f"train.init_from={tmp_path / 'a'}")
@@ -112,28 +129,28 @@ def test_a_recipe_that_cannot_work_says_why(tmp_path, override, message):
         ("train_cfg", "scheduler.betas=3", "scheduler: .*betas"),
         ("train_cfg", "images.scalling=minmax", "images: .*scalling"),
         ("train_cfg", "data.amount=3", "data.*: .*amount"),
+        ("train_cfg", "validation.amount=3", "validation.*: .*amount"),
+        ("train_cfg", "unet.sample_size=30", "unet: expected sample_size to be a multiple of 4, got 30"),
+        ("train_cfg", "train.logit_normal=[1]", "logit_normal"),
         ("train_cfg", "pipeline.nois_level=3", "pipeline, images: .*nois_level"),
         ("train_cfg", "train.augment.angle=3", "train.augment: .*angle"),
         ("train_cfg", "unet=3", "section.key=value"),
         ("train_unconditional", "unet.chanels=3", "unet: .*chanels"),
         ("train_fixed_point_gan", "generator.depth=3", "generator, discriminator: .*depth"),
+        ("train_fixed_point_gan", "train.augment.angle=3", "train.augment: .*angle"),
+        ("train_fixed_point_gan", "train.adam_betas=[0.5]", "train.adam_betas"),
         ("train_classifier", "classifier.depth=3", "diffusion.model|classifier: .*depth"),
         ("train_lung_segmenter", "segmenter.depth=3", "segmenter: .*depth|data"),
     ],
 )
 def test_a_user_error_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, script, override, message):
-    spec = importlib.util.spec_from_file_location(script, ROOT / "training" / f"{script}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     unet = ("train_cfg", "train_unconditional")
     options = SMALL if script in unet else ["data.n=24", "train.batch_size=4"]
     if "segmenter" in script:
         options = ["data.root=/nowhere", "validation.root=/nowhere"]
     arguments = [*options, f"train.output_dir={tmp_path / 'run'}", override]
     monkeypatch.setattr("sys.argv", [f"training/{script}.py", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        run_program(module.main)
-    assert stopped.value.code == 2
+    assert run_program(load_program(script).main) == 2
     lines = re.split("[\r\n]", capsys.readouterr().err)
     (line,) = [line for line in lines if line.startswith(f"{script}.py: ")]
     assert re.search(message, line), line
@@ -148,6 +165,42 @@ def test_a_bug_keeps_its_traceback_and_ctrl_c_is_a_line(capsys):
 
     with pytest.raises(AssertionError, match="a bug"):
         run_program(broken)
-    with pytest.raises(SystemExit) as stopped:
-        run_program(interrupted)
-    assert stopped.value.code == 130 and "the same command continues" in capsys.readouterr().err
+    assert run_program(interrupted) == 130
+    assert "the same command continues" in capsys.readouterr().err
+
+
+def test_the_train_command_runs_the_program_of_the_recipe(tmp_path, capsys):
+    """A recipe by its name; its program is known from its sections."""
+    values = ["data.n=24", "train.batch_size=4", "train.max_steps=1", f"train.output_dir={tmp_path / 'gan'}"]
+    values += ["generator.base_channels=4", "generator.num_res_blocks=1", "discriminator.base_channels=4"]
+    assert main(["train", "phantom_fixed_point_gan_32", *values, "--n_critic", "1"]) == 0
+    assert "program: train_fixed_point_gan" in capsys.readouterr().out
+    assert len(steps(tmp_path / "gan")) == 1
+    FixedPointGANPipeline.from_pretrained(tmp_path / "gan")
+
+
+def test_the_train_command_lists_every_recipe_with_its_program(capsys):
+    assert main(["train", "--list"]) == 0
+    output = capsys.readouterr().out
+    for path in CONFIGS.glob("*.yaml"):
+        (program,) = re.findall(rf"^{path.stem}  \((\w+)\)$", output, re.MULTILINE)
+        assert f"training/{program}.py" in path.read_text()
+        assert (PROGRAMS / f"{program}.py").is_file()
+    assert "accelerate launch --multi_gpu --num_processes 2 -m cxr_diffusers.cli train" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected a recipe"),
+        (["phantom"], "expected a YAML file or one of .*phantom_cfg_32.*, got phantom$"),
+        (["missing.yaml"], "got missing.yaml$"),
+        (["evaluate"], "expected a YAML file or one of"),
+        (["phantom_cfg_32", "train.batchsize=2"], "unknown key 'batchsize'"),
+        (["chexpert_cfg_256"], "give data.root"),
+    ],
+)
+def test_an_error_of_the_train_command_is_one_line(capsys, arguments, message):
+    assert main(["train", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("cxr-diffusers train: ") and re.search(message, line)

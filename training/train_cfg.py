@@ -8,6 +8,7 @@ To resume, run the same command again. Several GPUs or machines: change only wha
 the script, e.g. `accelerate launch --multi_gpu --num_processes 4 training/train_cfg.py ...`.
 """
 
+import sys
 from pathlib import Path
 
 import torch
@@ -19,9 +20,9 @@ from cxr_diffusers.hub.loading import load_unet
 from cxr_diffusers.pipelines.cxr_conditions import Conditions
 from cxr_diffusers.training.augmentation import augment
 from cxr_diffusers.training.loop import train
-from cxr_diffusers.training.recipe import parse_command_line
+from cxr_diffusers.training.recipe import Recipe, parse_command_line, section
 from cxr_diffusers.training.run import seeded
-from cxr_diffusers.training.script import diseased_rows, finish, new_unet, run_program, section, write_card
+from cxr_diffusers.training.script import diseased_rows, finish, new_unet, run_program, write_card
 from cxr_diffusers.training.tensors import TensorImages
 from cxr_diffusers.training.validation_loss import ValidationLoss
 from cxr_diffusers.visualization import validation_strip
@@ -30,7 +31,7 @@ DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "phantom_cfg_32.yaml
 
 
 def main(arguments):
-    recipe = parse_command_line(arguments, DEFAULT_RECIPE)
+    recipe = parse_command_line(arguments, DEFAULT_RECIPE, Recipe)
     config = recipe.train
     with section("data"):
         dataset = build_dataset(**recipe.data)
@@ -40,7 +41,7 @@ def main(arguments):
         options = dict(num_channels=recipe.unet["in_channels"], views=views, **recipe.images)
     with section("unet, images"):
         images = TensorImages(dataset, recipe.unet["sample_size"], **options)
-    shown = diseased_rows(recipe, dataset, unlabelled=True)
+    validation_rows = diseased_rows(recipe, dataset, unlabelled=True)
     conditions = Conditions(len(class_names), tuple(views))
 
     with seeded(config.seed):
@@ -84,14 +85,15 @@ def main(arguments):
     def validate(model, step):
         detector = pipeline(model)
         detector.set_progress_bar_config(disable=True)
-        found = detector(shown["image"][:], output_type="np")
+        output = detector(validation_rows["image"][:], output_type="np")
         path = Path(config.output_dir) / "validation" / f"step-{step:07d}.png"
-        save_png(validation_strip(found.image, found.counterfactual, found.anomaly_map, title=f"step {step}"), path)
+        save_png(validation_strip(output.image, output.counterfactual, output.anomaly_map, title=f"step {step}"), path)
         return {"validation": path}
 
     measure = None
     if config.validation_loss_images:
-        unseen = TensorImages(build_dataset(**{**recipe.data, **recipe.validation}), images.size, **options)
+        with section("validation, images"):
+            unseen = TensorImages(build_dataset(**{**recipe.data, **recipe.validation}), images.size, **options)
         measure = ValidationLoss(unseen, conditions, class_names, scheduler, config.validation_loss_images)
 
     with section("pipeline, images"):
@@ -115,4 +117,4 @@ def embedding_ids(conditions, labels, views):
 
 
 if __name__ == "__main__":
-    run_program(main)
+    sys.exit(run_program(main))

@@ -1,4 +1,4 @@
-"""Train a classifier: of noised pictures, to guide a UNet that is trained already, or of pictures as they are.
+"""Train a classifier: of noisy images, to guide a trained UNet, or of clean images.
 
     accelerate launch training/train_classifier.py                              (phantoms: minutes, after train_cfg.py)
     accelerate launch training/train_classifier.py configs/chexpert_classifier_256.yaml data.root=/data/CheXpert-v1.0
@@ -7,10 +7,11 @@
 
 A recipe with a `diffusion` section ends in a `ClassifierGuidedPipeline` around its UNet, one whose classifier has a
 `model_type` of transformers in a `GradCAMPipeline`, one with `architecture: pyramid` in a `PyramidCAMPipeline`. To
-resume, run the same command again. `train.init_from` may name a model whose classifier it goes on from.
+resume, run the same command again. `train.init_from` may name a model; training starts from its classifier.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -31,9 +32,9 @@ from cxr_diffusers.hub.loading import load_pipeline
 from cxr_diffusers.training.augmentation import augment
 from cxr_diffusers.training.loop import train
 from cxr_diffusers.training.losses import noisy_classification_loss
-from cxr_diffusers.training.recipe import ClassifierRecipe, parse_command_line
+from cxr_diffusers.training.recipe import ClassifierRecipe, parse_command_line, section
 from cxr_diffusers.training.run import seeded
-from cxr_diffusers.training.script import finish, run_program, section, write_card
+from cxr_diffusers.training.script import finish, run_program, write_card
 from cxr_diffusers.training.tensors import TensorImages
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "phantom_classifier_32.yaml"
@@ -54,7 +55,7 @@ def main(arguments):
     if recipe.train.init_from:
         start_from(recipe.train.init_from, task.model)
     options = {"num_channels": getattr(task.model.config, "in_channels", 1), **task.preparation}
-    images, held_out = (TensorImages(found, task.size, **options) for found in (dataset, held_out))
+    images, held_out = (TensorImages(rows, task.size, **options) for rows in (dataset, held_out))
     with section("pipeline, images"):
         task.pipeline(task.model)  # reports errors of these sections before training
 
@@ -71,10 +72,10 @@ def main(arguments):
 
     def validate(model, step):
         path = Path(recipe.train.output_dir) / "validation" / f"step-{step:07d}.png"
-        levels, found = measure(task, model, held_out)
-        write_file(path.with_suffix(".json"), json.dumps({"noise_level": levels, **found}).encode())
+        levels, values = measure(task, model, held_out)
+        write_file(path.with_suffix(".json"), json.dumps({"noise_level": levels, **values}).encode())
         title = f"step {step}: {len(held_out)} validation images"
-        save_png(line_figure(levels, found, "noise level (timestep)", title=title), path)
+        save_png(line_figure(levels, values, "noise level (timestep)", title=title), path)
         return {"validation": path}
 
     output_dir = train(task.model, loss_fn, images, recipe.train, save=save, validate=validate, identity=task.identity)
@@ -82,23 +83,23 @@ def main(arguments):
 
 
 def task_of(recipe):
-    """Which of the classes below makes what the recipe asks for; ValueError for an unknown architecture."""
+    """The class below that builds and trains the classifier of a recipe; ValueError for an unknown architecture."""
     architecture = recipe.classifier.get("architecture")
     if architecture not in (None, "pyramid"):
         raise ValueError(f"expected `classifier.architecture` pyramid, or none, got {architecture!r}")
     if architecture:
-        return OfPicturesByPyramid
-    return OfPictures if "model_type" in recipe.classifier else OfNoisedPictures
+        return PyramidImageTask
+    return ImageTask if "model_type" in recipe.classifier else NoisyImageTask
 
 
-class OfNoisedPictures:
-    """p(label | x_t, t), in the range, at the size and on the noise schedule of the UNet that it is to guide."""
+class NoisyImageTask:
+    """p(label | x_t, t), with the data range, size and noise schedule of the UNet to be guided."""
 
     def __init__(self, recipe, class_names, labels):
         if not recipe.diffusion.get("model"):
             raise ValueError("give diffusion.model, the pipeline to be guided, or the classifier's model_type")
         if recipe.loss:
-            raise ValueError(f"expected no loss section for a classifier of noised pictures, got {recipe.loss}")
+            raise ValueError(f"expected no loss section for a classifier of noisy images, got {recipe.loss}")
         try:
             guided = load_pipeline(recipe.diffusion["model"])
         except FileNotFoundError as error:
@@ -138,8 +139,8 @@ class OfNoisedPictures:
         )
 
 
-class OfPictures:
-    """p(label | x) of a classifier of transformers, made by its config's name and trained from nothing."""
+class ImageTask:
+    """p(label | x), a classifier of transformers, created from its configuration and trained from scratch."""
 
     levels = [0]
 
@@ -181,7 +182,7 @@ class OfPictures:
         return GradCAMPipeline(model, sample_size=self.size, settings=self.settings or None, **self.options)
 
 
-class OfPicturesByPyramid(OfPictures):
+class PyramidImageTask(ImageTask):
     """p(label | x) pooled from the maps of a `PyramidClassifier`."""
 
     def build(self, classifier):
@@ -196,28 +197,28 @@ class OfPicturesByPyramid(OfPictures):
 
 
 def start_from(name, model):
-    """Give `model` the weights of the classifier of another pipeline; ValueError where they do not fit."""
-    found = getattr(load_pipeline(name), "classifier", None)
+    """Load the weights of another pipeline's classifier into `model`; ValueError if they do not fit."""
+    classifier = getattr(load_pipeline(name), "classifier", None)
     try:
-        model.load_state_dict({} if found is None else found.state_dict())
+        model.load_state_dict({} if classifier is None else classifier.state_dict())
     except RuntimeError as error:
         raise ValueError(f"train.init_from: expected a classifier of this recipe in {name}: {error}") from None
 
 
 @torch.no_grad()
 def measure(task, model, dataset, batch_size=64):
-    """(noise levels, {"accuracy": [...], "AUROC healthy / not": [...]}), a value for each, of a model in eval mode."""
+    """(noise levels, {"accuracy": [...], "AUROC healthy / not": [...]}), per level, of a model in eval mode."""
     device = next(model.parameters()).device
     loader = torch.utils.data.DataLoader(dataset, batch_size=batch_size)
     labels = dataset.labels.numpy()
-    found = {"accuracy": [], "AUROC healthy / not": []}
+    values = {"accuracy": [], "AUROC healthy / not": []}
     for level in task.levels:
         logits = torch.cat([task.logits(model, batch["images"].to(device), level) for batch in loader]).float().cpu()
-        found["accuracy"].append(float((logits.argmax(dim=1).numpy() == labels).mean()))
+        values["accuracy"].append(float((logits.argmax(dim=1).numpy() == labels).mean()))
         odds = logits[:, 1:].logsumexp(dim=1) - logits[:, 0]
-        found["AUROC healthy / not"].append(float(roc_auc_score(labels > 0, odds.numpy())))
-    return task.levels, found
+        values["AUROC healthy / not"].append(float(roc_auc_score(labels > 0, odds.numpy())))
+    return task.levels, values
 
 
 if __name__ == "__main__":
-    run_program(main)
+    sys.exit(run_program(main))

@@ -4,9 +4,10 @@
     accelerate launch training/train_fixed_point_gan.py configs/chexpert_fixed_point_gan_256.yaml data.root=/data/chest
     accelerate launch training/train_fixed_point_gan.py RECIPE.yaml [section.key=value ...] [--push_to_hub]
 
-To resume, run the same command again. The method and what is known of it: docs/fixed_point_gan.md.
+To resume, run the same command again. The method and our results: docs/fixed_point_gan.md.
 """
 
+import sys
 from pathlib import Path
 
 from cxr_diffusers import (
@@ -18,9 +19,9 @@ from cxr_diffusers import (
 )
 from cxr_diffusers.figures import loss_curves
 from cxr_diffusers.files import save_png
-from cxr_diffusers.training.recipe import AdversarialRecipe, parse_command_line
+from cxr_diffusers.training.recipe import AdversarialRecipe, parse_command_line, section
 from cxr_diffusers.training.run import seeded
-from cxr_diffusers.training.script import diseased_rows, finish, run_program, section, write_card
+from cxr_diffusers.training.script import diseased_rows, finish, run_program, write_card
 from cxr_diffusers.training.tensors import TensorImages
 from cxr_diffusers.visualization import validation_strip
 
@@ -35,7 +36,7 @@ def main(arguments):
     class_names = dataset.features["label"].names
     with seeded(config.seed):
         with section("generator, discriminator"):
-            generator, discriminator = build_players(recipe)
+            generator, discriminator = build_networks(recipe)
     if generator.config.num_classes != len(class_names):
         raise ValueError(
             f"expected generator.num_classes={len(class_names)}, the classes {class_names}, got "
@@ -43,7 +44,7 @@ def main(arguments):
         )
     with section("images"):
         images = TensorImages(dataset, generator.config.sample_size, **recipe.images)
-    shown = diseased_rows(recipe, dataset)
+    validation_rows = diseased_rows(recipe, dataset)
 
     def pipeline(model):
         return FixedPointGANPipeline(model, class_names, settings=recipe.pipeline or None, **recipe.images)
@@ -53,9 +54,9 @@ def main(arguments):
         write_card(folder, recipe, images.size, len(dataset))
 
     def validate(model, step):
-        found = pipeline(model)(shown["image"][:], output_type="np")
+        output = pipeline(model)(validation_rows["image"][:], output_type="np")
         path = Path(config.output_dir) / "validation" / f"step-{step:07d}.png"
-        save_png(validation_strip(found.image, found.counterfactual, found.anomaly_map, title=f"step {step}"), path)
+        save_png(validation_strip(output.image, output.counterfactual, output.anomaly_map, title=f"step {step}"), path)
         curves = path.parent.parent / "losses.png"
         save_png(loss_curves({"losses": curves.with_name("log.jsonl")}), curves)
         return {"validation": path, "losses": curves}
@@ -69,12 +70,12 @@ def main(arguments):
     finish(output_dir, config, losses, f"detect:  cxr-diffusers detect YOUR_IMAGES --model {output_dir} --out maps")
 
 
-def build_players(recipe):
-    """The recipe's generator and discriminator; size, channels and classes are said once, as the generator's."""
+def build_networks(recipe):
+    """The recipe's generator and discriminator; size, channels and classes are given once, for the generator."""
     generator = FixedPointGenerator(**recipe.generator)
     shared = {key: generator.config[key] for key in ("sample_size", "in_channels", "num_classes")}
     return generator, FixedPointDiscriminator(**shared, **recipe.discriminator)
 
 
 if __name__ == "__main__":
-    run_program(main)
+    sys.exit(run_program(main))

@@ -7,6 +7,7 @@ arguments of `cxr_diffusers.training.lungs.augment_lungs`. To resume, run the sa
 """
 
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -16,9 +17,9 @@ from cxr_diffusers import LungSegmenter, build_dataset
 from cxr_diffusers.files import save_png, write_file
 from cxr_diffusers.training.loop import train
 from cxr_diffusers.training.lungs import LungImages, augment_lungs, paint_opacities
-from cxr_diffusers.training.recipe import SegmenterRecipe, parse_command_line
+from cxr_diffusers.training.recipe import SegmenterRecipe, parse_command_line, section
 from cxr_diffusers.training.run import seeded
-from cxr_diffusers.training.script import finish, run_program, section
+from cxr_diffusers.training.script import finish, run_program
 from cxr_diffusers.visualization import contact_sheet
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "cxr_lung_segmenter_64.yaml"
@@ -37,10 +38,14 @@ def main(arguments):
     size = model.config.sample_size
     with section("data, images"):
         images = LungImages(build_dataset(**recipe.data), OVERSAMPLING * size, **recipe.images)
-    held_out = LungImages(build_dataset(**{**recipe.data, **recipe.validation}), OVERSAMPLING * size, **recipe.images)
+    with section("validation"):
+        held_out = build_dataset(**{**recipe.data, **recipe.validation})
+    with section("validation, images"):
+        held_out = LungImages(held_out, OVERSAMPLING * size, **recipe.images)
 
     def loss_fn(model, batch):
-        x, masks = augment_lungs(batch["images"], batch["masks"], size, **(recipe.train.augment or {}))
+        with section("train.augment"):
+            x, masks = augment_lungs(batch["images"], batch["masks"], size, **(recipe.train.augment or {}))
         logits = model(x).float()
         overlap = dice(logits.sigmoid(), masks)
         return F.binary_cross_entropy_with_logits(logits, masks) + 1 - overlap.mean(), {"dice": overlap.mean()}
@@ -48,9 +53,9 @@ def main(arguments):
     def validate(model, step):
         path = Path(recipe.train.output_dir) / "validation" / f"step-{step:07d}.png"
         write_file(path.with_suffix(".json"), json.dumps(measure(model, held_out, size)).encode())
-        shown = held_out[: recipe.train.validation_images]["images"]
-        fields = model.field(shown.to(model.device)).cpu()
-        pairs = zip((shown[:, 0].numpy() + 1) / 2, fields.numpy(), strict=True)
+        x = held_out[: recipe.train.validation_images]["images"]
+        fields = model.field(x.to(model.device)).cpu()
+        pairs = zip((x[:, 0].numpy() + 1) / 2, fields.numpy(), strict=True)
         rows = [{"image": image, "maps": {"lung gate": gate}} for image, gate in pairs]
         save_png(contact_sheet(rows, ["lung gate"], vmax=1.0, title=f"step {step}", opacity=0.5), path)
         return {"validation": path}
@@ -70,16 +75,16 @@ def dice(masks, truth):
 
 @torch.no_grad()
 def measure(model, dataset, size):
-    """{name: Dice} of a model in eval mode, the mean over images: as they are, and with painted opacities."""
+    """{name: mean Dice over images} of a model in eval mode: unchanged images, and images with painted opacities."""
     with seeded(0):
-        images, masks = augment_lungs(dataset.images, dataset.masks, size)  # nothing changes but the size
+        images, masks = augment_lungs(dataset.images, dataset.masks, size)  # only resized
         painted = paint_opacities(images, masks, 1.0)
-    found = {}
+    values = {}
     for name, x in {"dice": images, "dice with painted opacities": painted}.items():
         answers = [(model(part.to(model.device)) > 0).float().cpu() for part in x.split(64)]
-        found[name] = float(dice(torch.cat(answers), masks).mean())
-    return found
+        values[name] = float(dice(torch.cat(answers), masks).mean())
+    return values
 
 
 if __name__ == "__main__":
-    run_program(main)
+    sys.exit(run_program(main))

@@ -4,9 +4,10 @@
     accelerate launch training/train_unconditional.py RECIPE.yaml [section.key=value ...]
 
 It is saved as a `DiffPIRDeblurPipeline`. To resume, run the same command again. `train.init_from` may name a
-class-conditional model: training goes on from what it believes under its null label.
+class-conditional model: training starts from its prediction under the null label.
 """
 
+import sys
 from pathlib import Path
 
 import torch
@@ -17,9 +18,9 @@ from cxr_diffusers.files import save_png
 from cxr_diffusers.hub.loading import load_unet
 from cxr_diffusers.training.augmentation import augment
 from cxr_diffusers.training.loop import train
-from cxr_diffusers.training.recipe import parse_command_line
+from cxr_diffusers.training.recipe import Recipe, parse_command_line, section
 from cxr_diffusers.training.run import seeded
-from cxr_diffusers.training.script import finish, new_unet, run_program, section, write_card
+from cxr_diffusers.training.script import finish, new_unet, run_program, write_card
 from cxr_diffusers.training.tensors import TensorImages
 from cxr_diffusers.visualization import contact_sheet
 
@@ -27,7 +28,7 @@ DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "phantom_uncondition
 
 
 def main(arguments):
-    recipe = parse_command_line(arguments, DEFAULT_RECIPE)
+    recipe = parse_command_line(arguments, DEFAULT_RECIPE, Recipe)
     config = recipe.train
     with section("unet"):
         size, channels = recipe.unet["sample_size"], recipe.unet["in_channels"]
@@ -40,11 +41,11 @@ def main(arguments):
     if unet.config.num_class_embeds is not None:
         raise ValueError(f"expected no unet.num_class_embeds, got {unet.config.num_class_embeds}: use train_cfg.py")
 
-    kept = {key: recipe.images[key] for key in ("scaling", "data_range") if key in recipe.images}
-    ranges = {key: value for key, value in kept.items() if key == "data_range"}
+    prepared = {key: recipe.images[key] for key in ("scaling", "data_range") if key in recipe.images}
+    ranges = {key: value for key, value in prepared.items() if key == "data_range"}
 
     def pipeline(model):
-        return DiffPIRDeblurPipeline(model, scheduler, **kept)
+        return DiffPIRDeblurPipeline(model, scheduler, **prepared)
 
     def loss_fn(model, batch):
         with section("train.augment"):
@@ -63,7 +64,7 @@ def main(arguments):
         write_card(folder, recipe, size, len(images))
 
     def validate(model, step):
-        """Samples: what the prior believes a chest looks like."""
+        """Write samples of the prior."""
         path = Path(config.output_dir) / "validation" / f"step-{step:07d}.png"
         rows = [{"image": x, "maps": {}} for x in sample(model, scheduler, config.validation_images, **ranges)]
         save_png(contact_sheet(rows, [], title=f"samples at step {step}"), path)
@@ -89,4 +90,4 @@ def sample(unet, scheduler, count, num_inference_steps=50, data_range=(-1.0, 1.0
 
 
 if __name__ == "__main__":
-    run_program(main)
+    sys.exit(run_program(main))

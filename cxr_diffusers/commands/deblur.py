@@ -5,10 +5,10 @@ from pathlib import Path
 from .options import PROCESSES, add_command, add_device_options
 
 DEBLUR = f"""\
-KERNEL is what blurred the pictures, in their own pixels:
+KERNEL is the blur of the images, in their own pixels:
   motion:size=10,intensity=0.5,seed=0   a random trajectory      linear:length=9,angle=30   a straight one
   gaussian:sigma=1.5                    disk:radius=2.5          file:path=kernel.png (or .npy)
-  estimate                              each picture's own, from its steepest edges: see docs/deblurring.md how good
+  estimate                              estimated for each image from its steepest edges (accuracy: docs/deblurring.md)
 
 examples:
   cxr-diffusers deblur /data/CheXpert-v1.0 /data/chexpert-deblurred --kernel gaussian:sigma=1.5 --plan
@@ -26,7 +26,7 @@ def add(commands):
     deblur.add_argument("--model", help="the prior: pipeline folder or Hub name (default: the shipped model)")
     deblur.add_argument("--trust-remote-code", action="store_true", help="run the code that a Hub model brings along")
     deblur.add_argument("--num-inference-steps", type=int, help="evaluations of the prior (default: 100)")
-    deblur.add_argument("--noise-std", type=float, help="of the pictures, white - black being 1 (default: 0.5 / 255)")
+    deblur.add_argument("--noise-std", type=float, help="of the images, black 0 to white 1 (default: 0.5 / 255)")
     deblur.add_argument("--lambda", type=float, dest="lambda_", help="weight of the prior (default: 7)")
     deblur.add_argument("--zeta", type=float, help="share of fresh noise in each step (default: 0.3)")
     deblur.add_argument("--tile-size", type=int, help="show the prior overlapping tiles, to save memory")
@@ -58,7 +58,7 @@ def run(options):
     summary = deblur(pipeline, options.source, options.output, image_format=options.format, seed=options.seed, **common)
     if summary is None:  # not the main process
         return 0
-    counts = f"{summary['computed']} computed, {summary['kept']} were there, {summary['skipped']} skipped"
+    counts = f"{summary['computed']} computed, {summary['kept']} already present, {summary['skipped']} skipped"
     print(f"{summary['images']} images: {counts}. See {options.output}")
     if summary["computed"]:
         print(f"all of them: {describe_plan(summary['images'], summary['seconds_per_image'], state.num_processes)}")

@@ -14,7 +14,7 @@ examples:
   cxr-diffusers evaluate /data/testing --healthy /data/validation/healthy --out report
   cxr-diffusers evaluate /data/testing --model default runs/mine USER/THEIRS --out report
   cxr-diffusers evaluate /data/testing --judge cxr_grad_cam_128 --out report
-  cxr-diffusers evaluate --config configs/evaluate.yaml root=/data/cxr --out report
+  cxr-diffusers evaluate --config evaluate root=/data/cxr --out report
   cxr-diffusers evaluate table:csv=val_implants.csv,mask=mask,patient=patient_id,view=view,label=diseased \\
       --healthy chexpert:root=/data/CheXpert-v1.0-small,split=valid,classes=[] --out report
 
@@ -43,6 +43,7 @@ def add(commands):
 
 
 def run(options):
+    from ..config import PLANS, config_file
     from ..data import open_dataset
     from ..evaluation import compare, load_plan, run_plan
     from ..evaluation.plan import plan_table
@@ -55,7 +56,7 @@ def run(options):
     if options.config:
         if options.model or options.healthy or options.strata or shared["call_kwargs"]:
             raise ValueError("expected models, data and arguments of the call in the plan, not beside --config")
-        plan = load_plan(options.config, options.data, options.only, options.on, options.skip)
+        plan = load_plan(config_file(options.config, PLANS), options.data, options.only, options.on, options.skip)
         shared |= open_judge(options.judge or plan.options.get("judge"))
         shared |= open_lung_segmenter(options.lung_segmenter or plan.options.get("lung_segmenter"))
         results = run_plan(plan, lambda model: open_pipeline(options, model), options.out, **shared)

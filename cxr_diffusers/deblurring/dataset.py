@@ -1,4 +1,4 @@
-"""A data set in, the same data set deblurred out."""
+"""Deblur a whole data set; its layout, tables, boxes and masks are kept."""
 
 import hashlib
 import io
@@ -6,6 +6,7 @@ import json
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,15 +27,17 @@ from .kernel_estimation import estimate_kernel
 
 SETTINGS, SUMMARY, SKIPPED = "deblur_settings.json", "deblur_summary.json", "skipped.csv"
 ESTIMATE = "estimate"
-# the geometry of a copy is its source's
-SAME = {"size": None, "aspect": "pad", "frontal_only": False}
+# deblurring changes neither size nor shape
+SAME_GEOMETRY = {"size": None, "aspect": "pad", "frontal_only": False}
 
 
-def load_prior(name=None, trust_remote_code=False):
-    """A `DiffPIRDeblurPipeline` around the UNet of any folder or Hub name of ours; None: the shipped model.
+def load_prior(name: str | Path | None = None, trust_remote_code: bool = False) -> DiffPIRDeblurPipeline:
+    """A `DiffPIRDeblurPipeline` with the UNet of a pipeline folder or Hub name; None: of the shipped model.
 
-    A class-conditional model serves with its null label. Raises ValueError if it was trained without one, and what
-    `hub.load_pipeline` raises.
+    A class-conditional model is used with its null label.
+
+    Raises:
+        ValueError: the model was trained without a null label. Also the errors of `hub.load_pipeline`.
     """
     pipeline = load_pipeline(name or default_checkpoint(), trust_remote_code)
     if isinstance(pipeline, DiffPIRDeblurPipeline):
@@ -50,32 +53,31 @@ def load_prior(name=None, trust_remote_code=False):
 
 
 def deblur(
-    pipeline,
-    source_root,
-    output_root,
+    pipeline: DiffPIRDeblurPipeline,
+    source_root: str | Path,
+    output_root: str | Path,
     *,
-    kernel,
-    batch_size=4,
-    image_format="png",
-    seed=0,
-    call_kwargs=None,
-    progress=True,
-):
-    """Copy a data set with every radiograph deblurred, each at its own size. What loads there loads here.
+    kernel: np.ndarray | str,
+    batch_size: int = 4,
+    image_format: str = "png",
+    seed: int = 0,
+    call_kwargs: dict[str, Any] | None = None,
+    progress: bool = True,
+) -> dict[str, Any] | None:
+    """Copy a data set with every radiograph deblurred at its own size; the copy is loaded in the same way.
 
-    CheXpert (also Plus), ChestX-ray14 and VinDr-CXR keep their CSVs, with paths rewritten and rows dropped whose image
-    is missing or broken; all other CSVs are carried over, the names of pictures in them rewritten. Boxes stay what they
-    are. Masks, known by their names or by having no more than two grey values, are copied.
+    CheXpert (also Plus), ChestX-ray14 and VinDr-CXR keep their CSV files, with paths rewritten and without rows whose
+    image is missing or broken; all other CSV files are copied, with the names of images in them rewritten. Boxes are
+    unchanged. Masks, recognised by their names or by having at most two grey values, are copied.
 
-    Run it again and it goes on where it stopped, kill -9 included: a picture is there when it is whole, and is not
-    computed twice. Under `accelerate launch` or torchrun each process takes its share (place the pipeline on its device
-    first). The noise of a picture depends on `seed` and its path alone, so a picture comes out the same, but for
-    rounding, in whatever company it is computed.
+    Run it again to resume, also after kill -9: an image is either complete or absent, and is not computed twice. Under
+    `accelerate launch` or torchrun each process takes its share (place the pipeline on its device first). The noise of
+    an image depends on `seed` and its path only, so, apart from rounding, the result does not depend on the batch.
 
     Args:
-        kernel: (h, w) array in pixels of the pictures, a text for `degradations.make_kernel`, or "estimate": each
-            picture's own, by `kernel_estimation.estimate_kernel`.
-        batch_size: pictures of one size at once.
+        kernel: (h, w) array in pixels of the images, a text for `degradations.make_kernel`, or "estimate": each image
+            with its own, by `kernel_estimation.estimate_kernel`.
+        batch_size: images of one size at once.
         image_format: "png" (16 bit stay 16 bit) or "jpg" (8 bit, quality 95).
         call_kwargs: arguments of the pipeline's call (num_inference_steps, noise_std, ...).
 
@@ -90,22 +92,23 @@ def deblur(
     """
     state, source_root, output_root = process_state(), Path(source_root), Path(output_root)
     check(source_root, output_root, image_format, batch_size)
-    kernel, called = read_kernel(kernel)
+    fixed_kernel, kernel_name = read_kernel(kernel)
     settings = {
         "model": str(pipeline.config.get("_name_or_path") or type(pipeline).__name__),
         "weights": fingerprint(pipeline, {}, 0),
-        "kernel": called,
+        "kernel": kernel_name,
         "image_format": image_format,
         "seed": seed,
         "call": dict(call_kwargs or {}),
     }
-    plan = plan_copy(source_root, output_root, {**SAME, "image_format": image_format})
+    plan = plan_copy(source_root, output_root, {**SAME_GEOMETRY, "image_format": image_format})
     keep_settings(output_root / SETTINGS, settings, ignore=("model",))
     todo = [job for job in plan.jobs if not (output_root / job[1]).is_file()]
-    state.wait_for_everyone()  # all have looked before the first writes, or they would share out different lists
+    state.wait_for_everyone()  # every process lists the pending images before any is written
 
-    share, failed = todo[state.process_index :: state.num_processes], {}
-    worker = Worker(pipeline, output_root, kernel, batch_size, seed, call_kwargs or {})
+    failed: dict[str, str] = {}
+    share = todo[state.process_index :: state.num_processes]
+    worker = Worker(pipeline, output_root, fixed_kernel, batch_size, seed, call_kwargs or {})
     # the bar speaks for all processes: they are about equally fast
     bar = tqdm(
         total=len(plan.jobs),
@@ -155,33 +158,33 @@ def deblur(
 
 
 class TooSmall(Exception):
-    """A picture that the kernel does not fit into."""
+    """An image that is smaller than the kernel."""
 
 
 class Worker:
-    """Takes pictures one by one, deblurs those of one size together, and writes each when it is whole."""
+    """Takes images one by one, deblurs images of one size together, and writes each under its name when complete."""
 
     def __init__(self, pipeline, output_root, kernel, batch_size, seed, call_kwargs):
         self.pipeline, self.output_root, self.kernel = pipeline, output_root, kernel
         self.batch_size, self.seed, self.call_kwargs = batch_size, seed, call_kwargs
-        self.waiting = {}  # size -> [(picture, kernel, output)]
+        self.waiting: dict[tuple, list] = {}  # size -> [(image, kernel, output)]
         self.written, self.computed, self.seconds = 0, 0, 0.0
 
     def take(self, source, output, is_mask):
-        """ValueError or OSError if `source` cannot be read, `TooSmall` if the kernel does not fit into it."""
-        picture = read_image(source)
-        if is_mask or len(np.unique(np.asarray(picture))) <= 2:
-            self.write(picture, output)
+        """Raises ValueError or OSError if `source` cannot be read, `TooSmall` if it is smaller than the kernel."""
+        image = read_image(source)
+        if is_mask or len(np.unique(np.asarray(image))) <= 2:
+            self.write(image, output)
             return
-        kernel = kernel_of(picture, self.kernel)
-        if max(kernel.shape) > min(picture.size):
-            raise TooSmall(f"{picture.width} x {picture.height} pixels, kernel {kernel.shape}")
+        kernel = kernel_of(image, self.kernel)
+        if max(kernel.shape) > min(image.size):
+            raise TooSmall(f"{image.width} x {image.height} pixels, kernel {kernel.shape}")
         # kernels of one size are one batch
-        key = (picture.size, kernel.shape)
-        self.waiting.setdefault(key, []).append((picture, kernel, output))
+        key = (image.size, kernel.shape)
+        self.waiting.setdefault(key, []).append((image, kernel, output))
         if len(self.waiting[key]) == self.batch_size:
             self.run(key)
-        elif sum(map(len, self.waiting.values())) >= 8 * self.batch_size:  # many sizes: memory is not without end
+        elif sum(map(len, self.waiting.values())) >= 8 * self.batch_size:  # many sizes: limits the memory
             self.run(max(self.waiting, key=lambda key: len(self.waiting[key])))
 
     def finish(self):
@@ -192,7 +195,7 @@ class Worker:
         batch = self.waiting.pop(key)
         start = time.perf_counter()
         restored = self.pipeline(
-            [picture for picture, _, _ in batch],
+            [image for image, _, _ in batch],
             kernel=np.stack([kernel for _, kernel, _ in batch]),
             generator=[generator_of(self.seed, output) for _, _, output in batch],
             output_type="pil",
@@ -200,40 +203,48 @@ class Worker:
         ).restored
         self.seconds += time.perf_counter() - start
         self.computed += len(batch)
-        for (_, _, output), picture in zip(batch, restored, strict=True):
-            self.write(picture, output)
+        for (_, _, output), image in zip(batch, restored, strict=True):
+            self.write(image, output)
 
-    def write(self, picture, output):
-        write_file(self.output_root / output, encode(picture, output.suffix))
+    def write(self, image, output):
+        write_file(self.output_root / output, encode(image, output.suffix))
         self.written += 1
 
 
-def measure(pipeline, source_root, *, kernel, batch_size=4, call_kwargs=None, sample=None):
-    """(seconds an image in one process, pictures in the data set), from `sample` pictures (None: two batches).
+def measure(
+    pipeline: DiffPIRDeblurPipeline,
+    source_root: str | Path,
+    *,
+    kernel: np.ndarray | str,
+    batch_size: int = 4,
+    call_kwargs: dict[str, Any] | None = None,
+    sample: int | None = None,
+) -> tuple[float, int]:
+    """(seconds per image in one process, number of images), measured on `sample` images (None: two batches).
 
-    They are taken evenly from all of the set; nothing is written, and a first call, to warm up, does not count.
+    The images are spread evenly over the data set; nothing is written, and a first call for warm-up does not count.
     """
-    kernel, _ = read_kernel(kernel)
-    plan = plan_copy(Path(source_root), Path(source_root) / ".planned", {**SAME, "image_format": "png"})
+    fixed_kernel, _ = read_kernel(kernel)
+    plan = plan_copy(Path(source_root), Path(source_root) / ".planned", {**SAME_GEOMETRY, "image_format": "png"})
     sources = [source for source, _, is_mask in plan.jobs if not is_mask]
     count = min(sample or 2 * batch_size, len(sources))
     sources = [sources[i * len(sources) // count] for i in range(count)]
-    pictures = [read_image(source) for source in sources]
-    pipeline(pictures[0], kernel=kernel_of(pictures[0], kernel), **{**(call_kwargs or {}), "num_inference_steps": 1})
+    images = [read_image(source) for source in sources]
+    pipeline(images[0], kernel=kernel_of(images[0], fixed_kernel), **{**(call_kwargs or {}), "num_inference_steps": 1})
     start = time.perf_counter()
-    groups = {}
-    for picture in pictures:
-        own = kernel_of(picture, kernel)
-        groups.setdefault((picture.size, own.shape), []).append((picture, own))
+    groups: dict[tuple, list] = {}
+    for image in images:
+        own = kernel_of(image, fixed_kernel)
+        groups.setdefault((image.size, own.shape), []).append((image, own))
     for members in groups.values():
         for first in range(0, len(members), batch_size):
             some = members[first : first + batch_size]
             pipeline([p for p, _ in some], kernel=np.stack([k for _, k in some]), **(call_kwargs or {}))
-    return (time.perf_counter() - start) / len(pictures), len(plan.jobs)
+    return (time.perf_counter() - start) / len(images), len(plan.jobs)
 
 
-def describe_plan(images, seconds_per_image, processes=1):
-    """ "224,316 images: 3.10 images/s in 4 processes, 20.1 hours", from seconds an image in one process.
+def describe_plan(images: int, seconds_per_image: float, processes: int = 1) -> str:
+    """ "224,316 images: 3.10 images/s in 4 processes, 20.1 hours", from the seconds per image in one process.
 
     >>> describe_plan(224_316, 2.0, 4)
     '224,316 images: 2 images/s in 4 processes, 31.2 hours'
@@ -245,8 +256,8 @@ def describe_plan(images, seconds_per_image, processes=1):
     return f"{images:,} images: {processes / seconds_per_image:.3g} images/s in {many}, {total / length:.1f} {name}"
 
 
-def read_kernel(kernel):
-    """Array, text or "estimate" -> ((h, w) array or None, how it is called)."""
+def read_kernel(kernel: np.ndarray | str) -> tuple[np.ndarray | None, str]:
+    """Array, text or "estimate" -> ((h, w) array, or None for "estimate"; its name in the settings)."""
     if isinstance(kernel, str):
         if kernel == ESTIMATE:
             return None, ESTIMATE
@@ -256,25 +267,25 @@ def read_kernel(kernel):
     return array, f"array of {array.shape} ({hashlib.sha256(array.tobytes()).hexdigest()[:8]})"
 
 
-def kernel_of(picture, kernel):
-    return estimate_kernel(picture) if kernel is None else kernel
+def kernel_of(image, kernel):
+    return estimate_kernel(image) if kernel is None else kernel
 
 
 def generator_of(seed, output):
-    """A generator that depends on the seed and a picture's path below the root, and on nothing else."""
+    """A generator that depends only on the seed and the path of the image below the root."""
     digest = hashlib.sha256(f"{seed}:{Path(output).as_posix()}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7]))
 
 
-def encode(picture, suffix):
+def encode(image, suffix):
     """PIL image -> the bytes of a PNG, or of a JPEG of 8 bits."""
     with io.BytesIO() as buffer:
         if suffix == ".jpg":
-            if picture.mode != "L":
-                picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
-            picture.save(buffer, format="JPEG", quality=95)
+            if image.mode != "L":
+                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+            image.save(buffer, format="JPEG", quality=95)
         else:
-            picture.save(buffer, format="PNG")
+            image.save(buffer, format="PNG")
         return buffer.getvalue()
 
 
@@ -290,7 +301,7 @@ def check(source_root, output_root, image_format, batch_size):
 
 
 def carry_tables(source_root, output_root, plan):
-    """Copy the CSVs that the plan did not write, with the names of pictures in them rewritten."""
+    """Copy the CSV files that the plan did not write, with the names of images in them rewritten."""
     outputs = {source.resolve(): output for source, output, _ in plan.jobs}
     for csv in sorted(source_root.rglob("*.csv")):
         target = output_root / csv.relative_to(source_root)
@@ -299,8 +310,8 @@ def carry_tables(source_root, output_root, plan):
         places = (csv.parent, source_root.parent)  # CheXpert's paths begin with the data set's own name
 
         def renamed(cell, places=places):
-            found = [outputs.get((place / cell).resolve()) for place in places] if 0 < len(cell) < 1000 else []
-            output = next((output for output in found if output is not None), None)
+            candidates = [outputs.get((place / cell).resolve()) for place in places] if 0 < len(cell) < 1000 else []
+            output = next((output for output in candidates if output is not None), None)
             return cell if output is None else Path(cell).with_name(output.name).as_posix()
 
         table = pd.read_csv(csv, dtype=str, keep_default_na=False)

@@ -1,10 +1,12 @@
-"""How a radiograph gets blurred: kernels, blur and noise; y = k * x + n.
+"""Blur kernels, blur and noise: y = k * x + n.
 
 A kernel is an (h, w) float32 array of values that are 0 or more and sum to 1, centred at (h // 2, w // 2).
 """
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -18,13 +20,13 @@ from ..data.images import read_image
 BOUNDARIES = {"reflect": "reflect", "replicate": "replicate", "wrap": "circular"}
 
 
-def motion_kernel(size=10, intensity=0.5, seed=0):
-    """The trace of a shaking hand: a random trajectory, as DiffPIR's experiments draw it (L. Borodenko's motionblur).
+def motion_kernel(size: int = 10, intensity: float = 0.5, seed: int | np.random.RandomState = 0) -> np.ndarray:
+    """A random motion trajectory, drawn as in DiffPIR's experiments (L. Borodenko's motionblur).
 
     Args:
         size: side of the kernel, in pixels.
         intensity: of the shaking, 0 (nearly straight) to 1.
-        seed: a number, or a `numpy.random.RandomState` that is drawn from and moved on.
+        seed: a number, or a `numpy.random.RandomState` to draw from.
 
     Returns:
         (size, size) float32.
@@ -38,23 +40,23 @@ def motion_kernel(size=10, intensity=0.5, seed=0):
     path = motion_path(size, intensity, random)
     # drawn at twice the size, then shrunk
     diagonal = 2 * size * 2**0.5
-    picture = PIL.Image.new("RGB", (2 * size, 2 * size))
+    drawing = PIL.Image.new("RGB", (2 * size, 2 * size))
     # at least one pixel: below size 54 the width rounds to 0, for which Pillow 13 draws nothing
     width = max(1, int(diagonal / 150))
-    PIL.ImageDraw.Draw(picture).line([(z.real, z.imag) for z in path], fill=(255, 255, 255), width=width)
-    picture = picture.filter(PIL.ImageFilter.GaussianBlur(radius=int(diagonal * 0.01)))
-    picture = picture.resize((size, size), PIL.Image.Resampling.LANCZOS).convert("L")
-    return _normalised(np.asarray(picture, np.float64))
+    PIL.ImageDraw.Draw(drawing).line([(z.real, z.imag) for z in path], fill=(255, 255, 255), width=width)
+    drawing = drawing.filter(PIL.ImageFilter.GaussianBlur(radius=int(diagonal * 0.01)))
+    drawing = drawing.resize((size, size), PIL.Image.Resampling.LANCZOS).convert("L")
+    return _normalised(np.asarray(drawing, np.float64))
 
 
-def motion_path(size, intensity, random):
-    """(N,) complex: the trajectory of `motion_kernel`, x + iy, in pixels of its picture of 2 size x 2 size.
+def motion_path(size: int, intensity: float, random: np.random.RandomState) -> np.ndarray:
+    """(N,) complex: the trajectory of `motion_kernel`, x + iy, in pixels of its drawing of 2 size x 2 size.
 
-    The order of the draws is the original's, so a seed means the same path.
+    Random numbers are drawn in the order of the original, so a seed gives the same path.
     """
     diagonal = 2 * size * 2**0.5
     length = 0.75 * diagonal * (random.uniform() + random.uniform(0, intensity**2))
-    steps = []
+    steps: list[float] = []
     while sum(steps) < length:
         step = random.beta(1, 30) * (1 - intensity + 0.1) * diagonal
         if step < length:
@@ -71,9 +73,9 @@ def motion_path(size, intensity, random):
     return path + complex(size, size)
 
 
-def linear_motion_kernel(length, angle=0.0):
-    """A straight line: the patient or the detector moved evenly. `length` in pixels (1: no blur), `angle` in degrees
-    against the picture's rows, counter-clockwise."""
+def linear_motion_kernel(length: float, angle: float = 0.0) -> np.ndarray:
+    """A straight line: motion at constant speed. `length` in pixels (1: no blur), `angle` in degrees from the image's
+    rows, counter-clockwise."""
     _expect(length >= 1, "a `length` of 1 pixel or more", length)
     count = max(1, int(64 * length)) | 1
     t = ((np.arange(count) + 0.5) / count - 0.5) * length
@@ -86,7 +88,7 @@ def linear_motion_kernel(length, angle=0.0):
     return _normalised(kernel)
 
 
-def gaussian_kernel(sigma, minor=None, angle=0.0):
+def gaussian_kernel(sigma: float, minor: float | None = None, angle: float = 0.0) -> np.ndarray:
     """A Gaussian: sigma in pixels along `angle` (degrees, counter-clockwise), `minor` across it (None: the same)."""
     minor = sigma if minor is None else minor
     _expect(sigma > 0 and minor > 0, "a `sigma` and a `minor` greater than 0", (sigma, minor))
@@ -97,8 +99,8 @@ def gaussian_kernel(sigma, minor=None, angle=0.0):
     return _normalised(np.exp(-((along / sigma) ** 2 + (across / minor) ** 2) / 2))
 
 
-def disk_kernel(radius):
-    """A disk, as of a focal spot or a lens out of focus; `radius` in pixels, edge pixels by their covered area."""
+def disk_kernel(radius: float) -> np.ndarray:
+    """A disk, as from a focal spot or a defocused lens; `radius` in pixels, edge pixels by their covered area."""
     _expect(radius > 0, "a `radius` greater than 0", radius)
     reach, fine = int(np.ceil(radius)), 16
     points = (np.arange((2 * reach + 1) * fine) + 0.5) / fine - reach - 0.5
@@ -106,8 +108,8 @@ def disk_kernel(radius):
     return _normalised(inside.reshape(2 * reach + 1, fine, 2 * reach + 1, fine).mean(axis=(1, 3)))
 
 
-def load_kernel(path):
-    """A kernel from a picture (png, tif ...: bright is much) or a 2-d npy array; scaled to sum 1.
+def load_kernel(path: str | Path) -> np.ndarray:
+    """Read a kernel from an image file (png, tif ...; bright pixels have large weights) or a 2-d npy array; sums to 1.
 
     Raises:
         FileNotFoundError: no such file. ValueError: not 2-d, negative or not finite values, or all 0.
@@ -124,7 +126,7 @@ def load_kernel(path):
     return _normalised(kernel)
 
 
-KERNELS = {
+KERNELS: dict[str, Callable[..., np.ndarray]] = {
     "motion": motion_kernel,
     "linear": linear_motion_kernel,
     "gaussian": gaussian_kernel,
@@ -133,7 +135,7 @@ KERNELS = {
 }
 
 
-def make_kernel(text):
+def make_kernel(text: str) -> np.ndarray:
     """ "motion:size=10,intensity=0.5,seed=3", "linear:length=9,angle=30", "gaussian:sigma=1.5", "disk:radius=2",
     "file:path=k.png" -> kernel: a name of `KERNELS` and keywords of its function, all of them numbers but `path`.
 
@@ -146,67 +148,73 @@ def make_kernel(text):
     name, _, rest = str(text).partition(":")
     if name not in KERNELS:
         raise ValueError(f"expected a kernel of {', '.join(KERNELS)}, got {text!r}")
-    known = inspect.signature(KERNELS[name]).parameters
-    given = {}
+    parameters = inspect.signature(KERNELS[name]).parameters
+    given: dict[str, Any] = {}
     for item in rest.split(",") if rest else []:
         key, _, value = item.partition("=")
-        if key not in known:
-            raise ValueError(f"{text!r}: unknown key {key!r}, expected some of {', '.join(known)}")
+        if key not in parameters:
+            raise ValueError(f"{text!r}: unknown key {key!r}, expected some of {', '.join(parameters)}")
         try:
             given[key] = value if key == "path" else float(value)
         except ValueError:
             raise ValueError(f"{text!r}: expected a number for {key!r}, got {value!r}") from None
         if key in ("size", "seed") and given[key] == int(given[key]):
             given[key] = int(given[key])
-    missing = [key for key, p in known.items() if p.default is p.empty and key not in given]
+    missing = [key for key, p in parameters.items() if p.default is p.empty and key not in given]
     if missing:
         raise ValueError(f"{text!r}: give {missing[0]!r}, as in {name}:{missing[0]}=...")
     return KERNELS[name](**given)
 
 
-def blur(image, kernel, boundary="reflect"):
-    """k * x: convolution.
+def blur(image: torch.Tensor, kernel: np.ndarray | torch.Tensor, boundary: str = "reflect") -> torch.Tensor:
+    """Convolve an image with a kernel, k * x.
 
     Args:
         image: (B, C, H, W) or (H, W) tensor.
         kernel: (h, w), see the module.
-        boundary: what lies outside the picture: "reflect" (mirrored), "replicate" (the edge pixel) or "wrap" (the other
-            side of the picture, as the Fourier transform sees it).
+        boundary: the values outside the image: "reflect" (mirrored), "replicate" (the edge pixel) or "wrap" (periodic,
+            as for the Fourier transform).
 
     Returns:
         a tensor of the image's shape.
 
     Raises:
-        ValueError: an unknown boundary, or a kernel larger than the picture.
+        ValueError: an unknown boundary, or a kernel larger than the image.
     """
     if boundary not in BOUNDARIES:
         raise ValueError(f"expected `boundary` {', '.join(BOUNDARIES)}, got {boundary!r}")
     kernel = torch.as_tensor(kernel).to(image)
     (h, w), (height, width) = kernel.shape, image.shape[-2:]
     if h > height or w > width:
-        raise ValueError(f"expected a kernel of at most {height} x {width}, the picture's size, got {h} x {w}")
+        raise ValueError(f"expected a kernel of at most {height} x {width}, the image's size, got {h} x {w}")
     x = image.reshape(-1, 1, height, width)
-    # a convolution looks back by the kernel's part behind its centre, and ahead by the part before it
+    # the part of the kernel after its centre reaches pixels before this one, and the other way round
     x = F.pad(x, (w - 1 - w // 2, w // 2, h - 1 - h // 2, h // 2), mode=BOUNDARIES[boundary])
     return F.conv2d(x, kernel.flip(0, 1)[None, None]).reshape(image.shape)
 
 
-def blur_adjoint(image, kernel, boundary="reflect"):
+def blur_adjoint(image: torch.Tensor, kernel: np.ndarray | torch.Tensor, boundary: str = "reflect") -> torch.Tensor:
     """The adjoint of `blur`: <blur(x), y> = <x, blur_adjoint(y)> for all x and y. Arguments as for `blur`."""
     with torch.enable_grad():
         x = torch.zeros_like(image, requires_grad=True)
         return torch.autograd.grad(blur(x, kernel, boundary), x, image)[0]
 
 
-def add_noise(image, noise_std, generator=None):
-    """x + n: white Gaussian noise of standard deviation `noise_std`, on the image's own scale."""
+def add_noise(image: torch.Tensor, noise_std: float, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Add white Gaussian noise of standard deviation `noise_std`, on the scale of the image."""
     _expect(noise_std >= 0, "a `noise_std` of 0 or more", noise_std)
     noise = torch.randn(image.shape, generator=generator, dtype=image.dtype)
     return image + noise_std * noise.to(image.device)
 
 
-def degrade(image, kernel, noise_std=0.0, boundary="reflect", generator=None):
-    """y = k * x + n, for images in [0, 1]: what `DiffPIRDeblurPipeline` undoes."""
+def degrade(
+    image: torch.Tensor,
+    kernel: np.ndarray | torch.Tensor,
+    noise_std: float = 0.0,
+    boundary: str = "reflect",
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Blur and add noise, y = k * x + n, for images in [0, 1]; `DiffPIRDeblurPipeline` reverses it."""
     return add_noise(blur(image, kernel, boundary), noise_std, generator)
 
 

@@ -22,7 +22,7 @@ class DataPlan:
 
 @dataclass
 class Plan:
-    """What is compared on what; `configs/evaluate.yaml` is one."""
+    """What is compared on what; `configs/plans/evaluate.yaml` is one."""
 
     methods: dict  # name in the table -> {model: see hub.load_pipeline; any argument of its call}
     data: dict  # name -> `DataPlan`

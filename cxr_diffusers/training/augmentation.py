@@ -1,21 +1,30 @@
-"""Small random changes of posture and exposure that leave a chest a chest."""
+"""Random changes of position and exposure for training images."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
 
-def augment(images, degrees=0.0, zoom=0.0, shift=0.0, gamma=0.0, contrast=0.0, clip=0.0, data_range=(-1.0, 1.0)):
-    """(B, C, H, W) in `data_range` -> the same, each image turned, zoomed, shifted and exposed a little differently.
+def augment(
+    images: torch.Tensor,
+    degrees: float = 0.0,
+    zoom: float = 0.0,
+    shift: float = 0.0,
+    gamma: float = 0.0,
+    contrast: float = 0.0,
+    clip: float = 0.0,
+    data_range: Sequence[float] = (-1.0, 1.0),
+) -> torch.Tensor:
+    """(B, C, H, W) in `data_range` -> the same, each image randomly rotated, zoomed, shifted and exposed.
 
-    There is no mirroring: the heart is on the left, and a mirrored chest is a rare finding (situs inversus), not a
-    healthy one.
+    Images are not mirrored: a mirrored chest would be a rare finding (situs inversus), not a healthy image.
 
     Args:
         degrees: rotation, uniform in +- degrees.
         zoom: scale, uniform in 1 +- zoom.
-        shift: translation along each axis, uniform in +- shift of the side. What comes in repeats the border.
+        shift: translation along each axis, uniform in +- shift of the side. New pixels repeat the border.
         clip: share of the grey scale that is clipped at each end, uniform in 0..clip; the rest is stretched.
         gamma: exposure, v -> v ** exp(u) on [0, 1] with u uniform in +- gamma.
         contrast: v -> v + u (s(v) - v) on [0, 1] with s(v) = 3 v^2 - 2 v^3 and u uniform in +- contrast (at most 1).

@@ -43,7 +43,7 @@ class LungImages(torch.utils.data.Dataset):
         return {"images": self.images[index], "masks": self.masks[index]}
 
 
-def split_lungs(mask, path="mask"):
+def split_lungs(mask: np.ndarray, path: str = "mask") -> torch.Tensor:
     """(H, W) booleans -> (2, H, W) float32: its two largest pieces, the one on the left of the image first.
 
     Raises:
@@ -117,7 +117,7 @@ def augment_lungs(
     return images ** uniform(gamma).exp()[:, None, None, None] * 2 - 1, masks
 
 
-def paint_opacities(images, masks, probability):
+def paint_opacities(images: torch.Tensor, masks: torch.Tensor, probability: float) -> torch.Tensor:
     """(B, 1, H, W) images in [-1, 1], (B, 2, H, W) lung masks -> the images with soft synthetic opacities in the lungs.
 
     Each lung is painted with `probability`: a third of the opacities rise from the base like fluid, a third fill the
@@ -149,8 +149,8 @@ def paint_opacities(images, masks, probability):
     distance = (((y - row) / uniform(0.7, 1.4)) ** 2 + (x - column) ** 2).sqrt()
     round_ = torch.sigmoid((uniform(0.04, 0.22) - distance) / uniform(0.01, 0.05))
 
-    kind = torch.randint(3, (batch, 2, 1, 1), device=device)
-    shape = torch.where(kind == 0, basal, torch.where(kind == 1, full, round_))
+    shape_index = torch.randint(3, (batch, 2, 1, 1), device=device)
+    shape = torch.where(shape_index == 0, basal, torch.where(shape_index == 1, full, round_))
     painted = torch.rand(batch, 2, 1, 1, device=device) < probability
     opacity = (shape * masks * painted * uniform(0.4, 1.0)).amax(dim=1, keepdim=True)
     radius = max(1, round(2 * unit))
@@ -163,6 +163,6 @@ def paint_opacities(images, masks, probability):
     return images + opacity * (target.clamp(-1, 1) - images).clamp_min(0)
 
 
-def blur(images, radius):
+def blur(images: torch.Tensor, radius: int) -> torch.Tensor:
     """(B, 1, H, W) -> the mean over a window of 2 `radius` + 1 pixels, counting pixels of the image only."""
     return F.avg_pool2d(images, 2 * radius + 1, stride=1, padding=radius, count_include_pad=False)

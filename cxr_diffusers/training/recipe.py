@@ -1,31 +1,34 @@
 """A recipe is a YAML file whose sections are keyword arguments; see configs/."""
 
 import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
-from ..config import build, override_value, read_sections
+import torch
+
+from ..config import build, config_file, override_value, read_sections
 
 
 @dataclass
 class RunConfig:
-    """How a run goes on, whatever it trains."""
+    """The settings that all training runs share."""
 
     output_dir: str
     max_steps: int = 50_000  # optimizer updates
     max_seconds: float | None = None  # end after so much training time, the learning rate decaying with the clock
     batch_size: int = 4  # per process
     learning_rate: float = 1e-4
-    mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = (
-        None  # no, fp16, bf16; auto: bf16 where fast; None: what `accelerate launch` says
-    )
+    # auto: bf16 where the hardware has it; None: as `accelerate launch` is configured
+    mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = None
     compile: bool = False  # torch.compile the network: a minute or two once, then faster steps on a GPU
     ema_decay: float = 0.9999  # reached slowly: EMAModel's warm-up
-    augment: dict | None = None  # keyword arguments of data.augment; None: none
+    augment: dict | None = None  # keyword arguments of training.augmentation.augment; None: no augmentation
     save_every: int = 5_000  # steps between checkpoints
     checkpoints_total_limit: int = 2  # older ones are deleted; 0 keeps all
-    validate_every: int = 5_000  # steps between pictures
+    validate_every: int = 5_000  # steps between validation images
     validation_images: int = 4
     dataloader_num_workers: int = 0
     seed: int = 0
@@ -35,14 +38,18 @@ class RunConfig:
     hub_model_id: str | None = None  # USER/NAME; None: the name of output_dir
     hub_private: bool = False
 
-    def __post_init__(self):
-        """Raise ValueError for a count below 1 or a rate that is no finite number."""
+    def __post_init__(self) -> None:
+        """Raise ValueError if a number is out of its range."""
         counts = "max_steps batch_size save_every validate_every validation_images gradient_accumulation_steps n_critic"
         for name in counts.split():
             if getattr(self, name, 1) < 1:
                 raise ValueError(f"train.{name}: expected 1 or more, got {getattr(self, name)}")
         if not 0 <= self.learning_rate < math.inf:
             raise ValueError(f"train.learning_rate: expected a finite number of 0 or more, got {self.learning_rate}")
+        for name in ("logit_normal", "adam_betas"):
+            pair = getattr(self, name, None)
+            if pair is not None and (len(pair) != 2 or not all(isinstance(x, int | float) for x in pair)):
+                raise ValueError(f"train.{name}: expected two numbers, got {pair}")
         for name in ("dataloader_num_workers", "checkpoints_total_limit", "lr_warmup_steps"):
             if getattr(self, name, 0) < 0:
                 raise ValueError(f"train.{name}: expected 0 or more, got {getattr(self, name)}")
@@ -50,38 +57,38 @@ class RunConfig:
 
 @dataclass
 class TrainConfig(RunConfig):
-    """How a UNet or a classifier is trained; the `train:` section of its recipe."""
+    """The `train:` section of a UNet's, a classifier's or a segmenter's recipe."""
 
     gradient_accumulation_steps: int = 1
     lr_scheduler: str = "constant_with_warmup"  # a name of diffusers.optimization.get_scheduler
     lr_warmup_steps: int = 0
     weight_decay: float = 0.0
     ema_width: float | None = None  # relative width of a power-function average in place of `ema_decay`, e.g. 0.1
-    balance: bool = False  # draw every (class, view), and the images without a class, equally often
-    validation_loss_images: int = 0  # so many validation images give a loss with fixed noise; the best model is kept
+    balance: bool = False  # draw each (class, view), and the unlabelled images, equally often
+    validation_loss_images: int = 0  # number of validation images for a loss with fixed noise; the best model is kept
     max_grad_norm: float = 1.0
-    p_uncond: float = 0.1  # how often a label is dropped; 0 trains no null label
+    p_uncond: float = 0.1  # probability of dropping a label; with 0 the null label is not trained
     snr_gamma: float | None = None  # min-SNR weighting; 5 is the paper's
     logit_normal: list | None = None  # [mean, std] of logit(t / T) of the training timesteps; None: uniform
     vlb_weight: float = 1.0  # of the variational bound, for models with learned variance
-    init_from: str | None = None  # a pipeline folder or Hub name whose weights of the same part the run starts from
+    init_from: str | None = None  # pipeline folder or Hub name; training starts from its weights
 
 
 @dataclass
 class Recipe:
-    """One result: what it is learned from, by which model, and how."""
+    """Recipe of a UNet: data, model, noise schedule and training."""
 
     data: dict  # `name` of a loader in cxr_diffusers.data, and its keyword arguments
     unet: dict  # keyword arguments of diffusers.UNet2DModel
     scheduler: dict  # keyword arguments of diffusers.DDIMScheduler
     train: TrainConfig
     images: dict = field(default_factory=dict)  # scaling, aspect, data_range: of prepare_image, kept by the pipeline
-    validation: dict = field(default_factory=dict)  # keys of `data` that differ for the pictures shown while training
-    conditions: dict = field(default_factory=dict)  # `views`, e.g. [PA, AP]: the network is told the view too
+    validation: dict = field(default_factory=dict)  # keys of `data` that differ for the validation images
+    conditions: dict = field(default_factory=dict)  # `views`, e.g. [PA, AP]: the network is conditioned on the view too
     pipeline: dict = field(default_factory=dict)  # the pipeline's `settings`: defaults of its call
 
-    def identity(self):
-        """What makes a run this run and no other, apart from `train`: a run resumes only where it is the same."""
+    def identity(self) -> dict[str, Any]:
+        """The settings outside `train` that determine the result: a run resumes only if they are the same."""
         data = {key: value for key, value in self.data.items() if key != "root"}  # a disk may be mounted elsewhere
         conditions = {"conditions": self.conditions} if self.conditions else {}
         return {"data": data, "unet": self.unet, "scheduler": self.scheduler, "images": self.images, **conditions}
@@ -89,14 +96,15 @@ class Recipe:
 
 @dataclass
 class AdversarialConfig(RunConfig):
-    """How two players are trained against each other; the `train:` section of a recipe with a generator.
+    """The `train:` section of a Fixed-Point GAN's recipe.
 
-    `max_steps` are updates of the critic, `learning_rate` is of both, and `mixed_precision` is no or bf16.
+    `max_steps` counts updates of the discriminator, `learning_rate` is that of both networks, and `mixed_precision` is
+    no or bf16.
     """
 
     ema_decay: float = 0.999  # of the generator, per update of it
-    n_critic: int = 5  # the generator is updated once in so many steps
-    lr_decay_steps: int = 0  # over the last so many steps the rate falls linearly to 0
+    n_critic: int = 5  # discriminator updates per generator update
+    lr_decay_steps: int = 0  # number of last steps in which the learning rate falls linearly to 0
     adam_betas: list = field(default_factory=lambda: [0.5, 0.999])
     lambda_cls: float = 1.0  # domain classification
     lambda_rec: float = 10.0  # cycle consistency
@@ -106,128 +114,161 @@ class AdversarialConfig(RunConfig):
 
 @dataclass
 class AdversarialRecipe:
-    """One result of two players: what it is learned from, by which generator and discriminator, and how."""
+    """Recipe of a Fixed-Point GAN: data, generator, discriminator and training."""
 
     data: dict  # `name` of a loader in cxr_diffusers.data, and its keyword arguments
     generator: dict  # keyword arguments of models.fixed_point_gan.FixedPointGenerator
-    discriminator: dict  # keyword arguments of FixedPointDiscriminator; size, channels, classes are the generator's
+    discriminator: dict  # of FixedPointDiscriminator; size, channels and classes are the generator's
     train: AdversarialConfig
     images: dict = field(default_factory=dict)  # scaling, aspect: of prepare_image, kept by the pipeline
-    validation: dict = field(default_factory=dict)  # keys of `data` that differ for the pictures shown while training
+    validation: dict = field(default_factory=dict)  # keys of `data` that differ for the validation images
     pipeline: dict = field(default_factory=dict)  # the pipeline's `settings`: defaults of its call
 
-    def identity(self):
-        """As `Recipe.identity`."""
+    def identity(self) -> dict[str, Any]:
+        """See `Recipe.identity`."""
         data = {key: value for key, value in self.data.items() if key != "root"}
-        players = {"generator": self.generator, "discriminator": self.discriminator}
-        return {"data": data, **players, "images": self.images}
+        networks = {"generator": self.generator, "discriminator": self.discriminator}
+        return {"data": data, **networks, "images": self.images}
 
 
 @dataclass
 class ClassifierRecipe:
-    """A classifier: of noised pictures, to guide a diffusion model with, or of pictures as they are."""
+    """Recipe of a classifier: of noisy images, to guide a diffusion model, or of clean images."""
 
     data: dict  # `name` of a loader in cxr_diffusers.data, and its keyword arguments
-    # of NoisyClassifier; with `architecture: pyramid`, of PyramidClassifier; with a `model_type`, of that transformers
-    # config (resnet, convnext, ...)
+    # keyword arguments of NoisyClassifier; with `architecture: pyramid`, of PyramidClassifier; with a `model_type`, of
+    # that configuration of transformers (resnet, convnext, ...)
     classifier: dict
     train: TrainConfig
-    diffusion: dict = field(default_factory=dict)  # `model`: folder or Hub name of the pipeline that is to be guided
-    images: dict = field(default_factory=dict)  # size, scaling, aspect of the pictures, where there is no `diffusion`
-    loss: dict = field(default_factory=dict)  # label_smoothing, balanced (classes weigh the same), likewise
-    validation: dict = field(default_factory=dict)  # keys of `data` that differ for the images measured while training
+    diffusion: dict = field(default_factory=dict)  # `model`: folder or Hub name of the pipeline to be guided
+    images: dict = field(default_factory=dict)  # size, scaling, aspect: without a `diffusion` section
+    loss: dict = field(default_factory=dict)  # label_smoothing, balanced (equal class weights): without `diffusion`
+    validation: dict = field(default_factory=dict)  # keys of `data` that differ for the validation images
     pipeline: dict = field(default_factory=dict)  # the pipeline's `settings`: defaults of its call
 
-    def identity(self):
-        """As `Recipe.identity`."""
+    def identity(self) -> dict[str, Any]:
+        """See `Recipe.identity`."""
         data = {key: value for key, value in self.data.items() if key != "root"}
         parts = {"classifier": self.classifier, "diffusion": self.diffusion, "images": self.images}
-        return {"data": data, **parts, "loss": self.loss or None}  # as in the runs of before there was such a section
+        return {"data": data, **parts, "loss": self.loss or None}  # None: as in runs older than this section
 
 
 @dataclass
 class SegmenterRecipe:
-    """A lung segmenter, learned from lung masks."""
+    """Recipe of a lung segmenter, trained on lung masks."""
 
     data: dict  # `name` of a loader in cxr_diffusers.data that yields masks, and its keyword arguments
     segmenter: dict  # keyword arguments of LungSegmenter
-    train: TrainConfig  # whose `augment` are keyword arguments of training.lungs.augment_lungs
+    train: TrainConfig  # `augment`: keyword arguments of training.lungs.augment_lungs
     images: dict = field(default_factory=dict)  # aspect: of prepare_image
-    validation: dict = field(default_factory=dict)  # keys of `data` that differ for the images measured while training
+    validation: dict = field(default_factory=dict)  # keys of `data` that differ for the validation images
 
-    def identity(self):
-        """As `Recipe.identity`."""
+    def identity(self) -> dict[str, Any]:
+        """See `Recipe.identity`."""
         data = {key: value for key, value in self.data.items() if key != "root"}
         return {"data": data, "segmenter": self.segmenter, "images": self.images}
 
 
-# a section that only one kind of recipe has -> the kind, and that of its `train:`
-KINDS = {
-    "generator": (AdversarialRecipe, AdversarialConfig),
-    "classifier": (ClassifierRecipe, TrainConfig),
-    "segmenter": (SegmenterRecipe, TrainConfig),
+# a section that only one type of recipe has -> that type, the type of its `train:`, and the program in training/
+RECIPE_TYPES: dict[str, tuple[type, type[RunConfig], str]] = {
+    "generator": (AdversarialRecipe, AdversarialConfig, "train_fixed_point_gan"),
+    "classifier": (ClassifierRecipe, TrainConfig, "train_classifier"),
+    "segmenter": (SegmenterRecipe, TrainConfig, "train_lung_segmenter"),
 }
+AnyRecipe = Recipe | AdversarialRecipe | ClassifierRecipe | SegmenterRecipe
+R = TypeVar("R", Recipe, AdversarialRecipe, ClassifierRecipe, SegmenterRecipe)
+
+DATA_NAME = ("data.name=", "--data.name=")
 
 
-RENAMES = ("data.name=", "--data.name=")
+def program_of(sections: Mapping[str, Any]) -> str:
+    """The name of the program in training/ that a recipe is for, from its sections (of a recipe: `vars(recipe)`)."""
+    for section, (_, _, program) in RECIPE_TYPES.items():
+        if section in sections:
+            return program
+    return "train_cfg" if (sections.get("unet") or {}).get("num_class_embeds") else "train_unconditional"
 
 
-def load_recipe(path, overrides=()):
-    """Read a recipe: a `Recipe`, or the kind of `KINDS` whose section it has.
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
+    """Read a recipe: a `Recipe`, or the type in `RECIPE_TYPES` that its sections belong to.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, or the name of a recipe that comes with the package.
         overrides: `section.key=value` strings, as given on the command line; the value is read as YAML, a deeper key
-            (`train.augment.degrees=3`) reaches inside. Another `data.name` than the file's empties `data` and
-            `validation` first: their keys were another loader's.
+            (`train.augment.degrees=3`) reaches inside. If `data.name` is changed, `data` and `validation` are emptied
+            first, because their keys belong to the other loader.
 
     Raises:
-        ValueError: an unknown section or key (named, with the known ones), a value of the wrong type, or a value still
-            `???`, which means "yours to give".
+        FileNotFoundError: there is no such recipe.
+        ValueError: an unknown section or key (the message lists the valid ones), a value of the wrong type, or a value
+            that is still `???`, the placeholder for a value that the user has to give.
     """
+    path = config_file(path)
     sections = read_sections(path, Recipe)
     for section, values in sections.items():
         if values is not None and not isinstance(values, dict):
             raise ValueError(f"{path}: expected {section} to be a section of key: value lines, got {values!r}")
-    for override in sorted(overrides, key=lambda override: not override.startswith(RENAMES)):
+    for override in sorted(overrides, key=lambda override: not override.startswith(DATA_NAME)):
         before = (sections.get("data") or {}).get("name")
         override_value(sections, override)
-        if override.startswith(RENAMES) and sections["data"]["name"] != before:
+        if override.startswith(DATA_NAME) and sections["data"]["name"] != before:
             sections["data"], sections["validation"] = {"name": sections["data"]["name"]}, {}
     for section, values in sections.items():
         for key, value in values.items() if isinstance(values, dict) else ():
             if value == "???":
                 raise ValueError(f"{path}: give {section}.{key}, for example: {section}.{key}=/data/CheXpert-v1.0")
-    kind, config = next((KINDS[section] for section in sections if section in KINDS), (Recipe, TrainConfig))
+    types = [RECIPE_TYPES[section][:2] for section in sections if section in RECIPE_TYPES]
+    recipe_type, config_type = types[0] if types else (Recipe, TrainConfig)
     if isinstance(sections.get("train"), dict):
-        sections["train"] = build(config, sections["train"], f"{path}: train")
-    return build(kind, sections, str(path))
+        sections["train"] = build(config_type, sections["train"], f"{path}: train")
+    return build(recipe_type, sections, str(path))
 
 
-def parse_command_line(arguments, default_recipe, kind=Recipe):
-    """[RECIPE.yaml] [section.key=value ...] [--train_field[=value] ...] -> a recipe of `kind`, else ValueError.
+def parse_command_line(arguments: Sequence[str], default_recipe: str | Path, recipe_type: type[R]) -> R:
+    """[RECIPE] [section.key=value ...] [--train_field[=value] ...] -> a recipe of `recipe_type`.
+
+    RECIPE is a YAML file or the name of a recipe that comes with the package.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_recipe`; also ValueError for a recipe of another type.
+    """
+    path = default_recipe
+    if arguments and "=" not in arguments[0] and not arguments[0].startswith("-"):
+        path, *arguments = arguments
+    recipe = load_recipe(path, parse_overrides(arguments))
+    if not isinstance(recipe, recipe_type):
+        names, program = [f.name for f in fields(recipe_type)], program_of(vars(recipe))
+        raise ValueError(f"{path}: expected a recipe with the sections {names}, got one for {program}.py")
+    return recipe
+
+
+def parse_overrides(arguments: Sequence[str]) -> list[str]:
+    """Command-line arguments -> `section.key=value` strings.
 
     `--name value`, `--name=value` and a bare `--name` (true) set `train.name`, as in diffusers' own training scripts.
     """
-    arguments = list(arguments)
-    path = arguments.pop(0) if arguments and arguments[0].endswith((".yaml", ".yml")) else default_recipe
-    if not Path(path).is_file():
-        raise ValueError(f"expected a recipe file, got {path}: see configs/")
-    overrides = []
-    while arguments:
-        argument = arguments.pop(0)
+    remaining, overrides = list(arguments), []
+    while remaining:
+        argument = remaining.pop(0)
         if argument.startswith("--"):
             name, equals, value = argument[2:].partition("=")
             if not equals:
-                value = (
-                    arguments.pop(0)
-                    if arguments and not arguments[0].startswith("--") and "=" not in arguments[0]
-                    else "true"
-                )
+                has_value = remaining and not remaining[0].startswith("--") and "=" not in remaining[0]
+                value = remaining.pop(0) if has_value else "true"
             argument = f"{name if '.' in name else 'train.' + name}={value}"
         overrides.append(argument)
-    recipe = load_recipe(path, overrides)
-    if not isinstance(recipe, kind):
-        sections = [f.name for f in fields(kind)]
-        raise ValueError(f"{path}: expected a recipe with the sections {sections}, got another script's")
-    return recipe
+    return overrides
+
+
+@contextmanager
+def section(name: str) -> Iterator[None]:
+    """Raise any error that a library raises for the values of a recipe's section as a ValueError that names it."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, RuntimeError) as error:
+        if isinstance(error, ValueError) and str(error).startswith(name):
+            raise
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{name}: {reason}") from error

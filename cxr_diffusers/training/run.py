@@ -1,12 +1,14 @@
-"""What every training run has, whoever learns in it: its folder, processes, batches, averages, checkpoints and log."""
+"""Shared by the training loops: the folder of a run, its processes, batches, averages, checkpoints and log."""
 
 import itertools
 import json
 import math
 import shutil
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import accelerate.utils
 import numpy as np
@@ -18,10 +20,14 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..files import keep_settings, remove_dead, write_file
+from ..files import as_json, check_settings, remove_dead, write_file
+from ..precision import has_fast_bfloat16
 from ..processes import process_state
 from .checkpoints import FolderLock, checkpoint, newest_intact, replace_into, restore_records, resume
-from ..precision import has_fast_bfloat16
+from .recipe import RunConfig
+
+if TYPE_CHECKING:
+    from .tensors import TensorImages
 
 # settings that may differ when a run is resumed
 CHANGEABLE_SETTINGS = (
@@ -32,24 +38,42 @@ CHANGEABLE_SETTINGS = (
 
 
 class Run:
-    """A run in `config.output_dir`: open it, resume it, take its batches, end each step and, at the end, the run.
+    """A training run in the folder `config.output_dir`.
+
+    A loop calls `open`, `resume`, then `end_step` for each (last) batch of `batches` of a step, and `end`.
 
     Args:
-        config: a `recipe.RunConfig`.
-        save: `save(model, folder)` writes the finished thing with the averaged (EMA) weights in place.
-        validate: `validate(model, step) -> {name: picture path}` or None, every `config.validate_every` steps.
+        config: the `train:` section of a recipe.
+        save: `save(model, folder)` writes the finished model; it is called with the averaged (EMA) weights in place.
+        validate: `validate(model, step) -> {name: path of an image}` or None, every `config.validate_every` steps.
         measure: `measure(model) -> {name: number}` or None, each time the model is saved; the model with the lowest
-            "validation_loss" is kept in the folder's `best`.
-        identity: what else makes this run itself, as plain values; it resumes only where this and the settings that
-            decide its numbers are the same.
-        gradient_accumulation_steps: batches of a step.
+            "validation_loss" is kept in the subfolder `best`.
+        identity: settings besides `config` that determine the result, as plain values; a run resumes only if they are
+            the same.
+        gradient_accumulation_steps: batches per step.
+
+    Attributes:
+        accelerator: of accelerate.
+        step: number of finished steps.
+        output_dir: the folder.
     """
 
-    def __init__(self, config, *, save, validate=None, measure=None, identity=None, gradient_accumulation_steps=1):
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        save: Callable[[torch.nn.Module, Path], None],
+        validate: Callable[[torch.nn.Module, int], dict[str, Path]] | None = None,
+        measure: Callable[[torch.nn.Module], dict[str, float]] | None = None,
+        identity: dict[str, Any] | None = None,
+        gradient_accumulation_steps: int = 1,
+    ) -> None:
         self.config, self.save, self.validate, self.identity = config, save, validate, identity or {}
         self.measure = measure
         self.output_dir, self.step, self.seconds_before = Path(config.output_dir), 0, 0.0
-        self.pending, self.started, self.last = [], None, False
+        self.pending: list[tuple[int, dict, dict]] = []
+        self.started: float | None = None
+        self.last = False
         precision = config.mixed_precision
         if precision == "auto":
             precision = "bf16" if has_fast_bfloat16(process_state().device) else "no"
@@ -64,10 +88,10 @@ class Run:
             step_scheduler_with_optimizer=False,
         )
         self.is_main = self.accelerator.is_main_process
-        # reading a number off an accelerator waits for it, so there the numbers of several steps are read at once
+        # reading a number from a GPU waits for it to finish, so there the numbers of several steps are read together
         self.read_every = 1 if self.accelerator.device.type == "cpu" else 20
 
-    def open(self):
+    def open(self) -> None:
         """Make the folder, choose the checkpoint to resume from and start the trackers.
 
         Raises:
@@ -83,47 +107,66 @@ class Run:
         self.checkpoint = newest_intact(self.accelerator, self.output_dir)
         if self.is_main:
             settings = {key: value for key, value in vars(self.config).items() if key not in CHANGEABLE_SETTINGS}
-            processes = {"num_processes": self.accelerator.num_processes}
-            path, settings = self.output_dir / "run.json", {**settings, **self.identity, **processes}
+            path, settings = self.output_dir / "run.json", {**settings, **self.identity}
             if self.checkpoint:
                 restore_records(self.checkpoint, self.output_dir)
-            else:  # the settings of a run without a checkpoint bind nobody
+            else:  # a run without a checkpoint starts anew, with any settings
                 path.unlink(missing_ok=True)
-            keep_settings(path, settings, advice="name a new train.output_dir")
+            check_settings(path, settings, ignore=("num_processes",), advice="name a new train.output_dir")
             print(f"{self.accelerator.num_processes} process(es) on {self.accelerator.device}")
+            settings["num_processes"] = self.record_processes(path)
+            write_file(path, (json.dumps(as_json(settings), indent=2) + "\n").encode())
         if self.config.report_to is not None:
             self.accelerator.init_trackers(self.config.tracker_project_name, config=flat(vars(self.config)))
 
-    def resume(self, model, ema):
-        """Take up the newest checkpoint of what the accelerator has prepared, and of `ema`, the average of `model`."""
+    def record_processes(self, path: Path) -> int | list[int]:
+        """The number of processes, or the list of numbers if it has changed since the run began; says so."""
+        history = json.loads(path.read_text()).get("num_processes", []) if path.is_file() else []
+        history = history if isinstance(history, list) else [history]
+        if history[-1:] != [self.accelerator.num_processes]:
+            history = [*history, self.accelerator.num_processes]
+        if len(history) == 1:
+            return history[0]
+        print(
+            f"the number of processes of this run has changed ({', then '.join(map(str, history))}): it continues from "
+            "the same weights, but its numbers are no longer those of an undisturbed run"
+        )
+        return history
+
+    def resume(self, model: torch.nn.Module, ema: EMAModel) -> int:
+        """Load the newest checkpoint into what the accelerator has prepared and `ema`, the average of `model`.
+
+        Returns:
+            the number of steps already done.
+        """
         self.model, self.ema = model, ema
         ema.to(self.accelerator.device)
         self.step, self.seconds_before = resume(self.accelerator, ema, self.checkpoint)
         return self.step
 
     @property
-    def seconds(self):
-        """Training time so far, in seconds, that of the run's earlier parts included."""
+    def seconds(self) -> float:
+        """Training time so far in seconds, including the time before the run was resumed."""
         return self.seconds_before + (time.monotonic() - self.started if self.started else 0.0)
 
     @property
-    def progress(self):
-        """The share of the run that is done, 0 to 1: of its steps or of its time, whichever is further."""
+    def progress(self) -> float:
+        """The finished share of the run, 0 to 1: of its steps or of its time, whichever is larger."""
         shares = [self.step / self.config.max_steps]
         if self.config.max_seconds:
             shares.append(self.seconds / self.config.max_seconds)
         return min(max(shares), 1.0)
 
     @property
-    def finished(self):
-        """Whether the run has had all its steps or all its time."""
+    def finished(self) -> bool:
+        """Whether all steps or all the time have been used."""
         return self.progress >= 1.0
 
-    def batches(self, dataset):
-        """The batches from where the run is to its end, of this process; `end_step` counts the steps.
+    def batches(self, dataset: torch.utils.data.Dataset) -> Iterator[dict[str, torch.Tensor]]:
+        """The remaining batches of this process; `end_step` counts the steps.
 
-        A run that has had all its steps has no batches, but is saved and shown again: it may have been stopped between
-        its last checkpoint and its end.
+        A finished run has no batches, but is saved and validated again: it may have been interrupted between its last
+        checkpoint and its end.
         """
         accumulated = self.accelerator.gradient_accumulation_steps
         groups = groups_of(dataset) if getattr(self.config, "balance", False) else None
@@ -154,63 +197,72 @@ class Run:
             self.bar.write(f"resumed from {self.checkpoint}")
         if self.finished:
             self.save_average()
-            self.show_average()
+            self.validate_average()
             return
         for batch in loader:
             yield batch
-            if self.started is None:  # the first step may have compiled the network: it is not of the time given
+            if self.started is None:  # the first step may have compiled the network, which does not count
                 self.started = time.monotonic()
             if self.last:
                 return
 
-    def end_step(self, values, shown):
-        """Log {name: number} of the step that was made, `shown` of it beside the bar; write down what is due after it.
+    def end_step(
+        self,
+        values: dict[str, float | torch.Tensor],
+        in_bar: dict[str, str],
+        measured: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Count and log a step; save, validate and write a checkpoint if they are due.
 
         Args:
-            values: numbers, or scalar tensors, the same in every process; a tensor that is NaN was not measured.
-            shown: {label: name among them} of those that stand beside the bar.
+            values: {name: number or scalar tensor}, the same in every process.
+            in_bar: {label: name among `values`} of the numbers in the progress bar.
+            measured: further values; NaN means "not measured", and is not logged.
 
         Raises:
-            ValueError: a number is not finite.
+            ValueError: one of `values` is not finite.
         """
         self.step += 1
-        self.pending.append((self.step, values))
-        due = self.step % self.config.save_every == 0
-        show = self.step % self.config.validate_every == 0
-        if due or show or self.step == self.config.max_steps or len(self.pending) >= self.read_every:
-            self.read_pending(shown)
+        self.pending.append((self.step, values, measured or {}))
+        save_due = self.step % self.config.save_every == 0
+        validation_due = self.step % self.config.validate_every == 0
+        last_step = self.step == self.config.max_steps
+        if save_due or validation_due or last_step or len(self.pending) >= self.read_every:
+            self.read_pending(in_bar)
             self.last = self.agreed_end()
-        if due or self.last:
+        if save_due or self.last:
             self.save_average()
-        if show or self.last:
-            self.show_average()
-        if due or self.last:  # at the end: what belongs to this step is complete, or the step is repeated
+        if validation_due or self.last:
+            self.validate_average()
+        if save_due or self.last:  # last: with its checkpoint a step is complete, without it the step is repeated
             limit = self.config.checkpoints_total_limit
             checkpoint(self.accelerator, self.ema, self.output_dir, self.step, limit, self.seconds)
 
-    def read_pending(self, shown):
-        """Bring the numbers of the steps since the last reading to the log, the trackers and the bar."""
-        for step, values in self.pending:
-            values = {name: float(value) for name, value in values.items()}
+    def read_pending(self, in_bar: dict[str, str]) -> None:
+        """Write the numbers of the steps since the last reading to the log, the trackers and the progress bar."""
+        for step, pending, measured in self.pending:
+            values = {name: float(value) for name, value in pending.items()}
             broken = {name: value for name, value in values.items() if not math.isfinite(value)}
             if broken:
-                raise ValueError(f"at step {step} not finite: {broken}; lower train.learning_rate or look at the data")
+                raise ValueError(f"at step {step} not finite: {broken}; lower train.learning_rate or check the data")
+            numbers = {name: float(value) for name, value in measured.items()}
+            values |= {name: value for name, value in numbers.items() if math.isfinite(value)}
             self.accelerator.log(values, step=step)
             if self.log:
                 self.log.write(step, **values)
         self.bar.update(len(self.pending))
-        self.bar.set_postfix({label: f"{values[name]:.4f}" for label, name in shown.items() if name in values})
+        self.bar.set_postfix({label: f"{values[name]:.4f}" for label, name in in_bar.items() if name in values})
         self.pending = []
 
-    def agreed_end(self):
-        """Whether the run ends here: by the clock of the main process, for all of them."""
+    def agreed_end(self) -> bool:
+        """Whether the run ends here; the clock of the main process decides for all."""
         if not self.config.max_seconds:
             return self.finished
         flag = torch.tensor(float(self.finished), device=self.accelerator.device)
         return bool(accelerate.utils.broadcast(flag).item())
 
-    def end(self):
-        """Close what is open; the folder of the run."""
+    def end(self) -> Path:
+        """Close the log, the trackers and the lock; returns the folder of the run."""
         self.bar.close()
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
@@ -218,8 +270,8 @@ class Run:
             self.lock.release()
         return self.output_dir
 
-    def save_average(self):
-        """The finished thing, as it would be if the run ended now, into the folder; into `best` if it is the best."""
+    def save_average(self) -> None:
+        """Save the model with averaged weights into the folder, and into `best` if its validation loss is lowest."""
         with averaged(self.accelerator, self.ema, self.model) as unwrapped:
             if not self.is_main:
                 return
@@ -236,23 +288,38 @@ class Run:
                 (self.output_dir / "best").mkdir(exist_ok=True)
                 replace_into(self.output_dir / "best", lambda folder: self.save(unwrapped, folder))
 
-    def show_average(self):
-        """Its pictures to the trackers."""
+    def validate_average(self) -> None:
+        """Call `validate` with averaged weights; its images go to the trackers."""
         if self.validate is None:
             return
         with averaged(self.accelerator, self.ema, self.model) as unwrapped:
             if self.is_main:
-                log_pictures(self.accelerator, self.validate(unwrapped, self.step), self.step)
+                log_images(self.accelerator, self.validate(unwrapped, self.step), self.step)
 
 
 class ShuffledForever:
-    """Batches of indices without end, each a function of `seed` and its number alone: so a run resumes mid-epoch.
+    """Endless batches of shuffled indices; each depends on `seed` and its number only, so a run can resume mid-epoch.
 
-    `size` may be a list of groups of indices instead, which are then drawn from in turn: each equally often.
-    With several processes the global batch is `batch_size * num_processes` and each takes its own slice of it.
+    With several processes the global batch is `batch_size * num_processes`, and each process takes its slice of it.
+
+    Args:
+        size: number of rows, or a list of groups of indices, which then take turns and are drawn equally often.
+        batch_size: of one process.
+        start: number of the first batch.
+
+    Raises:
+        ValueError: fewer rows than a global batch.
     """
 
-    def __init__(self, size, batch_size, seed, start=0, process_index=0, num_processes=1):
+    def __init__(
+        self,
+        size: int | Sequence[Sequence[int] | torch.Tensor],
+        batch_size: int,
+        seed: int,
+        start: int = 0,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ) -> None:
         self.groups = None
         if not isinstance(size, int):
             self.groups = [torch.as_tensor(group) for group in size]
@@ -265,7 +332,7 @@ class ShuffledForever:
         self.size, self.batch_size, self.seed, self.start = size, batch_size, seed, start
         self.process_index, self.num_processes = process_index, num_processes
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[int]]:
         together = self.batch_size * self.num_processes
         if self.groups is not None:
             yield from self._in_turn(together)
@@ -279,7 +346,7 @@ class ShuffledForever:
             epoch, i = epoch + 1, 0
 
     def _in_turn(self, together):
-        """As above, and the groups take turns: draw k of a group is the k-th of its own shuffled epochs."""
+        """Groups take turns: draw k from a group is the k-th row of its own shuffled epochs."""
         orders = {}
 
         def draw(position):
@@ -296,8 +363,8 @@ class ShuffledForever:
             yield [draw(position) for position in range(first, first + self.batch_size)]
 
 
-def groups_of(dataset):
-    """Rows of a `TensorImages` by class and view: [indices, ...], those without class or view together as the last."""
+def groups_of(dataset: "TensorImages") -> list[torch.Tensor]:
+    """The rows of a data set by class and view: [indices, ...]; rows without class or view are the last group."""
     labels, views = dataset.labels.cpu(), dataset.views.cpu()
     unknown = (labels < 0) | ((views < 0) & (views >= 0).any())
     keys = torch.where(unknown, -1, labels * (views.max() + 2) + views + 1)
@@ -305,8 +372,8 @@ def groups_of(dataset):
 
 
 @contextmanager
-def averaged(accelerator, ema, model):
-    """`with averaged(accelerator, ema, model) as unwrapped:` the model in eval mode, EMA weights in place."""
+def averaged(accelerator: Accelerator, ema: EMAModel, model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Inside the block, the unwrapped model in eval mode with averaged (EMA) weights."""
     ema.store(model.parameters())
     ema.copy_to(model.parameters())
     yield accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
@@ -319,69 +386,73 @@ class PowerEMA(EMAModel):
     """An average of the weights with a power-function profile (Karras et al. 2024,
     https://arxiv.org/abs/2312.02696, section 3.1).
 
-    Its decay is (1 - 1/t)^(gamma + 1): it forgets in proportion to the length of the run.
+    Its decay at step t is (1 - 1/t)^(gamma + 1): the average reaches back over a fixed share of the run so far.
 
     Args:
         width: the relative width of the profile, as a share of the run so far; below 0.28.
+
+    Raises:
+        ValueError: another `width`.
     """
 
-    def __init__(self, parameters, width, **kwargs):
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], width: float, **kwargs: Any) -> None:
         super().__init__(parameters, **kwargs)
         if not 0 < width < 0.28:
             raise ValueError(f"expected `ema_width` between 0 and 0.28, got {width}")
         self.gamma = float(np.roots([1, 7, 16 - width**-2, 12 - width**-2]).real.max())
 
-    def get_decay(self, optimization_step):
-        """Of step t = 1, 2, ...: 0 at the first, so that the initial weights take no part."""
+    def get_decay(self, optimization_step: int) -> float:
+        """The decay at step t = 1, 2, ...; 0 at the first, so that the initial weights have no influence."""
         return (1 - 1 / max(optimization_step, 1)) ** (self.gamma + 1)
 
 
 @contextmanager
-def seeded(seed):
-    """Draw torch's random numbers from `seed` inside the block; afterwards all is as before."""
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's CPU random numbers inside the block; afterwards their state is as before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
 
 
 class RunLog:
-    """A file of one JSON object per line. Opening it at a step drops the lines of later steps, and what is damaged."""
+    """A file with one JSON object per line. Opening it at a step removes the lines of later steps and damaged lines."""
 
-    def __init__(self, path, step):
+    def __init__(self, path: str | Path, step: int) -> None:
         self.path = Path(path)
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-        kept = list(itertools.takewhile(lambda line: line.endswith(b"\n") and step_of_line(line) <= step, lines))
-        write_file(self.path, b"".join(kept))
+        valid = itertools.takewhile(lambda line: line.endswith(b"\n") and step_of_line(line) <= step, lines)
+        write_file(self.path, b"".join(valid))
 
-    def lines(self):
-        """What was written, oldest first."""
+    def lines(self) -> list[dict[str, Any]]:
+        """The objects, oldest first."""
         return [json.loads(line) for line in self.path.read_text().splitlines()]
 
-    def write(self, step, **values):
+    def write(self, step: int, **values: float) -> None:
+        """Append a line."""
         with open(self.path, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
 
-def step_of_line(line):
-    """The step of a line of a `RunLog`; infinity for a damaged one."""
+def step_of_line(line: bytes) -> float:
+    """The step of a line of a `RunLog`; infinity if the line is damaged."""
     try:
         return json.loads(line)["step"]
     except (ValueError, TypeError, KeyError):
         return math.inf
 
 
-def log_pictures(accelerator, pictures, step):
-    """Hand {name: path} to the trackers that show images."""
+def log_images(accelerator: Accelerator, paths: dict[str, Path], step: int) -> None:
+    """Pass the images at {name: path} to the trackers that can display images."""
     for tracker in accelerator.trackers:
         if not hasattr(tracker, "log_images"):
             continue
-        loaded = {name: Image.open(path).convert("RGB") for name, path in pictures.items()}
+        loaded = {name: Image.open(path).convert("RGB") for name, path in paths.items()}
         if tracker.name == "tensorboard":
             tracker.log_images({k: np.asarray(v)[None] for k, v in loaded.items()}, step=step, dataformats="NHWC")
         else:
             tracker.log_images({k: [v] for k, v in loaded.items()}, step=step)
 
 
-def flat(values):
-    """A tracker's hyper-parameters: numbers and strings only."""
+def flat(values: dict[str, Any]) -> dict[str, int | float | str | bool]:
+    """Hyper-parameters for a tracker: numbers and strings only."""
     return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in values.items()}

@@ -1,8 +1,11 @@
-"""What the programs of training/ share around the loop: errors as one line, validation rows, the card, the hints."""
+"""Shared by the programs in training/: errors as one line, validation rows, the model card, the closing hints."""
 
+import importlib.util
 import sys
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
@@ -11,76 +14,100 @@ from ..data import build_dataset
 from ..hub.model_card import describe_training, trained_on, write_model_card
 from ..hub.publishing import publish
 from ..processes import process_state
+from .recipe import AnyRecipe, RunConfig, section
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from diffusers import UNet2DModel
+
+PACKAGE = Path(__file__).parents[1]
+# training/: inside the package when installed, beside it in a checkout
+PROGRAMS = PACKAGE / "training_programs" if (PACKAGE / "training_programs").is_dir() else PACKAGE.parent / "training"
 
 
-def run_program(main):
-    """Call `main` with the command line; exit code 2 and one line for an error that the user can mend, 130 for Ctrl-C.
+def load_program(name: str) -> ModuleType:
+    """The module of a program in training/, `train_cfg` for example; its `main(arguments)` trains."""
+    spec = importlib.util.spec_from_file_location(name, PROGRAMS / f"{name}.py")
+    if spec is None or spec.loader is None:
+        raise ImportError(f"no program {name} in {PROGRAMS}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
-    Processes that are started together meet here, before each of them reads the data.
+
+def run_program(main: Callable, arguments: Sequence[str] | None = None, name: str | None = None) -> int:
+    """Call `main(arguments)` and return an exit code: 0, 2 after an error that the user can correct, 130 after Ctrl-C.
+
+    The error is printed as one line. Processes that are started together wait here for each other before each of them
+    reads the data.
+
+    Args:
+        arguments: by default those of the command line.
+        name: what error messages begin with; by default the file name of the program.
     """
-    name = Path(sys.argv[0]).name
+    arguments = sys.argv[1:] if arguments is None else arguments
+    name = Path(sys.argv[0]).name if name is None else name
     try:
         process_state()
-        main(sys.argv[1:])
+        main(arguments)
     except (ValueError, OSError, ImportError, torch.OutOfMemoryError, torch.distributed.DistError) as error:
         advice = "; lower train.batch_size" if isinstance(error, torch.OutOfMemoryError) else ""
-        tqdm.write(f"{name}: {' '.join(str(error).split())}{advice}", file=sys.stderr)  # not behind a progress bar
-        sys.exit(2)
+        tqdm.write(f"{name}: {' '.join(str(error).split())}{advice}", file=sys.stderr)  # clears the progress bar first
+        return 2
     except KeyboardInterrupt:
         tqdm.write(f"{name}: stopped; the same command continues from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        return 130
+    return 0
 
 
-@contextmanager
-def section(name):
-    """Raise what libraries raise inside, given the values of a recipe's section, as a ValueError that names it."""
-    try:
-        yield
-    except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, RuntimeError) as error:
-        if isinstance(error, ValueError) and str(error).startswith(name):
-            raise
-        reason = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(f"{name}: {reason}") from error
+def new_unet(**options: Any) -> "UNet2DModel":
+    """An untrained UNet from a recipe's `unet:` section: a `SpaceToDepthUNet` if it has a `patch_size`.
 
-
-def new_unet(**options):
-    """An untrained UNet of a recipe's `unet:` section: a `SpaceToDepthUNet` where it has a `patch_size`."""
+    Raises:
+        ValueError: invalid options, or a `sample_size` that the levels of the UNet cannot halve.
+    """
     from diffusers import UNet2DModel
 
     from ..models.space_to_depth_unet import SpaceToDepthUNet
 
     with section("unet"):
-        return (SpaceToDepthUNet if "patch_size" in options else UNet2DModel)(**options)
+        unet = (SpaceToDepthUNet if "patch_size" in options else UNet2DModel)(**options)
+        factor = unet.config.get("patch_size", 1) * 2 ** (len(unet.config.block_out_channels) - 1)
+        if unet.config.sample_size % factor:
+            raise ValueError(f"expected sample_size to be a multiple of {factor}, got {unet.config.sample_size}")
+        return unet
 
 
-def diseased_rows(recipe, dataset, unlabelled=False):
-    """The diseased images that are shown while `recipe` is trained on `dataset`: `train.validation_images` at most.
+def diseased_rows(recipe: AnyRecipe, dataset: "Dataset", unlabelled: bool = False) -> "Dataset":
+    """The diseased validation images to display during training, at most `train.validation_images`.
 
     Args:
-        unlabelled: whether images of `dataset` may lack a label.
+        dataset: the training data.
+        unlabelled: whether some images of `dataset` may lack a label.
 
     Raises:
         ValueError: an image of `dataset` has no label, or none is diseased.
     """
-    shown = build_dataset(**{**recipe.data, **recipe.validation})
-    shown = shown.filter(lambda label: label > 0, input_columns="label")
+    with section("validation"):
+        rows = build_dataset(**{**recipe.data, **recipe.validation})
+    rows = rows.filter(lambda label: label > 0, input_columns="label")
     labels = dataset["label"][:]
-    if (max(labels) < 1 if unlabelled else min(labels) < 0) or not len(shown):
+    if (max(labels) < 1 if unlabelled else min(labels) < 0) or not len(rows):
         raise ValueError(f"expected a label for every image and diseased ones among them, got {recipe.data}")
-    return shown.select(range(min(recipe.train.validation_images, len(shown))))
+    return rows.select(range(min(recipe.train.validation_images, len(rows))))
 
 
-def write_card(folder, recipe, size, num_images):
-    """The model card of what `recipe` made of `num_images` images of `size` pixels."""
+def write_card(folder: str | Path, recipe: AnyRecipe, size: int, num_images: int) -> None:
+    """Write the model card of a model that `recipe` trained on `num_images` images of `size` pixels."""
     training, sources = describe_training(recipe, size, num_images), trained_on(recipe)
     write_model_card(folder, training=training, name=recipe.train.hub_model_id, datasets=sources)
 
 
-def finish(output_dir, config, *hints):
-    """The end of a training script, in the main process: publish if that was asked, and say what is where."""
+def finish(output_dir: Path, config: RunConfig, *hints: str) -> None:
+    """Publish the model if `config` says so, and print where everything is; only in the main process."""
     if not process_state().is_main_process:
         return
     if config.push_to_hub:
         print("published at", publish(output_dir, config.hub_model_id or output_dir.name, private=config.hub_private))
-    print(f"model:   {output_dir}\npicture: {sorted((output_dir / 'validation').glob('*.png'))[-1]}")
+    print(f"model:   {output_dir}\nimage:   {sorted((output_dir / 'validation').glob('*.png'))[-1]}")
     print(*hints, sep="\n")

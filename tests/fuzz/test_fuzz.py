@@ -160,7 +160,7 @@ def fuzz_recipes(folder):
 
 
 def fuzz_plans(folder):
-    return fuzz_yaml(["evaluate.yaml"], lambda path: load_plan(path, ["root=data"]))
+    return fuzz_yaml(["plans/evaluate.yaml"], lambda path: load_plan(path, ["root=data"]))
 
 
 def fuzz_checkpoints(pipeline, folder):

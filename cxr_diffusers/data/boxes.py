@@ -6,7 +6,7 @@ import numpy as np
 import PIL.Image
 
 from .dicom import integer, is_dicom, read_header
-from .images import PIL_SUFFIXES, read_image
+from .images import FORMATS, ORIENTATION, PIL_SUFFIXES, read_image
 from .tables import brief, numbers, read_csv
 
 COLUMNS = ("file", "x", "y", "w", "h")
@@ -104,8 +104,9 @@ def image_size(path):
     try:
         suffix = path.suffix.lower()
         if suffix in PIL_SUFFIXES:
-            with PIL.Image.open(path) as image:
-                turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            PIL.Image.init()
+            with PIL.Image.open(path, formats=FORMATS) as image:
+                turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
                 return image.size[::-1] if turned else image.size
         if suffix != ".npy" and is_dicom(path):
             header = read_header(path)

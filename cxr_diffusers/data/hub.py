@@ -8,7 +8,7 @@ from huggingface_hub import HfApi
 
 from .boxes import check_box
 from .images import binary_mask, fit_boxes, fit_image, fit_mask, to_grey
-from .rows import BOXES, png_cell
+from .rows import BOXES, check_images, png_cell
 from .tables import missing_columns
 
 HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
@@ -49,6 +49,7 @@ def load_hub(path, *, split="train", config=None, revision=None, limit=None, str
         check_columns(dataset.features, path)
         dataset = dataset.select(range(min(limit, len(dataset)))) if limit else dataset
     check_boxes(dataset, path)
+    dataset = check_images(dataset)
     rows = [str(i) for i in range(len(dataset))]
     additions = {"patient": rows, "view": [""] * len(rows), "path": [f"{path}/{split}/{i}" for i in rows]}
     for name, values in additions.items():
@@ -104,7 +105,7 @@ def _streamed(path, split, config, revision, limit, size, aspect):
 
 def _rows(source, limit, size, aspect):
     """The rows of a stream as they are to be kept."""
-    stream = datasets.load_dataset(**source, streaming=True)
+    stream = check_images(datasets.load_dataset(**source, streaming=True))
     if size is None:  # the files' own bytes, not opened
         for name, feature in stream.features.items():
             if isinstance(feature, datasets.Image):

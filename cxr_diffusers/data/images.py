@@ -1,6 +1,8 @@
 """Read image files as greyscale PIL images without loss: mode "L" (8 bit) or "I;16" (more)."""
 
 import collections
+import contextlib
+import io
 import logging
 import os
 from pathlib import Path
@@ -10,9 +12,9 @@ import PIL.Image
 import PIL.ImageOps
 
 from .dicom import DICOM_SUFFIXES, dicom_header, has_magic, is_dicom, read_header  # noqa: F401
-from .dicom_checks import no_picture
+from .dicom_checks import non_radiograph_type
 from .dicom_pixels import read_dicom
-from .limits import MAX_BYTES, check_pixel_count, check_scans
+from .limits import MAX_BYTES, check_byte_count, check_pixel_count, check_scans
 from .tiff import as_black_is_zero, fits_16_bits, negative
 
 logger = logging.getLogger(__name__)
@@ -20,6 +22,8 @@ logger = logging.getLogger(__name__)
 PIL_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 SUFFIXES = (*PIL_SUFFIXES, ".npy", *DICOM_SUFFIXES)
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "GIF", "WEBP", "JPEG2000")  # other formats may start external programs
+
+ORIENTATION = 0x0112  # EXIF tag: how to turn the stored pixels
 
 # table of contents of an exported CD: a DICOM file without an image
 DICOM_CONTENTS = "DICOMDIR"
@@ -48,21 +52,55 @@ def read_image(path):
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such image file: {path}")
-    try:
-        size = path.stat().st_size
-        if not size:
-            raise ValueError("the file is empty")
-        if size > MAX_BYTES:
-            raise ValueError(f"expected at most {MAX_BYTES:,} bytes, got {size:,}")
+    with errors_name(path):
+        check_byte_count(path.stat().st_size)
         if path.suffix.lower() == ".npy":
             return _read_array(path)
         if path.suffix.lower() not in PIL_SUFFIXES and is_dicom(path):
             return read_dicom(path)
-        return _read_with_pillow(path)
-    # PIL raises SyntaxError and struct.error too on broken files; whatever it is, the user needs the path
+        image = to_grey(decode_image(path.read_bytes()))
+        image.info = {}  # comments and colour profiles would follow the pixels into copies
+        return image
+
+
+@contextlib.contextmanager
+def errors_name(path):
+    """Turn any exception into a ValueError on one line that begins with `path`.
+
+    Pillow raises SyntaxError, struct.error and others for damaged files; whichever it is, the user needs the path.
+    """
+    try:
+        yield
     except Exception as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path}: {text}") from error
+
+
+def decode_image(content):
+    """Decode the bytes of an image file (`FORMATS`) within the limits of `limits`.
+
+    Returns:
+        PIL image in the file's own mode: EXIF orientation applied, a TIFF whose zero is white inverted.
+
+    Raises:
+        ValueError: too many bytes, pixels or scans, or none at all; Pillow's errors for damaged files.
+    """
+    check_byte_count(len(content))
+    content, white_is_zero = as_black_is_zero(content)
+    PIL.Image.init()  # or the formats that are named are not all there
+    try:
+        opened = PIL.Image.open(io.BytesIO(content), formats=FORMATS)
+    except PIL.UnidentifiedImageError:  # its message shows a BytesIO
+        raise ValueError("cannot be read as an image (damaged or of another format)") from None
+    with opened as image:
+        check_pixel_count(image.width, image.height)
+        if image.format in ("JPEG", "MPO"):
+            check_scans(content, image.width * image.height)
+        image.load()
+        turned = PIL.ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image
+        if white_is_zero:
+            turned = negative(turned, image.tag_v2.get(258, (1,))[0], signed=image.tag_v2.get(339, (1,))[0] == 2)
+        return turned
 
 
 def check_has_contrast(image, path):
@@ -137,7 +175,7 @@ def split_images(folder):
         if suffix in PIL_SUFFIXES or suffix == ".npy":
             images.append(path)
         elif suffix in DICOM_SUFFIXES or _is_bare_dicom(path):
-            object_type = no_picture(path) if os.path.isfile(path) else ""
+            object_type = non_radiograph_type(path) if os.path.isfile(path) else ""
             if object_type:
                 skipped[path] = object_type
             else:
@@ -273,19 +311,6 @@ def _read_array(path):
     if array.ndim >= 2:
         check_pixel_count(array.shape[1], array.shape[0])
     return grey_picture(np.array(array) if array.size <= MAX_BYTES else array)
-
-
-def _read_with_pillow(path):
-    source, white_is_zero = as_black_is_zero(path)
-    PIL.Image.init()  # or the formats that are named are not all there
-    with PIL.Image.open(source, formats=FORMATS) as image:
-        check_pixel_count(image.width, image.height)
-        if image.format in ("JPEG", "MPO"):
-            check_scans(path.read_bytes(), image.width * image.height)
-        turned = PIL.ImageOps.exif_transpose(image)
-        if white_is_zero:
-            turned = negative(turned, image.tag_v2.get(258, (1,))[0], signed=image.tag_v2.get(339, (1,))[0] == 2)
-        return to_grey(turned)
 
 
 def _is_bare_dicom(path):

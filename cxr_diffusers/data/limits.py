@@ -6,6 +6,14 @@ MAX_BYTES = 8 * MAX_PIXELS
 MAX_SCANNED_PIXELS = 10 * MAX_PIXELS
 
 
+def check_byte_count(size):
+    """ValueError for an empty file, or one of more than `MAX_BYTES` bytes."""
+    if not size:
+        raise ValueError("the file is empty")
+    if size > MAX_BYTES:
+        raise ValueError(f"expected at most {MAX_BYTES:,} bytes, got {size:,}")
+
+
 def check_pixel_count(width, height):
     """ValueError unless an image has between 1 and `MAX_PIXELS` pixels."""
     if width < 1 or height < 1 or width * height > MAX_PIXELS:

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from ..files import new_file
 from .images import fit_image, to_grey
+from .rows import check_images
 
 COLUMNS = ("image", "label", "patient", "view", "path")
 
@@ -66,7 +67,7 @@ def load_packed(root, *, part="all"):
     if part not in ("all", "labelled", "unlabelled"):
         raise ValueError(f"expected `part` all, labelled or unlabelled, got {part!r}")
     try:
-        dataset = Dataset(_in_memory(pyarrow.parquet.read_table(path)))
+        dataset = check_images(Dataset(_in_memory(pyarrow.parquet.read_table(path))))
     except (pyarrow.ArrowException, ValueError, KeyError) as error:
         raise ValueError(f"{path}: expected a packed data set (Parquet), got {error}") from None
     if missing := sorted(set(COLUMNS) - set(dataset.column_names)):

@@ -5,15 +5,43 @@ from pathlib import Path
 
 import PIL.Image
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
+from datasets.utils.file_utils import is_local_path, xopen
 from tqdm.auto import tqdm
 
 from .boxes import check_box, image_size
-from .images import binary_mask, read_image
+from .images import binary_mask, decode_image, errors_name, read_image
+from .limits import MAX_BYTES, check_byte_count
 from .tables import check_encodable
 
 # what stays a path until it is looked at; the rest is decoded now, because `datasets.Image` cannot
 LAZY_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 BOXES = List(List(Value("float32"), length=4))  # [x, y, w, h] in pixels
+
+
+class CheckedImage(Image):
+    """`datasets.Image` that decodes within the limits of `limits`, as `read_image` does, and keeps the file's mode.
+
+    It is stored and published as a plain `datasets.Image`, and equal to one.
+    """
+
+    def __eq__(self, other):
+        return isinstance(other, Image) and (self.mode, self.decode, self.id) == (other.mode, other.decode, other.id)
+
+    def decode_example(self, value, token_per_repo_id=None):
+        """{"path", "bytes"} -> PIL image; ValueError that names a file that is damaged, too large or not there."""
+        if not self.decode or not isinstance(value, dict) or (value["path"] is None and value["bytes"] is None):
+            return super().decode_example(value, token_per_repo_id)
+        with errors_name(value["path"] or "an image of the data set"):
+            image = decode_image(_content(value["path"]) if value["bytes"] is None else value["bytes"])
+        return image if self.mode in (None, image.mode) else image.convert(self.mode)
+
+
+def check_images(dataset):
+    """A data set, or a stream, whose columns of `datasets.Image` are decoded by `CheckedImage`."""
+    for name, feature in dataset.features.items():
+        if isinstance(feature, Image):
+            dataset = dataset.cast_column(name, CheckedImage(mode=feature.mode, decode=feature.decode))
+    return dataset
 
 
 def to_dataset(rows, class_names, image=None):
@@ -32,7 +60,7 @@ def to_dataset(rows, class_names, image=None):
     if not rows:
         raise ValueError("the data set is empty: no row is left after the filters that were asked for")
     features = {
-        "image": image or Image(),
+        "image": image or CheckedImage(),
         "label": ClassLabel(names=list(class_names)),
         "patient": Value("string"),
         "view": Value("string"),
@@ -47,7 +75,7 @@ def to_dataset(rows, class_names, image=None):
         features["boxes"] = BOXES
         columns["boxes"] = [[check_box(box, row.get("path")) for box in row.get("boxes") or []] for row in rows]
     if any(row.get("mask") is not None for row in rows):
-        features["mask"] = Image()
+        features["mask"] = CheckedImage()
         masks = [row.get("mask") for row in rows]
         columns["mask"] = [png_cell(mask) if isinstance(mask, PIL.Image.Image) else mask for mask in masks]
     return Dataset.from_dict(columns, features=Features(features))
@@ -61,6 +89,18 @@ def read_mask(path, image_path):
             f"{path}: expected a mask of {size[0]} x {size[1]}, as its image {image_path}, got {mask.size}"
         )
     return mask
+
+
+def _content(path):
+    """The bytes of a file, or of an address that `datasets` opens."""
+    if not is_local_path(path):
+        with xopen(path, "rb") as file:
+            return file.read(MAX_BYTES + 1)
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError("no such image file")
+    check_byte_count(path.stat().st_size)
+    return path.read_bytes()
 
 
 def _is_lazy(path):

@@ -1,4 +1,4 @@
-"""What a DICOM header gives away before a model looks at the pixels."""
+"""Warnings and object types from DICOM headers, without their pixels."""
 
 import logging
 import re
@@ -72,10 +72,10 @@ def test_a_plain_chest_radiograph_and_a_silent_header_give_no_warning(header):
         ({"PhotometricInterpretation": "MONOCHROME1", "PixelIntensityRelationshipSign": -1}, "a negative"),
     ],
 )
-def test_each_thing_that_is_not_as_it_should_be_gives_one_warning(header, warning):
-    [found] = warnings_of(dataset(**header))
-    assert re.search(warning, found)
-    assert ";" not in found  # which parts them in the table
+def test_each_unusual_header_gives_one_warning(header, warning):
+    [sentence] = warnings_of(dataset(**header))
+    assert re.search(warning, sentence)
+    assert ";" not in sentence  # the separator of warnings in results.csv
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,8 @@ def test_a_broken_entry_is_a_warning_and_stops_nothing():
     made = dataset(PhotometricInterpretation="MONOCHROME2", ViewPosition="LL", BodyPartExamined="HAND;FOOT")
     tag = Tag("PixelIntensityRelationshipSign")
     made[tag] = RawDataElement(tag, "SS", 1, b"\x01", 0, False, True)  # one byte where there should be two
-    found = warnings_of(made)
-    assert len(found) == 3 and "cannot be read" in found[-1] and not any(";" in warning for warning in found)
+    sentences = warnings_of(made)
+    assert len(sentences) == 3 and "cannot be read" in sentences[-1] and ";" not in "".join(sentences)
 
 
 def test_reports_and_presentation_states_in_a_tree_are_left_out_with_a_note(tmp_path, caplog):
@@ -112,7 +112,7 @@ def test_reports_and_presentation_states_in_a_tree_are_left_out_with_a_note(tmp_
         made = dcmread(write_dicom(tmp_path / name, PIXELS, 12))
         made.file_meta.MediaStorageSOPClassUID = kind
         made.save_as(tmp_path / name)
-    (tmp_path / "broken.dcm").write_bytes(b"not a DICOM file")  # which is an error to tell, not a thing to leave out
+    (tmp_path / "broken.dcm").write_bytes(b"not a DICOM file")  # an error to report, not a file to leave out
     with caplog.at_level(logging.WARNING):
         assert list_images(tmp_path) == [image, tmp_path / "broken.dcm"]
     assert "2 DICOM files without a radiograph" in caplog.text
@@ -123,7 +123,7 @@ def test_reports_and_presentation_states_in_a_tree_are_left_out_with_a_note(tmp_
         read_image(tmp_path / "SR0001")
 
 
-def test_looking_for_pictures_reads_no_pixels(tmp_path):
+def test_object_types_are_read_without_pixels(tmp_path):
     """Cut off after the file's own header, each still says what it is."""
     path = write_dicom(tmp_path / "a", PIXELS, 12)
     path.write_bytes(path.read_bytes()[:400])

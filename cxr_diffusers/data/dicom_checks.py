@@ -7,6 +7,8 @@ in whichever element, may be a patient's name.
 import math
 import re
 import warnings
+from pathlib import Path
+from typing import Any
 
 MODALITIES = ("CR", "DX", "RG", "DR", "XR")  # the last two are not in the standard, but in the world
 CHEST = ("CHEST", "THORAX", "THORACIC", "LUNG", "TORAX", "POUMON")
@@ -40,7 +42,7 @@ NO_RADIOGRAPH = (
 )
 
 
-def non_radiograph_type(path):
+def non_radiograph_type(path: Path | str) -> str:
     """The object type of a DICOM file that is no radiograph ("Enhanced SR Storage", "Segmentation Storage"); else "".
 
     Reads only the first few hundred bytes. Returns "" also for a file without an object type.
@@ -61,7 +63,7 @@ def non_radiograph_type(path):
     return object_class.name if object_class in pydicom.uid.UID_dictionary else "DICOM object without an image"
 
 
-def warnings_of(dataset):
+def warnings_of(dataset: Any) -> list[str]:
     """Reasons in a DICOM header why the map of its image may be meaningless: a list of sentences, often empty.
 
     A header that says nothing gives no warning; nothing is guessed from the pixels.
@@ -99,7 +101,7 @@ def window_of(dataset):
     return (center, width, function), ""
 
 
-def has_value(value):
+def has_value(value: Any) -> bool:
     """Whether an element's value is neither None nor empty."""
     return value is not None and not (hasattr(value, "__len__") and len(value) == 0)
 

@@ -4,6 +4,7 @@ import itertools
 import logging
 import math
 import struct
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -17,7 +18,7 @@ logger = logging.getLogger(__name__)
 RLE = "1.2.840.10008.1.2.5"
 
 
-def read_dicom(path):
+def read_dicom(path: Path) -> PIL.Image.Image:
     """A DICOM file -> PIL image, mode "L", or "I;16" for more than 8 bits stored; see `images.read_image`.
 
     Raises:

@@ -1,8 +1,10 @@
 """NIH ChestX-ray14, as downloaded: healthy, a disease, and if wanted any other finding."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from datasets import Dataset
 
 from .boxes import PREPARED, check_box, image_size, to_pixels
 from .rows import to_dataset
@@ -38,19 +40,19 @@ SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def load_nih(
-    root,
+    root: Path | str,
     *,
-    split="train",
-    classes=("Effusion",),
-    other=False,
-    views=None,
-    per_class=None,
-    seed=0,
-    one_per_patient=False,
-    holdout=0.0,
-    part="train",
-    holdout_seed=0,
-):
+    split: str = "train",
+    classes: Sequence[str] = ("Effusion",),
+    other: bool = False,
+    views: Sequence[str] | None = None,
+    per_class: int | None = None,
+    seed: int = 0,
+    one_per_patient: bool = False,
+    holdout: float = 0.0,
+    part: str = "train",
+    holdout_seed: int = 0,
+) -> Dataset:
     """ChestX-ray14 -> data set with labels 0 healthy, 1.. `classes`, and with `other` a last class "other finding".
 
     Healthy is the label "No Finding"; a row with several named diseases goes to the first named.
@@ -99,7 +101,7 @@ def load_nih(
         rows.append({"image": file, "label": row["label"], "patient": row["patient"], "view": view, "path": str(file)})
         if boxes:
             own = [(where, box) for where, finding, box in boxes.get(file.stem, []) if _finding(finding) in names]
-            size = image_size(file) if own else None
+            size = image_size(file) if own else (0, 0)
             rows[-1]["boxes"] = [to_pixels(box, unit, size, file, where) for where, box in own]
     spoken = [name.lower() if name.lower() in ALIASES else _finding(name).lower() for name in classes]
     return to_dataset(rows, ["healthy", *spoken, *(["other finding"] if other else [])])
@@ -120,12 +122,12 @@ def label_rows(findings, classes, other=False):
     return label
 
 
-def find_csv(root):
+def find_csv(root: Path | str) -> Path:
     """`Data_Entry_2017*.csv` of `root`: the newest version if there are two."""
-    found = sorted(Path(root).glob("Data_Entry_2017*.csv"))
-    if not found:
+    csvs = sorted(Path(root).glob("Data_Entry_2017*.csv"))
+    if not csvs:
         raise FileNotFoundError(f"expected Data_Entry_2017*.csv in {root}")
-    return found[-1]
+    return csvs[-1]
 
 
 def read_table(csv):
@@ -181,10 +183,10 @@ def box_unit(root, table):
 
 
 def _finding(name, where=""):
-    known = {finding.lower(): finding for finding in FINDINGS} | ALIASES
-    if str(name).lower() not in known:
+    findings = {finding.lower(): finding for finding in FINDINGS} | ALIASES
+    if str(name).lower() not in findings:
         raise ValueError(f"{where}unknown class {brief(name)}, expected some of {', '.join(FINDINGS)}")
-    return known[str(name).lower()]
+    return findings[str(name).lower()]
 
 
 def _names_of(root, split, table):

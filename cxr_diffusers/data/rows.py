@@ -1,10 +1,15 @@
 """Rows of a loader -> `datasets.Dataset`, with the columns that every data set here has."""
 
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import PIL.Image
-from datasets import ClassLabel, Dataset, Features, Image, List, Value
+import pyarrow as pa
+from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image, List, Value
+from datasets.table import InMemoryTable
 from datasets.utils.file_utils import is_local_path, xopen
 from tqdm.auto import tqdm
 
@@ -36,7 +41,7 @@ class CheckedImage(Image):
         return image if self.mode in (None, image.mode) else image.convert(self.mode)
 
 
-def check_images(dataset):
+def check_images(dataset: Any) -> Any:
     """A data set, or a stream, whose columns of `datasets.Image` are decoded by `CheckedImage`."""
     for name, feature in dataset.features.items():
         if isinstance(feature, Image):
@@ -44,7 +49,7 @@ def check_images(dataset):
     return dataset
 
 
-def to_dataset(rows, class_names, image=None):
+def to_dataset(rows: Sequence[Mapping[str, Any]], class_names: Sequence[str], image: Any = None) -> Dataset:
     """Rows -> data set with columns image, label, patient, view, path, and boxes and mask where any row has one.
 
     Args:
@@ -59,18 +64,11 @@ def to_dataset(rows, class_names, image=None):
     """
     if not rows:
         raise ValueError("the data set is empty: no row is left after the filters that were asked for")
-    features = {
-        "image": image or CheckedImage(),
-        "label": ClassLabel(names=list(class_names)),
-        "patient": Value("string"),
-        "view": Value("string"),
-        "path": Value("string"),
-    }
+    features = _features(class_names, image or CheckedImage())
     columns = {"image": [row["image"] for row in rows] if image else _image_cells(rows)}
     columns["label"] = [int(row["label"]) for row in rows]
     for name in ("patient", "view", "path"):
-        columns[name] = [str(row.get(name) or "") for row in rows]
-        check_encodable(columns[name], name)
+        columns[name] = _texts([row.get(name) for row in rows], name)
     if any(row.get("boxes") is not None for row in rows):
         features["boxes"] = BOXES
         columns["boxes"] = [[check_box(box, row.get("path")) for box in row.get("boxes") or []] for row in rows]
@@ -81,7 +79,48 @@ def to_dataset(rows, class_names, image=None):
     return Dataset.from_dict(columns, features=Features(features))
 
 
-def read_mask(path, image_path):
+def columns_to_dataset(columns: Mapping[str, Sequence[Any]], class_names: Sequence[str]) -> Dataset:
+    """Columns instead of rows -> data set, as `to_dataset` makes it of image files: seconds for 200,000 of them.
+
+    Args:
+        columns: {"image": paths, "label": class ids, "patient", "view", "path": texts, and optionally "boxes"}.
+
+    Raises:
+        ValueError: see `to_dataset`.
+    """
+    if not all(str(path).lower().endswith(LAZY_SUFFIXES) for path in columns["image"]) or not len(columns["image"]):
+        return to_dataset(
+            [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)], class_names
+        )
+    features = _features(class_names, CheckedImage())
+    paths = pa.array(_texts(columns["image"], "image"), pa.string())
+    arrays = {"image": pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), paths], ["bytes", "path"])}
+    arrays["label"] = pa.array(np.asarray(columns["label"], np.int64))
+    for name in ("patient", "view", "path"):
+        arrays[name] = pa.array(_texts(columns[name], name), pa.string())
+    if "boxes" in columns:
+        features["boxes"] = BOXES
+        rows = zip(columns["boxes"], columns["path"], strict=True)
+        boxes = [[check_box(box, path) for box in row] for row, path in rows]
+        arrays["boxes"] = pa.array(boxes, Features(features).arrow_schema.field("boxes").type)
+    schema = Features(features).arrow_schema
+    return Dataset(
+        InMemoryTable.from_arrays(list(arrays.values()), schema=schema), info=DatasetInfo(features=Features(features))
+    )
+
+
+def _features(class_names, image):
+    features = {"image": image, "label": ClassLabel(names=list(class_names))}
+    return features | {name: Value("string") for name in ("patient", "view", "path")}
+
+
+def _texts(values, name):
+    texts = [str(value or "") for value in values]
+    check_encodable(texts, name)
+    return texts
+
+
+def read_mask(path: Path, image_path: Path) -> PIL.Image.Image:
     """The mask of an image as PIL "L", 0 / 255; ValueError unless it is as large as its image."""
     mask, size = binary_mask(read_image(path)), image_size(image_path)
     if mask.size != size:
@@ -122,7 +161,7 @@ def _image_cell(image, bar):
     return png_cell(read_image(image))
 
 
-def png_cell(image):
+def png_cell(image: PIL.Image.Image) -> dict[str, Any]:
     """A PIL image as a cell of a data set's column."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", compress_level=1)  # quick: it stays in memory

@@ -2,12 +2,13 @@
 
 import csv
 import math
-from pathlib import PurePosixPath
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePosixPath
 
 import pandas as pd
 
 
-def read_csv(path, columns=(), only=None):
+def read_csv(path: Path | str, columns: Iterable[str] = (), only: Callable[[str], bool] | None = None) -> pd.DataFrame:
     """A CSV -> table of texts, whose index is the line of each row in the file; blank lines are left out.
 
     Commas at the end of a row, behind the last column, say nothing.
@@ -27,13 +28,16 @@ def read_csv(path, columns=(), only=None):
             check_encodable(header, path)
             missing_columns(columns, header, path)
             kept = [i for i, name in enumerate(header) if only is None or only(name)]
+            whole = kept == list(range(len(header)))
             begin = reader.line_num + 1
             for row in reader:
-                if any(cell.strip() for cell in row):
-                    if any(cell.strip() for cell in row[len(header) :]):
+                if "".join(row).strip():
+                    if len(row) > len(header) and "".join(row[len(header) :]).strip():
                         raise ValueError(f"{path}, line {begin}: expected {len(header)} cells, got {len(row)}")
                     lines.append(begin)
-                    rows.append([row[i] if i < len(row) else "" for i in kept])
+                    if not whole or len(row) != len(header):
+                        row = [row[i] if i < len(row) else "" for i in kept]
+                    rows.append(row)
                     check_encodable(rows[-1], f"{path}, line {begin}")
                 begin = reader.line_num + 1
         except csv.Error as error:
@@ -41,7 +45,7 @@ def read_csv(path, columns=(), only=None):
     return pd.DataFrame(rows, index=lines, columns=[header[i] for i in kept], dtype=object)
 
 
-def check_encodable(texts, where):
+def check_encodable(texts: Iterable[str], where: Path | str) -> None:
     """Raise ValueError naming a text that is not UTF-8, which neither a table nor a data set can hold."""
     try:
         "".join(texts).encode()
@@ -50,20 +54,20 @@ def check_encodable(texts, where):
         raise ValueError(f"{where}: expected names and texts in UTF-8, got {brief(wrong, 400)}") from None
 
 
-def columns_of(path):
+def columns_of(path: Path | str) -> list[str]:
     """The names in the first line of a CSV."""
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         return [name.strip() for name in next(csv.reader(file), [])]
 
 
-def missing_columns(expected, found, where):
+def missing_columns(expected: Iterable[str], names: Iterable[str], where: Path | str) -> None:
     """Raise ValueError naming the columns that `where` lacks, and those it has."""
-    missing = [name for name in expected if name not in found]
+    missing = [name for name in expected if name not in names]
     if missing:
-        raise ValueError(f"{where}: expected column {', '.join(map(repr, missing))}, found {in_words(found)}")
+        raise ValueError(f"{where}: expected column {', '.join(map(repr, missing))}, got {in_words(names)}")
 
 
-def numbers(table, column, path):
+def numbers(table: pd.DataFrame, column: str, path: Path | str) -> pd.Series:
     """A column as floats, NaN where a cell is blank; ValueError naming the first line that holds another text."""
     values = {}
     for cell in table[column].unique():
@@ -77,7 +81,7 @@ def numbers(table, column, path):
     return table[column].map(values).astype(float)
 
 
-def path_of(cell, where, absolute=False):
+def path_of(cell: object, where: Path | str, absolute: bool = False) -> PurePosixPath:
     """A cell that names a file, with either kind of slash -> `PurePosixPath`.
 
     Raises:
@@ -92,7 +96,7 @@ def path_of(cell, where, absolute=False):
     return path
 
 
-def existing_file(root, cell, where):
+def existing_file(root: Path, cell: object, where: Path | str) -> Path:
     """The file below `root`, or the absolute one, that a cell names; FileNotFoundError, or as `path_of`."""
     path = root / path_of(cell, where, absolute=True)
     if not is_file(path):
@@ -100,7 +104,7 @@ def existing_file(root, cell, where):
     return path
 
 
-def is_file(path):
+def is_file(path: Path) -> bool:
     """`path.is_file()`, False also for names that no file can have."""
     try:
         return path.is_file()
@@ -108,7 +112,7 @@ def is_file(path):
         return False
 
 
-def brief(value, length=80):
+def brief(value: object, length: int = 80) -> str:
     """A value for a message: in quotes, on one line, of at most `length` characters."""
     text = str(value)
     text = repr(text) if text.isprintable() else ascii(text)
@@ -126,7 +130,7 @@ def _unique(names):
     return unique
 
 
-def in_words(names):
+def in_words(names: Iterable[object]) -> str:
     """Names of columns for a message."""
     text = ", ".join(str(name) if str(name).isprintable() else ascii(name) for name in names)
     return (text if len(text) <= 600 else f"{text[:597]}...") or "none"

@@ -7,7 +7,7 @@ import PIL.Image
 import PIL.ImageOps
 
 
-def as_black_is_zero(content):
+def as_black_is_zero(content: bytes) -> tuple[bytes, bool]:
     """Make Pillow read a TIFF whose zero is white as if its zero were black: `negative` then inverts the pixels.
 
     Pillow honours that tag for 8 bits only, and refuses some other files that have it.
@@ -37,7 +37,7 @@ def as_black_is_zero(content):
     return content, False
 
 
-def negative(image, bits, signed):
+def negative(image: PIL.Image.Image, bits: int, signed: bool) -> PIL.Image.Image:
     """A PIL image of a TIFF, `bits` deep -> the same, light and dark exchanged within its type."""
     if image.mode in ("1", "L"):
         return PIL.ImageOps.invert(image.convert("L"))
@@ -51,6 +51,7 @@ def negative(image, bits, signed):
     return PIL.Image.fromarray(array.astype(np.uint16 if fits_16_bits(array) else np.int32))
 
 
-def fits_16_bits(array):
+def fits_16_bits(array: np.ndarray) -> bool:
     """Whether the values of a 32-bit array fit 16 unsigned bits without loss, and are not just 0 and 1."""
-    return np.isfinite(array).all() and array.min() >= 0 and 1 < array.max() < 65536 and (array == array.round()).all()
+    whole = np.isfinite(array).all() and (array == array.round()).all()
+    return bool(whole and array.min() >= 0 and 1 < array.max() < 65536)

@@ -20,8 +20,10 @@ from cxr_diffusers.data import (
     load_phantom,
     load_table,
 )
-from cxr_diffusers.data.chexpert import label_rows
+from cxr_diffusers.data.chexpert import PLAIN_PATH, key_of, key_of_cell, label_rows
+from cxr_diffusers.data.rows import columns_to_dataset, to_dataset
 from cxr_diffusers.data.selection import lottery, select_rows
+from cxr_diffusers.data.tables import path_of
 from cxr_diffusers.training.tensors import TensorImages
 from helpers import HEADER, SHARED, chexpert_rows, needs_shared, save_image, write_chexpert, write_dicom
 
@@ -62,12 +64,12 @@ def test_every_loader_is_opened_by_its_name():
         ("chexpert", {}, "give 'root'"),
     ],
 )
-def test_unknown_names_and_keywords_are_answered_with_the_known_ones(name, kwargs, match):
+def test_an_error_for_an_unknown_name_or_keyword_lists_the_valid_ones(name, kwargs, match):
     with pytest.raises(ValueError, match=match):
         build_dataset(name, **kwargs)
 
 
-def test_chexpert_labels_are_what_the_csv_says(chexpert):
+def test_chexpert_labels_match_the_csv(chexpert):
     dataset = load_chexpert(chexpert, other=True)
     assert dataset.features["label"].names == ["healthy", "pleural effusion", "other finding"]
     assert sorted(dataset["label"]) == [0] * 8 + [1] * 4 + [2] * 4
@@ -157,7 +159,7 @@ def test_chexpert_a_missing_image_names_its_row(chexpert):
 def test_chexpert_a_missing_column_names_those_that_are_there(chexpert):
     table = pd.read_csv(chexpert / "train.csv").drop(columns="No Finding")
     table.to_csv(chexpert / "train.csv", index=False)
-    with pytest.raises(ValueError, match="expected column 'No Finding', found Path, Sex"):
+    with pytest.raises(ValueError, match="expected column 'No Finding', got Path, Sex"):
         load_chexpert(chexpert)
     with pytest.raises(ValueError, match="unknown class 'Flu'.*Pleural Effusion"):
         load_chexpert(chexpert, classes=["Flu"])
@@ -194,7 +196,7 @@ def test_no_patient_is_on_both_sides_and_none_is_lost():
     assert parts[1]["patient"].nunique() / table["patient"].nunique() == pytest.approx(0.2, abs=0.05)
 
 
-def test_the_sides_stay_apart_whatever_else_differs():
+def test_train_and_holdout_share_no_patient_whatever_else_differs():
     table = big_table()
     train = select_rows(table, holdout=0.2, per_class=100, seed=7)
     aside = select_rows(table[table["label"] > 0], holdout=0.2, part="holdout", seed=8)
@@ -317,7 +319,7 @@ def test_a_table_names_files_labels_and_patients(tmp_path):
 @pytest.mark.parametrize(
     "kwargs, error, match",
     [
-        ({"image": "g"}, ValueError, "expected column 'g', found f, kind"),
+        ({"image": "g"}, ValueError, "expected column 'g', got f, kind"),
         ({"label": "sort"}, ValueError, "'sort' is neither a column"),
         ({"label": "kind"}, ValueError, "line 2: expected a label of healthy, diseased.*'ill'"),
         ({"label": "healthy", "root": "elsewhere"}, FileNotFoundError, "line 2.*a.png"),
@@ -349,7 +351,7 @@ def nih(tmp_path):
     return root
 
 
-def test_nih_labels_are_what_the_csv_says(nih):
+def test_nih_labels_match_the_csv(nih):
     dataset = load_nih(nih, classes=("Pleural Effusion",), other=True)
     assert dataset.features["label"].names == ["healthy", "pleural effusion", "other finding"]
     assert dataset["label"][:] == [0, 1, 2, 1, 0]
@@ -361,7 +363,7 @@ def test_nih_labels_are_what_the_csv_says(nih):
     assert load_nih(nih, split="all", classes=("Mass", "Effusion"))["label"][:] == [0, 1, 1, 2, 0]
 
 
-def test_nih_says_what_is_missing(nih):
+def test_an_nih_error_names_the_missing_file(nih):
     (nih / "images_001" / "images" / "00000001_000.png").unlink()
     with pytest.raises(FileNotFoundError, match="line 3.*00000001_000.png"):
         load_nih(nih)
@@ -385,11 +387,11 @@ def test_hub_data_sets_are_checked_and_completed(tmp_path):
     with pytest.raises(ValueError, match="'label' to be datasets.ClassLabel"):
         load_hub(str(tmp_path / "ints"))
     phantoms.remove_columns("label").save_to_disk(tmp_path / "none")
-    with pytest.raises(ValueError, match="expected column 'label', found image, mask"):
+    with pytest.raises(ValueError, match="expected column 'label', got image, mask"):
         load_hub(str(tmp_path / "none"))
 
 
-def test_tensors_are_what_the_pipeline_will_see_cached_or_not():
+def test_cached_and_uncached_tensors_equal_the_input_of_the_pipeline():
     from cxr_diffusers.pipelines.cxr_images import prepare_image
 
     phantoms = load_phantom(4, size=48)
@@ -459,3 +461,55 @@ def test_real_dicom_files_show_a_dark_lung_on_each_side_of_a_bright_middle():
         assert middle > picture[20:36, 14:22].mean() + 0.1, row["path"]
         assert middle > picture[20:36, 42:50].mean() + 0.1, row["path"]
     assert {row["image"].mode for row in dataset} == {"L", "I;16"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "CheXpert-v1.0/train/patient00001/study1/view1_frontal.jpg",
+        "train/patient00001/study1/view1_frontal.jpg",
+        "valid/a",
+        "a.jpg",
+        "a",
+        "x/a.b.c.png",
+        "my data/train/patient 1/a b.png",
+        "x\\train\\a.png",
+        "./x/a.png",
+        "x//a.png",
+        " x/a.png ",
+        "x/.a",
+        "ü/é.png",
+    ],
+)
+def test_the_key_of_a_cell_is_that_of_its_path_however_it_is_computed(path):
+    assert key_of_cell(path, "t.csv", 2) == key_of(path_of(path, "t.csv"))
+    assert not PLAIN_PATH.fullmatch(f"../{path}")
+
+
+def test_columns_make_the_same_data_set_as_rows(tmp_path):
+    for name in ("a.png", "b.png"):
+        PIL.Image.fromarray(np.full((8, 8), 9, np.uint8)).save(tmp_path / name)
+    np.save(tmp_path / "c.npy", np.full((8, 8), 9, np.uint8))
+    for names in (["a.png", "b.png"], ["a.png", "c.npy"]):
+        files = [str(tmp_path / name) for name in names]
+        columns = {"image": files, "label": np.array([0, 1]), "patient": ["p", "q"], "view": ["PA", ""], "path": files}
+        for boxes in (None, [[[1.0, 2.0, 3.0, 4.0]], []], [[], []]):
+            columns |= {} if boxes is None else {"boxes": boxes}
+            made = columns_to_dataset(columns, ["healthy", "diseased"])
+            rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+            expected = to_dataset(rows, ["healthy", "diseased"])
+            assert made.features == expected.features and made.column_names == expected.column_names
+            for a, b in zip(made, expected, strict=True):
+                assert np.array_equal(a.pop("image"), b.pop("image")) and a == b
+    with pytest.raises(ValueError, match="empty"):
+        columns_to_dataset({name: [] for name in ("image", "label", "patient", "view", "path")}, ["healthy"])
+    columns = {
+        "image": files[:1],
+        "label": [0],
+        "patient": [""],
+        "view": [""],
+        "path": files[:1],
+        "boxes": [[[0, 0, 0, 1]]],
+    }
+    with pytest.raises(ValueError, match="expected a box"):
+        columns_to_dataset(columns, ["healthy"])

@@ -62,8 +62,8 @@ def test_the_size_of_an_image_is_read_as_it_will_be_shown(tmp_path):
 @pytest.mark.parametrize(
     "content, match",
     [
-        ("", "expected column 'file', found none"),
-        ("a,b\n1,2\n", "expected column 'file', found a, b"),
+        ("", "expected column 'file', got none"),
+        ("a,b\n1,2\n", "expected column 'file', got a, b"),
         ("file,x\na,1,2\n", r"t\.csv, line 2: expected 2 cells, got 3"),
         ('file,x\n"a,1\nb,2\n', r"t\.csv, line \d: unexpected end of data"),
         ("file,x\na,1\n\n\udcff,2\n", r"t\.csv, line 4: expected names and texts in UTF-8"),
@@ -177,7 +177,7 @@ def test_a_box_that_fits_no_image_names_its_row(folder, tmp_path, row, match):
 
 def test_boxes_without_their_columns_name_them(folder):
     (folder / "boxes.csv").write_text("name,x,y,w,h\n")
-    with pytest.raises(ValueError, match="expected column 'file', found name, x, y, w, h"):
+    with pytest.raises(ValueError, match="expected column 'file', got name, x, y, w, h"):
         load_folder(folder)
 
 

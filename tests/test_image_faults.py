@@ -4,13 +4,16 @@ import io
 import os
 import struct
 
+import datasets
 import numpy as np
 import PIL.Image
 import pytest
-from test_images import write_dicom
 
+from cxr_diffusers import load_folder, load_table
 from cxr_diffusers.data.images import check_has_contrast, list_images, read_image, split_images, walk, without_suffix
-from cxr_diffusers.data.limits import MAX_PIXELS
+from cxr_diffusers.data.limits import MAX_BYTES, MAX_PIXELS
+from cxr_diffusers.data.rows import check_images, to_dataset
+from helpers import write_dicom
 
 RAMP = np.arange(64).reshape(8, 8)
 TYPES = {"u1": (8, 1), "u2": (16, 1), "i2": (16, 2), "u4": (32, 1), "i4": (32, 2), "f4": (32, 3)}
@@ -84,7 +87,7 @@ def test_floats_between_zero_and_one_are_turned_within_them(tmp_path):
 
 def scans(n, size=(16, 16)):
     buffer = io.BytesIO()
-    PIL.Image.effect_noise(size, 50).save(buffer, "JPEG", progressive=True, quality=90)
+    PIL.Image.new("L", size, 50).save(buffer, "JPEG", progressive=True, quality=90)
     content = buffer.getvalue()
     last = content.rindex(b"\xff\xda")
     return content[:last] + content[last:-2] * n + b"\xff\xd9"
@@ -103,7 +106,83 @@ def png_header(width, height):
     import zlib
 
     head = b"IHDR" + struct.pack(">2I5B", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
+    chunks = [struct.pack(">I", 13), head, struct.pack(">I", zlib.crc32(head)), struct.pack(">I", 9), b"IDAT"]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def lazily_opened(path):
+    """How `load_folder`, `load_table`, `load_packed` and `load_hub` open an image file, by path and by its bytes."""
+    cells = [{"path": str(path), "bytes": None}, {"path": path.name, "bytes": path.read_bytes()}]
+    rows = [{"image": path, "label": 0}]
+    yield to_dataset(rows, ["healthy", "diseased"])
+    features = datasets.Features({"image": datasets.Image()})
+    for cell in cells:
+        yield check_images(datasets.Dataset.from_dict({"image": [cell]}, features=features))
+    if path.suffix == ".png":
+        yield load_folder(path.parent)
+        (path.parent / "t.csv").write_text(f"file\n{path.name}\n")
+        yield load_table(path.parent / "t.csv", label="healthy")
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.jpg", lambda: scans(2000, (600, 600)), "expected at most 1388 scans of 360,000 pixels, got 2005"),
+        ("a.png", lambda: png_header(10000, 10000), "expected 1 to 50,000,000 pixels, got 10000 x 10000"),
+        ("a.png", lambda: png_header(30000, 30000), "decompression bomb"),
+        ("a.png", lambda: b"", "the file is empty"),
+        ("a.png", lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot be read as an image"),
+    ],
+)
+def test_images_that_a_data_set_opens_later_have_the_same_limits(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content())
+    for dataset in lazily_opened(path):
+        with pytest.raises(ValueError, match=f"{name}: .*({message})"):
+            dataset[0]["image"]
+
+
+def test_a_file_that_has_more_bytes_than_an_image_may_have_is_not_read(tmp_path):
+    with open(tmp_path / "a.png", "wb") as file:
+        file.truncate(MAX_BYTES + 1)  # sparse: no byte is written
+    dataset = to_dataset([{"image": tmp_path / "a.png", "label": 0}], ["healthy", "diseased"])
+    with pytest.raises(ValueError, match=f"a.png: expected at most {MAX_BYTES:,} bytes, got {MAX_BYTES + 1:,}"):
+        dataset[0]["image"]
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(ValueError, match="a.png: no such image file"):
+        dataset[0]["image"]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "I;16", "P", "RGBA", "1"])
+def test_a_data_set_keeps_the_mode_and_pixels_of_its_images(tmp_path, mode):
+    grey = (
+        PIL.Image.fromarray((RAMP * 1000).astype(np.uint16))
+        if mode == "I;16"
+        else PIL.Image.fromarray((RAMP * 4).astype(np.uint8)).convert(mode)
+    )
+    grey.save(tmp_path / "a.png")
+    image = to_dataset([{"image": tmp_path / "a.png", "label": 0}], ["healthy", "diseased"])[0]["image"]
+    assert image.mode == mode
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(grey))
+
+
+def test_a_data_set_turns_images_as_their_exif_says_and_is_stored_with_plain_image_columns(tmp_path):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    PIL.Image.fromarray(RAMP[:4].astype(np.uint8) * 4).save(tmp_path / "a.png", exif=exif)
+    dataset = to_dataset([{"image": tmp_path / "a.png", "label": 0}], ["healthy", "diseased"])
+    np.testing.assert_array_equal(np.asarray(dataset[0]["image"]), np.rot90(RAMP[:4] * 4, -1))
+    dataset.save_to_disk(tmp_path / "saved")
+    stored = datasets.load_from_disk(tmp_path / "saved")
+    assert type(stored.features["image"]) is datasets.Image
+    assert stored.features == dataset.features and dataset.features == stored.features
+
+
+def test_comments_and_profiles_of_a_file_do_not_follow_its_pixels(tmp_path):
+    image = PIL.Image.fromarray(RAMP.astype(np.uint8))
+    image.save(tmp_path / "a.jpg", comment=b"Miller", icc_profile=b"Miller")
+    read_image(tmp_path / "a.jpg").save(tmp_path / "b.jpg")
+    assert b"Miller" not in (tmp_path / "b.jpg").read_bytes()
 
 
 def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path):
@@ -112,8 +191,8 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path):
     text = b"{'descr': '|u1', 'fortran_order': False, 'shape': (300000, 300000), }"
     (tmp_path / "a.npy").write_bytes(array + struct.pack("<H", len(text) + 1) + text + b"\n")
     (tmp_path / "b.png").write_bytes(png_header(MAX_PIXELS + 1, 1))
-    for name in ("a.png", "b.png", "a.npy"):
-        with pytest.raises(ValueError, match=name):
+    for name, message in {"a.png": "bomb", "b.png": "got 50000001 x 1", "a.npy": "mmap length"}.items():
+        with pytest.raises(ValueError, match=f"{name}: .*({message})"):
             read_image(tmp_path / name)
 
 
@@ -130,14 +209,14 @@ def test_empty_files_say_so_and_an_archive_is_no_array(tmp_path):
 
 def test_a_file_that_would_start_a_program_is_not_opened(tmp_path):
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n")
-    with pytest.raises(ValueError, match="cannot identify image file"):
+    with pytest.raises(ValueError, match="cannot be read as an image"):
         read_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("value", [0, 7, 255])
-def test_an_image_of_one_value_has_nothing_to_see(value):
+def test_an_image_of_one_value_is_refused(value):
     for image in (PIL.Image.new("L", (4, 3), value), np.full((5, 5), value, np.uint16), np.full((1, 1), value)):
-        with pytest.raises(ValueError, match=r"x\.png: all .* pixels have one value"):
+        with pytest.raises(ValueError, match=r"x\.png: expected an image with contrast"):
             check_has_contrast(image, "x.png")
     check_has_contrast(PIL.Image.fromarray(RAMP.astype(np.uint8)), "x.png")
 

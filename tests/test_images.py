@@ -47,7 +47,7 @@ def test_monochrome1_is_the_inverse_of_monochrome2(tmp_path, ramp):
     assert np.abs(65535.0 - np.asarray(negative) - np.asarray(positive)).max() <= 1
 
 
-def test_a_window_cuts_and_stretches_what_is_shown(tmp_path, ramp):
+def test_a_window_clips_and_stretches_grey_values(tmp_path, ramp):
     path = write_dicom(tmp_path / "w.dcm", ramp, 12, WindowCenter=2048, WindowWidth=1024)
     expected = ((ramp - 2047.5) / 1023 + 0.5).clip(0, 1) * 65535  # DICOM PS3.3 C.11.2.1.2.1
     assert np.abs(np.asarray(read_image(path)) - expected).max() <= 17  # one 12-bit grey
@@ -75,7 +75,7 @@ def test_padding_pixels_are_black_also_after_inversion(tmp_path, ramp):
     assert image[0, 0] == 0 and image[0, 1] > 60000
 
 
-def test_dicom_without_extension_is_known_by_its_magic_word(tmp_path, ramp):
+def test_dicom_without_extension_is_recognised_by_its_magic_word(tmp_path, ramp):
     path = write_dicom(tmp_path / "IM000001", ramp, 12)
     (tmp_path / "notes").write_text("no picture")
     (tmp_path / "DICOMDIR").write_bytes(path.read_bytes())
@@ -85,7 +85,7 @@ def test_dicom_without_extension_is_known_by_its_magic_word(tmp_path, ramp):
     assert list_images(tmp_path) == [path]
 
 
-def test_a_compression_without_decoder_names_what_to_install(tmp_path, ramp):
+def test_an_error_for_a_missing_decoder_names_the_package_to_install(tmp_path, ramp):
     if pydicom.pixels.get_decoder(JPEGLSLossless).is_available:
         pytest.skip("a JPEG-LS decoder is installed here")
     path = write_dicom(tmp_path / "c.dcm", ramp, 12, syntax=JPEGLSLossless)
@@ -93,7 +93,7 @@ def test_a_compression_without_decoder_names_what_to_install(tmp_path, ramp):
         read_image(path)
 
 
-def test_dicom_that_is_no_single_grey_picture_says_so(tmp_path, ramp):
+def test_dicom_that_is_not_one_grey_image_is_refused(tmp_path, ramp):
     colour = np.zeros((8, 8, 3), np.uint8)
     with pytest.raises(ValueError, match="rgb.dcm.*MONOCHROME.*RGB"):
         read_image(write_dicom(tmp_path / "rgb.dcm", colour, 8, "RGB", PlanarConfiguration=0))
@@ -144,12 +144,12 @@ def test_arrays_are_read_by_their_type(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "array, what",
+    "array, message",
     [(np.zeros((4, 4, 3), np.uint8), "shape"), (np.zeros((4, 4), int), "int64"), (np.full((4, 4), 2.0), r"\[0, 1\]")],
 )
-def test_arrays_that_are_no_picture_are_refused(tmp_path, array, what):
+def test_arrays_that_are_not_images_are_refused(tmp_path, array, message):
     np.save(tmp_path / "bad.npy", array)
-    with pytest.raises(ValueError, match=f"bad.npy.*{what}"):
+    with pytest.raises(ValueError, match=f"bad.npy.*{message}"):
         read_image(tmp_path / "bad.npy")
 
 
@@ -236,7 +236,7 @@ def test_pil_equalizes_by_another_formula_so_it_does_not_do():
 
 
 @pytest.mark.parametrize("aspect", ["pad", "crop", "squash"])
-def test_a_model_sees_the_same_grey_in_a_picture_and_in_its_prepared_copy(aspect):
+def test_a_prepared_copy_has_the_grey_values_that_the_model_gets_from_the_original(aspect):
     y, x = np.mgrid[:300, :390]
     picture = PIL.Image.fromarray((60 + 120 * (np.hypot(y - 150, x - 195) < 90)).astype(np.uint8))
     raw = prepare_image(picture, 64, aspect=aspect)

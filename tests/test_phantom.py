@@ -30,7 +30,7 @@ def test_fluid_changes_nothing_but_the_fluid():
     assert far.max() <= 1
 
 
-def test_the_mask_covers_what_changed_and_nothing_else():
+def test_the_mask_covers_exactly_the_changed_pixels():
     for i in range(12):
         drawn = chest(i, draw_effusion(np.random.default_rng(i)), size=128)
         change = np.abs(drawn.image.astype(float) - drawn.healthy) / 255

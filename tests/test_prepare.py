@@ -1,5 +1,6 @@
 """The small copy of a data set: same rows, same anatomy, nothing lost in silence."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -148,7 +149,7 @@ def test_16_bit_stay_16_bit_in_png_and_become_8_in_jpg(tmp_path, image_format, m
     assert image.mode == mode and image.getpixel((5, 5)) == (51400 if mode == "I;16" else 200)
 
 
-def test_lateral_images_are_copied_unless_they_are_not_wanted(tmp_path):
+def test_lateral_images_are_copied_unless_frontal_only(tmp_path):
     source = write_chexpert(tmp_path, NAME)
     assert prepare(source, tmp_path / "frontal", size=16, frontal_only=True, num_workers=1)["images"] == 24
     assert not list((tmp_path / "frontal").rglob("*lateral*"))
@@ -161,7 +162,7 @@ def test_two_files_that_would_become_one_are_refused(tmp_path):
         prepare(tmp_path / "in", tmp_path / "out")
 
 
-def test_impossible_requests_are_refused_at_the_door(tmp_path):
+def test_invalid_arguments_are_refused_before_anything_is_written(tmp_path):
     save_image(tmp_path / "in" / "a.png")
     with pytest.raises(ValueError, match="overwrite its source"):
         prepare(tmp_path / "in", tmp_path / "in")
@@ -175,7 +176,7 @@ def test_impossible_requests_are_refused_at_the_door(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_many_processes_make_what_one_makes(tmp_path):
+def test_several_processes_write_the_same_files_as_one(tmp_path):
     source = write_chexpert(tmp_path, NAME)
     for workers in (1, 2):
         prepare(source, tmp_path / str(workers), size=16, num_workers=workers)
@@ -201,3 +202,35 @@ def test_real_boxes_scale_with_the_real_images(tmp_path):
         for (x, y, w, h), moved in zip(a["boxes"], b["boxes"], strict=True):
             expected = [x * scale + pad[0], y * scale + pad[1], w * scale, h * scale]
             assert np.allclose(moved, expected, atol=1.0)
+
+
+def test_fast_jpeg_decodes_less_and_is_another_setting(tmp_path):
+    smooth = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 10), np.uint8)).resize((640, 512))
+    (tmp_path / "in").mkdir()
+    smooth.save(tmp_path / "in" / "a.jpg", quality=95)
+    assert read_image(tmp_path / "in" / "a.jpg", draft=64).size == (80, 64)
+    assert read_image(tmp_path / "in" / "a.jpg", draft=513).size == (640, 512)
+    for name, fast in (("exact", False), ("fast", True)):
+        prepare(tmp_path / "in", tmp_path / name, size=32, fast_jpeg=fast)
+    exact, fast = (np.asarray(read_image(tmp_path / name / "a.png"), float) for name in ("exact", "fast"))
+    assert fast.shape == exact.shape and 0 < np.abs(fast - exact).max() and np.abs(fast - exact).mean() < 3
+    with pytest.raises(ValueError, match="fast_jpeg: True, now False"):
+        prepare(tmp_path / "in", tmp_path / "fast", size=32)
+
+
+def test_a_copy_made_before_fast_jpeg_existed_is_continued(tmp_path):
+    save_image(tmp_path / "in" / "a.png")
+    prepare(tmp_path / "in", tmp_path / "out", size=16)
+    path = tmp_path / "out" / "prepare_settings.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "fast_jpeg"}))
+    assert prepare(tmp_path / "in", tmp_path / "out", size=16)["kept"] == 1
+
+
+def test_the_benchmark_of_prepare_prints_one_table(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    spec = importlib.util.spec_from_file_location("prepare_benchmark", "benchmarks/prepare.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    benchmark.main(["--images", "1", "--size", "64", "80", "--rows", "40"])
+    lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(lines) == 6 and all(float(line[2]) > 0 for line in lines[2:])

@@ -17,6 +17,8 @@ def add(commands):
     prepare.add_argument("--equalize", action="store_true", help="histogram equalisation, as the original did")
     prepare.add_argument("--format", choices=["png", "jpg"], default="png")
     prepare.add_argument("--frontal-only", action="store_true", help="leave lateral views out")
+    text = "decode large JPEG files at reduced size: several times faster, but changes pixels slightly"
+    prepare.add_argument("--fast-jpeg", action="store_true", help=text)
     prepare.add_argument("--workers", type=int, default=None, help="processes (default: one for each CPU)")
     prepare.add_argument("--overwrite", action="store_true", help="make the copies anew")
     pack = prepare.add_argument_group("one file instead of a folder")
@@ -42,6 +44,7 @@ def run(options):
         equalize=options.equalize,
         image_format=options.format,
         frontal_only=options.frontal_only,
+        fast_jpeg=options.fast_jpeg,
         num_workers=options.workers,
         overwrite=options.overwrite,
     )

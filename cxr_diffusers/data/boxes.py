@@ -1,12 +1,16 @@
 """Boxes [x, y, w, h]: validation, tables of boxes, and scaling to the pixels of an image."""
 
 import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import PIL.Image
 
 from .dicom import integer, is_dicom, read_header
-from .images import PIL_SUFFIXES, read_image
+from .images import FORMATS, ORIENTATION, PIL_SUFFIXES, read_image
 from .tables import brief, numbers, read_csv
 
 COLUMNS = ("file", "x", "y", "w", "h")
@@ -16,21 +20,21 @@ SAME_SHAPE = 0.02
 PREPARED = "prepare_settings.json"  # lies in a copy whose boxes count in its own pixels
 
 
-def check_box(box, where):
+def check_box(box: Iterable[Any], where: object) -> list[float]:
     """Four numbers -> [x, y, w, h] floats; ValueError naming `where` unless all are finite and there is an area."""
     try:
         values = [float(n) for n in box]
     except (TypeError, ValueError):
         values = []
     with np.errstate(over="ignore"):
-        x, y, w, h = np.float32(values) if len(values) == 4 else [math.nan] * 4  # as they are kept
+        x, y, w, h = np.asarray(values if len(values) == 4 else [math.nan] * 4, np.float32)  # as they are stored
     if not (all(map(math.isfinite, (x, y, w, h))) and min(x, y) >= 0 and min(w, h) > 0):
         got = ", ".join(brief(n).strip("'") for n in box)
         raise ValueError(f"{where}: expected a box x, y, w, h in pixels, x, y >= 0 and w, h > 0, got [{got}]")
     return values
 
 
-def parse_boxes(text, where):
+def parse_boxes(text: object, where: object) -> list[list[float]]:
     """ "x y w h" a line (or separated by ";"), in pixels -> [[x, y, w, h]]; ValueError naming `where`."""
     boxes = []
     for line in str(text).replace(";", "\n").splitlines():
@@ -42,7 +46,7 @@ def parse_boxes(text, where):
     return boxes
 
 
-def read_boxes(path):
+def read_boxes(path: Path | str) -> list[tuple[str, str, list[float], tuple[float, float] | None]]:
     """A table with columns file, x, y, w, h -> [(where, file as it stands there, box, unit)].
 
     `unit` is (width, height) of the image that a box was drawn on, if the table says so (`UNITS`), else None.
@@ -59,7 +63,7 @@ def read_boxes(path):
     return rows
 
 
-def units_of(table, path):
+def units_of(table: pd.DataFrame, path: Path | str) -> list[tuple[float, float] | None]:
     """(width, height) of the image that each row's box was drawn on, or None where a table does not say it."""
     pair = next((pair for pair in UNITS if set(pair) <= set(table.columns)), None)
     if pair is None:
@@ -71,7 +75,13 @@ def units_of(table, path):
     return [None if math.isnan(w) else (w, h) for w, h in zip(widths, heights, strict=True)]
 
 
-def to_pixels(box, unit, size, image, where):
+def to_pixels(
+    box: Sequence[float],
+    unit: tuple[float, float] | None,
+    size: tuple[int, int],
+    image: Path,
+    where: object,
+) -> list[float]:
     """A box in pixels of a `unit`-sized image -> in pixels of the same image as it is now.
 
     Args:
@@ -99,13 +109,14 @@ def to_pixels(box, unit, size, image, where):
     return [x, y, w, h]
 
 
-def image_size(path):
+def image_size(path: Path) -> tuple[int, int]:
     """(width, height) of an image file, from its header; ValueError, naming it, where it has none."""
     try:
         suffix = path.suffix.lower()
         if suffix in PIL_SUFFIXES:
-            with PIL.Image.open(path) as image:
-                turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            PIL.Image.init()
+            with PIL.Image.open(path, formats=FORMATS) as image:
+                turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
                 return image.size[::-1] if turned else image.size
         if suffix != ".npy" and is_dicom(path):
             header = read_header(path)

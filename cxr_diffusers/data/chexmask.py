@@ -83,7 +83,7 @@ def load_chexmask(
 
 def key_of(path: str | PurePosixPath, parts: int) -> str:
     """The last `parts` components of a path without the suffix of an image file: the name that tables are joined by."""
-    return "/".join(without_suffix(PurePosixPath(path)).parts[-parts:])
+    return "/".join(without_suffix(str(path)).parts[-parts:])
 
 
 def read_rows(

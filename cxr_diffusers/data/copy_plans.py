@@ -1,6 +1,8 @@
 """Plans of copies of data sets: the images, and the tables, lists, boxes and masks that follow them."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -16,11 +18,11 @@ NOT_CARRIED = (
 )
 
 
-def plan_copy(source_root, output_root, settings):
+def plan_copy(source_root: Path, output_root: Path, settings: Mapping[str, Any]) -> Any:
     """What a copy of a data set consists of, for `prepare` and whoever else writes one.
 
     Args:
-        settings: "size" (None: pictures keep their geometry, and so do boxes), "aspect", "image_format" and
+        settings: "size" (None: images keep their size, and boxes their coordinates), "aspect", "image_format" and
             "frontal_only", as `prepare` takes them.
 
     Returns:
@@ -82,7 +84,7 @@ def _plan_chexpert(root, output_root, settings):
             frontal = raw[view].str.lower().str.startswith("frontal")
             raw, paths = raw[frontal], [path for path, kept in zip(paths, frontal, strict=True) if kept]
         rows = pd.DataFrame({"Path": raw[column], "line": raw.index})
-        files = chexpert.locate_images(csv, rows, missing_ok=True)
+        files = [file and Path(file) for file in chexpert.locate_images(csv, rows, missing_ok=True)]
         outputs = [_renamed(Path(*chexpert.parts_from_split(path)), settings) for path in paths]
         for file, output, row in zip(files, outputs, rows.itertuples(), strict=True):
             if file is None:

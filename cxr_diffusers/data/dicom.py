@@ -7,6 +7,7 @@ import math
 import warnings
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,12 +19,12 @@ DELIMITER = b"\xfe\xff\xdd\xe0\0\0\0\0"  # the end of compressed pixels
 DEFLATED = "1.2.840.10008.1.2.1.99"
 
 
-def is_dicom(path):
+def is_dicom(path: Path | str) -> bool:
     """True for a file that ends as DICOM files do, or has their magic word behind its preamble of 128 bytes."""
     return Path(path).suffix.lower() in DICOM_SUFFIXES or has_magic(path)
 
 
-def has_magic(path):
+def has_magic(path: Path | str) -> bool:
     """Whether a regular file has the four letters DICM behind 128 bytes; False where the file cannot be opened."""
     try:
         if not Path(path).is_file():  # a named pipe would never answer
@@ -34,7 +35,7 @@ def has_magic(path):
         return False
 
 
-def read_header(path):
+def read_header(path: Path | str) -> Any:
     """The pydicom dataset of a DICOM file, without its pixels; ValueError naming a file that is none."""
     try:
         return open_dicom(path, stop_before_pixels=True)
@@ -42,7 +43,7 @@ def read_header(path):
         raise ValueError(f"{path}: {error}") from None
 
 
-def dicom_header(path):
+def dicom_header(path: Path | str) -> tuple[str, str]:
     """(patient, view) of a DICOM file: PatientID, and ViewPosition where it is PA or AP; "" where unknown.
 
     Raises:
@@ -56,7 +57,7 @@ def dicom_header(path):
     return patient, view.upper() if view.upper() in ("PA", "AP") else ""
 
 
-def open_dicom(path, **options):
+def open_dicom(path: Path | str, **options: Any) -> Any:
     """`pydicom.dcmread`, quiet, and refused before it is read where a deflated file would fill the memory.
 
     Raises:
@@ -74,8 +75,8 @@ def open_dicom(path, **options):
             # `force` only where the name says DICOM: some exports lack the preamble
             dataset = pydicom.dcmread(path, force=not magic, **options)
         except Exception as error:
-            what = "damaged or cut short" if magic else "no DICOM file"
-            raise ValueError(f"{what} ({type(error).__name__})") from None
+            reason = "damaged or cut short" if magic else "no DICOM file"
+            raise ValueError(f"{reason} ({type(error).__name__})") from None
     if not magic and not {"SOPClassUID", "Rows", "PhotometricInterpretation"} & set(keywords_of(dataset)):
         raise ValueError("no DICOM file")
     return dataset
@@ -108,7 +109,7 @@ def _ends_early(dataset):
     return isinstance(last, RawDataElement) and last.value is not None and len(last.value) < last.length < 2**32 - 1
 
 
-def element(dataset, name):
+def element(dataset: Any, name: str) -> Any:
     """The value of an element, None where it is absent or empty; ValueError that names one that cannot be read."""
     try:
         value = dataset.get(name)
@@ -117,7 +118,7 @@ def element(dataset, name):
     return value if has_value(value) else None
 
 
-def number(dataset, name):
+def number(dataset: Any, name: str) -> float | None:
     """The (first) number of an element as a float, None where it is absent or empty; ValueError for anything else."""
     value = element(dataset, name)
     if value is None:

@@ -1,8 +1,14 @@
-"""What a DICOM file says about itself: no picture at all, or a picture that the models here were not made for."""
+"""Checks of a DICOM header: whether the file holds a radiograph, and one that the models here were made for.
+
+Warnings name elements of the header. They quote a value only if it is one of the words listed here: any other value,
+in whichever element, may be a patient's name.
+"""
 
 import math
 import re
 import warnings
+from pathlib import Path
+from typing import Any
 
 MODALITIES = ("CR", "DX", "RG", "DR", "XR")  # the last two are not in the standard, but in the world
 CHEST = ("CHEST", "THORAX", "THORACIC", "LUNG", "TORAX", "POUMON")
@@ -10,9 +16,17 @@ CHEST_CODES = ("51185008", "816094009", "T-D3000", "39607008", "T-28000", "43799
 LATERAL = ("LL", "RL", "LAT", "LATERAL", "LLAT", "RLAT")
 LATERAL_CODES = ("399173006", "399198007", "399067008", "R-10236", "R-10232", "R-102CD")  # CID 4010
 UNUSUAL_VIEWS = ("LLD", "RLD", "LLO", "RLO", "LAO", "RAO", "LPO", "RPO", "OBLIQUE", "DECUB", "DECUBITUS", "LORDOTIC")
+# values that a warning may quote
+OTHER_MODALITIES = ("CT", "MG", "MR", "NM", "OT", "PT", "PX", "IO", "RF", "SC", "US", "XA", "XC")
+OTHER_PARTS = (
+    *("ABDOMEN", "ANKLE", "ARM", "BREAST", "CLAVICLE", "COCCYX", "CSPINE", "ELBOW", "EXTREMITY", "FINGER", "FOOT"),
+    *("FOREARM", "HAND", "HEAD", "HIP", "HUMERUS", "JAW", "KNEE", "LEG", "LSPINE", "NECK", "PELVIS", "SHOULDER"),
+    *("SKULL", "SPINE", "TOE", "TSPINE", "WHOLEBODY", "WRIST"),
+)
+PHOTOMETRIC = ("RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT", "YBR_PARTIAL_420")
 CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
-# beginnings of the classes of objects that are no picture, or none of a patient
-NO_PICTURE = (
+# beginnings of the UIDs of object types that are no image, or none of a patient
+NO_RADIOGRAPH = (
     "1.2.840.10008.1.3.10",  # table of contents (DICOMDIR)
     "1.2.840.10008.5.1.4.1.1.4.2",  # MR spectroscopy
     "1.2.840.10008.5.1.4.1.1.9.",  # waveforms
@@ -28,41 +42,44 @@ NO_PICTURE = (
 )
 
 
-def no_picture(path):
-    """What a DICOM file is, if it is no radiograph ("Enhanced SR Storage", "Segmentation Storage"); else "".
+def non_radiograph_type(path: Path | str) -> str:
+    """The object type of a DICOM file that is no radiograph ("Enhanced SR Storage", "Segmentation Storage"); else "".
 
-    Only the first few hundred bytes are read. "" also for a file that does not say what it is.
+    Reads only the first few hundred bytes. Returns "" also for a file without an object type.
     """
     import pydicom
 
+    from .dicom import quiet
+
     try:
-        kind = pydicom.filereader.read_file_meta_info(path).get("MediaStorageSOPClassUID")
-        if kind == CAPTURE and "cxr_diffusers" == _manufacturer(path):
+        with quiet():
+            object_class = pydicom.filereader.read_file_meta_info(path).get("MediaStorageSOPClassUID")
+        if object_class == CAPTURE and "cxr_diffusers" == _manufacturer(path):
             return "Secondary Capture of cxr_diffusers"
-    except Exception:  # pydicom has many; what a broken file is, `read_image` will say
+    except Exception:  # pydicom has many; `read_image` says what is wrong with a broken file
         return ""
-    if not kind or not kind.startswith(NO_PICTURE):
+    if not object_class or not object_class.startswith(NO_RADIOGRAPH):
         return ""
-    return kind.name if kind in pydicom.uid.UID_dictionary else "DICOM object without a picture"
+    return object_class.name if object_class in pydicom.uid.UID_dictionary else "DICOM object without an image"
 
 
-def warnings_of(dataset):
-    """Why the map of this DICOM image may mean nothing, as its own header tells: a list of sentences, often empty.
+def warnings_of(dataset: Any) -> list[str]:
+    """Reasons in a DICOM header why the map of its image may be meaningless: a list of sentences, often empty.
 
     A header that says nothing gives no warning; nothing is guessed from the pixels.
 
     Args:
         dataset: pydicom dataset; its pixels are not needed.
     """
-    found = []
+    sentences = []
     for check in (_burned_in, _modality, _body_part, _view, _orientation, _greys, _window):
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # pydicom's quote what they are about
-                found += check(dataset)
-        except Exception as error:  # an entry that pydicom cannot read must not stop a run, and is worth a word
-            found.append(f"a part of the header cannot be read ({type(error).__name__})")
-    return [warning.replace(";", ",") for warning in found]
+                warnings.simplefilter("ignore")  # pydicom's warnings quote values
+                sentences += check(dataset)
+        except Exception as error:  # an element that pydicom cannot read must not stop a run
+            sentences.append(f"a part of the header cannot be read ({type(error).__name__})")
+    return [sentence.replace(";", ",") for sentence in sentences]
 
 
 def window_of(dataset):
@@ -84,7 +101,7 @@ def window_of(dataset):
     return (center, width, function), ""
 
 
-def has_value(value):
+def has_value(value: Any) -> bool:
     """Whether an element's value is neither None nor empty."""
     return value is not None and not (hasattr(value, "__len__") and len(value) == 0)
 
@@ -110,7 +127,7 @@ def _burned_in(dataset):
 def _modality(dataset):
     modality = _text(dataset, "Modality")
     if modality and modality not in MODALITIES:
-        yield f"no plain radiograph (Modality {modality})"
+        yield f"no plain radiograph ({_quoted('Modality', modality, OTHER_MODALITIES)})"
     if _text(dataset, "PresentationIntentType") == "FOR PROCESSING":
         yield "raw data of the detector (PresentationIntentType FOR PROCESSING)"
 
@@ -119,58 +136,65 @@ def _body_part(dataset):
     part = _text(dataset, "BodyPartExamined")
     if part:
         if not any(name in part for name in CHEST):
-            yield f"not of the chest (BodyPartExamined {part})"
+            yield f"not of the chest ({_quoted('BodyPartExamined', part, OTHER_PARTS)})"
         return
-    found = _codes(dataset, "AnatomicRegionSequence")
-    if found and not any(code in CHEST_CODES or any(c in meaning.upper() for c in CHEST) for code, meaning in found):
-        yield f"not of the chest (AnatomicRegionSequence {found[0][1]})"
+    codes = _codes(dataset, "AnatomicRegionSequence")
+    if codes and not any(code in CHEST_CODES or any(c in meaning.upper() for c in CHEST) for code, meaning in codes):
+        yield f"not of the chest ({_quoted('AnatomicRegionSequence', codes[0][1].strip().upper(), OTHER_PARTS)})"
 
 
 def _view(dataset):
-    view = _text(dataset, "ViewPosition")
-    words = re.split(r"[\s_/,-]+", view)
+    words = re.split(r"[\s_/,-]+", _text(dataset, "ViewPosition"))
+    lateral, unusual = (next((w for w in words if w in views), None) for views in (LATERAL, UNUSUAL_VIEWS))
     codes = _codes(dataset, "ViewCodeSequence")
-    if any(word in LATERAL for word in words):
-        yield f"a lateral view (ViewPosition {view})"
+    if lateral:
+        yield f"a lateral view (ViewPosition {lateral})"
     elif any(code in LATERAL_CODES for code, _ in codes):
-        yield f"a lateral view (ViewCodeSequence {codes[0][1]})"
-    elif any(word in UNUSUAL_VIEWS for word in words):
-        yield f"no plain frontal view (ViewPosition {view})"
+        yield "a lateral view (ViewCodeSequence)"
+    elif unusual:
+        yield f"no plain frontal view (ViewPosition {unusual})"
     elif any("oblique" in meaning.lower() for _, meaning in codes):
-        yield f"no plain frontal view (ViewCodeSequence {codes[0][1]})"
+        yield "no plain frontal view (ViewCodeSequence: oblique)"
 
 
 def _orientation(dataset):
-    """A frontal radiograph lies as if one faced the patient: rows run to the left (L), columns to the foot (F)."""
+    """A frontal radiograph is seen facing the patient: rows run to the left (L), columns to the foot (F)."""
     value = dataset.get("PatientOrientation")
     if not value or isinstance(value, str) or len(value) != 2 or not all(value):
         return
-    rows, columns = (str(direction)[0].upper() for direction in value)
-    shown = f"PatientOrientation {value[0]}\\{value[1]}"
+    rows, columns = (str(direction).strip().upper()[:1] for direction in value)
+    if not (rows and columns and {rows, columns} <= set("APLRFH")):
+        return
+    element = f"PatientOrientation {rows}\\{columns}"
     if rows in "AP" and columns in "FH":
-        yield f"a lateral view ({shown})"
+        yield f"a lateral view ({element})"
     elif rows in "FH":
-        yield f"lies on its side ({shown}, a frontal view has L\\F)"
+        yield f"lies on its side ({element}, a frontal view has L\\F)"
     else:
         if rows == "R":
-            yield f"left and right are exchanged ({shown}, a frontal view has L\\F)"
+            yield f"left and right are exchanged ({element}, a frontal view has L\\F)"
         if columns == "H":
-            yield f"upside down ({shown}, a frontal view has L\\F)"
+            yield f"upside down ({element}, a frontal view has L\\F)"
 
 
 def _greys(dataset):
-    """Bright means dense: where two entries disagree on that, the picture may be its own negative."""
-    kind = _text(dataset, "PhotometricInterpretation")
-    if kind and kind not in ("MONOCHROME1", "MONOCHROME2"):
-        yield f"no grey picture (PhotometricInterpretation {kind})"
+    """Bright means dense: where two elements disagree on that, the image may be its own negative."""
+    photometric = _text(dataset, "PhotometricInterpretation")
+    if photometric and photometric not in ("MONOCHROME1", "MONOCHROME2"):
+        yield f"no grey image ({_quoted('PhotometricInterpretation', photometric, PHOTOMETRIC)})"
         return
-    shape = {"MONOCHROME1": "INVERSE", "MONOCHROME2": "IDENTITY"}.get(kind)
-    found = _text(dataset, "PresentationLUTShape")
-    if shape and found in ("INVERSE", "IDENTITY") and found != shape:
-        yield f"may be a negative (PhotometricInterpretation {kind}, PresentationLUTShape {found})"
+    expected = {"MONOCHROME1": "INVERSE", "MONOCHROME2": "IDENTITY"}.get(photometric)
+    shape = _text(dataset, "PresentationLUTShape")
+    if expected and shape in ("INVERSE", "IDENTITY") and shape != expected:
+        yield f"may be a negative (PhotometricInterpretation {photometric}, PresentationLUTShape {shape})"
     sign = dataset.get("PixelIntensityRelationshipSign")
-    if (kind, sign) in (("MONOCHROME1", -1), ("MONOCHROME2", 1)):
-        yield f"may be a negative (PhotometricInterpretation {kind}, PixelIntensityRelationshipSign {sign})"
+    if (photometric, sign) in (("MONOCHROME1", -1), ("MONOCHROME2", 1)):
+        yield f"may be a negative (PhotometricInterpretation {photometric}, PixelIntensityRelationshipSign {int(sign)})"
+
+
+def _quoted(name, value, allowed):
+    """The name of an element, with its value only if that is one of `allowed`."""
+    return f"{name} {value}" if value in allowed else name
 
 
 def _text(dataset, name):

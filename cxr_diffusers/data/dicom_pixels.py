@@ -4,12 +4,13 @@ import itertools
 import logging
 import math
 import struct
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
 
 from .dicom import byte_order, element, integer, number, open_with_pixels, quiet
-from .dicom_checks import has_value, no_picture, window_of
+from .dicom_checks import PHOTOMETRIC, has_value, non_radiograph_type, window_of
 from .limits import check_pixel_count, check_scans
 
 logger = logging.getLogger(__name__)
@@ -17,15 +18,15 @@ logger = logging.getLogger(__name__)
 RLE = "1.2.840.10008.1.2.5"
 
 
-def read_dicom(path):
+def read_dicom(path: Path) -> PIL.Image.Image:
     """A DICOM file -> PIL image, mode "L", or "I;16" for more than 8 bits stored; see `images.read_image`.
 
     Raises:
         ValueError: anything but one grey frame that its header describes without contradiction.
     """
-    what = no_picture(path)
-    if what:
-        raise ValueError(f"expected a radiograph, got a {what}")
+    object_type = non_radiograph_type(path)
+    if object_type:
+        raise ValueError(f"expected a radiograph, got a {object_type}")
     dataset = open_with_pixels(path)
     with quiet():
         photometric = _check_kind(dataset)
@@ -58,8 +59,7 @@ def _check_kind(dataset):
         raise ValueError(f"expected one frame, got {frames}: take one out first")
     photometric = str(element(dataset, "PhotometricInterpretation") or "").strip()
     if photometric not in ("MONOCHROME1", "MONOCHROME2"):
-        named = ("RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT", "YBR_PARTIAL_420")
-        got = photometric if photometric in named else "another kind" if photometric else "none"
+        got = photometric if photometric in PHOTOMETRIC else "another kind" if photometric else "none"
         raise ValueError(f"expected a grey DICOM image (PhotometricInterpretation MONOCHROME1 or 2), got {got}")
     if integer(dataset, "SamplesPerPixel", 1) != 1:
         raise ValueError("SamplesPerPixel contradicts PhotometricInterpretation: expected 1 for a grey image")

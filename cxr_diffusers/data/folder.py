@@ -1,7 +1,10 @@
 """Image files that are not a named data set: a folder per class, or a CSV with a column of paths."""
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from datasets import Dataset
 
 from .boxes import image_size, parse_boxes, read_boxes, to_pixels
 from .images import dicom_header, is_dicom, list_images, without_suffix
@@ -13,7 +16,9 @@ MASK_FOLDER = "masks"
 UNLABELLED = -1
 
 
-def load_folder(root, *, classes=("healthy", "diseased"), patient_pattern=None):
+def load_folder(
+    root: Path | str, *, classes: Sequence[str] = ("healthy", "diseased"), patient_pattern: str | None = None
+) -> Dataset:
     """A folder of images (png, jpg, bmp, tif, npy, DICOM) -> data set.
 
     Label: the folder between `root` and the file (or `root` itself) that is called as a class; case does not matter. A
@@ -60,19 +65,19 @@ def load_folder(root, *, classes=("healthy", "diseased"), patient_pattern=None):
 
 
 def load_table(
-    csv,
+    csv: Path | str,
     *,
-    image="file",
-    label="label",
-    classes=("healthy", "diseased"),
-    mask=None,
-    patient=None,
-    view=None,
-    boxes=None,
-    keep=(),
-    where=None,
-    root=None,
-):
+    image: str = "file",
+    label: str = "label",
+    classes: Sequence[str] = ("healthy", "diseased"),
+    mask: str | None = None,
+    patient: str | None = None,
+    view: str | None = None,
+    boxes: str | None = None,
+    keep: Sequence[str] = (),
+    where: Mapping[str, object] | None = None,
+    root: Path | str | None = None,
+) -> Dataset:
     """A CSV with a column of image paths -> data set.
 
     Args:

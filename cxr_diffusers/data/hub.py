@@ -8,14 +8,24 @@ from huggingface_hub import HfApi
 
 from .boxes import check_box
 from .images import binary_mask, fit_boxes, fit_image, fit_mask, to_grey
-from .rows import BOXES, png_cell
+from .rows import BOXES, check_images, png_cell
 from .tables import missing_columns
 
 HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
 
 
-def load_hub(path, *, split="train", config=None, revision=None, limit=None, streaming=False, size=None, aspect="pad"):
-    """`datasets.load_dataset` (or `load_from_disk` for a folder that `save_to_disk` wrote), and a look at the columns.
+def load_hub(
+    path: Path | str,
+    *,
+    split: str = "train",
+    config: str | None = None,
+    revision: str | None = None,
+    limit: int | None = None,
+    streaming: bool = False,
+    size: int | None = None,
+    aspect: str = "pad",
+) -> datasets.Dataset:
+    """`datasets.load_dataset` (`load_from_disk` for a folder that `save_to_disk` wrote), with a check of the columns.
 
     Training draws its batches from anywhere in the data set, so that a run resumes to the number; a stream cannot serve
     it. `streaming` therefore goes through the data set once, without keeping the files that come by, and keeps what is
@@ -27,7 +37,7 @@ def load_hub(path, *, split="train", config=None, revision=None, limit=None, str
         limit: only the first so many rows; None: all.
         streaming: see above.
         size, aspect: with `streaming`, keep a grey copy of `size` x `size` pixels, see `images.fit_image`; masks and
-            boxes move with it. None: pictures as they come.
+            boxes move with it. None: images as they come.
 
     Returns:
         `datasets.Dataset` with image (`datasets.Image`), label (`datasets.ClassLabel`) and, where they are there, mask
@@ -49,6 +59,7 @@ def load_hub(path, *, split="train", config=None, revision=None, limit=None, str
         check_columns(dataset.features, path)
         dataset = dataset.select(range(min(limit, len(dataset)))) if limit else dataset
     check_boxes(dataset, path)
+    dataset = check_images(dataset)
     rows = [str(i) for i in range(len(dataset))]
     additions = {"patient": rows, "view": [""] * len(rows), "path": [f"{path}/{split}/{i}" for i in rows]}
     for name, values in additions.items():
@@ -57,14 +68,14 @@ def load_hub(path, *, split="train", config=None, revision=None, limit=None, str
     return dataset
 
 
-def check_columns(features, where):
+def check_columns(features: datasets.Features, where: Path | str) -> None:
     """Raise ValueError unless image and label, and mask and boxes where they are, are of the kinds that we read."""
     missing_columns(["image", "label"], features, where)
-    for name, kind in (("image", datasets.Image), ("label", datasets.ClassLabel), ("mask", datasets.Image)):
-        if name in features and not isinstance(features[name], kind):
+    for name, expected in (("image", datasets.Image), ("label", datasets.ClassLabel), ("mask", datasets.Image)):
+        if name in features and not isinstance(features[name], expected):
             hint = ", healthy being class 0" if name == "label" else ""
             raise ValueError(
-                f"{where}: expected column {name!r} to be datasets.{kind.__name__}, got {features[name]}: "
+                f"{where}: expected column {name!r} to be datasets.{expected.__name__}, got {features[name]}: "
                 f"cast it with `dataset.cast_column({name!r}, ...)`{hint}"
             )
     boxes = features.get("boxes", BOXES)
@@ -73,7 +84,7 @@ def check_columns(features, where):
         raise ValueError(f"{where}: expected column 'boxes' to be lists of [x, y, w, h] in pixels, got {boxes}")
 
 
-def check_boxes(dataset, where):
+def check_boxes(dataset: datasets.Dataset, where: object) -> None:
     """Raise ValueError naming the first row with a box that is none."""
     for i, boxes in enumerate(dataset["boxes"] if "boxes" in dataset.column_names else ()):
         for box in boxes or ():
@@ -104,7 +115,7 @@ def _streamed(path, split, config, revision, limit, size, aspect):
 
 def _rows(source, limit, size, aspect):
     """The rows of a stream as they are to be kept."""
-    stream = datasets.load_dataset(**source, streaming=True)
+    stream = check_images(datasets.load_dataset(**source, streaming=True))
     if size is None:  # the files' own bytes, not opened
         for name, feature in stream.features.items():
             if isinstance(feature, datasets.Image):

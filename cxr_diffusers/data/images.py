@@ -1,18 +1,22 @@
 """Read image files as greyscale PIL images without loss: mode "L" (8 bit) or "I;16" (more)."""
 
 import collections
+import contextlib
+import io
 import logging
 import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
+import PIL.TiffImagePlugin
 
 from .dicom import DICOM_SUFFIXES, dicom_header, has_magic, is_dicom, read_header  # noqa: F401
-from .dicom_checks import no_picture
+from .dicom_checks import non_radiograph_type
 from .dicom_pixels import read_dicom
-from .limits import MAX_BYTES, check_pixel_count, check_scans
+from .limits import MAX_BYTES, check_byte_count, check_pixel_count, check_scans
 from .tiff import as_black_is_zero, fits_16_bits, negative
 
 logger = logging.getLogger(__name__)
@@ -21,11 +25,13 @@ PIL_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 SUFFIXES = (*PIL_SUFFIXES, ".npy", *DICOM_SUFFIXES)
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "GIF", "WEBP", "JPEG2000")  # other formats may start external programs
 
+ORIENTATION = 0x0112  # EXIF tag: how to turn the stored pixels
+
 # table of contents of an exported CD: a DICOM file without an image
 DICOM_CONTENTS = "DICOMDIR"
 
 
-def read_image(path):
+def read_image(path: Path | str, draft: int | None = None) -> PIL.Image.Image:
     """Read one radiograph.
 
     png, jpg, bmp, tif: as stored; colour becomes grey by PIL's weights, an EXIF orientation is applied, a TIFF whose
@@ -36,6 +42,10 @@ def read_image(path):
     *stored bits* after the modality LUT (or to the window, if there is one). Differences in exposure between images are
     therefore preserved; use `scaling="minmax"` to stretch each image. Padding pixels (PixelPaddingValue, with
     PixelPaddingRangeLimit) are ignored and set to the darkest value of the other pixels.
+
+    Args:
+        draft: None, or a side in pixels: a JPEG is decoded at a half, a quarter or an eighth of its size where both of
+            its sides stay at least this long. Faster, and the pixels differ slightly from those of the whole image.
 
     Returns:
         PIL image, mode "L", or "I;16" for more than 8 bits stored.
@@ -48,24 +58,64 @@ def read_image(path):
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such image file: {path}")
-    try:
-        size = path.stat().st_size
-        if not size:
-            raise ValueError("the file is empty")
-        if size > MAX_BYTES:
-            raise ValueError(f"expected at most {MAX_BYTES:,} bytes, got {size:,}")
+    with errors_name(path):
+        check_byte_count(path.stat().st_size)
         if path.suffix.lower() == ".npy":
             return _read_array(path)
         if path.suffix.lower() not in PIL_SUFFIXES and is_dicom(path):
             return read_dicom(path)
-        return _read_with_pillow(path)
-    # PIL raises SyntaxError and struct.error too on broken files; whatever it is, the user needs the path
+        image = decode_image(path.read_bytes(), draft)
+        image = image if image.mode == "L" else to_grey(image)
+        image.info = {}  # comments and colour profiles would follow the pixels into copies
+        return image
+
+
+@contextlib.contextmanager
+def errors_name(path: Path | str) -> Iterator[None]:
+    """Turn any exception into a ValueError on one line that begins with `path`.
+
+    Pillow raises SyntaxError, struct.error and others for damaged files; whichever it is, the user needs the path.
+    """
+    try:
+        yield
     except Exception as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path}: {text}") from error
 
 
-def check_has_contrast(image, path):
+def decode_image(content: bytes, draft: int | None = None) -> PIL.Image.Image:
+    """Decode the bytes of an image file (`FORMATS`) within the limits of `limits`.
+
+    Args:
+        draft: see `read_image`.
+
+    Returns:
+        PIL image in the file's own mode: EXIF orientation applied, a TIFF whose zero is white inverted.
+
+    Raises:
+        ValueError: too many bytes, pixels or scans, or none at all; Pillow's errors for damaged files.
+    """
+    check_byte_count(len(content))
+    content, white_is_zero = as_black_is_zero(content)
+    PIL.Image.init()  # or the formats that are named are not all there
+    try:
+        opened = PIL.Image.open(io.BytesIO(content), formats=FORMATS)
+    except PIL.UnidentifiedImageError:  # its message shows a BytesIO
+        raise ValueError("cannot be read as an image (damaged or of another format)") from None
+    with opened as image:
+        check_pixel_count(image.width, image.height)
+        if image.format in ("JPEG", "MPO"):
+            check_scans(content, image.width * image.height)
+            if draft is not None:
+                image.draft("L", (draft, draft))
+        image.load()
+        turned = PIL.ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image
+        if white_is_zero and isinstance(image, PIL.TiffImagePlugin.TiffImageFile):
+            turned = negative(turned, image.tag_v2.get(258, (1,))[0], signed=image.tag_v2.get(339, (1,))[0] == 2)
+        return turned
+
+
+def check_has_contrast(image: PIL.Image.Image | np.ndarray, path: Path | str) -> None:
     """Raise ValueError naming `path` if all pixels of an image have the same value: its score would be meaningless.
 
     Args:
@@ -73,31 +123,31 @@ def check_has_contrast(image, path):
     """
     array = np.asarray(image)
     if array.size == 0 or (array == array.flat[0]).all():
-        raise ValueError(f"{path}: all {array.size:,} pixels have one value, there is nothing to see")
+        raise ValueError(f"{path}: expected an image with contrast, got one value in all {array.size:,} pixels")
 
 
-def without_suffix(path):
+def without_suffix(path: Path | str) -> Path:
     """A path without the suffix of an image file; other dots belong to its name (DICOM files have UIDs as names)."""
     path = Path(path)
     return path.with_suffix("") if path.suffix.lower() in SUFFIXES else path
 
 
-def picture_size(image):
+def picture_size(image: PIL.Image.Image | np.ndarray) -> tuple[int, ...]:
     """(height, width) of a PIL image or of an (H, W) or (H, W, C) array."""
     return (image.height, image.width) if isinstance(image, PIL.Image.Image) else image.shape[:2]
 
 
-def to_grey(image):
+def to_grey(image: PIL.Image.Image) -> PIL.Image.Image:
     """PIL image of any mode -> "L" or "I;16"; ValueError for 32-bit values that 16 bits cannot hold."""
     if image.mode.startswith("I;16"):
         return PIL.Image.fromarray(np.asarray(image).astype(np.uint16))
     if image.mode in ("I", "F"):
         array = np.asarray(image)
-        return grey_picture(array.astype(np.uint16) if fits_16_bits(array) else array)
+        return array_to_image(array.astype(np.uint16) if fits_16_bits(array) else array)
     return image.convert("L")
 
 
-def grey_picture(array):
+def array_to_image(array: np.ndarray) -> PIL.Image.Image:
     """(H, W) or (H, W, 1) array -> PIL image: uint8 -> "L"; uint16, or float in [0, 1] -> "I;16"; else ValueError."""
     array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
     if array.ndim != 2 or 0 in array.shape:
@@ -111,7 +161,7 @@ def grey_picture(array):
     return PIL.Image.fromarray((array * 65535).round().astype(np.uint16))
 
 
-def list_images(folder):
+def list_images(folder: Path | str) -> list[Path]:
     """Sorted paths of all images below `folder`, among them DICOM files without extension, as a PACS exports them.
 
     Skips hidden files and folders, and DICOM files without an image (reports, segmentations, presentation states); the
@@ -123,7 +173,7 @@ def list_images(folder):
     return images
 
 
-def split_images(folder):
+def split_images(folder: Path | str) -> tuple[list[Path], dict[Path, str]]:
     """(sorted image paths, {path: object type} of the DICOM files without an image, sorted by path)."""
     folder = Path(folder)
     if not folder.is_dir():
@@ -137,7 +187,7 @@ def split_images(folder):
         if suffix in PIL_SUFFIXES or suffix == ".npy":
             images.append(path)
         elif suffix in DICOM_SUFFIXES or _is_bare_dicom(path):
-            object_type = no_picture(path) if os.path.isfile(path) else ""
+            object_type = non_radiograph_type(path) if os.path.isfile(path) else ""
             if object_type:
                 skipped[path] = object_type
             else:
@@ -145,7 +195,7 @@ def split_images(folder):
     return images, skipped
 
 
-def walk(folder):
+def walk(folder: Path | str) -> Iterator[tuple[str, list[str], list[str]]]:
     """Like `os.walk`, top down: skips hidden folders, follows links, and visits each folder once."""
     entered = set()
 
@@ -174,14 +224,14 @@ def walk(folder):
         yield from enter(waiting.pop(0))
 
 
-def describe_skipped(skipped):
+def describe_skipped(skipped: Mapping[Path, str]) -> str:
     """{path: object type} -> "3 DICOM files without a radiograph (2 Enhanced SR Storage, 1 Segmentation Storage)"."""
     counts = collections.Counter(skipped.values())
     listing = ", ".join(f"{count} {object_type}" for object_type, count in sorted(counts.items()))
     return f"{len(skipped)} DICOM file{'s' * (len(skipped) > 1)} without a radiograph ({listing})"
 
 
-def fit_image(image, size, aspect="pad"):
+def fit_image(image: PIL.Image.Image, size: int, aspect: str = "pad") -> PIL.Image.Image:
     """PIL image ("L" or "I;16") -> the same mode, `size` x `size`, in the geometry of `pipelines.cxr_images.frame`.
 
     Area means along a side that shrinks, bicubic along one that grows.
@@ -193,13 +243,15 @@ def fit_image(image, size, aspect="pad"):
     return _fit(image, size, aspect, PIL.Image.Resampling.BICUBIC, PIL.Image.Resampling.BOX, fill=np.min)
 
 
-def fit_mask(mask, size, aspect="pad"):
+def fit_mask(mask: PIL.Image.Image, size: int, aspect: str = "pad") -> PIL.Image.Image:
     """PIL mask -> PIL "L" of 0 / 255, `size` x `size`, moved exactly as `fit_image` moves its image; nearest."""
     nearest = PIL.Image.Resampling.NEAREST
     return _fit(binary_mask(mask), size, aspect, nearest, nearest, fill=lambda mask: 0)
 
 
-def fit_boxes(boxes, width, height, size, aspect="pad"):
+def fit_boxes(
+    boxes: Iterable[Sequence[float]], width: int, height: int, size: int, aspect: str = "pad"
+) -> list[list[float]]:
     """[[x, y, w, h]] in pixels of a `width` x `height` image -> the same anatomy's boxes after `fit_image`.
 
     What a crop cuts off is cut off the boxes; a box that is gone altogether is left out.
@@ -216,12 +268,12 @@ def fit_boxes(boxes, width, height, size, aspect="pad"):
     return fitted
 
 
-def binary_mask(mask):
+def binary_mask(mask: PIL.Image.Image) -> PIL.Image.Image:
     """PIL image -> "L" of 0 / 255: everything above 0 is inside (so masks of 0 / 1 work as well)."""
     return PIL.Image.fromarray((np.asarray(to_grey(mask)) > 0).astype(np.uint8) * 255)
 
 
-def equalize(image):
+def equalize(image: PIL.Image.Image) -> PIL.Image.Image:
     """Histogram equalisation, v -> round(max * (cdf(v) - cdf(v_min)) / (N - cdf(v_min))), as OpenCV's equalizeHist.
 
     8 bit -> 8 bit, 16 bit -> 16 bit. An image of one value stays as it is. (`PIL.ImageOps.equalize` is another formula:
@@ -244,11 +296,11 @@ def _fit(image, size, aspect, grow, shrink, fill):
     from ..pipelines.cxr_images import frame  # here: it imports torch, which reading a file does not need
 
     if image.mode not in ("L", "I;16"):
-        raise ValueError(f"expected a picture of mode L or I;16, got {image.mode}")
+        raise ValueError(f"expected an image of mode L or I;16, got {image.mode}")
     if aspect not in ("pad", "crop", "squash"):
         raise ValueError(f"expected `aspect` pad, crop or squash, got {aspect!r}")
     top, left, h, w = frame(image.height, image.width, size, aspect)
-    dtype = np.asarray(image).dtype
+    dtype = np.uint8 if image.mode == "L" else np.uint16
     # 16 bits are resized as floats: exact, and bicubic overshoot is clipped instead of wrapped
     values = image if dtype == np.uint8 else PIL.Image.fromarray(np.asarray(image).astype(np.float32))
     values = values.resize((min(w, image.width), min(h, image.height)), shrink).resize((w, h), grow)
@@ -272,20 +324,7 @@ def _read_array(path):
         raise ValueError("expected one array, got an archive")
     if array.ndim >= 2:
         check_pixel_count(array.shape[1], array.shape[0])
-    return grey_picture(np.array(array) if array.size <= MAX_BYTES else array)
-
-
-def _read_with_pillow(path):
-    source, white_is_zero = as_black_is_zero(path)
-    PIL.Image.init()  # or the formats that are named are not all there
-    with PIL.Image.open(source, formats=FORMATS) as image:
-        check_pixel_count(image.width, image.height)
-        if image.format in ("JPEG", "MPO"):
-            check_scans(path.read_bytes(), image.width * image.height)
-        turned = PIL.ImageOps.exif_transpose(image)
-        if white_is_zero:
-            turned = negative(turned, image.tag_v2.get(258, (1,))[0], signed=image.tag_v2.get(339, (1,))[0] == 2)
-        return to_grey(turned)
+    return array_to_image(np.array(array) if array.size <= MAX_BYTES else array)
 
 
 def _is_bare_dicom(path):

@@ -104,7 +104,7 @@ def load_nih(
         rows.append({"image": file, "label": row["label"], "patient": row["patient"], "view": view, "path": str(file)})
         if boxes:
             own = [(where, box) for where, finding, box in boxes.get(file.stem, []) if _finding(finding) in names]
-            size = image_size(file) if own else None
+            size = image_size(file) if own else (0, 0)
             rows[-1]["boxes"] = [to_pixels(box, unit, size, file, where) for where, box in own]
     as_named = [
         name.lower() if name.lower() in ALIASES else finding.lower()

@@ -1,20 +1,32 @@
 """A data set in one file: compressed images and labels, for a node's scratch disk or a machine without a network."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import PIL.Image
 import pyarrow.parquet
 from datasets import Dataset, Features, Image
 from tqdm.auto import tqdm
 
 from ..files import new_file
 from .images import fit_image, to_grey
+from .rows import check_images
 
 COLUMNS = ("image", "label", "patient", "view", "path")
 
 
-def pack(dataset, path, *, size, aspect="pad", quality=92, unlabelled=()):
+def pack(
+    dataset: Dataset,
+    path: Path | str,
+    *,
+    size: int,
+    aspect: str = "pad",
+    quality: int = 92,
+    unlabelled: Sequence[Dataset] = (),
+) -> Path:
     """Write a data set as one Parquet file of JPEG images, which `load_packed` and the Hub open.
 
     Args:
@@ -35,7 +47,7 @@ def pack(dataset, path, *, size, aspect="pad", quality=92, unlabelled=()):
         raise ValueError(f"expected a `size` of 8 pixels or more and a `quality` of 1 to 100, got {size} and {quality}")
     features = Features({**dataset.select_columns(list(COLUMNS)).features, "image": Image()})
     parts = [(dataset, None), *((more, -1) for more in unlabelled)]
-    columns = {name: [] for name in COLUMNS}
+    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
     with tqdm(total=sum(len(part) for part, _ in parts), desc="packing", unit="image") as bar:
         for part, label in parts:
             for row in part:
@@ -50,7 +62,7 @@ def pack(dataset, path, *, size, aspect="pad", quality=92, unlabelled=()):
     return Path(path)
 
 
-def load_packed(root, *, part="all"):
+def load_packed(root: Path | str, *, part: str = "all") -> Dataset:
     """Open a file that `pack` wrote.
 
     Args:
@@ -66,7 +78,7 @@ def load_packed(root, *, part="all"):
     if part not in ("all", "labelled", "unlabelled"):
         raise ValueError(f"expected `part` all, labelled or unlabelled, got {part!r}")
     try:
-        dataset = Dataset(_in_memory(pyarrow.parquet.read_table(path)))
+        dataset = check_images(Dataset(_in_memory(pyarrow.parquet.read_table(path))))
     except (pyarrow.ArrowException, ValueError, KeyError) as error:
         raise ValueError(f"{path}: expected a packed data set (Parquet), got {error}") from None
     if missing := sorted(set(COLUMNS) - set(dataset.column_names)):
@@ -95,10 +107,8 @@ def _shrunk(row, size, aspect, quality):
     return buffer.getvalue()
 
 
-def to_8_bits(image):
+def to_8_bits(image: PIL.Image.Image) -> PIL.Image.Image:
     """PIL image of 16 bits -> 8 bits, its own darkest and brightest value at the ends."""
-    import PIL.Image
-
     values = np.asarray(image).astype(np.float32)
     low, high = values.min(), values.max()
     return PIL.Image.fromarray(((values - low) / max(high - low, 1.0) * 255).round().astype(np.uint8))

@@ -1,12 +1,14 @@
 """Synthetic chests with a known pleural effusion and its exact mask: for tests, demonstrations and first runs."""
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFilter
+from datasets import Dataset
 from tqdm.auto import tqdm
 
 from .rows import to_dataset
@@ -23,7 +25,7 @@ class Chest(NamedTuple):
     mask: np.ndarray
 
 
-def load_phantom(n=200, *, size=64, seed=0, diseased_fraction=0.5):
+def load_phantom(n: int = 200, *, size: int = 64, seed: int = 0, diseased_fraction: float = 0.5) -> Dataset:
     """`n` synthetic chests -> data set; chest i is the same whatever `n` is.
 
     Args:
@@ -32,7 +34,7 @@ def load_phantom(n=200, *, size=64, seed=0, diseased_fraction=0.5):
 
     Returns:
         `datasets.Dataset` with columns image, label (healthy, pleural effusion), patient, view, path, mask (all black
-        for healthy chests: known to be empty).
+        for healthy chests).
 
     Raises:
         ValueError: an option that is not as said above.
@@ -57,19 +59,19 @@ def load_phantom(n=200, *, size=64, seed=0, diseased_fraction=0.5):
     return to_dataset(rows, CLASS_NAMES)
 
 
-def draw_effusion(rng):
+def draw_effusion(rng: np.random.Generator) -> dict[str, float]:
     """A random effusion: {"right" | "left": amount}, amounts in (0, 1], from a blunted angle to half a lung."""
     sides = [("right",), ("left",), ("right", "left")][rng.choice(3, p=(0.4, 0.4, 0.2))]
     return {side: float(rng.beta(1.3, 1.8)) * 0.9 + 0.1 for side in sides}
 
 
-def draw_chest(rng, size, effusion=None):
+def draw_chest(rng: np.random.Generator, size: int, effusion: Mapping[str, float] | None = None) -> Chest:
     """One synthetic frontal radiograph.
 
     Args:
         rng: numpy Generator; the same state draws the same chest, with fluid or without.
         size: side in pixels.
-        effusion: None, or {"right" | "left": amount in (0, 1]}, sides of the *patient*: right is left in the picture.
+        effusion: None, or {"right" | "left": amount in (0, 1]}, sides of the *patient*: right is left in the image.
 
     Returns:
         `Chest`; its mask is where image and healthy differ visibly.
@@ -87,11 +89,12 @@ def draw_chest(rng, size, effusion=None):
         # fluid takes the place of air, so it adds little where there was little: in front of heart and belly
         image = _expose(tissue - air + fluid * 1.12 * air.clip(0, None), bones, noise, x, y, anatomy)
     mask = _smooth(np.abs(image - healthy), size / 170) > VISIBLE
-    return Chest(*((picture * 255).round().astype(np.uint8) for picture in (image, healthy)), mask)
+    image, healthy = ((values * 255).round().astype(np.uint8) for values in (image, healthy))
+    return Chest(image, healthy, mask)
 
 
 def _draw_anatomy(rng):
-    """Random measures of one person, in units of half the picture's side."""
+    """Random measures of one person, in units of half the image's side."""
     u = rng.uniform
     return {
         "turn": u(-0.05, 0.05),
@@ -124,7 +127,7 @@ def _draw_anatomy(rng):
 
 
 def _grid(size, a):
-    """Coordinates x (right in the picture) and y (down), -1..1, turned, shifted and zoomed with the person."""
+    """Coordinates x (to the right of the image) and y (down), -1..1, turned, shifted and zoomed with the person."""
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1
     x, y = np.meshgrid(axis - a["shift_x"], axis - a["shift_y"])
     cos, sin = math.cos(a["turn"]) / a["zoom"], math.sin(a["turn"]) / a["zoom"]
@@ -137,7 +140,7 @@ def _step(distance, softness):
 
 
 def _side_x(x, side):
-    """Distance from the midline, positive on that side: the patient's right is left in the picture."""
+    """Distance from the midline, positive on that side: the patient's right is left in the image."""
     return -x if side == "right" else x
 
 

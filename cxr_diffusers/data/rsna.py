@@ -172,7 +172,7 @@ def patients_of(table: pd.DataFrame, root: Path, mapping: Path | str | None = No
 
 def boxes_of(image: Path, boxes: Sequence[tuple[str, list[float]]]) -> list[list[float]]:
     """Boxes of the 1024 px original -> in pixels of the image, whatever its size."""
-    size = image_size(image) if boxes else None
+    size = image_size(image) if boxes else (0, 0)
     return [to_pixels(box, (SIDE, SIDE), size, image, where) for where, box in boxes]
 
 

@@ -2,8 +2,10 @@
 
 import hashlib
 
+import pandas as pd
 
-def lottery(seed, key):
+
+def lottery(seed: int | str, key: str) -> float:
     """A number in [0, 1) that depends on `seed` and `key` alone: not on the machine, the library or the other rows.
 
     >>> round(lottery(0, "patient00001"), 6) == round(lottery(0, "patient00001"), 6)
@@ -12,7 +14,16 @@ def lottery(seed, key):
     return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8]) / 2**64
 
 
-def select_rows(table, *, per_class=None, seed=0, one_per_patient=False, holdout=0.0, part="train", holdout_seed=0):
+def select_rows(
+    table: pd.DataFrame,
+    *,
+    per_class: int | None = None,
+    seed: int = 0,
+    one_per_patient: bool = False,
+    holdout: float = 0.0,
+    part: str = "train",
+    holdout_seed: int = 0,
+) -> pd.DataFrame:
     """Rows of a table (columns label, patient, key) -> those asked for, in the table's order.
 
     Args:

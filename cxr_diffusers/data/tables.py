@@ -4,12 +4,19 @@ import csv
 import gzip
 import math
 import zlib
-from pathlib import PurePosixPath
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePosixPath
+from typing import TextIO, cast
 
 import pandas as pd
 
 
-def read_csv(path, columns=(), only=None, keep=None):
+def read_csv(
+    path: Path | str,
+    columns: Iterable[str] = (),
+    only: Callable[[str], bool] | None = None,
+    keep: Callable[[dict[str, str]], bool] | None = None,
+) -> pd.DataFrame:
     """A CSV -> table of texts, whose index is the line of each row in the file; blank lines are left out.
 
     A file whose name ends in .gz is unpacked. Commas at the end of a row, behind the last column, say nothing.
@@ -30,28 +37,31 @@ def read_csv(path, columns=(), only=None, keep=None):
             check_encodable(header, path)
             missing_columns(columns, header, path)
             kept = [i for i, name in enumerate(header) if only is None or only(name)]
+            whole = kept == list(range(len(header)))
             begin = reader.line_num + 1
             for row in reader:
-                if any(cell.strip() for cell in row):
-                    if any(cell.strip() for cell in row[len(header) :]):
+                if "".join(row).strip():
+                    if len(row) > len(header) and "".join(row[len(header) :]).strip():
                         raise ValueError(f"{path}, line {begin}: expected {len(header)} cells, got {len(row)}")
                     if keep is None or keep(dict(zip(header, row, strict=False))):
                         lines.append(begin)
-                        rows.append([row[i] if i < len(row) else "" for i in kept])
-                        check_encodable(rows[-1], f"{path}, line {begin}")
+                        if not whole or len(row) != len(header):
+                            row = [row[i] if i < len(row) else "" for i in kept]
+                        rows.append(row)
+                        check_encodable(row, f"{path}, line {begin}")
                 begin = reader.line_num + 1
         except (csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
     return pd.DataFrame(rows, index=lines, columns=[header[i] for i in kept], dtype=object)
 
 
-def open_text(path):
+def open_text(path: Path | str) -> TextIO:
     """A table's file, unpacked if its name ends in .gz, opened for `csv.reader`."""
     opener = gzip.open if str(path).lower().endswith(".gz") else open
-    return opener(path, "rt", newline="", encoding="utf-8-sig", errors="surrogateescape")
+    return cast(TextIO, opener(path, "rt", newline="", encoding="utf-8-sig", errors="surrogateescape"))
 
 
-def check_encodable(texts, where):
+def check_encodable(texts: Iterable[str], where: Path | str) -> None:
     """Raise ValueError naming a text that is not UTF-8, which neither a table nor a data set can hold."""
     try:
         "".join(texts).encode()
@@ -60,20 +70,20 @@ def check_encodable(texts, where):
         raise ValueError(f"{where}: expected names and texts in UTF-8, got {brief(wrong, 400)}") from None
 
 
-def columns_of(path):
+def columns_of(path: Path | str) -> list[str]:
     """The names in the first line of a CSV."""
     with open_text(path) as file:
         return [name.strip() for name in next(csv.reader(file), [])]
 
 
-def missing_columns(expected, found, where):
+def missing_columns(expected: Iterable[str], names: Iterable[str], where: Path | str) -> None:
     """Raise ValueError naming the columns that `where` lacks, and those it has."""
-    missing = [name for name in expected if name not in found]
+    missing = [name for name in expected if name not in names]
     if missing:
-        raise ValueError(f"{where}: expected column {', '.join(map(repr, missing))}, found {in_words(found)}")
+        raise ValueError(f"{where}: expected column {', '.join(map(repr, missing))}, got {in_words(names)}")
 
 
-def numbers(table, column, path):
+def numbers(table: pd.DataFrame, column: str, path: Path | str) -> pd.Series:
     """A column as floats, NaN where a cell is blank; ValueError naming the first line that holds another text."""
     values = {}
     for cell in table[column].unique():
@@ -87,7 +97,7 @@ def numbers(table, column, path):
     return table[column].map(values).astype(float)
 
 
-def path_of(cell, where, absolute=False):
+def path_of(cell: object, where: Path | str, absolute: bool = False) -> PurePosixPath:
     """A cell that names a file, with either kind of slash -> `PurePosixPath`.
 
     Raises:
@@ -102,7 +112,7 @@ def path_of(cell, where, absolute=False):
     return path
 
 
-def existing_file(root, cell, where):
+def existing_file(root: Path, cell: object, where: Path | str) -> Path:
     """The file below `root`, or the absolute one, that a cell names; FileNotFoundError, or as `path_of`."""
     path = root / path_of(cell, where, absolute=True)
     if not is_file(path):
@@ -110,7 +120,7 @@ def existing_file(root, cell, where):
     return path
 
 
-def is_file(path):
+def is_file(path: Path) -> bool:
     """`path.is_file()`, False also for names that no file can have."""
     try:
         return path.is_file()
@@ -118,7 +128,7 @@ def is_file(path):
         return False
 
 
-def brief(value, length=80):
+def brief(value: object, length: int = 80) -> str:
     """A value for a message: in quotes, on one line, of at most `length` characters."""
     text = str(value)
     text = repr(text) if text.isprintable() else ascii(text)
@@ -136,7 +146,7 @@ def _unique(names):
     return unique
 
 
-def in_words(names):
+def in_words(names: Iterable[object]) -> str:
     """Names of columns for a message."""
     text = ", ".join(str(name) if str(name).isprintable() else ascii(name) for name in names)
     return (text if len(text) <= 600 else f"{text[:597]}...") or "none"

@@ -1,6 +1,5 @@
 """TIFF files whose zero is white, a tag that Pillow honours for 8 bits alone."""
 
-import io
 import struct
 
 import numpy as np
@@ -8,36 +7,37 @@ import PIL.Image
 import PIL.ImageOps
 
 
-def as_black_is_zero(path):
-    """(path, False), or for a TIFF whose zero is white (a copy in memory with the opposite tag, True).
+def as_black_is_zero(content: bytes) -> tuple[bytes, bool]:
+    """Make Pillow read a TIFF whose zero is white as if its zero were black: `negative` then inverts the pixels.
 
-    Pillow honours that tag for 8 bits alone, and refuses some others; so it is taken off, and honoured here.
+    Pillow honours that tag for 8 bits only, and refuses some other files that have it.
+
+    Args:
+        content: bytes of an image file of any format.
+
+    Returns:
+        (content, False), or for a TIFF whose zero is white (its bytes with the tag changed, True).
     """
-    with open(path, "rb") as file:
-        head = file.read(16)
-        order = {b"II": "<", b"MM": ">"}.get(head[:2])
-        if not order or struct.unpack_from(order + "H", head, 2)[0] not in (42, 43):
-            return path, False
-        big = struct.unpack_from(order + "H", head, 2)[0] == 43
-        count, entry, step = ("Q", "Q", 20) if big else ("H", "I", 12)
-        (begin,) = struct.unpack_from(order + entry, head, 8 if big else 4)
-        file.seek(begin)
-        number = file.read(struct.calcsize(order + count))
-        begin += len(number)
-        tags = file.read(step * min(struct.unpack(order + count, number)[0], 65535))
-        for i in range(0, len(tags) - step + 1, step):
-            tag, kind = struct.unpack_from(order + "2H", tags, i)
-            place = i + step - (8 if big else 4)
-            size = {1: "B", 3: "H", 4: "I"}.get(kind)
-            if tag == 262 and size and struct.unpack_from(order + size, tags, place)[0] == 0:
-                file.seek(0)
-                content = bytearray(file.read())
-                struct.pack_into(order + size, content, begin + place, 1)
-                return io.BytesIO(content), True
-    return path, False
+    order = {b"II": "<", b"MM": ">"}.get(content[:2])
+    if not order or len(content) < 16 or struct.unpack_from(order + "H", content, 2)[0] not in (42, 43):
+        return content, False
+    big = struct.unpack_from(order + "H", content, 2)[0] == 43
+    count, entry, step = ("Q", "Q", 20) if big else ("H", "I", 12)
+    (begin,) = struct.unpack_from(order + entry, content, 8 if big else 4)
+    (number,) = struct.unpack_from(order + count, content, begin)
+    begin += struct.calcsize(order + count)
+    for i in range(begin, min(begin + step * min(number, 65535), len(content) - step + 1), step):
+        tag, field_type = struct.unpack_from(order + "2H", content, i)
+        value_at = i + step - (8 if big else 4)
+        value_type = {1: "B", 3: "H", 4: "I"}.get(field_type)
+        if tag == 262 and value_type and struct.unpack_from(order + value_type, content, value_at)[0] == 0:
+            changed = bytearray(content)
+            struct.pack_into(order + value_type, changed, value_at, 1)
+            return bytes(changed), True
+    return content, False
 
 
-def negative(image, bits, signed):
+def negative(image: PIL.Image.Image, bits: int, signed: bool) -> PIL.Image.Image:
     """A PIL image of a TIFF, `bits` deep -> the same, light and dark exchanged within its type."""
     if image.mode in ("1", "L"):
         return PIL.ImageOps.invert(image.convert("L"))
@@ -51,6 +51,7 @@ def negative(image, bits, signed):
     return PIL.Image.fromarray(array.astype(np.uint16 if fits_16_bits(array) else np.int32))
 
 
-def fits_16_bits(array):
+def fits_16_bits(array: np.ndarray) -> bool:
     """Whether the values of a 32-bit array fit 16 unsigned bits without loss, and are not just 0 and 1."""
-    return np.isfinite(array).all() and array.min() >= 0 and 1 < array.max() < 65536 and (array == array.round()).all()
+    whole = np.isfinite(array).all() and (array == array.round()).all()
+    return bool(whole and array.min() >= 0 and 1 < array.max() < 65536)

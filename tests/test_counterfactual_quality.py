@@ -13,7 +13,7 @@ from torchmetrics.image.kid import poly_mmd
 from cxr_diffusers import GradCAMPipeline, load_pipeline
 from cxr_diffusers.evaluation import compare, counterfactual_table, evaluate
 from cxr_diffusers.evaluation.feature_distances import frechet_distance, kernel_distance, kernel_distance_of
-from cxr_diffusers.evaluation.judge import check_judge, is_its_own_judge, look, name_of
+from cxr_diffusers.evaluation.judge import check_judge, classify_images, is_its_own_judge, name_of
 from cxr_diffusers.evaluation.metrics import image_auroc, interval_of, mean_of, patient_weights
 from cxr_diffusers.pipelines import AnomalyOutput
 from helpers import BrightSpots, spot_rows, toy_resnet
@@ -49,7 +49,7 @@ def judge():
     classifier = toy_resnet()
     judge = GradCAMPipeline(classifier, sample_size=32, class_names=["healthy", "spot"], scaling="dtype")
     pictures = [np.asarray(row["image"], np.float32) / 255 for row in (*spot_rows(40), *spot_rows(40, spot=False))]
-    _, features = look(judge, pictures)
+    _, features = classify_images(judge, pictures)
     fitted = LogisticRegression(C=1e4, max_iter=5000).fit(features, np.arange(80) < 40)
     layer = classifier.classifier[-1]
     layer.weight.data = torch.tensor(np.concatenate([-fitted.coef_, fitted.coef_]) / 2, dtype=torch.float32)
@@ -170,7 +170,7 @@ def test_the_judges_numbers_are_those_of_its_answers(found, judge):
 
 def test_features_are_what_the_last_layer_reads(judge):
     pictures = [np.asarray(row["image"], np.float32) / 255 for row in spot_rows(3)]
-    probabilities, features = look(judge, pictures)
+    probabilities, features = classify_images(judge, pictures)
     layer = judge.classifier.classifier[-1]
     logits = torch.tensor(features, dtype=torch.float32) @ layer.weight.data.T + layer.bias.data
     assert logits.softmax(1).numpy() == pytest.approx(probabilities, abs=1e-5)
@@ -181,10 +181,10 @@ def test_a_counterfactual_is_stretched_as_its_picture_is(judge):
     picture = np.asarray(spot_rows(1)[0]["image"], np.float32) / 255
     low, high = picture.min(), picture.max()
     darker = 0.9 * picture
-    _, found = look(stretching, [darker], [picture])
-    _, expected = look(judge, [((darker - low) / (high - low)).clip(0, 1)])
+    _, found = classify_images(stretching, [darker], [picture])
+    _, expected = classify_images(judge, [((darker - low) / (high - low)).clip(0, 1)])
     assert found == pytest.approx(expected, abs=1e-5)
-    _, alone = look(stretching, [darker])
+    _, alone = classify_images(stretching, [darker])
     assert alone != pytest.approx(expected, abs=1e-2)
 
 
@@ -245,5 +245,7 @@ def test_the_shipped_classifier_is_a_judge():
     judge = load_pipeline("cxr_grad_cam_128")
     check_judge(judge)
     assert name_of(judge) == "cxr_grad_cam_128"
-    probabilities, features = look(judge, [np.asarray(row["image"], np.float32) / 255 for row in spot_rows(2)])
+    probabilities, features = classify_images(
+        judge, [np.asarray(row["image"], np.float32) / 255 for row in spot_rows(2)]
+    )
     assert probabilities.shape == (2, 3) and features.shape == (2, 192) and judge.class_names[0] == "healthy"

@@ -433,7 +433,7 @@ def test_counterfactuals_are_judged_outside_the_true_region():
         (lambda d: dict(dataset=d, healthy=d), r"label 0.*got labels \[1\]"),
         (
             lambda d: dict(dataset=[{**d[0], "mask": Image.new("L", (9, 9))}]),
-            r"picture's size \(32, 32\), got \(9, 9\)",
+            r"image's size \(32, 32\), got \(9, 9\)",
         ),
     ],
 )

@@ -134,6 +134,7 @@ def compare(
     check_judge(judge)
     if lung_segmenter is not None and not hasattr(lung_segmenter, "field"):
         raise ValueError(f"expected a LungSegmenter as `lung_segmenter`, got {lung_segmenter!r}")
+    folder = maps_dir or (output_dir and Path(output_dir) / "maps")
     comparison = Comparison(
         [as_method(name, pipeline, call_kwargs or {}) for name, pipeline in pipelines.items()],
         open_images(dataset, strata),
@@ -146,9 +147,9 @@ def compare(
         judge=judge,
         lung_segmenter=lung_segmenter,
         progress=progress,
+        folder=Path(folder) if folder else None,
     )
-    folder = maps_dir or (output_dir and Path(output_dir) / "maps")
-    comparison.predict(Path(folder) if folder else None, batch_size)
+    comparison.predict(batch_size)
     if not process_state().is_main_process:
         return None
     result = comparison.evaluate()
@@ -177,10 +178,11 @@ class Comparison:
     judge: Any
     lung_segmenter: Any
     progress: bool
+    folder: Path | None
 
-    def predict(self, folder: Path | None, batch_size: int) -> None:
+    def predict(self, batch_size: int) -> None:
         """Run every method on all images, which takes nearly all of the time; predictions are kept in `folder`."""
-        run: dict[str, Any] = dict(folder=folder, batch_size=batch_size, seed=self.seed, progress=self.progress)
+        run: dict[str, Any] = dict(folder=self.folder, batch_size=batch_size, seed=self.seed, progress=self.progress)
         for method in self.methods:
             for part, desc in ((self.images, method.name), (self.healthy, f"{method.name}, healthy")):
                 part.predictions[method.name] = predict(method, part.dataset, desc=desc, **run)
@@ -197,8 +199,7 @@ class Comparison:
         weights = statistics.replicate_weights(rows, self.n_bootstrap, self.seed) if rows else np.ones((1, 0))
         measured: dict[str, Measured] = {}
         if rows:
-            thresholds = statistics.equal_thresholds(maps, rows, self.methods)
-            measured = statistics.measure(maps, rows, thresholds, weights, strata, self.progress)
+            measured = statistics.measure(maps, rows, self.methods, weights, strata, self.folder, self.progress)
         pixels = statistics.as_table({name: each.samples for name, each in measured.items()}, weights)
         scores = self.scores(image_maps)
         per_image = self.image_table(measured)

@@ -1,7 +1,14 @@
 """A sequence whose elements are computed when they are used."""
 
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Generic, TypeVar
+
+import numpy as np
+
+MAX_STORED = 2**32  # bytes of a temporary file of `stored`
 
 T = TypeVar("T")
 
@@ -26,3 +33,32 @@ class Lazy(Generic[T]):
     def at(self, indices: Sequence[int]) -> "Lazy[T]":
         """The sequence of the elements at `indices`."""
         return Lazy(len(indices), lambda i: self[indices[i]])
+
+
+@contextmanager
+def stored(
+    maps: Lazy[np.ndarray], shapes: Sequence[tuple[int, int]], folder: Path | None
+) -> Iterator[Lazy[np.ndarray]]:
+    """Yield the same float32 maps, each computed once and then read from a temporary file in `folder`.
+
+    The file has no name, so nothing is left of it even if the process is killed. Without a folder, or if the file would
+    exceed `MAX_STORED`, the maps are computed at each access.
+
+    Args:
+        maps: sequence of (H, W) float32 arrays.
+        shapes: (H, W) of each.
+        folder: an existing folder, or None.
+    """
+    ends = [0, *np.cumsum([4 * height * width for height, width in shapes]).tolist()]
+    if folder is None or ends[-1] > MAX_STORED:
+        yield maps
+        return
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for anomaly_map in maps:
+            file.write(np.asarray(anomaly_map, np.float32).tobytes())
+
+        def read(i: int) -> np.ndarray:
+            file.seek(ends[i])
+            return np.frombuffer(file.read(ends[i + 1] - ends[i]), np.float32).reshape(shapes[i])
+
+        yield Lazy(len(maps), read)

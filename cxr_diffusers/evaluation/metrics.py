@@ -54,9 +54,9 @@ class SortedScores:
         """See `pixel_average_precision`."""
         if self.undefined:
             return float("nan")
-        found = len(self.positives) - np.searchsorted(self.positives, self.positives)
+        true_positives = len(self.positives) - np.searchsorted(self.positives, self.positives)
         marked = len(self.values) - np.searchsorted(self.values, self.positives)
-        return float(np.mean(found / marked))
+        return float(np.mean(true_positives / marked))
 
     def auroc(self) -> float:
         """See `pixel_auroc`: the share of (positive, negative) pairs of pixels in the right order; ties are half."""
@@ -68,8 +68,8 @@ class SortedScores:
 
     def hit(self) -> float:
         """See the function `hit`."""
-        found, marked = self.count_at_least(self.values[-1])
-        return float("nan") if self.undefined else found / marked
+        true_positives, marked = self.count_at_least(self.values[-1])
+        return float("nan") if self.undefined else true_positives / marked
 
     def count_above(self, threshold: float) -> tuple[int, int]:
         """(positive pixels, pixels) whose score is greater than the threshold."""
@@ -82,27 +82,27 @@ class SortedScores:
     def _count(self, threshold: float, side: Any) -> tuple[int, int]:
         # in the scores' own precision, as NumPy compares an array with a number
         value = np.asarray(threshold, self.values.dtype)
-        found, marked = (len(v) - int(np.searchsorted(v, value, side)) for v in (self.positives, self.values))
-        return found, marked
+        true_positives, marked = (len(v) - int(np.searchsorted(v, value, side)) for v in (self.positives, self.values))
+        return true_positives, marked
 
     def dice(self, threshold: float) -> float:
         """Dice of the pixels above the threshold; see the function `dice`."""
-        found, marked = self.count_above(threshold)
-        return float("nan") if self.undefined else 2 * found / (marked + len(self.positives))
+        true_positives, marked = self.count_above(threshold)
+        return float("nan") if self.undefined else 2 * true_positives / (marked + len(self.positives))
 
     def iou(self, threshold: float) -> float:
         """IoU of the pixels above the threshold; see the function `iou`."""
-        found, marked = self.count_above(threshold)
-        return float("nan") if self.undefined else found / (marked + len(self.positives) - found)
+        true_positives, marked = self.count_above(threshold)
+        return float("nan") if self.undefined else true_positives / (marked + len(self.positives) - true_positives)
 
     def mass_above(self, cuts: np.ndarray) -> np.ndarray:
         """(3, 2K) for K descending cuts: positive pixels, pixels, and sum of `region_weights`.
 
         Columns: more than the highest cut, at least the highest cut, more than the second, ...
         """
-        found, marked = (_first_above(values, cuts) for values in (self.positives, self.values))
+        first_positive, first = (_first_above(values, cuts) for values in (self.positives, self.values))
         overlap = np.append(np.cumsum(self.region_weights[::-1])[::-1], 0.0)
-        return np.stack([len(self.positives) - found, len(self.values) - marked, overlap[found]])
+        return np.stack([len(self.positives) - first_positive, len(self.values) - first, overlap[first_positive]])
 
 
 def _first_above(values: np.ndarray, cuts: np.ndarray) -> np.ndarray:
@@ -179,9 +179,9 @@ def best_dice(anomaly_map: Any, truth: Any) -> tuple[float, float]:
     if ranked.undefined:
         return float("nan"), float("nan")
     thresholds = ranked.positives[::-1]  # between two of them only negative pixels are added
-    found = len(thresholds) - np.searchsorted(ranked.positives, thresholds)
+    true_positives = len(thresholds) - np.searchsorted(ranked.positives, thresholds)
     marked = len(ranked.values) - np.searchsorted(ranked.values, thresholds)
-    values = 2 * found / (marked + len(thresholds))
+    values = 2 * true_positives / (marked + len(thresholds))
     return float(values.max()), float(thresholds[values.argmax()])
 
 
@@ -320,21 +320,21 @@ class Ranking:
         cuts = choose_cuts(scores, truths, max_cuts)
         n = len(scores)
         # columns: see `SortedScores.mass_above`
-        self.found, self.marked = np.zeros((2, n, 2 * len(cuts)), np.uint32)
+        self.true_positives, self.marked = np.zeros((2, n, 2 * len(cuts)), np.uint32)
         self.overlap = np.zeros((n, 2 * len(cuts)), np.float32)
         self.positives, self.pixels, self.regions = np.zeros((3, n))
         for i, (score, truth) in enumerate(zip(scores, truths, strict=True)):
             ranked = SortedScores(score, truth)
             self.positives[i], self.pixels[i] = len(ranked.positives), len(ranked.values)
             self.regions[i] = ranked.regions
-            self.found[i], self.marked[i], self.overlap[i] = ranked.mass_above(cuts)
+            self.true_positives[i], self.marked[i], self.overlap[i] = ranked.mass_above(cuts)
             if on_image is not None:
                 on_image(ranked)
 
     def pooled(self) -> "Ranking":
         """The same pixels as those of one image: the same curve and values, without replicates."""
         other = copy.copy(self)
-        for name in ("found", "marked", "overlap", "positives", "pixels", "regions"):
+        for name in ("true_positives", "marked", "overlap", "positives", "pixels", "regions"):
             setattr(other, name, getattr(self, name).sum(0, keepdims=True, dtype=np.float64))
         return other
 
@@ -386,24 +386,28 @@ class Ranking:
     ) -> dict[str, np.ndarray]:
         rows = slice(None) if inside is None else np.flatnonzero(inside)
         weights = weights[:, rows]
-        found, marked = (_product(weights, table, rows) for table in (self.found, self.marked))
-        overlap = _product(weights, self.overlap, rows) if "aupro" in names else found
+        true_positives, marked = (_product(weights, table, rows) for table in (self.true_positives, self.marked))
+        overlap = _product(weights, self.overlap, rows) if "aupro" in names else true_positives
         positives, pixels, regions = (weights @ t[rows] for t in (self.positives, self.pixels, self.regions))
         values = {name: np.full(len(weights), np.nan) for name in names}
         for start in range(0, len(weights), SLICE):  # small enough for the processor's cache
             part = slice(start, start + SLICE)
-            counts = Counts(*(c[part] for c in (found, marked, overlap, positives, pixels, regions)))
+            counts = Counts(*(c[part] for c in (true_positives, marked, overlap, positives, pixels, regions)))
             for name in names:
                 values[name][part] = counts.aupro(fpr_limit) if name == "aupro" else getattr(counts, name)()
         return values
 
     def curve(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Three (K,) arrays along falling thresholds: recall, precision, false-positive rate; without chance's ends."""
-        found, marked = (table.sum(0, dtype=np.float64) for table in (self.found, self.marked))
+        true_positives, marked = (table.sum(0, dtype=np.float64) for table in (self.true_positives, self.marked))
         some = marked > 0
-        found, marked = found[some], marked[some]
+        true_positives, marked = true_positives[some], marked[some]
         positives, pixels = self.positives.sum(), self.pixels.sum()
-        return found / positives, found / marked, (marked - found) / max(pixels - positives, 1)
+        return (
+            true_positives / positives,
+            true_positives / marked,
+            (marked - true_positives) / max(pixels - positives, 1),
+        )
 
     @property
     def prevalence(self) -> float:
@@ -441,11 +445,11 @@ def _product(weights: np.ndarray, table: np.ndarray, rows: Any) -> np.ndarray:
 class Counts(NamedTuple):
     """Counts of R weighted sets of images above K cuts, descending: all metrics of a `Ranking` follow from them.
 
-    found, marked, overlap: (R, K) positive pixels, pixels, and regions' shares above each cut.
+    true_positives, marked, overlap: (R, K) positive pixels, pixels, and regions' shares above each cut.
     positives, pixels, regions: (R,) totals.
     """
 
-    found: np.ndarray
+    true_positives: np.ndarray
     marked: np.ndarray
     overlap: np.ndarray
     positives: np.ndarray
@@ -454,12 +458,12 @@ class Counts(NamedTuple):
 
     def average_precision(self) -> np.ndarray:
         """(R,); NaN without a positive pixel."""
-        precision = self.found / np.maximum(self.marked, 1)
-        return _ratio((np.diff(self.found, axis=1, prepend=0) * precision).sum(1), self.positives)
+        precision = self.true_positives / np.maximum(self.marked, 1)
+        return _ratio((np.diff(self.true_positives, axis=1, prepend=0) * precision).sum(1), self.positives)
 
     def auroc(self) -> np.ndarray:
         """(R,); NaN with one class only."""
-        return self._area(_ratio(self.found, self.positives[:, None]))
+        return self._area(_ratio(self.true_positives, self.positives[:, None]))
 
     def aupro(self, limit: float) -> np.ndarray:
         """(R,); NaN with one class only."""
@@ -467,12 +471,12 @@ class Counts(NamedTuple):
 
     def best_dice(self) -> np.ndarray:
         """(R,); NaN without a positive pixel."""
-        dice = (2 * self.found / np.maximum(self.marked + self.positives[:, None], 1)).max(1, initial=0)
+        dice = (2 * self.true_positives / np.maximum(self.marked + self.positives[:, None], 1)).max(1, initial=0)
         return np.where(self.positives > 0, dice, np.nan)
 
     def _area(self, y: np.ndarray, limit: float = 1.0) -> np.ndarray:
         """Area under the polygon (false-positive rate, `y`) from 0 to `limit`, divided by `limit`."""
-        x = _ratio(self.marked - self.found, (self.pixels - self.positives)[:, None])
+        x = _ratio(self.marked - self.true_positives, (self.pixels - self.positives)[:, None])
         edge = np.ones((len(y), 1))
         x, y = (np.hstack([0 * edge, part, edge]) for part in (x, y))
         width = np.diff(x, axis=1)
@@ -506,9 +510,11 @@ def measure_images(scores: Any, labels: Any, weights: np.ndarray) -> dict[str, n
     parts = []
     for start in range(0, len(weights), SLICE):
         table = np.asarray(weights[start : start + SLICE], np.float64)[:, order]
-        found, marked = ((table * counted).cumsum(1) for counted in (abnormal[order], 1))
-        counts = found[:, last], marked[:, last], found[:, last], found[:, -1], marked[:, -1], found[:, -1]
-        parts.append([Counts(*counts).auroc(), Counts(*counts).average_precision()])
+        true_positives, marked = ((table * counted).cumsum(1) for counted in (abnormal[order], 1))
+        positives, images = true_positives[:, -1], marked[:, -1]
+        true_positives = true_positives[:, last]
+        counts = Counts(true_positives, marked[:, last], true_positives, positives, images, positives)
+        parts.append([counts.auroc(), counts.average_precision()])
     auroc, precision = np.concatenate(parts, axis=1)
     return {"auroc": auroc, "average_precision": precision}
 

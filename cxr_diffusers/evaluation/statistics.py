@@ -6,6 +6,7 @@ Vectors of the same replicates can be subtracted, which gives paired differences
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from tqdm.auto import tqdm
 
 from . import metrics
 from .controls import CHANCE, GATED, MEAN, Maps, mean_map_of
+from .lazy import stored
 from .masks import pixel_quantile
 from .predictions import Method
 from .truth import Row, masks_of
@@ -82,42 +84,47 @@ def as_table(samples: dict[str, Samples], weights: np.ndarray) -> Table:
     return Table(samples, has_intervals=bool((weights != 1).any()))
 
 
-def equal_thresholds(
-    maps: Mapping[str, Maps], rows: Sequence[Row], methods: Sequence[Method]
-) -> dict[str, float | None]:
-    """{name: threshold or None}: of a method its own, of a control what marks as many pixels as the first method."""
-    thresholds: dict[str, float | None] = dict.fromkeys(maps) | {method.name: method.threshold for method in methods}
-    first = methods[0]
-    if first.threshold is None or not rows:
-        return thresholds
-    marked = sum(int(np.sum(m > first.threshold)) for m in maps[first.name])
-    pixels = sum(row["height"] * row["width"] for row in rows)
-    for name in set(maps) - {method.name for method in methods} - {CHANCE}:  # a constant map cannot mark a part
-        thresholds[name] = pixel_quantile(maps[name], 1 - marked / pixels)
-    return thresholds
-
-
 def measure(
     maps: Mapping[str, Maps],
     rows: Sequence[Row],
-    thresholds: Mapping[str, float | None],
+    methods: Sequence[Method],
     weights: np.ndarray,
     strata: Mapping[str, np.ndarray],
+    folder: Path | None,
     progress: bool,
 ) -> dict[str, Measured]:
     """Measure methods and controls one after the other, so that only one's tables are in memory.
 
     Args:
-        maps: {name: maps} at the resolution of the images.
+        maps: {name: maps} at the resolution of the images; methods first.
         rows: of these images, all with a true region.
-        thresholds: {name: threshold of Dice, IoU, sensitivity and specificity, or None}.
+        methods: with their thresholds of Dice, IoU, sensitivity and specificity. The threshold of a control marks as
+            many pixels as that of the first method.
         weights: `replicate_weights` of the rows.
         strata: {name: (N,) booleans}.
+        folder: for temporary files, see `lazy.stored`; None: without them.
+        progress: show a bar.
     """
-    truths, measured = masks_of(rows), {}
+    truths = masks_of(rows)
+    measured: dict[str, Measured] = {}
+    thresholds = {method.name: method.threshold for method in methods}
+    shapes = [row["truth"].shape for row in rows]
     for name, each in tqdm(maps.items(), "measure", disable=not progress):
-        measured[name] = measure_maps(each, truths, thresholds[name], weights, strata)
+        with stored(each, shapes, folder) as own:
+            if name in thresholds:
+                threshold = thresholds[name]
+            elif name == CHANCE or methods[0].threshold is None:  # a constant map cannot mark a part
+                threshold = None
+            else:
+                threshold = pixel_quantile(own, 1 - marked_share(measured[methods[0].name].per_image))
+            measured[name] = measure_maps(own, truths, threshold, weights, strata)
     return measured
+
+
+def marked_share(per_image: Sequence[Mapping[str, Any]]) -> float:
+    """The share of pixels above the threshold, over all images."""
+    marked = sum(n["true_positives"] + n["negatives"] - n["true_negatives"] for n in per_image)
+    return marked / sum(n["positives"] + n["negatives"] for n in per_image)
 
 
 def measure_maps(
@@ -147,9 +154,9 @@ def measure_image(pixels: metrics.SortedScores, threshold: float | None) -> dict
     }
     if threshold is None:
         return numbers | dict.fromkeys((*MASK_METRICS, "true_positives", "true_negatives"), np.nan)
-    found, marked = pixels.count_above(threshold)
+    true_positives, marked = pixels.count_above(threshold)
     numbers |= {"dice": pixels.dice(threshold), "iou": pixels.iou(threshold)}
-    return numbers | {"true_positives": found, "true_negatives": n - positives - (marked - found)}
+    return numbers | {"true_positives": true_positives, "true_negatives": n - positives - (marked - true_positives)}
 
 
 def sample(

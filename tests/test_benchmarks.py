@@ -68,7 +68,7 @@ def test_the_cost_of_an_evaluation_is_compared_with_scikit_learn_and_another_ver
 
     evaluation.main(["--images", "3", "--size", "48", "--bootstrap", "5", "--before", str(BENCHMARKS.parent)])
     rows = rows_of(capsys.readouterr().out)
-    assert [row[0] for row in rows if len(row) == 4] == ["one sort"]
+    assert [row[0] for row in rows if len(row) == 4] == ["scikit-learn", "one sort"]
     versions = [row for row in rows if len(row) == 7]
     assert [row[0] for row in versions[-2:]] == ["this version", "before"] and versions[-1][4] == "1.00"
     assert all(float(row[5]) >= float(row[6]) > 0 for row in versions[-2:])

@@ -26,6 +26,7 @@ def benchmarks(monkeypatch):
         "deblurring",
         "deblurring_detection",
         "detect",
+        "evaluation",
         "gpu",
         "kernel_estimation",
         "machine",
@@ -60,6 +61,17 @@ def test_the_cost_of_a_map_is_one_table(tmp_path, pipeline, capsys):
     assert [(row[1], row[2]) for row in rows] == [("1", "30"), ("1", "15"), ("2", "15"), ("2", "15"), ("2", "15")]
     assert rows[0][4] == "1.000" and float(rows[3][5]) > float(rows[4][5])
     assert "threads" in text and "torch" in text
+
+
+def test_the_cost_of_an_evaluation_is_compared_with_scikit_learn_and_another_version(capsys):
+    import evaluation
+
+    evaluation.main(["--images", "3", "--size", "48", "--bootstrap", "5", "--before", str(BENCHMARKS.parent)])
+    rows = rows_of(capsys.readouterr().out)
+    assert [row[0] for row in rows if len(row) == 4] == ["scikit-learn", "one sort"]
+    versions = [row for row in rows if len(row) == 7]
+    assert [row[0] for row in versions[-2:]] == ["this version", "before"] and versions[-1][4] == "1.00"
+    assert all(float(row[5]) >= float(row[6]) > 0 for row in versions[-2:])
 
 
 def test_backends_are_compared_in_one_table(tmp_path, monkeypatch, capsys):

@@ -24,17 +24,16 @@ EFFUSION, EDEMA = "Pleural Effusion", "Edema"
 
 
 class Bright:
-    """A detector without weights: what is bright is abnormal."""
+    """A detector without weights: bright pixels are abnormal."""
 
     def __call__(self, image, output_type="np"):
-        seen = prepare_image(image, 48, scaling="dtype", data_range=(0, 1))
-        found = seen[:, 0]
-        picture = seen.permute(0, 2, 3, 1).numpy()
-        return AnomalyOutput(picture, picture, found.numpy(), score_map(found).numpy())
+        prepared = prepare_image(image, 48, scaling="dtype", data_range=(0, 1))
+        maps, pixels = prepared[:, 0], prepared.permute(0, 2, 3, 1).numpy()
+        return AnomalyOutput(pixels, pixels, maps.numpy(), score_map(maps).numpy())
 
 
 def release(folder, split, patients, height=40, width=48, views=("view1_frontal",)):
-    """A folder and a JSON as they are released. Of each picture one patient in three has no segmentation at all.
+    """A folder and a JSON as they are released. One patient in three has no segmentation at all.
 
     The lesion is a ramp of light; edema is all of it, effusion its bright end, so each has its own best threshold.
     """
@@ -42,14 +41,14 @@ def release(folder, split, patients, height=40, width=48, views=("view1_frontal"
     segmentations = {}
     for k, patient in enumerate(patients):
         for view in views:
-            picture = rng.integers(20, 50, (height, width)).astype(np.uint8)
+            image = rng.integers(20, 50, (height, width)).astype(np.uint8)
             masks = {task: np.zeros((height, width), bool) for task in TASKS}
             if k % 3 != 2:
                 task, light, first = (EFFUSION, 130, 7) if k % 2 else (EDEMA, 240, 0)
                 y, x = rng.integers(2, height - 14), rng.integers(2, width - 14)
                 masks[task][y : y + 10, x + first : x + 12] = True
                 masks[DEVICES][:2] = True
-                picture[y : y + 9, x : x + 12] = light * np.linspace(0.25, 1, 12) + rng.integers(0, 15, (9, 12))
+                image[y : y + 9, x : x + 12] = light * np.linspace(0.25, 1, 12) + rng.integers(0, 15, (9, 12))
                 segmentations[f"{patient}_study1_{view}"] = {
                     task: {
                         "size": list(mask.shape),
@@ -59,7 +58,7 @@ def release(folder, split, patients, height=40, width=48, views=("view1_frontal"
                 }
             path = folder / "CheXpert" / split / patient / "study1" / f"{view}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture).save(path)
+            Image.fromarray(image).save(path)
     file = folder / f"gt_segmentations_{split}.json"
     file.write_text(json.dumps(segmentations))
     return folder / "CheXpert" / split, file
@@ -73,20 +72,20 @@ def released(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(released, tmp_path_factory):
+def evaluated(released, tmp_path_factory):
     """(summary, output folder) of a run with thresholds from the validation split."""
     test, validation = (open_split(*split) for split in released)
-    out = tmp_path_factory.mktemp("found")
+    out = tmp_path_factory.mktemp("evaluated")
     return evaluate_chexlocalize({"bright": Bright()}, test, validation, output_dir=out, progress=False), out
 
 
-def by_hand(pictures, segmentations, task, threshold, full):
-    """IoU as the paper says it, one picture at a time, with Python's sets of pixels."""
+def by_hand(images, segmentations, task, threshold, full):
+    """IoU as defined in the paper, one image at a time, with Python's sets of pixels."""
     values = []
-    for name in sorted(pictures if full else segmentations):
-        found = pictures[name].astype(float) / 255
-        found = (found - found.min()) / (found.max() - found.min())
-        marked = set(zip(*np.where(found > threshold), strict=True))
+    for name in sorted(images if full else segmentations):
+        pixels = images[name].astype(float) / 255
+        stretched = (pixels - pixels.min()) / (pixels.max() - pixels.min())
+        marked = set(zip(*np.where(stretched > threshold), strict=True))
         truth = (
             set(zip(*np.where(coco.decode(segmentations[name][task])), strict=True)) if name in segmentations else set()
         )
@@ -95,7 +94,7 @@ def by_hand(pictures, segmentations, task, threshold, full):
     return np.array(values)
 
 
-def test_a_name_and_its_file_belong_together():
+def test_the_id_of_an_image_follows_from_its_path():
     assert cxr_id("/data/CheXpert/test/patient64741/study1/view1_frontal.jpg") == "patient64741_study1_view1_frontal"
 
 
@@ -182,7 +181,7 @@ def test_the_data_set_has_the_union_of_the_tasks_as_its_mask(released):
     for row in dataset:
         entry = content.get(cxr_id(row["path"]))
         if entry is None:
-            assert row["label"] == -1 and row["mask"] is None  # nobody segmented it: not the same as healthy
+            assert row["label"] == -1 and row["mask"] is None  # not segmented, which does not mean healthy
         else:
             union = coco.decode(entry[EFFUSION]) | coco.decode(entry[EDEMA])  # without the device on the upper rim
             assert ((np.asarray(row["mask"]) > 0) == (union > 0)).all() and row["label"] == 1
@@ -191,7 +190,7 @@ def test_the_data_set_has_the_union_of_the_tasks_as_its_mask(released):
     assert only.features["label"].names == ["healthy", "pleural effusion"]
 
 
-def test_pictures_and_masks_shrink_together(released):
+def test_images_and_masks_shrink_together(released):
     (root, file), _ = released
     whole, small = (load_chexlocalize(root, file, size=size) for size in (None, 24))
     for a, b in zip(whole, small, strict=True):
@@ -227,41 +226,41 @@ def test_lateral_images_belong_to_the_protocol_but_may_be_left_out(tmp_path):
     assert len(load_chexlocalize(*split)) == 2 and len(load_chexlocalize(*split, frontal_only=False)) == 4
 
 
-def test_iou_is_that_of_the_paper_on_both_slices(released, found):
+def test_iou_is_that_of_the_paper_on_both_slices(released, evaluated):
     (root, file), _ = released
-    summary, out = found
+    summary, out = evaluated
     segmentations = json.loads(file.read_text())
-    pictures = {cxr_id(path): np.asarray(Image.open(path)) for path in root.rglob("*.png")}
+    images = {cxr_id(path): np.asarray(Image.open(path)) for path in root.rglob("*.png")}
     table = pd.read_csv(out / "per_image.csv").query("method == 'bright'")
-    # the model's square is as wide as the pictures are, so the maps are the pictures
+    # the model's square is as wide as the images are, so the maps are the images
     for task in (EFFUSION, EDEMA):
         threshold = summary["thresholds"]["bright"][task]
         own = table[table.region == task]
-        expected = by_hand(pictures, segmentations, task, threshold, full=False)
+        expected = by_hand(images, segmentations, task, threshold, full=False)
         assert own[own.covered].iou.to_numpy() == pytest.approx(expected, nan_ok=True, abs=1e-6)
         assert summary["rows"]["bright"][task]["miou"]["value"] == pytest.approx(np.nanmean(expected))
         assert np.isfinite(expected).sum() == summary["n_with"][task] == 4
-        everything = by_hand(pictures, segmentations, task, threshold, full=True)
+        everything = by_hand(images, segmentations, task, threshold, full=True)
         assert own.iou_full.to_numpy() == pytest.approx(everything, nan_ok=True, abs=1e-6)
         assert summary["rows"]["bright"][task]["miou_full"]["value"] == pytest.approx(np.nanmean(everything))
     assert np.isnan(summary["rows"]["bright"]["Cardiomegaly"]["miou"]["value"])  # nobody has it
 
 
-def test_a_threshold_is_the_best_of_the_validation_split_by_pathology(released, found):
+def test_a_threshold_is_the_best_of_the_validation_split_by_pathology(released, evaluated):
     _, (root, file) = released
-    thresholds = found[0]["thresholds"]["bright"]
+    thresholds = evaluated[0]["thresholds"]["bright"]
     segmentations = json.loads(file.read_text())
-    pictures = {cxr_id(path): np.asarray(Image.open(path)) for path in root.rglob("*.png")}
+    images = {cxr_id(path): np.asarray(Image.open(path)) for path in root.rglob("*.png")}
     for task in (EFFUSION, EDEMA):
-        means = [np.nanmean(by_hand(pictures, segmentations, task, t, full=False)) for t in THRESHOLDS]
+        means = [np.nanmean(by_hand(images, segmentations, task, t, full=False)) for t in THRESHOLDS]
         assert thresholds[task] == THRESHOLDS[int(np.argmax(means))]
     assert thresholds[EFFUSION] > thresholds[EDEMA]
     assert THRESHOLDS == (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
     assert thresholds["Lung Lesion"] == thresholds[ANY]  # no image to choose by
 
 
-def test_the_maximum_is_the_most_representative_point(released, found):
-    summary, out = found
+def test_the_maximum_is_the_most_representative_point(released, evaluated):
+    summary, out = evaluated
     content = json.loads(released[0][1].read_text())
     points = json.loads((out / "bright" / "points.json").read_text())
     hits = []
@@ -273,8 +272,8 @@ def test_the_maximum_is_the_most_representative_point(released, found):
     assert summary["rows"]["centre prior"][EDEMA]["hit_rate"]["value"] < 1
 
 
-def test_predictions_are_written_as_their_script_reads_them(released, found):
-    out = found[1]
+def test_predictions_are_written_as_their_script_reads_them(released, evaluated):
+    out = evaluated[1]
     segmentations = read_segmentations(out / "bright" / "segmentations.json")
     table = pd.read_csv(out / "per_image.csv").query("method == 'bright' and covered")
     content = json.loads(released[0][1].read_text())
@@ -290,17 +289,17 @@ def test_predictions_are_written_as_their_script_reads_them(released, found):
 def test_the_interval_is_the_25th_and_the_975th_of_a_thousand_replicates():
     values = np.random.default_rng(0).random(30)
     values[::7] = np.nan
-    found = protocol.bootstrap(values, 1000, seed=0)
+    interval = protocol.bootstrap(values, 1000, seed=0)
     np.random.seed(0)  # as their script does it, with pandas
     frame = pd.DataFrame({"x": values})
     replicates = sorted(frame.iloc[np.random.choice(30, size=30, replace=True)]["x"].mean() for _ in range(1000))
-    assert found["low"] == pytest.approx(replicates[24]) and found["high"] == pytest.approx(replicates[974])
-    assert found["bootstrap_mean"] == pytest.approx(np.mean(replicates))
+    assert interval["low"] == pytest.approx(replicates[24]) and interval["high"] == pytest.approx(replicates[974])
+    assert interval["bootstrap_mean"] == pytest.approx(np.mean(replicates))
 
 
-def test_a_cutoff_takes_away_what_is_marked_in_healthy_pictures(found):
-    rows = found[0]["rows"]["bright"]
-    # every picture without edema counts 0 until the score decides that nothing is marked there
+def test_a_cutoff_empties_the_masks_of_healthy_images(evaluated):
+    rows = evaluated[0]["rows"]["bright"]
+    # every image without edema counts 0 until the score decides that nothing is marked there
     assert rows[EDEMA]["miou_full_cutoff"]["value"] > 1.5 * rows[EDEMA]["miou_full"]["value"]
     assert rows[EDEMA]["miou_full"]["value"] < rows[EDEMA]["miou"]["value"]
 
@@ -330,9 +329,9 @@ def test_one_command_writes_all_of_it(released, pipeline, tmp_path, capsys):
     ]
     quick = ["--num-inference-steps", "4", "--noise-level", "500", "--bootstrap", "10", "--batch-size", "12"]
     assert main([*command, "--model", str(tmp_path / "model"), *quick]) == 0
-    shown = capsys.readouterr().out
-    assert "### method" in shown and "### centre prior" in shown and "| Pleural Effusion (4; 0." in shown
-    assert shown.strip().splitlines()[0].startswith("12 images, 8 of them with segmentations")
+    output = capsys.readouterr().out
+    assert "### method" in output and "### centre prior" in output and "| Pleural Effusion (4; 0." in output
+    assert output.strip().splitlines()[0].startswith("12 images, 8 of them with segmentations")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"contact_sheet.png", "maps", "method", "per_image.csv", "summary.json", "summary.md"}
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]["method"][ANY]["miou"]["value"] >= 0
@@ -345,7 +344,7 @@ def test_without_a_validation_split_the_threshold_is_otsus(released):
     assert np.isnan(summary["rows"]["bright"][EDEMA]["miou_full_cutoff"]["value"])
 
 
-def test_what_does_not_fit_is_refused(released, tmp_path):
+def test_splits_files_and_sizes_that_do_not_fit_are_refused(released, tmp_path):
     (root, file), _ = released
     with pytest.raises(ValueError, match="other patients in the validation split, got 12 in both"):
         evaluate_chexlocalize({"bright": Bright()}, open_split(root, file), open_split(root, file))

@@ -1,4 +1,4 @@
-"""Flip rate, FID, KID and what is kept: how good counterfactuals are, judged by a classifier of its own."""
+"""Quality of counterfactuals: flip rate, FID, KID and similarity, with a separate classifier as the judge."""
 
 import json
 
@@ -13,7 +13,7 @@ from torchmetrics.image.kid import poly_mmd
 from cxr_diffusers import GradCAMPipeline, load_pipeline
 from cxr_diffusers.evaluation import compare, counterfactual_table, evaluate
 from cxr_diffusers.evaluation.feature_distances import frechet_distance, kernel_distance, kernel_distance_of
-from cxr_diffusers.evaluation.judge import check_judge, is_its_own_judge, look, name_of
+from cxr_diffusers.evaluation.judge import check_judge, classify_images, is_its_own_judge, name_of
 from cxr_diffusers.evaluation.metrics import image_auroc, interval_of, mean_of, patient_weights
 from cxr_diffusers.pipelines import AnomalyOutput
 from helpers import BrightSpots, spot_rows, toy_resnet
@@ -34,7 +34,7 @@ class Healer(BrightSpots):
 
 
 class Harmer(Healer):
-    """A spot is painted into every picture, where there was none as well."""
+    """A spot is painted into every image, including those without one."""
 
     def __call__(self, image, output_type="np"):
         output = super().__call__(image)
@@ -48,8 +48,8 @@ def judge():
     """A real classifier at toy size, whose last layer is fitted to tell spots from none."""
     classifier = toy_resnet()
     judge = GradCAMPipeline(classifier, sample_size=32, class_names=["healthy", "spot"], scaling="dtype")
-    pictures = [np.asarray(row["image"], np.float32) / 255 for row in (*spot_rows(40), *spot_rows(40, spot=False))]
-    _, features = look(judge, pictures)
+    images = [np.asarray(row["image"], np.float32) / 255 for row in (*spot_rows(40), *spot_rows(40, spot=False))]
+    _, features = classify_images(judge, images)
     fitted = LogisticRegression(C=1e4, max_iter=5000).fit(features, np.arange(80) < 40)
     layer = classifier.classifier[-1]
     layer.weight.data = torch.tensor(np.concatenate([-fitted.coef_, fitted.coef_]) / 2, dtype=torch.float32)
@@ -58,9 +58,9 @@ def judge():
 
 
 @pytest.fixture(scope="module")
-def found(judge):
+def evaluated(judge):
     methods = {"healer": Healer(), "harmer": Harmer(), "nothing": BrightSpots()}
-    # two are called ill and show nothing: what the judge calls healthy already cannot be flipped
+    # two are labelled diseased without a spot: an image that the judge calls healthy cannot be flipped
     subtle = [{**row, "label": 1, "patient": f"s{i}"} for i, row in enumerate(spot_rows(2, spot=False, dark=61))]
     options = dict(healthy=spot_rows(12, spot=False), judge=judge, n_bootstrap=100, progress=False)
     return compare(methods, spot_rows(14) + subtle, **options)
@@ -80,7 +80,7 @@ def test_fid_is_the_formula_of_the_paper_and_that_of_torchmetrics(rng):
     assert frechet_distance(a, b) == pytest.approx(_compute_fid(*tensors).item())
 
 
-def test_fid_needs_no_more_pictures_than_features(rng):
+def test_fid_needs_no_more_images_than_features(rng):
     a, b = rng.normal(size=(6, 50)), rng.normal(size=(7, 50))
     eigenvalues = linalg.eigvals(np.cov(a.T) @ np.cov(b.T))
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T)) + np.trace(np.cov(b.T))
@@ -101,7 +101,7 @@ def test_kid_is_0_on_average_where_fid_is_not(rng):
     assert min(kids) < 0 and np.mean(fids) > 1
 
 
-def test_pictures_of_one_patient_are_no_pairs(rng):
+def test_two_images_of_one_patient_form_no_pair(rng):
     a, b = rng.normal(size=(9, 4)), rng.normal(1, 1, size=(7, 4))
     twice = np.repeat(a, 2, axis=0), np.arange(18) // 2
     assert kernel_distance(twice[0], b, twice[1]) == pytest.approx(kernel_distance(a, b))
@@ -111,7 +111,7 @@ def test_pictures_of_one_patient_are_no_pairs(rng):
     assert kernel_distance(a, a + 0.001) < -0.5
 
 
-def test_a_replicate_of_kid_holds_no_copies(rng):
+def test_copies_in_a_replicate_form_no_pair_in_kid(rng):
     features, in_a = rng.normal(size=(24, 4)), np.arange(24) < 12
     statistic = kernel_distance_of(features, in_a, ~in_a, range(24))
     assert statistic(np.full((1, 24), 3.0))[0] == pytest.approx(statistic(np.ones((1, 24)))[0])
@@ -128,32 +128,30 @@ def test_a_distance_that_is_not_defined_is_nan_and_unequal_features_are_refused(
         frechet_distance(a, a[:, :2])
 
 
-def test_what_heals_is_believed_and_what_does_nothing_is_not(found):
-    assert value(found, "healer", "flip_rate") == 1 and value(found, "healer", "p_healthy_moved") > 0.5
-    assert value(found, "harmer", "flip_rate") == 0
-    assert value(found, "the picture itself", "flip_rate") == 0
-    assert value(found, "the picture itself", "p_healthy_moved") == 0
+def test_healed_images_are_called_healthy_and_unchanged_ones_are_not(evaluated):
+    assert value(evaluated, "healer", "flip_rate") == 1 and value(evaluated, "healer", "p_healthy_moved") > 0.5
+    assert value(evaluated, "harmer", "flip_rate") == 0
+    assert value(evaluated, "the picture itself", "flip_rate") == 0
+    assert value(evaluated, "the picture itself", "p_healthy_moved") == 0
 
 
-def test_a_healthy_picture_should_stay_where_it_is(found):
-    assert value(found, "healer", "p_healthy_moved_healthy") == pytest.approx(0, abs=0.02)
-    assert value(found, "harmer", "p_healthy_moved_healthy") < -0.5
+def test_healthy_images_keep_their_probability(evaluated):
+    assert value(evaluated, "healer", "p_healthy_moved_healthy") == pytest.approx(0, abs=0.02)
+    assert value(evaluated, "harmer", "p_healthy_moved_healthy") < -0.5
 
 
-def test_the_healed_are_nearer_to_healthy_pictures_than_the_ill(found):
-    assert value(found, "healer", "kid") < 0.5 * value(found, "the picture itself", "kid")
-    assert value(found, "healer", "fid") < value(found, "the picture itself", "fid")
-    assert value(found, "the picture, blurred", "kid") > value(found, "healer", "kid")
-    split = found.summary["counterfactuals"]["rows"]["healthy, split in two"]
-    assert set(split) == {"kid", "fid"} and split["kid"]["value"] < value(found, "the picture itself", "kid")
+def test_healed_images_are_nearer_to_healthy_images_than_diseased_ones(evaluated):
+    assert value(evaluated, "healer", "kid") < 0.5 * value(evaluated, "the picture itself", "kid")
+    assert value(evaluated, "healer", "fid") < value(evaluated, "the picture itself", "fid")
+    assert value(evaluated, "the picture, blurred", "kid") > value(evaluated, "healer", "kid")
+    split = evaluated.summary["counterfactuals"]["rows"]["healthy, split in two"]
+    assert set(split) == {"kid", "fid"} and split["kid"]["value"] < value(evaluated, "the picture itself", "kid")
 
 
-def test_the_judges_numbers_are_those_of_its_answers(found, judge):
-    table = found.per_image[found.per_image.method == "healer"]
-    pictures = [
-        row["image"] for row in (*spot_rows(14), *spot_rows(2, spot=False, dark=61), *spot_rows(12, spot=False))
-    ]
-    pixels = torch.stack([torch.from_numpy(np.asarray(p, np.float32) / 255)[None] for p in pictures])
+def test_the_judges_columns_are_its_own_probabilities(evaluated, judge):
+    table = evaluated.per_image[evaluated.per_image.method == "healer"]
+    images = [row["image"] for row in (*spot_rows(14), *spot_rows(2, spot=False, dark=61), *spot_rows(12, spot=False))]
+    pixels = torch.stack([torch.from_numpy(np.asarray(p, np.float32) / 255)[None] for p in images])
     healed = torch.where(pixels > 0.3, torch.tensor(0.2), pixels)
     with torch.no_grad():
         before, after = (judge.classifier(2 * x - 1).logits.softmax(1)[:, 0].numpy() for x in (pixels, healed))
@@ -161,37 +159,37 @@ def test_the_judges_numbers_are_those_of_its_answers(found, judge):
     assert table.p_healthy_counterfactual.to_numpy() == pytest.approx(after, abs=2e-3)
     called = before[:16] < 0.5
     assert table.flipped.iloc[:16].isna().tolist() == (~called).tolist() and table.flipped.iloc[16:].isna().all()
-    section = found.summary["counterfactuals"]
+    section = evaluated.summary["counterfactuals"]
     assert section["n_called_diseased"]["healer"] == called.sum() == 14
     assert section["n_diseased"] == 16 and section["n_healthy"] == 12
     assert section["judge_auroc"]["healer"] == pytest.approx(image_auroc(1 - before, [1] * 16 + [0] * 12))
-    assert value(found, "healer", "p_healthy_moved") == pytest.approx((after - before)[:16].mean(), abs=2e-3)
+    assert value(evaluated, "healer", "p_healthy_moved") == pytest.approx((after - before)[:16].mean(), abs=2e-3)
 
 
-def test_features_are_what_the_last_layer_reads(judge):
-    pictures = [np.asarray(row["image"], np.float32) / 255 for row in spot_rows(3)]
-    probabilities, features = look(judge, pictures)
+def test_features_are_the_input_of_the_last_layer(judge):
+    images = [np.asarray(row["image"], np.float32) / 255 for row in spot_rows(3)]
+    probabilities, features = classify_images(judge, images)
     layer = judge.classifier.classifier[-1]
     logits = torch.tensor(features, dtype=torch.float32) @ layer.weight.data.T + layer.bias.data
     assert logits.softmax(1).numpy() == pytest.approx(probabilities, abs=1e-5)
 
 
-def test_a_counterfactual_is_stretched_as_its_picture_is(judge):
+def test_a_counterfactual_is_stretched_like_its_image(judge):
     stretching = GradCAMPipeline(judge.classifier, sample_size=32, scaling="minmax")
-    picture = np.asarray(spot_rows(1)[0]["image"], np.float32) / 255
-    low, high = picture.min(), picture.max()
-    darker = 0.9 * picture
-    _, found = look(stretching, [darker], [picture])
-    _, expected = look(judge, [((darker - low) / (high - low)).clip(0, 1)])
-    assert found == pytest.approx(expected, abs=1e-5)
-    _, alone = look(stretching, [darker])
+    image = np.asarray(spot_rows(1)[0]["image"], np.float32) / 255
+    low, high = image.min(), image.max()
+    darker = 0.9 * image
+    _, features = classify_images(stretching, [darker], [image])
+    _, expected = classify_images(judge, [((darker - low) / (high - low)).clip(0, 1)])
+    assert features == pytest.approx(expected, abs=1e-5)
+    _, alone = classify_images(stretching, [darker])
     assert alone != pytest.approx(expected, abs=1e-2)
 
 
-def test_what_has_no_counterfactual_or_is_its_own_judge_is_not_judged(found, judge):
-    section = found.summary["counterfactuals"]
+def test_methods_without_a_counterfactual_or_guided_by_the_judge_are_not_judged(evaluated, judge):
+    section = evaluated.summary["counterfactuals"]
     assert section["not_measured"] == {"nothing": "it has no counterfactual"} and "nothing" not in section["rows"]
-    assert found.per_image[found.per_image.method == "nothing"].p_healthy.isna().all()
+    assert evaluated.per_image[evaluated.per_image.method == "nothing"].p_healthy.isna().all()
     assert is_its_own_judge(GradCAMPipeline(judge.classifier, sample_size=16), judge)
     assert not is_its_own_judge(GradCAMPipeline(toy_resnet(), sample_size=16), judge)
     assert not is_its_own_judge(Healer(), judge)
@@ -204,22 +202,22 @@ def test_what_has_no_counterfactual_or_is_its_own_judge_is_not_judged(found, jud
     assert set(result.summary["counterfactuals"]["rows"]["method"]) == {"psnr_outside", "ssim_outside"}
 
 
-def test_without_a_judge_there_are_only_the_numbers_of_what_was_kept():
+def test_without_a_judge_only_similarity_is_measured():
     result = evaluate(Harmer(), spot_rows(8), n_bootstrap=50, progress=False)
     section = result.summary["counterfactuals"]["rows"]
     assert set(section) == {"method"} and set(section["method"]) == {"psnr_outside", "ssim_outside"}
     assert "p_healthy" not in result.per_image
-    for name, found in section["method"].items():
+    for name, interval in section["method"].items():
         expected = interval_of(
             mean_of(result.per_image[name]), patient_weights([row["patient"] for row in spot_rows(8)], 50, 0)
         )
-        assert found == expected._asdict() and found["low"] < found["value"] < found["high"], name
+        assert interval == expected._asdict() and interval["low"] < interval["value"] < interval["high"], name
     assert "| PSNR outside (dB) | SSIM outside |" in counterfactual_table(result)
     assert "flip rate" not in counterfactual_table(result)
     assert counterfactual_table(evaluate(BrightSpots(), spot_rows(3), n_bootstrap=5, progress=False)) == ""
 
 
-def test_the_data_sets_own_healthy_pictures_come_first(judge):
+def test_the_data_sets_own_healthy_images_come_first(judge):
     dataset = spot_rows(6) + spot_rows(5, spot=False)
     section = evaluate(Healer(), dataset, healthy=spot_rows(9, spot=False), judge=judge, n_bootstrap=5, progress=False)
     assert section.summary["counterfactuals"]["n_healthy"] == 5
@@ -227,11 +225,11 @@ def test_the_data_sets_own_healthy_pictures_come_first(judge):
     assert alone.summary["counterfactuals"]["n_healthy"] == 0 and "kid" not in alone.summary["counterfactuals"]["rows"]
 
 
-def test_the_table_says_who_judged_what(found, tmp_path):
-    text = counterfactual_table(found)
+def test_the_table_names_the_judge_and_the_methods_not_judged(evaluated, tmp_path):
+    text = counterfactual_table(evaluated)
     assert "| counterfactuals | flip rate |" in text and "Judge: GradCAMPipeline." in text
     assert "Not judged: nothing, it has no counterfactual." in text
-    read = json.loads(json.dumps(found.summary, default=float))
+    read = json.loads(json.dumps(evaluated.summary, default=float))
     assert counterfactual_table(read) == text
     assert counterfactual_table({"settings": {}}) == ""  # written by an older version
 
@@ -245,5 +243,7 @@ def test_the_shipped_classifier_is_a_judge():
     judge = load_pipeline("cxr_grad_cam_128")
     check_judge(judge)
     assert name_of(judge) == "cxr_grad_cam_128"
-    probabilities, features = look(judge, [np.asarray(row["image"], np.float32) / 255 for row in spot_rows(2)])
+    probabilities, features = classify_images(
+        judge, [np.asarray(row["image"], np.float32) / 255 for row in spot_rows(2)]
+    )
     assert probabilities.shape == (2, 3) and features.shape == (2, 192) and judge.class_names[0] == "healthy"

@@ -53,7 +53,7 @@ def value(result, name, number):
     return result.summary["rows"][name][number]["value"]
 
 
-def test_what_finds_everything_scores_1_and_beats_every_control():
+def test_a_perfect_detector_scores_1_and_beats_every_control():
     result = quick(BrightSpots(), spot_rows(), healthy=spot_rows(4, spot=False), n_bootstrap=200)
     for number in ("pixel_ap", "pixel_auroc", "best_dice", "hit_rate", "image_auroc", "dice", "aupro"):
         assert value(result, "method", number) == pytest.approx(1, abs=0.02), number
@@ -62,14 +62,14 @@ def test_what_finds_everything_scores_1_and_beats_every_control():
         assert difference["pixel_ap"]["low"] > 0, name
 
 
-def test_what_finds_the_opposite_scores_0():
+def test_an_inverted_detector_scores_0():
     result = quick(BrightSpots(inverted=True), spot_rows())
     assert value(result, "method", "pixel_auroc") == pytest.approx(0, abs=0.01)
     assert value(result, "method", "hit_rate") == 0
     assert result.summary["differences"]["method - chance"]["pixel_ap"]["high"] < 0
 
 
-def test_the_numbers_are_those_of_the_maps_at_the_pictures_own_resolution(pipeline):
+def test_metrics_are_computed_at_the_images_own_resolution(pipeline):
     dataset = spot_rows(5, height=40, width=24)
     result = quick(pipeline, dataset, call_kwargs=FAST, batch_size=2)
     output = pipeline([row["image"] for row in dataset], output_type="np", **FAST)
@@ -94,7 +94,7 @@ def test_chance_is_the_share_of_positive_pixels():
     assert value(result, "random map", "pixel_ap") == pytest.approx(share, abs=0.02)
 
 
-def test_the_truth_of_others_is_of_other_patients():
+def test_the_location_prior_is_computed_from_other_patients():
     alone = [{**row, "patient": "one"} for row in spot_rows()]
     assert value(quick(BrightSpots(), alone), "location prior", "pixel_ap") == pytest.approx(48 / 32**2)
     same_spot = [{**spot_rows(1)[0], "patient": f"p{i}"} for i in range(4)]
@@ -148,23 +148,23 @@ def test_gated_controls_are_the_image_its_mirror_difference_and_the_gate():
     assert image_controls(dataset, None, 0.0).keys() == {"|x - blurred x|"}
 
 
-def test_a_lung_segmenter_that_is_none_is_refused():
+def test_a_lung_segmenter_of_another_type_is_refused():
     with pytest.raises(ValueError, match="expected a LungSegmenter as `lung_segmenter`, got 'lungs'"):
         quick(BrightSpots(), spot_rows(2), lung_segmenter="lungs")
 
 
-def test_a_method_that_ignores_the_picture_does_not_beat_its_mean_map():
+def test_a_method_that_ignores_the_image_does_not_beat_its_mean_map():
     class Blind(BrightSpots):
         def __call__(self, image, output_type="np"):
             output = super().__call__(image)
-            found = np.tile(np.linspace(0, 1, 32, dtype=np.float32), (len(image), 32, 1))
-            return AnomalyOutput(output.image, output.counterfactual, found, output.anomaly_score)
+            maps = np.tile(np.linspace(0, 1, 32, dtype=np.float32), (len(image), 32, 1))
+            return AnomalyOutput(output.image, output.counterfactual, maps, output.anomaly_score)
 
     difference = quick(Blind(), spot_rows()).summary["differences"]["method - mean map"]
     assert difference["pixel_ap"]["value"] == pytest.approx(0, abs=0.02)
 
 
-def test_boxes_are_regions_and_rows_without_truth_only_count_as_images():
+def test_boxes_are_regions_and_images_without_truth_count_for_image_metrics_only():
     dataset = spot_rows(4)
     for row in dataset:
         row["boxes"] = [[4, 4, 8, 6]]
@@ -177,7 +177,7 @@ def test_boxes_are_regions_and_rows_without_truth_only_count_as_images():
     assert value(result, "method", "image_auroc") == 1
 
 
-def test_the_threshold_comes_from_healthy_pictures_or_the_pipeline_or_is_not(pipeline):
+def test_the_threshold_comes_from_healthy_images_else_from_the_pipeline(pipeline):
     healthy = spot_rows(4, spot=False)
     result = quick(BrightSpots(), spot_rows(), healthy=healthy, quantile=0.9)
     flat = np.concatenate([np.asarray(row["image"]).ravel() for row in healthy]) / 255
@@ -195,7 +195,7 @@ def test_controls_mark_as_many_pixels_as_the_method():
     assert value(result, "centre prior", "iou") > 0 and np.isnan(value(result, "chance", "dice"))
 
 
-def test_a_run_writes_its_table_and_pictures(tmp_path, pipeline):
+def test_a_run_writes_its_tables_and_images(tmp_path, pipeline):
     result = quick(pipeline, spot_rows(), healthy=spot_rows(3, spot=False), output_dir=tmp_path, call_kwargs=FAST)
     names = {p.name for p in tmp_path.iterdir()}
     assert names == {
@@ -218,7 +218,30 @@ def test_a_run_writes_its_table_and_pictures(tmp_path, pipeline):
     assert summary_table(summary) == summary_table(result)
 
 
-def test_a_run_is_taken_up_where_it_stopped(tmp_path, pipeline):
+def test_images_of_an_earlier_run_are_not_left_beside_new_tables(tmp_path):
+    quick(BrightSpots(), spot_rows(), output_dir=tmp_path)
+    assert (tmp_path / "contact_sheet.png").exists()
+    quick(BrightSpots(), [{**row, "mask": None} for row in spot_rows()], output_dir=tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"per_image.csv", "summary.json", "summary.md", "maps"}
+
+
+def test_images_of_a_single_value_are_left_out_counted_and_named(tmp_path, caplog):
+    flat = Image.new("L", (32, 32), 7)
+    dataset, healthy = spot_rows(), spot_rows(4, spot=False)
+    expected = quick(BrightSpots(), dataset, healthy=healthy)
+    with_flat = [dataset[0], {**dataset[1], "image": flat, "path": "a/flat.png"}, *dataset[1:]]
+    flat_healthy = [*healthy, {**healthy[0], "image": flat, "path": "b/flat.png"}]
+    result = quick(BrightSpots(), with_flat, healthy=flat_healthy, output_dir=tmp_path)
+    assert set(result.summary["failed"]) == {"a/flat.png", "b/flat.png"} and result.summary["n_failed"] == 2
+    assert "one value" in result.summary["failed"]["a/flat.png"] and "a/flat.png" in caplog.text
+    assert json.dumps(result.summary["rows"]) == json.dumps(expected.summary["rows"])  # NaN equals NaN
+    assert result.per_image.path.tolist() == expected.per_image.path.tolist()
+    text = (tmp_path / "summary.md").read_text()
+    assert "left out, images of a single value: 2 (a/flat.png, b/flat.png)" in text
+    assert expected.summary["failed"] == {} and expected.summary["n_failed"] == 0
+
+
+def test_an_interrupted_run_resumes(tmp_path, pipeline):
     first = quick(pipeline, spot_rows(), output_dir=tmp_path, call_kwargs=FAST)
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "maps").iterdir()}
     assert len(files) == 6
@@ -231,7 +254,7 @@ def test_a_run_is_taken_up_where_it_stopped(tmp_path, pipeline):
     pd.testing.assert_frame_equal(first.per_image.drop(columns=drop), again.per_image.drop(columns=drop), rtol=1e-4)
 
 
-def test_other_settings_weights_or_pictures_have_maps_of_their_own(tmp_path, pipeline):
+def test_other_settings_weights_or_images_have_maps_of_their_own(tmp_path, pipeline):
     def number_of_maps(p, dataset, **kwargs):
         quick(p, dataset, output_dir=tmp_path, call_kwargs={**FAST, **kwargs}, n_bootstrap=2)
         return len(list((tmp_path / "maps").iterdir()))
@@ -242,19 +265,19 @@ def test_other_settings_weights_or_pictures_have_maps_of_their_own(tmp_path, pip
     other = UNet2DModel.from_config(pipeline.unet.config)
     assert number_of_maps(CFGAnomalyPipeline(other.eval(), pipeline.scheduler), spot_rows(2)) == 6
     changed = spot_rows(2)
-    changed[0]["image"] = spot_chest(77)[0]  # the same path, another picture
+    changed[0]["image"] = spot_chest(77)[0]  # the same path, another image
     assert number_of_maps(pipeline, changed) == 7
-    for disk in ("/disk", "../disk"):  # the same picture at another mount point is the same
+    for disk in ("/disk", "../disk"):  # the same image at another mount point is the same
         assert number_of_maps(pipeline, [{**spot_rows(1)[0], "path": f"{disk}/patient/study/view.png"}]) == 8
 
 
-def test_what_cannot_be_told_apart_is_computed_anew(tmp_path):
+def test_maps_of_a_pipeline_without_a_fingerprint_are_computed_anew(tmp_path):
     for inverted in (False, True):
         result = quick(BrightSpots(inverted), spot_rows(), output_dir=tmp_path)
         assert value(result, "method", "pixel_auroc") == pytest.approx(1 - inverted, abs=0.01)
 
 
-def test_the_pipelines_own_progress_bar_is_left_as_it_was(pipeline):
+def test_the_pipelines_progress_bar_keeps_its_settings(pipeline):
     pipeline.set_progress_bar_config(desc="mine")
     quick(pipeline, spot_rows(2), call_kwargs=FAST, n_bootstrap=2)
     assert pipeline._progress_bar_config == {"desc": "mine"}
@@ -266,20 +289,20 @@ import test_evaluation as t
 from cxr_diffusers.processes import process_state
 
 class Counting(t.BrightSpots):
-    asked = 0
+    images = 0
 
     def __call__(self, image, output_type="np"):
-        Counting.asked += len(image)
+        Counting.images += len(image)
         return super().__call__(image)
 
 result = t.quick(Counting(), t.spot_rows(5), output_dir=sys.argv[1], batch_size=2)
-found = None if result is None else t.value(result, "method", "pixel_ap")
-line = json.dumps([process_state().process_index, Counting.asked, found])
+pixel_ap = None if result is None else t.value(result, "method", "pixel_ap")
+line = json.dumps([process_state().process_index, Counting.images, pixel_ap])
 print(f"{line}\\n", end="", flush=True)
 """
 
 
-def test_two_processes_share_the_pictures_and_find_what_one_finds(tmp_path):
+def test_two_processes_share_the_images_and_give_the_result_of_one(tmp_path):
     script = tmp_path / "one_of_two.py"
     script.write_text(ONE_OF_TWO)
     here = Path(__file__).parent
@@ -290,11 +313,11 @@ def test_two_processes_share_the_pictures_and_find_what_one_finds(tmp_path):
     run = subprocess.run([*launch, script, tmp_path / "out"], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     lines = sorted(json.loads(line) for line in run.stdout.splitlines() if line.startswith("["))
-    assert [(index, asked) for index, asked, _ in lines] == [(0, 3), (1, 2)]
+    assert [(index, images) for index, images, _ in lines] == [(0, 3), (1, 2)]
     assert lines[0][2] == value(quick(BrightSpots(), spot_rows(5)), "method", "pixel_ap") and lines[1][2] is None
 
 
-def test_views_and_other_columns_are_tabled_apart():
+def test_views_and_other_columns_have_tables_of_their_own():
     dataset = spot_rows(6, view=lambda i: "AP" if i < 2 else "PA")
     for i, row in enumerate(dataset):
         row["style"] = "A" if i % 2 else "C"
@@ -340,42 +363,44 @@ def test_strata_have_the_controls_with_their_intervals():
 
 def test_a_model_of_views_is_told_the_view_of_each_image_and_none_where_it_is_unknown(tmp_path):
     class Recorder(CFGAnomalyPipeline):
-        asked = []
+        views = []
 
         def __call__(self, image, view=None, **kwargs):
-            Recorder.asked.append(view)
+            Recorder.views.append(view)
             return super().__call__(image, view=view, **kwargs)
 
-    def asked(views, row_views, **kwargs):
-        Recorder.asked = []
+    def views_of_calls(views, row_views, **kwargs):
+        Recorder.views = []
         unet = toy_unet(num_class_embeds=7 if views else 3)
         pipeline = Recorder(unet, DDIMScheduler(clip_sample=False), views=views, class_names=["healthy", "spot"])
         rows = [{**row, "view": view} for row, view in zip(spot_rows(len(row_views)), row_views, strict=True)]
         evaluate(pipeline, rows, output_dir=tmp_path, call_kwargs={**FAST, **kwargs}, n_bootstrap=2, progress=False)
-        return Recorder.asked
+        return Recorder.views
 
-    assert asked(["PA", "AP"], ["AP", "", "PA", "LATERAL"]) == [["AP", None, "PA", None]]
-    assert asked(["PA", "AP"], ["PA", "", "PA", "LATERAL"]) == [["PA"]]  # the others are kept: theirs did not change
-    assert asked(["PA", "AP"], ["AP", "PA"], view="AP") == ["AP"]
-    assert asked(None, ["AP", "PA"]) == [None]
+    assert views_of_calls(["PA", "AP"], ["AP", "", "PA", "LATERAL"]) == [["AP", None, "PA", None]]
+    assert views_of_calls(["PA", "AP"], ["PA", "", "PA", "LATERAL"]) == [
+        ["PA"]
+    ]  # the other maps are reused: their views did not change
+    assert views_of_calls(["PA", "AP"], ["AP", "PA"], view="AP") == ["AP"]
+    assert views_of_calls(None, ["AP", "PA"]) == [None]
 
 
-def test_scores_are_measured_among_each_view_alone():
-    """Most of the ill are AP, and AP is brighter: much of the score over all images is the view."""
-    ill = spot_rows(8, view=lambda i: "AP" if i < 6 else "PA")
+def test_scores_are_also_measured_among_the_images_of_each_view():
+    """Most diseased images are AP, and AP images are brighter: the score over all images largely detects the view."""
+    diseased = spot_rows(8, view=lambda i: "AP" if i < 6 else "PA")
     healthy = spot_rows(8, False, view=lambda i: "PA" if i < 6 else "AP")
-    for row in ill + healthy:
+    for row in diseased + healthy:
         row["image"] = row["image"].point(lambda grey, bright=60 * (row["view"] == "AP"): grey // 8 + bright)
-    result = quick(BrightSpots(), ill, healthy=healthy)
+    result = quick(BrightSpots(), diseased, healthy=healthy)
     parts = result.summary["image_level_by_view"]
     assert {view: (part["n_images"], part["n_healthy"]) for view, part in parts.items()} == {"AP": (8, 2), "PA": (8, 6)}
-    table = result.per_image.assign(ill=result.per_image["label"] != 0)
+    table = result.per_image.assign(diseased=result.per_image["label"] != 0)
     for view, part in parts.items():
         of_view = table[table["view"] == view]
-        expected = roc_auc_score(of_view["ill"], of_view["score"])
+        expected = roc_auc_score(of_view["diseased"], of_view["score"])
         assert part["rows"]["method"]["image_auroc"]["value"] == pytest.approx(expected)
     overall = value(result, "method", "image_auroc")
-    assert overall == pytest.approx(roc_auc_score(table["ill"], table["score"]))
+    assert overall == pytest.approx(roc_auc_score(table["diseased"], table["score"]))
     assert all(part["rows"]["method"]["image_auroc"]["value"] != overall for part in parts.values())
     assert "Scores among view AP alone: 8 images, 2 of them healthy" in summary_table(result)
     assert (
@@ -394,7 +419,7 @@ def test_methods_are_compared_in_one_table():
     assert sorted(result.per_image.method.unique()) == ["again", "bright", "dark"] and len(result.per_image) == 27
 
 
-def test_a_data_set_of_the_house_is_evaluated(pipeline):
+def test_a_hugging_face_data_set_is_evaluated(pipeline):
     features = Features(
         {
             "image": ImageFeature(),
@@ -413,7 +438,7 @@ def test_a_data_set_of_the_house_is_evaluated(pipeline):
     assert np.isfinite(value(result, "method", "image_auroc"))
 
 
-def test_counterfactuals_are_judged_outside_the_true_region():
+def test_similarity_is_measured_outside_the_true_region():
     class Painter(BrightSpots):
         def __call__(self, image, output_type="np"):
             output = super().__call__(image)
@@ -432,18 +457,22 @@ def test_counterfactuals_are_judged_outside_the_true_region():
         (lambda d: dict(dataset=d, strata=("colour",)), r"got \['colour'\]"),
         (lambda d: dict(dataset=d, healthy=d), r"label 0.*got labels \[1\]"),
         (
+            lambda d: dict(dataset=[{**d[0], "image": Image.new("L", (32, 32), 7)}]),
+            "images with contrast, got 1 of a single value: spot/0.png",
+        ),
+        (
             lambda d: dict(dataset=[{**d[0], "mask": Image.new("L", (9, 9))}]),
-            r"picture's size \(32, 32\), got \(9, 9\)",
+            r"image's size \(32, 32\), got \(9, 9\)",
         ),
     ],
 )
-def test_what_cannot_be_evaluated_is_refused(change, message):
+def test_invalid_data_sets_and_options_are_refused(change, message):
     options = change(spot_rows(2))
     with pytest.raises(ValueError, match=message):
         quick(BrightSpots(), options.pop("dataset"), **options)
 
 
-def test_a_pipeline_that_answers_in_another_shape_is_refused():
+def test_maps_of_another_shape_are_refused():
     class Wrong(BrightSpots):
         def __call__(self, image, output_type="np"):
             output = super().__call__(image)
@@ -453,7 +482,7 @@ def test_a_pipeline_that_answers_in_another_shape_is_refused():
         quick(Wrong(), spot_rows(2))
 
 
-def test_nothing_to_localise_still_gives_the_image_numbers():
+def test_image_metrics_need_no_true_region():
     dataset = [{**row, "mask": None} for row in spot_rows(3)] + spot_rows(3, spot=False)
     result = quick(BrightSpots(), dataset)
     assert result.summary["n_with_region"] == 0 and value(result, "method", "image_auroc") == 1

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from cxr_diffusers import CFGAnomalyPipeline
-from cxr_diffusers.evaluation.answers import Method
+from cxr_diffusers.evaluation.predictions import Method
 from cxr_diffusers.evaluation.tables import describe_method
 from cxr_diffusers.files import as_json
 from cxr_diffusers.fingerprints import weights_digest

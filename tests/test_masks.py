@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from cxr_diffusers.evaluation.masks import drop_small, healthy_threshold, smooth_map, threshold_map
+from cxr_diffusers.evaluation.masks import drop_small, healthy_threshold, pixel_quantile, smooth_map, threshold_map
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def test_a_higher_threshold_never_adds_a_pixel(anomaly_map, sigma, min_area):
 
 
 @pytest.mark.parametrize("threshold", [0, 0.2])
-def test_empty_in_is_empty_out(threshold):
+def test_a_map_of_zeros_has_an_empty_mask(threshold):
     assert not threshold_map(np.zeros((16, 16)), threshold, sigma=2, min_area=3).any()
 
 
@@ -28,12 +28,12 @@ def test_a_threshold_of_the_maximum_leaves_nothing(anomaly_map):
     assert not threshold_map(anomaly_map, anomaly_map.max()).any()
 
 
-def test_the_hottest_pixel_is_the_last_to_go(anomaly_map):
+def test_the_maximum_is_the_last_pixel_to_be_marked(anomaly_map):
     mask = threshold_map(anomaly_map, np.sort(anomaly_map.ravel())[-2])
     assert mask.sum() == 1 and mask.ravel()[anomaly_map.argmax()]
 
 
-def test_components_under_the_area_go_and_no_other():
+def test_components_under_the_area_are_removed_and_no_other():
     mask = np.zeros((20, 20), bool)
     mask[2:5, 2:5] = True  # 9 pixels
     mask[10, 10] = mask[11, 11] = True  # 2, touching at a corner
@@ -42,7 +42,7 @@ def test_components_under_the_area_go_and_no_other():
     assert not drop_small(mask, 10).any()
 
 
-def test_smoothing_keeps_the_sum_inside_and_leaves_other_maps_alone():
+def test_smoothing_preserves_the_sum_and_treats_each_map_alone():
     maps = np.zeros((2, 41, 41), np.float32)
     maps[0, 20, 20] = 1
     smooth = smooth_map(maps, 2)
@@ -57,10 +57,26 @@ def test_the_healthy_threshold_marks_the_chosen_share_of_healthy_pixels(anomaly_
     assert marked / sum(m.size for m in healthy) == pytest.approx(0.05, abs=0.001)
 
 
-def test_the_healthy_threshold_does_not_see_the_test_image(anomaly_map):
-    # a healthy picture like the others is almost all below it; Otsu or min-max would split it in two
+def test_the_healthy_threshold_does_not_depend_on_the_test_image(anomaly_map):
+    # nearly all of another healthy image is below it; Otsu's threshold or min-max would split it in two
     threshold = healthy_threshold(anomaly_map[None], quantile=0.99)
     assert threshold_map(np.roll(anomaly_map, 7, axis=0), threshold).mean() == pytest.approx(0.01, abs=0.002)
+
+
+@pytest.mark.parametrize("quantile", [0, 0.013, 0.5, 0.95, 0.999, 1])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda rng: rng.normal(size=(50, 40)),
+        lambda rng: np.round(rng.random((30, 31)), 1),  # ties
+        lambda rng: rng.random((20, 20)) * 1e-3 - 5e-4,
+        lambda rng: np.where(rng.random((9, 9)) < 0.9, 0.0, -0.0),
+    ],
+)
+def test_a_quantile_of_maps_read_one_by_one_is_that_of_all_their_pixels(draw, quantile):
+    maps = [draw(np.random.default_rng(i)).astype(np.float32) for i in range(5)] + [np.full((3, 3), 0.25, np.float32)]
+    expected = np.quantile(np.concatenate([m.ravel() for m in maps]).astype(np.float64), quantile)
+    assert pixel_quantile(maps, quantile) == pytest.approx(expected, abs=1e-15)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +91,6 @@ def test_the_healthy_threshold_does_not_see_the_test_image(anomaly_map):
         (lambda: drop_small(np.zeros((4, 4), bool), -1), "0 or more, got -1"),
     ],
 )
-def test_errors_say_what_came(call, message):
+def test_errors_name_the_value(call, message):
     with pytest.raises(ValueError, match=message):
         call()

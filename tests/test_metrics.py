@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,11 @@ from torchmetrics.functional import classification
 from torchmetrics.functional.image import peak_signal_noise_ratio as torch_psnr
 from torchmetrics.functional.image import structural_similarity_index_measure as torch_ssim
 
+from cxr_diffusers.evaluation import metrics
+from cxr_diffusers.evaluation.lazy import Lazy, stored
 from cxr_diffusers.evaluation.metrics import (
     Ranking,
+    SortedScores,
     aupro,
     best_dice,
     bootstrap_interval,
@@ -22,6 +27,7 @@ from cxr_diffusers.evaluation.metrics import (
     interval_of,
     iou,
     mean_of,
+    measure_images,
     paired_difference_interval,
     patient_weights,
     pixel_auroc,
@@ -93,8 +99,8 @@ def test_lists_of_images_are_pooled_whatever_their_sizes(rng):
     maps = [rng.random((8, 9)), rng.random((5, 5))]
     truths = [rng.random((8, 9)) < 0.3, rng.random((5, 5)) < 0.3]
     flat, true = np.concatenate([m.ravel() for m in maps]), np.concatenate([t.ravel() for t in truths])
-    assert pixel_average_precision(maps, truths) == average_precision_score(true, flat)
-    assert pixel_auroc(maps, truths) == roc_auc_score(true, flat)
+    assert pixel_average_precision(maps, truths) == pytest.approx(average_precision_score(true, flat), abs=1e-12)
+    assert pixel_auroc(maps, truths) == pytest.approx(roc_auc_score(true, flat), abs=1e-12)
 
 
 def test_image_metrics_take_any_label_but_0_as_abnormal():
@@ -110,8 +116,25 @@ def test_dice_and_iou_agree_with_scikit_learn_and_with_each_other(rng):
     assert dice(mask, truth) == pytest.approx(f1_score(truth.ravel(), mask.ravel()))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("levels", [None, 1, 4, 300])
+def test_one_sort_gives_the_metrics_of_scikit_learn(levels, dtype, rng):
+    (anomaly_map,), (truth,) = images(rng, n=1, size=64, levels=levels)
+    anomaly_map = anomaly_map.astype(dtype)
+    ranked = SortedScores(anomaly_map, truth)
+    flat = truth.ravel(), anomaly_map.ravel()
+    assert ranked.average_precision() == pytest.approx(average_precision_score(*flat), abs=1e-12)
+    assert ranked.auroc() == pytest.approx(roc_auc_score(*flat), abs=1e-12)
+    for threshold in (0.3, float(anomaly_map[3, 4]), 2.0):
+        mask = anomaly_map > threshold
+        assert ranked.count_above(threshold) == ((mask & truth).sum(), mask.sum())
+        assert ranked.dice(threshold) == pytest.approx(dice(mask, truth), abs=1e-12)
+        assert ranked.iou(threshold) == pytest.approx(iou(mask, truth), abs=1e-12)
+    assert ranked.hit() == truth[anomaly_map == anomaly_map.max()].mean()
+
+
 @pytest.mark.parametrize("levels", [None, 4])
-def test_torchmetrics_finds_the_same_numbers(levels, rng):
+def test_metrics_agree_with_torchmetrics(levels, rng):
     maps, truths = images(rng, levels=levels)
     flat, true = torch.tensor(np.stack(maps)).float(), torch.tensor(np.stack(truths)).int()
     marked = flat > 0.7
@@ -146,7 +169,7 @@ def test_hit_rate_is_the_share_of_maxima_inside_the_region():
 
 
 def brute_force_aupro(maps, truths, limit):
-    """One threshold at a time, as the paper says it."""
+    """One threshold at a time, as the paper defines it."""
     false_rates, overlaps = [0.0], [0.0]
     for threshold in np.unique(np.concatenate([m.ravel() for m in maps]))[::-1]:
         false = sum((m >= threshold)[~t].sum() for m, t in zip(maps, truths, strict=True))
@@ -172,7 +195,7 @@ def test_aupro_counts_regions_and_not_pixels():
     truth[:10, :10] = truth[30, 30] = True
     large, small = np.zeros((2, 40, 40))
     large[:10, :10], small[30, 30] = 1, 1
-    # one region of two at once; the other comes with the rest of the picture, along the diagonal
+    # one of two regions at once; the other is marked together with the rest of the image, along the diagonal
     assert aupro(large, truth) == pytest.approx(0.5 + 0.5 * 0.15)
     assert aupro(small, truth) == pytest.approx(0.5 + 0.5 * 0.15)
 
@@ -185,7 +208,7 @@ def test_image_similarities_are_those_of_scikit_image(rng):
     tensors = [torch.tensor(x)[None, None] for x in (a, b)]
     assert psnr(a, b) == pytest.approx(torch_psnr(*tensors, data_range=1.0).item())
     _, local = torch_ssim(*tensors, data_range=1.0, sigma=1.5, return_full_image=True)
-    # scikit-image, and so we, leave the rim out, over which the window reaches; torchmetrics mirrors the picture there
+    # scikit-image leaves out the rim that the window does not fit into; torchmetrics mirrors the image there
     assert ssim(a, b) == pytest.approx(local[..., 5:-5, 5:-5].mean().item(), abs=1e-6)
     assert ssim(a, a) == 1 and psnr(a, a) == float("inf")
 
@@ -222,7 +245,7 @@ def test_similarity_outside_a_region_ignores_the_region(rng):
         lambda x, none, all_: Ranking([x], [all_]).auroc(),
     ],
 )
-def test_what_is_not_defined_is_nan_and_not_0(value, rng):
+def test_an_undefined_metric_is_nan_and_not_0(value, rng):
     assert np.isnan(value(rng.random((8, 8)), np.zeros((8, 8), bool), np.ones((8, 8), bool)))
 
 
@@ -233,7 +256,7 @@ def test_shapes_that_differ_and_maps_that_are_not_finite_are_refused(rng):
         hit(np.full((4, 4), np.nan), np.ones((4, 4), bool))
 
 
-def test_a_box_covers_the_pixels_whose_centre_it_holds():
+def test_a_box_covers_the_pixels_whose_centre_it_contains():
     mask = box_mask([[1, 2, 3, 1]], height=5, width=6)
     assert mask[2, 1:4].all() and mask.sum() == 3
     assert box_mask([[0.4, 0.4, 1.2, 1.2]], 4, 4).sum() == 4  # centres at 0.5 and 1.5
@@ -247,20 +270,20 @@ def test_a_box_is_not_the_lesion_in_it():
     """The map is the lesion, exactly; against a box of four times its size it is not perfect, and cannot be."""
     box, lesion = box_mask([[8, 8, 16, 16]], 64, 64), box_mask([[8, 8, 8, 8]], 64, 64)
     share = box.mean()
-    found = lesion.astype(float)
-    assert hit(found, box) == 1
-    # a quarter of the box at once, the rest with the whole picture
-    assert pixel_average_precision(found, box) == pytest.approx(0.25 + 0.75 * share)
-    assert pixel_average_precision(found, lesion) == 1
+    lesion_map = lesion.astype(float)
+    assert hit(lesion_map, box) == 1
+    # a quarter of the box at once, the rest with the whole image
+    assert pixel_average_precision(lesion_map, box) == pytest.approx(0.25 + 0.75 * share)
+    assert pixel_average_precision(lesion_map, lesion) == 1
     # and a map of the box itself beats the map of the lesion, though it knows less
     assert pixel_average_precision(box.astype(float), box) == 1
-    # what lies beside the lesion but in the box is a hit as well
+    # a maximum beside the lesion but in the box is a hit as well
     assert hit(box_mask([[20, 20, 3, 3]], 64, 64).astype(float), box) == 1
     assert hit(box_mask([[30, 20, 3, 3]], 64, 64).astype(float), box) == 0
 
 
 @pytest.mark.parametrize("box", [[1, 1, 0, 2], [1, 1, -3, 2], [9, 1, 2, 2], [1, 1, 2], [1, 1, np.nan, 2]])
-def test_a_box_that_is_none_is_refused(box):
+def test_an_invalid_box_is_refused(box):
     with pytest.raises(ValueError, match="expected a box"):
         box_mask([box], 4, 4)
 
@@ -290,11 +313,107 @@ def test_weighing_an_image_twice_is_having_it_twice(levels, rng):
 def test_fewer_cuts_are_close_enough(rng):
     maps, truths = images(rng, n=8, size=128)
     coarse, exact = Ranking(maps, truths, max_cuts=4096), Ranking(maps, truths, max_cuts=None)
-    assert exact.found.shape[1] > 2 * 4096
+    assert exact.true_positives.shape[1] > 2 * 4096
     assert coarse.average_precision() == pytest.approx(exact.average_precision(), abs=1e-3)
     assert coarse.auroc() == pytest.approx(exact.auroc(), abs=1e-4)
     assert coarse.aupro() == pytest.approx(exact.aupro(), abs=1e-4)
     assert coarse.best_dice() == pytest.approx(exact.best_dice(), abs=1e-3)
+
+
+@pytest.mark.parametrize("levels", [None, 7])
+def test_replicates_are_those_of_scikit_learn_with_weights(levels, rng):
+    maps, truths = images(rng, n=8, levels=levels)
+    weights = patient_weights("aabcdefg", n=12, seed=1)
+    values = Ranking(maps, truths, max_cuts=None).measure(weights)
+    flat, true = np.stack(maps).ravel(), np.stack(truths).ravel()
+    for row, ap, auroc in zip(weights, values["average_precision"], values["auroc"], strict=True):
+        each = np.repeat(row, maps[0].size)
+        assert ap == pytest.approx(average_precision_score(true, flat, sample_weight=each), abs=1e-12)
+        assert auroc == pytest.approx(roc_auc_score(true, flat, sample_weight=each), abs=1e-12)
+
+
+def test_metrics_of_a_subset_are_those_of_a_ranking_of_the_subset(rng):
+    maps, truths = images(rng, n=8)
+    weights, inside = patient_weights(range(8), n=9), np.arange(8) % 3 > 0
+    subset = [[x for x, ok in zip(xs, inside, strict=True) if ok] for xs in (maps, truths)]
+    part = Ranking(maps, truths, max_cuts=None).measure(weights, inside=inside)
+    alone = Ranking(*subset, max_cuts=None).measure(weights[:, inside])
+    for name, values in alone.items():
+        assert part[name] == pytest.approx(values, abs=1e-6 if name == "aupro" else 1e-12, nan_ok=True), name
+
+
+def test_float32_moves_aupro_by_less_than_1e_6(rng):
+    truths = [ndimage.binary_dilation(rng.random((96, 96)) < 0.01) for _ in range(12)]
+    maps = [rng.random((96, 96)) + 0.3 * t for t in truths]
+    ranking, weights = Ranking(maps, truths, max_cuts=None), patient_weights(range(12), 20)
+    assert ranking.true_positives.dtype == ranking.marked.dtype == np.uint32  # exact counts
+    rounded = ranking.aupro(weights)
+    positives = np.unique(np.concatenate([m[t] for m, t in zip(maps, truths, strict=True)]))[::-1]
+    ranking.overlap = np.stack([SortedScores(m, t).mass_above(positives)[2] for m, t in zip(maps, truths, strict=True)])
+    assert ranking.overlap.dtype == np.float64
+    assert 0 < np.abs(rounded - ranking.aupro(weights)).max() < 1e-6
+
+
+def test_a_pooled_ranking_has_the_same_curve_and_values(rng):
+    ranking = Ranking(*images(rng))
+    pooled = ranking.pooled()
+    for curve, expected in zip(pooled.curve(), ranking.curve(), strict=True):
+        assert (curve == expected).all()
+    for name, value in ranking.measure().items():
+        assert pooled.measure()[name] == pytest.approx(value, abs=1e-12), name
+    assert pooled.true_positives.shape[0] == 1 and pooled.prevalence == ranking.prevalence
+
+
+@pytest.mark.parametrize("levels", [None, 5])
+def test_image_metrics_of_replicates_are_those_of_scikit_learn_with_weights(levels, rng):
+    scores, labels = rng.random(40), rng.integers(0, 3, 40)
+    scores = np.round(scores * levels) / levels if levels else scores
+    weights = patient_weights(range(40), n=9)
+    values = measure_images(scores, labels, weights)
+    for row, ap, auroc in zip(weights, values["average_precision"], values["auroc"], strict=True):
+        assert ap == pytest.approx(average_precision_score(labels != 0, scores, sample_weight=row), abs=1e-12)
+        assert auroc == pytest.approx(roc_auc_score(labels != 0, scores, sample_weight=row), abs=1e-12)
+    undefined = measure_images(scores, np.zeros(40), weights)
+    assert np.isnan(undefined["auroc"]).all() and np.isnan(undefined["average_precision"]).all()
+
+
+def test_cuts_are_chosen_from_every_second_value_where_there_are_too_many(rng, monkeypatch):
+    maps, truths = images(rng, n=8, size=128)
+    every = Ranking(maps, truths, max_cuts=1000).average_precision()
+    monkeypatch.setattr(metrics, "MAX_VALUES", 3000)
+    cuts = metrics.choose_cuts(maps, truths, 1000)
+    assert len(cuts) == 1000 and np.isin(cuts, np.concatenate([m[t] for m, t in zip(maps, truths, strict=True)])).all()
+    assert Ranking(maps, truths, max_cuts=1000).average_precision() == pytest.approx(every, abs=2e-3)
+
+
+def test_stored_maps_are_computed_once_and_leave_no_file(tmp_path):
+    computed = []
+
+    def anomaly_map(i):
+        computed.append(i)
+        return np.full((2 + i, 3), i, np.float32)
+
+    maps, shapes = Lazy(3, anomaly_map), [(2, 3), (3, 3), (4, 3)]
+    with stored(maps, shapes, tmp_path) as own:
+        for _ in range(2):
+            assert [m.shape for m in own] == shapes and [m.mean() for m in own] == [0, 1, 2]
+    assert computed == [0, 1, 2] and not list(tmp_path.iterdir())
+    with stored(maps, shapes, None) as own:
+        assert own is maps
+
+
+def test_maps_are_read_one_at_a_time():
+    def anomaly_map(i):
+        return np.random.default_rng(i).random((256, 256), dtype=np.float32)
+
+    truth = np.zeros((256, 256), bool)
+    truth[5:15, 5:15] = True
+    n, size = 60, truth.size * 4
+    tracemalloc.start()
+    Ranking(Lazy(n, anomaly_map), [truth] * n, max_cuts=8)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 12 * size < n * size
 
 
 def test_patients_are_drawn_and_their_images_come_along():
@@ -358,7 +477,7 @@ def test_one_patient_has_no_interval():
     assert value == pytest.approx(0.3) and np.isnan(low) and np.isnan(high)
 
 
-def test_a_mean_leaves_out_what_is_not_defined():
+def test_a_mean_leaves_out_undefined_values():
     assert mean_of([1, np.nan, 3])(np.array([[1, 1, 1], [0, 1, 0], [3, 5, 1]])) == pytest.approx(
         [2, np.nan, 1.5], nan_ok=True
     )

@@ -36,14 +36,14 @@ def write_plan(folder, **changes):
     return path
 
 
-def test_one_command_puts_all_methods_into_a_table_for_each_data_set(models, capsys):
+def test_one_command_makes_a_table_of_all_methods_for_each_data_set(models, capsys):
     path = write_plan(models, options={"n_bootstrap": 10, "judge": str(models / "cam")})
     out = models / "out"
     assert main(["evaluate", "--config", str(path), "data.b.images.n=8", "--out", str(out)]) == 0
-    shown = capsys.readouterr().out
-    assert (out / "summary.md").read_text() in shown
-    assert shown.count("| ours |") == 4 and shown.count("Not judged: Grad-CAM, it has no counterfactual.") == 2
-    assert "## a\n" in shown and "## b\n" in shown and shown.count("| ours - Grad-CAM |") == 2
+    output = capsys.readouterr().out
+    assert (out / "summary.md").read_text() in output
+    assert output.count("| ours |") == 4 and output.count("Not judged: Grad-CAM, it has no counterfactual.") == 2
+    assert "## a\n" in output and "## b\n" in output and output.count("| ours - Grad-CAM |") == 2
     for name, images in (("a", 6), ("b", 8)):
         table = pd.read_csv(out / name / "per_image.csv")
         assert table.groupby("method").size().to_dict() == {"ours": images, "Grad-CAM": images}
@@ -81,11 +81,11 @@ def test_a_plan_can_be_run_for_some_of_its_methods(models, capsys):
     assert "expected a plan (--config)" in capsys.readouterr().err
 
 
-def test_a_picture_in_several_data_sets_is_computed_once(models):
+def test_an_image_in_several_data_sets_is_computed_once(models):
     path, out = write_plan(models), models / "out"
     overrides = ["data.b.images.seed=0", "data.b.images.n=7"]
     assert main(["evaluate", "--config", str(path), *overrides, "--out", str(out)]) == 0
-    assert len(list((out / "maps").iterdir())) == 2 * 7, "two methods, and six of b's seven pictures are a's"
+    assert len(list((out / "maps").iterdir())) == 2 * 7, "two methods, and six of b's seven images are a's"
     assert not (out / "a" / "maps").exists()
 
 
@@ -107,7 +107,7 @@ def test_several_models_need_no_plan(models, capsys):
     assert "GradCAMPipeline has no guidance_scale" in capsys.readouterr().err
 
 
-def test_root_is_filled_in_wherever_it_stands():
+def test_root_is_replaced_in_every_value():
     plan = load_plan(CONFIG, ["root=/data/cxr", "options.n_bootstrap=5"])
     assert plan.data["implants"].images["csv"] == "/data/cxr/val_implants/val_implants.csv"
     assert plan.data["boxes"].healthy["csv"] == "/data/cxr/val_implants/val_sources.csv"
@@ -120,13 +120,13 @@ def test_root_is_filled_in_wherever_it_stands():
     assert len(plan.methods) >= 3
 
 
-def test_the_ablation_asks_for_what_the_call_has_and_each_row_changes_something(pipeline):
+def test_every_row_of_the_ablation_is_a_different_valid_call(pipeline):
     methods = load_plan(CONFIG.with_name("method.yaml"), ["root=/data/cxr"]).methods
     assert methods["default"] == {"model": "default"} and methods["original"] == {
         "model": "default",
         **pipeline.ORIGINAL_SETTINGS,
     }
-    seen = []
+    settings_of_rows = []
     for name, method in methods.items():
         kwargs = {key: value for key, value in method.items() if key != "model"}
         checked_call(pipeline, kwargs, name)
@@ -135,8 +135,8 @@ def test_the_ablation_asks_for_what_the_call_has_and_each_row_changes_something(
             noise_levels(settings["noise_level"]),
             *(settings[name] for name in ("num_inference_steps", "guidance_scale", "evidence", "score")),
         )
-        seen.append(kwargs)
-    assert len(seen) > 10 and all(seen.count(kwargs) == 1 for kwargs in seen)
+        settings_of_rows.append(kwargs)
+    assert len(settings_of_rows) > 10 and all(settings_of_rows.count(kwargs) == 1 for kwargs in settings_of_rows)
 
 
 @pytest.mark.parametrize(
@@ -149,20 +149,20 @@ def test_the_ablation_asks_for_what_the_call_has_and_each_row_changes_something(
         (dict(models={}), "unknown key 'models'"),
     ],
 )
-def test_a_plan_that_cannot_be_carried_out_says_why(tmp_path, changes, message):
+def test_an_invalid_plan_is_refused_with_the_reason(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         load_plan(write_plan(tmp_path, **changes))
 
 
 @pytest.mark.parametrize("override", ["options.seed=[1,", "data.a=[1, 2]", "data=3", "methods=text"])
-def test_an_override_that_cannot_be_read_is_told_in_one_line(models, capsys, override):
+def test_an_invalid_override_is_an_error_of_one_line(models, capsys, override):
     path = write_plan(models)
     assert main(["evaluate", "--config", str(path), override, "--out", str(models / "out")]) == 2
     message = capsys.readouterr().err.strip()
     assert "expected" in message and "Traceback" not in message and len(message.splitlines()) == 1, message
 
 
-def test_a_section_that_is_no_mapping_is_told_in_one_line(models, capsys):
+def test_a_section_that_is_no_mapping_is_an_error_of_one_line(models, capsys):
     path = write_plan(models, data={"a": 7})
     assert main(["evaluate", "--config", str(path), "--out", str(models / "out")]) == 2
     message = capsys.readouterr().err.strip()

@@ -1,13 +1,15 @@
-"""cxr-diffusers chexlocalize: figures that can be held against those of CheXlocalize's paper."""
+"""cxr-diffusers chexlocalize: figures that can be compared with those of CheXlocalize's paper."""
 
+import argparse
 from pathlib import Path
+from typing import Any
 
 from .evaluate import open_methods
 from .options import PROCESSES, add_command, add_pipeline_options, call_kwargs
 
 CHEXLOCALIZE = f"""\
 Downloads: CheXpert's images and CheXlocalize's gt_segmentations_{{val,test}}.json, both from Stanford AIMI. The images
-must have the size that they were segmented at. docs/evaluation.md says what is measured.
+must have the size at which they were segmented. docs/evaluation.md describes the protocol.
 
 examples:
   cxr-diffusers chexlocalize /data/CheXpert/test /data/CheXlocalize/gt_segmentations_test.json \\
@@ -18,7 +20,8 @@ examples:
 {PROCESSES.format(command="chexlocalize")}"""
 
 
-def add(commands):
+def add(commands: Any) -> None:
+    """Add the command to the subparsers of `cxr-diffusers`."""
     text = "mIoU and hit rate on CheXlocalize's segmentations, by its protocol"
     command = add_command(commands, "chexlocalize", run, text, CHEXLOCALIZE)
     command.add_argument("images", type=Path, help="folder of the split's images, CheXpert/test")
@@ -30,17 +33,23 @@ def add(commands):
         metavar=("IMAGES", "SEGMENTATIONS"),
         help="the validation split, which gives each pathology its threshold (default: Otsu's on each map)",
     )
-    command.add_argument("--frontal-only", action="store_true", help="leave lateral images out (the protocol has them)")
+    command.add_argument(
+        "--frontal-only", action="store_true", help="leave out lateral images (the protocol includes them)"
+    )
     command.add_argument("--out", type=Path, required=True, help="folder for tables, maps and predictions")
     command.add_argument("--bootstrap", type=int, default=1000, help="replicates over images (default: 1000)")
     add_pipeline_options(command, several=True)
 
 
-def run(options):
+def run(options: argparse.Namespace) -> None:
+    """Run the command; prints the tables and the name of the file that holds them."""
     from ..evaluation.chexlocalize import chexlocalize_table, evaluate_chexlocalize, open_split
 
     test = open_split(options.images, options.segmentations, options.frontal_only)
-    validation = open_split(*options.validation, options.frontal_only) if options.validation else None
+    validation = None
+    if options.validation:
+        images, segmentations = options.validation
+        validation = open_split(images, segmentations, options.frontal_only)
     summary = evaluate_chexlocalize(
         open_methods(options),
         test,

@@ -1,6 +1,8 @@
 """cxr-diffusers evaluate: one table for methods and controls."""
 
+import argparse
 from pathlib import Path
+from typing import Any
 
 from .options import PROCESSES, add_command, add_pipeline_options, call_kwargs, open_pipeline
 
@@ -8,7 +10,7 @@ EVALUATE = f"""\
 DATA is a folder of images (healthy/ and diseased/, masks or boxes beside them), or NAME:key=value,... where NAME is
 brats, chestx_det, chexlocalize, chexmask, chexpert, folder, hub, mimic_cxr, nih, packed, padchest, phantom, rsna, siim,
 table, vindr or vindr_pcxr and the keys are those of the loader load_NAME in cxr_diffusers.data (docs/datasets.md).
-docs/evaluation.md says what each number is.
+docs/evaluation.md defines each metric.
 
 examples:
   cxr-diffusers evaluate /data/testing --healthy /data/validation/healthy --out report
@@ -21,18 +23,19 @@ examples:
 {PROCESSES.format(command="evaluate")}"""
 
 
-def add(commands):
-    text = "figures with bootstrap intervals, on images with masks or boxes"
+def add(commands: Any) -> None:
+    """Add the command to the subparsers of `cxr-diffusers`."""
+    text = "metrics with bootstrap intervals, on images with masks or boxes"
     evaluate = add_command(commands, "evaluate", run, text, EVALUATE)
     evaluate.add_argument(
         "data", metavar="DATA", nargs="*", help="the data set, see below; section.key=value of a plan"
     )
-    evaluate.add_argument("--config", type=Path, help="a plan: several methods on several data sets, one table each")
-    evaluate.add_argument("--only", metavar="METHOD", nargs="+", default=[], help="of the plan: these methods alone")
-    evaluate.add_argument("--skip", metavar="METHOD", nargs="+", default=[], help="of the plan: all but these methods")
-    evaluate.add_argument("--on", metavar="NAME", nargs="+", default=[], help="of the plan: these data sets alone")
-    evaluate.add_argument("--healthy", metavar="DATA", help="healthy validation images: they give the threshold")
-    evaluate.add_argument("--out", type=Path, required=True, help="folder for tables, pictures and maps")
+    evaluate.add_argument("--config", type=Path, help="a plan: several methods on several data sets")
+    evaluate.add_argument("--only", metavar="METHOD", nargs="+", default=[], help="only these methods of the plan")
+    evaluate.add_argument("--skip", metavar="METHOD", nargs="+", default=[], help="all methods of the plan but these")
+    evaluate.add_argument("--on", metavar="NAME", nargs="+", default=[], help="only these data sets of the plan")
+    evaluate.add_argument("--healthy", metavar="DATA", help="healthy validation images, which give the thresholds")
+    evaluate.add_argument("--out", type=Path, required=True, help="folder for tables, images and maps")
     evaluate.add_argument("--bootstrap", type=int, help="replicates over patients (default: 1000)")
     evaluate.add_argument("--strata", nargs="*", default=[], help="columns to report separately, e.g. source")
     text = "a model with an image classifier that judges the counterfactuals, e.g. cxr_grad_cam_128"
@@ -42,13 +45,14 @@ def add(commands):
     add_pipeline_options(evaluate, several=True)
 
 
-def run(options):
+def run(options: argparse.Namespace) -> None:
+    """Run the command; prints the tables and the names of the files that hold them."""
     from ..config import PLANS, config_file
     from ..data import open_dataset
     from ..evaluation import compare, load_plan, run_plan
     from ..evaluation.plan import plan_table
 
-    shared = {"batch_size": options.batch_size, "call_kwargs": call_kwargs(options)}
+    shared: dict[str, Any] = {"batch_size": options.batch_size, "call_kwargs": call_kwargs(options)}
     if options.bootstrap is not None:
         if options.bootstrap < 1:
             raise ValueError(f"expected --bootstrap of 1 or more, got {options.bootstrap}")
@@ -59,7 +63,9 @@ def run(options):
         plan = load_plan(config_file(options.config, PLANS), options.data, options.only, options.on, options.skip)
         shared |= open_judge(options.judge or plan.options.get("judge"))
         shared |= open_lung_segmenter(options.lung_segmenter or plan.options.get("lung_segmenter"))
-        results = run_plan(plan, lambda model: open_pipeline(options, model), options.out, **shared)
+        results: dict[str, Any] | None = run_plan(
+            plan, lambda model: open_pipeline(options, model), options.out, **shared
+        )
     else:
         if options.only or options.on or options.skip:
             raise ValueError("expected a plan (--config) of which --only, --skip and --on name parts, got none")
@@ -75,7 +81,7 @@ def run(options):
             strata=tuple(options.strata),
             **shared,
         )
-        results = result and {options.out.name: result}
+        results = None if result is None else {options.out.name: result}
     if results is not None:  # the main process
         folders = [options.out / name for name in results] if options.config else [options.out]
         print(plan_table(results))
@@ -83,7 +89,7 @@ def run(options):
         print("See " + ", ".join(str(file) for file in files if file.is_file()))
 
 
-def open_judge(name):
+def open_judge(name: str | None) -> dict[str, Any]:
     """{"judge": pipeline on the device of this process} of a model's name; {} without one."""
     from ..hub.loading import load_pipeline
     from ..processes import process_state
@@ -91,7 +97,7 @@ def open_judge(name):
     return {"judge": load_pipeline(name).to(process_state().device)} if name else {}
 
 
-def open_lung_segmenter(name):
+def open_lung_segmenter(name: str | None) -> dict[str, Any]:
     """{"lung_segmenter": model on the device of this process} of a shipped name, folder or Hub name; {} without one."""
     from ..hub.loading import CHECKPOINTS
     from ..models.lung_segmenter import LungSegmenter
@@ -104,7 +110,7 @@ def open_lung_segmenter(name):
     return {"lung_segmenter": model.eval().to(process_state().device)}
 
 
-def open_methods(options):
+def open_methods(options: argparse.Namespace) -> dict[str, Any]:
     """{name: pipeline} of `--model`; a name is that of the folder, or "method" for one alone."""
     if len(options.model or []) < 2:
         return {"method": open_pipeline(options, options.model and options.model[0])}

@@ -1,4 +1,4 @@
-"""Any pipeline on any data set: one table, beside the controls that a map has to beat."""
+"""Evaluation of any pipeline on any data set: one table, beside the controls that a map has to beat."""
 
 from .chexlocalize import evaluate_chexlocalize
 from .comparison import Evaluation, compare, evaluate
@@ -13,5 +13,5 @@ __all__ = [
     "evaluate_chexlocalize",
     "load_plan",
     "run_plan",
+    "summary_table",
 ]
-__all__ += ["summary_table"]

@@ -1,13 +1,15 @@
-"""CheXlocalize's own protocol (Saporta et al. 2022, https://doi.org/10.1038/s42256-022-00536-x).
+"""The protocol of CheXlocalize (Saporta et al. 2022, https://doi.org/10.1038/s42256-022-00536-x).
 
-As in their released scripts: maps stretched to their own minimum and maximum, Otsu's threshold or one for each
-pathology that is best on the validation set, IoU on two slices of the data, the maximum as the most representative
-point, and a bootstrap over images. docs/evaluation.md says what is different with maps of "abnormal".
+As in their released scripts: maps stretched to their own minimum and maximum, Otsu's threshold or, for each pathology,
+the best one on the validation set, IoU on two slices of the data, the maximum as the most representative point, and a
+bootstrap over images. docs/evaluation.md explains what differs for maps of "abnormal".
 """
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,65 +32,69 @@ from ..files import safe_name, save_png, write_file
 from ..processes import process_state
 from ..version import __version__
 from ..visualization import contact_sheet
-from .answers import detect
 from .comparison import as_method
 from .controls import CENTRE, centre_prior, resample
 from .masks import drop_small
+from .predictions import Method, Predictions, predict
 from .report import SHEET_ROWS, is_number, markdown, plain
 from .tables import describe_method
 
-ANY = "any pathology"  # the union of all but support devices: what one map of "abnormal" can be asked for
+ANY = "any pathology"  # the union of all but support devices, which a map of "abnormal" should mark
 REGIONS = {**{task: (task,) for task in TASKS}, ANY: PATHOLOGIES}
 THRESHOLDS = tuple(round(0.1 * k, 1) for k in range(2, 9))  # of the stretched map
 CUTOFFS = tuple(round(0.1 * k, 1) for k in range(10))  # quantiles of the validation images' scores
-NUMBERS = {  # the column that is averaged, and its heading
+NUMBERS = {  # {metric: (the column that is averaged, heading)}
     "miou": ("iou", "mIoU"),
     "miou_full": ("iou_full", "mIoU, full set"),
     "miou_full_cutoff": ("iou_full_cutoff", "mIoU, full set, with a cutoff"),
     "hit_rate": ("hit", "hit rate"),
 }
 
+Record = dict[str, Any]  # the pixel counts of an image, see `measure`
+Maps = Iterator[tuple[str, np.ndarray, float]]  # (cxr_id, map, score), see `maps_of`
+
 
 @dataclass
 class Segmented:
-    """A split: its pictures and their segmentations.
+    """A split: its images and their segmentations.
 
-    images: `datasets.Dataset` with `image` and `path` (.../patient64541/study1/view1_frontal.jpg).
-    segmentations: {cxr_id: {task: run lengths}} of those that have any, see `read_segmentations`.
+    Attributes:
+        images: `datasets.Dataset` with `image` and `path` (.../patient64541/study1/view1_frontal.jpg).
+        segmentations: {cxr_id: {task: run lengths}} of the images that have any, see `read_segmentations`.
     """
 
-    images: object
-    segmentations: dict
+    images: Any
+    segmentations: dict[str, Any]
 
 
-def open_split(root, segmentations, frontal_only=False):
+def open_split(root: Path | str, segmentations: Path | str, frontal_only: bool = False) -> Segmented:
     """A folder of CheXpert's images and the released JSON -> `Segmented`; arguments and errors as `load_chexlocalize`.
 
-    The protocol takes lateral images, too; `frontal_only` leaves them out, also of the segmentations.
+    The protocol includes lateral images; with `frontal_only` they and their segmentations are left out.
     """
-    known = read_segmentations(segmentations)
-    paths = chexlocalize_images(root, known, frontal_only)
+    entries = read_segmentations(segmentations)
+    paths = chexlocalize_images(root, entries, frontal_only)
     rows = [{"image": path, "path": str(path), "patient": path.parts[-3], "label": -1} for path in paths]
-    there = {cxr_id(path) for path in paths}
-    return Segmented(to_dataset(rows, ["healthy", "abnormal"]), {k: v for k, v in known.items() if k in there})
+    names = {cxr_id(path) for path in paths}
+    return Segmented(to_dataset(rows, ["healthy", "abnormal"]), {k: v for k, v in entries.items() if k in names})
 
 
 def evaluate_chexlocalize(
-    pipelines,
-    test,
-    validation=None,
+    pipelines: Mapping[str, Any],
+    test: Segmented,
+    validation: Segmented | None = None,
     *,
-    output_dir=None,
-    batch_size=8,
-    n_bootstrap=1000,
-    seed=0,
-    call_kwargs=None,
-    progress=True,
-):
-    """Methods in one table, measured as Saporta et al. measured theirs.
+    output_dir: Path | str | None = None,
+    batch_size: int = 8,
+    n_bootstrap: int = 1000,
+    seed: int = 0,
+    call_kwargs: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> dict[str, Any] | None:
+    """Methods in one table, measured by the protocol of Saporta et al.
 
-    Each number is by pathology, and for `ANY`, the union of all pathologies without support devices. A method has one
-    map an image, which is held against each pathology's mask in turn. The centre prior is a control.
+    Each metric is given by pathology, and for `ANY`, the union of all pathologies without support devices. A method has
+    one map for each image, which is compared with each pathology's mask in turn. The centre prior is a control.
 
         miou              mean IoU over the images with a mask and a segmentation of the method (their "true positive
                           slice")
@@ -99,112 +105,154 @@ def evaluate_chexlocalize(
 
     Args:
         pipelines: {name: pipeline} or {name: (pipeline, call_kwargs)}, as for `compare`.
-        test: `Segmented`, what is measured on; see `open_split`.
-        validation: `Segmented`, other patients: they give each pathology the best of `THRESHOLDS` (where none of them
-            has it, that of `ANY`). None: Otsu's threshold, found on each map itself, and no cutoff.
-        output_dir: folder for summary.json, summary.md, per_image.csv, contact_sheet.png and maps/, and a folder of
+        test: the images to measure; see `open_split`.
+        validation: images of other patients, which give each pathology the best of `THRESHOLDS` (that of `ANY` where
+            none of them has the pathology). None: Otsu's threshold of each map, and no cutoff.
+        output_dir: folder for summary.json, summary.md, per_image.csv, contact_sheet.png and maps/, and a folder for
             each method with segmentations.json (run lengths) and points.json (most representative points) in
             CheXlocalize's formats. None writes nothing.
-        batch_size, call_kwargs, progress: as for `evaluate`.
-        n_bootstrap: replicates. Images are drawn, not patients, as they did: intervals are too narrow where patients
-            have several.
+        batch_size, call_kwargs, progress: as for `compare`.
+        n_bootstrap: replicates. Images are drawn, not patients, as in their scripts: intervals are too narrow where
+            patients have several images.
         seed: of the bootstrap, whose draws are those of their script.
 
     Returns:
-        the summary: `rows` {method: {region: {number: {value, low, high, bootstrap_mean}}}}, `thresholds`, `cutoffs`,
+        the summary: `rows` {method: {region: {metric: {value, low, high, bootstrap_mean}}}}, `thresholds`, `cutoffs`,
         counts and settings; None in all processes but the main one.
 
     Raises:
-        ValueError: a picture of another size than its segmentation, patients in both splits, a method that is named as
-            the control is or that is no folder's name of its own, or several processes without `output_dir`.
+        ValueError: an image of another size than its segmentation, patients in both splits, a method named like the
+            control, names that do not give each method a folder of its own, or several processes without `output_dir`.
     """
     splits = {"test": test} | ({"validation": validation} if validation else {})
     check(pipelines, splits, output_dir)
     methods = [as_method(name, pipeline, call_kwargs or {}) for name, pipeline in pipelines.items()]
     folder = None if output_dir is None else Path(output_dir) / "maps"
-    run = dict(folder=folder, batch_size=batch_size, seed=seed, progress=progress)
-    answers = {
-        (m.name, split): detect(m, splits[split].images, desc=f"{m.name}, {split}", **run)
-        for m in methods
-        for split in splits
+    predictions = {
+        method.name: {
+            name: predict(
+                method,
+                split.images,
+                folder=folder,
+                batch_size=batch_size,
+                seed=seed,
+                progress=progress,
+                desc=f"{method.name}, {name}",
+            )
+            for name, split in splits.items()
+        }
+        for method in methods
     }
     if not process_state().is_main_process:
         return None
 
-    summary = {"rows": {}, "thresholds": {}, "cutoffs": {}, **counts(test)}
+    summary: dict[str, Any] = {"rows": {}, "thresholds": {}, "cutoffs": {}, **counts(test)}
     tables = []
+    candidates = THRESHOLDS if validation else (None,)
     for name, method in {**{m.name: m for m in methods}, CENTRE: None}.items():
-        tried = THRESHOLDS if validation else (None,)
-        found = {
-            split: measure(maps_of(method, data, answers.get((name, split))), data, tried, progress, f"{name}, {split}")
-            for split, data in splits.items()
-        }
-        thresholds = tune(found["validation"]) if validation else dict.fromkeys(REGIONS)
-        cutoffs = cut_off(found["validation"], thresholds) if validation and method else dict.fromkeys(REGIONS)
-        table = judged(found["test"], tried, thresholds, cutoffs)
-        summary["rows"][name] = {
-            region: numbers(table[table.region == region], n_bootstrap, seed) for region in REGIONS
-        }
+        table, thresholds, cutoffs = measure_method(name, method, predictions.get(name), splits, candidates, progress)
+        regions = {region: table[table.region == region] for region in REGIONS}
+        summary["rows"][name] = {region: numbers(own, n_bootstrap, seed) for region, own in regions.items()}
         summary["thresholds"][name], summary["cutoffs"][name] = thresholds, cutoffs
         tables.append(table.assign(method=name))
         if output_dir is not None and method:
-            maps = maps_of(method, test, answers[name, "test"])
+            maps = maps_of(method, test, predictions[name]["test"])
             write_predictions(maps, test, thresholds, Path(output_dir) / safe_name(name), progress, name)
     described = {method.name: describe_method(method) for method in methods}
     summary["settings"] = {"cxr_diffusers": __version__, "methods": described, "n_bootstrap": n_bootstrap, "seed": seed}
     if output_dir is not None:
-        write_file(Path(output_dir) / "per_image.csv", pd.concat(tables).to_csv(index=False).encode())
-        content = json.dumps(plain(summary), indent=2, allow_nan=False)
-        write_file(Path(output_dir) / "summary.json", content.encode())
-        write_file(Path(output_dir) / "summary.md", chexlocalize_table(summary).encode())
-        write_sheet(methods, test, answers, Path(output_dir) / "contact_sheet.png")
+        write(summary, pd.concat(tables), Path(output_dir))
+        write_sheet(methods, test, predictions, Path(output_dir) / "contact_sheet.png")
     return summary
 
 
-def check(pipelines, splits, output_dir):
+def measure_method(
+    name: str,
+    method: Method | None,
+    predictions: Mapping[str, Predictions] | None,
+    splits: Mapping[str, Segmented],
+    candidates: Sequence[float | None],
+    progress: bool,
+) -> tuple[pd.DataFrame, dict[str, Any], dict[str, Any]]:
+    """Measure one method, or the centre prior (`method` None): (`image_rows`, thresholds, cutoffs) by region."""
+    records = {
+        split: measure(
+            maps_of(method, data, predictions[split] if predictions else None),
+            data,
+            candidates,
+            progress,
+            f"{name}, {split}",
+        )
+        for split, data in splits.items()
+    }
+    thresholds: dict[str, Any] = dict.fromkeys(REGIONS)
+    cutoffs: dict[str, Any] = dict.fromkeys(REGIONS)
+    if "validation" in records:
+        thresholds = best_thresholds(records["validation"])
+        cutoffs = best_cutoffs(records["validation"], thresholds) if method else cutoffs
+    return image_rows(records["test"], candidates, thresholds, cutoffs), thresholds, cutoffs
+
+
+def write(summary: Mapping[str, Any], per_image: pd.DataFrame, folder: Path) -> None:
+    """Write the tables of `output_dir`."""
+    write_file(folder / "per_image.csv", per_image.to_csv(index=False).encode())
+    write_file(folder / "summary.json", json.dumps(plain(summary), indent=2, allow_nan=False).encode())
+    write_file(folder / "summary.md", chexlocalize_table(summary).encode())
+
+
+def check(pipelines: Mapping[str, Any], splits: Mapping[str, Segmented], output_dir: Path | str | None) -> None:
+    """Refuse what can be refused before hours of inference; errors as in `evaluate_chexlocalize`."""
     if not pipelines or CENTRE in pipelines:
         raise ValueError(f"expected at least one method, none of them named {CENTRE!r}, got {list(pipelines)}")
     folders = [safe_name(name) for name in pipelines]
     if len(set(folders)) < len(folders) or {"maps", "", ".", ".."} & set(folders):
         raise ValueError(f"expected methods whose names are folders of their own, got {list(pipelines)}")
     if process_state().num_processes > 1 and output_dir is None:
-        raise ValueError("expected `output_dir` with several processes: they meet in its files")
+        raise ValueError("expected `output_dir` with several processes, which exchange their results there")
     patients = [{cxr_id(path).split("_")[0] for path in split.images["path"]} for split in splits.values()]
     both = sorted(set.intersection(*patients)) if len(patients) > 1 else []
     if both:
         raise ValueError(f"expected other patients in the validation split, got {len(both)} in both, {both[0]} one")
 
 
-def counts(test):
+def counts(test: Segmented) -> dict[str, Any]:
+    """How many images there are, with segmentations, and with each region."""
     entries = test.segmentations.values()
-    found = {region: sum(area(entry, tasks) > 0 for entry in entries) for region, tasks in REGIONS.items()}
-    return {"n_images": len(test.images), "n_segmented": len(test.segmentations), "n_with": found}
+    with_region = {region: sum(area(entry, tasks) > 0 for entry in entries) for region, tasks in REGIONS.items()}
+    return {"n_images": len(test.images), "n_segmented": len(test.segmentations), "n_with": with_region}
 
 
-def maps_of(method, split, answers):
-    """Yield (cxr_id, (H, W) map at the picture's own resolution, score) of each image; without a method, the centre."""
+def maps_of(method: Method | None, split: Segmented, predictions: Predictions | None) -> Maps:
+    """Yield (cxr_id, (H, W) map at the image's own resolution, score) of each image.
+
+    Without a method or predictions: the centre prior, whose score is NaN.
+
+    Raises:
+        ValueError: an image of another size than its segmentation.
+    """
     for i, row in enumerate(split.images):
         height, width = picture_size(row["image"])
         size = split.segmentations.get(cxr_id(row["path"]), {"": {"size": [height, width]}})
         expected = next(iter(size.values()))["size"]
         if [height, width] != list(expected):
             raise ValueError(
-                f"expected a picture of its segmentation's size {list(expected)}, got {[height, width]}: {row['path']}"
+                f"expected an image of its segmentation's size {list(expected)}, got {[height, width]}: {row['path']}"
             )
-        if method is None:
+        if method is None or predictions is None:
             yield cxr_id(row["path"]), resample(centre_prior(), height, width), np.nan
         else:
-            found = method.restore(answers[i]["anomaly_map"], {"height": height, "width": width})
-            yield cxr_id(row["path"]), found, float(answers[i]["score"])
+            prediction = predictions[i]
+            anomaly_map = method.restore(prediction["anomaly_map"], {"height": height, "width": width})
+            yield cxr_id(row["path"]), anomaly_map, float(prediction["score"])
 
 
-def stretch(anomaly_map):
-    """A map stretched to its own minimum and maximum; a constant one marks nothing at any threshold: zeros."""
+def stretch(anomaly_map: np.ndarray) -> np.ndarray:
+    """A map stretched to its own minimum and maximum; zeros for a constant map, so that no threshold marks anything."""
     low, high = anomaly_map.min(), anomaly_map.max()
     return (anomaly_map - low) / (high - low) if high > low else np.zeros_like(anomaly_map)
 
 
-def binarise(stretched, threshold):
+def binarise(stretched: np.ndarray, threshold: float | None) -> np.ndarray:
     """A stretched map -> (H, W) booleans; `threshold` None: Otsu's, with holes filled and single pixels dropped."""
     if threshold is not None:
         return stretched > threshold
@@ -213,45 +261,49 @@ def binarise(stretched, threshold):
     levels = (255 * stretched).astype(np.uint8)
     if levels.max() == 0:
         return np.zeros(levels.shape, bool)
-    # their script draws the contours anew and fills them, and a contour of one point is none
+    # as their script, which fills the contours of the mask; a contour of one point has no area
     return drop_small(ndimage.binary_fill_holes(levels > threshold_otsu(levels)), 2)
 
 
-def representative_point(anomaly_map):
+def representative_point(anomaly_map: np.ndarray) -> tuple[Any, ...]:
     """(row, column) of the maximum, the first one where several share it."""
     return np.unravel_index(np.argmax(anomaly_map), anomaly_map.shape)
 
 
-def measure(maps, split, thresholds, progress, desc):
-    """A dict an image: id, covered (is there an entry), score, and pixel counts.
+def measure(
+    maps: Maps, split: Segmented, thresholds: Sequence[float | None], progress: bool, desc: str
+) -> list[Record]:
+    """A dict for each image: id, covered (whether it has an entry), score, and pixel counts.
 
     marked: (K,) pixels above each threshold; and of each region, true: its pixels, both: (K,) those of it that are
     marked, hit: 1 or 0 (NaN without a pixel).
     """
-    found = []
+    records = []
     for name, anomaly_map, score in tqdm(maps, desc, total=len(split.images), disable=not progress, unit="image"):
         entry, stretched = split.segmentations.get(name), stretch(anomaly_map)
         # thresholds rise, so each pixel is above so many of them: one count for all
         level = sum((binarise(stretched, t).astype(np.uint8) for t in thresholds), np.zeros(stretched.shape, np.uint8))
         point = representative_point(anomaly_map)
-        record = {"id": name, "covered": entry is not None, "score": score, "true": {}, "both": {}, "hit": {}}
+        record: Record = {"id": name, "covered": entry is not None, "score": score, "true": {}, "both": {}, "hit": {}}
         record["marked"] = above(level, len(thresholds))
         for region, tasks in REGIONS.items():
-            some = entry is not None and area(entry, tasks) > 0
-            truth = decode(entry, tasks) if some else None
-            record["true"][region] = int(truth.sum()) if some else 0
-            record["both"][region] = above(level[truth], len(thresholds)) if some else 0 * record["marked"]
-            record["hit"][region] = float(truth[point]) if some else np.nan
-        found.append(record)
-    return found
+            record["true"][region], record["both"][region] = 0, 0 * record["marked"]
+            record["hit"][region] = np.nan
+            if entry is not None and area(entry, tasks) > 0:
+                truth = decode(entry, tasks)
+                record["true"][region] = int(truth.sum())
+                record["both"][region] = above(level[truth], len(thresholds))
+                record["hit"][region] = float(truth[point])
+        records.append(record)
+    return records
 
 
-def above(level, n):
-    """How many of these pixels are above the 1st, 2nd, ... n-th threshold."""
+def above(level: np.ndarray, n: int) -> np.ndarray:
+    """(n,) how many of these pixels are above each threshold; `level`: above how many thresholds each pixel is."""
     return np.bincount(level.ravel(), minlength=n + 1)[::-1].cumsum()[::-1][1:]
 
 
-def ious(records, region, full=False):
+def ious(records: Sequence[Record], region: str, full: bool = False) -> np.ndarray:
     """(N, K) IoU of each image at each threshold.
 
     Not `full`: NaN where either the truth or the segmentation is empty. `full`: NaN only where both are.
@@ -264,10 +316,10 @@ def ious(records, region, full=False):
     return np.divide(both, union, out=np.full(union.shape, np.nan), where=defined)
 
 
-def tune(validation):
+def best_thresholds(validation: Sequence[Record]) -> dict[str, float]:
     """{region: the threshold with the best mean IoU over its validation images}; the lowest of equal ones."""
     covered = [record for record in validation if record["covered"]]
-    best = {}
+    best: dict[str, float] = {}
     for region in (ANY, *TASKS):
         means = mean(ious(covered, region))
         defined = np.isfinite(means).any()
@@ -275,31 +327,37 @@ def tune(validation):
     return {region: best[region] for region in REGIONS}
 
 
-def cut_off(validation, thresholds):
+def best_cutoffs(validation: Sequence[Record], thresholds: Mapping[str, float]) -> dict[str, float]:
     """{region: the score under which nothing is marked}: best for the mean IoU over all validation images."""
     scores = np.array([record["score"] for record in validation])
-    tried = np.quantile(scores, CUTOFFS)
+    candidates = np.quantile(scores, CUTOFFS)
     best = {}
     for region, threshold in thresholds.items():
         full = ious(validation, region, full=True)[:, THRESHOLDS.index(threshold)]
-        means = np.array([mean(emptied(full, validation, region, scores < cutoff)) for cutoff in tried])
-        best[region] = float(tried[int(np.nanargmax(means))]) if np.isfinite(means).any() else float(tried[0])
+        means = np.array([mean(emptied(full, validation, region, scores < cutoff)) for cutoff in candidates])
+        defined = np.isfinite(means).any()
+        best[region] = float(candidates[int(np.nanargmax(means)) if defined else 0])
     return best
 
 
-def emptied(full, records, region, empty):
-    """The IoU of the full set where some images' segmentations are empty: 0 with a mask, not defined without."""
+def emptied(full: np.ndarray, records: Sequence[Record], region: str, empty: np.ndarray) -> np.ndarray:
+    """The IoU of the full set where some images' segmentations are empty: 0 with a mask, NaN without."""
     true = np.array([record["true"][region] > 0 for record in records])
     return np.where(empty, np.where(true, 0.0, np.nan), full)
 
 
-def judged(records, tried, thresholds, cutoffs):
-    """A line per image and region: cxr_id, region, covered, score, iou, iou_full, iou_full_cutoff, hit; by cxr_id."""
+def image_rows(
+    records: Sequence[Record],
+    candidates: Sequence[float | None],
+    thresholds: Mapping[str, float | None],
+    cutoffs: Mapping[str, float | None],
+) -> pd.DataFrame:
+    """A row for each image and region, sorted: cxr_id, region, covered, score, iou, iou_full, iou_full_cutoff, hit."""
     records = sorted(records, key=lambda record: record["id"])
     scores = np.array([record["score"] for record in records])
     tables = []
     for region, threshold in thresholds.items():
-        column = tried.index(threshold)
+        column = candidates.index(threshold)
         full, cutoff = ious(records, region, full=True)[:, column], cutoffs[region]
         part = {
             "cxr_id": [record["id"] for record in records],
@@ -315,77 +373,93 @@ def judged(records, tried, thresholds, cutoffs):
     return pd.concat(tables, ignore_index=True)
 
 
-def numbers(table, n_bootstrap, seed):
-    """{number: {value, low, high, bootstrap_mean}} of one region."""
-    found = {}
-    for number, (column, _) in NUMBERS.items():
-        # what nobody segmented is in the full set alone
-        values = (table if "full" in number else table[table.covered])[column].to_numpy(np.float64)
-        found[number] = {"value": float(mean(values)), **bootstrap(values, n_bootstrap, seed)}
-    return found
+def numbers(table: pd.DataFrame, n_bootstrap: int, seed: int) -> dict[str, dict[str, float]]:
+    """{metric: {value, low, high, bootstrap_mean}} of one region."""
+    measured = {}
+    for metric, (column, _) in NUMBERS.items():
+        # images without an entry belong to the full set only
+        values = (table if "full" in metric else table[table.covered])[column].to_numpy(np.float64)
+        measured[metric] = {"value": float(mean(values)), **bootstrap(values, n_bootstrap, seed)}
+    return measured
 
 
-def bootstrap(values, n, seed):
-    """The interval of a mean as their script has it: sorted replicates, and of 1,000 the 25th and the 975th."""
-    draw = np.random.RandomState(seed)  # the legacy stream, which is theirs
+def bootstrap(values: np.ndarray, n: int, seed: int) -> dict[str, float]:
+    """The interval of a mean as in their script: of 1,000 sorted replicates the 25th and the 975th."""
+    draw = np.random.RandomState(seed)  # NumPy's legacy generator, as in their script
     replicates = np.sort([mean(values[draw.choice(len(values), len(values))]) for _ in range(n)])
     low, high = (max(int(share * n) - 1, 0) for share in (0.05 / 2, 1 - 0.05 / 2))
     return {"low": replicates[low], "high": replicates[high], "bootstrap_mean": float(mean(replicates))}
 
 
-def mean(values):
-    """The mean along the first axis without what is not defined; NaN where nothing is."""
+def mean(values: np.ndarray) -> np.ndarray:
+    """The mean of the defined values along the first axis; NaN where there is none."""
     defined = np.isfinite(values)
     count = defined.sum(0)
     total = np.where(defined, values, 0.0).sum(0)
     return np.divide(total, count, out=np.full(np.shape(count), np.nan), where=count > 0)
 
 
-def write_predictions(maps, split, thresholds, folder, progress, name):
-    """segmentations.json and points.json, which CheXlocalize's own `eval.py` reads."""
+def write_predictions(
+    maps: Maps,
+    split: Segmented,
+    thresholds: Mapping[str, float | None],
+    folder: Path,
+    progress: bool,
+    name: str,
+) -> None:
+    """Write segmentations.json and points.json, which CheXlocalize's own `eval.py` reads."""
     segmentations, points = {}, {}
     for image, anomaly_map, _ in tqdm(maps, f"{name}, write", total=len(split.images), disable=not progress):
         stretched = stretch(anomaly_map)
-        cells = {t: encode(binarise(stretched, t)) for t in {thresholds[task] for task in TASKS}}
+        masks = {t: encode(binarise(stretched, t)) for t in {thresholds[task] for task in TASKS}}
         row, column = map(int, representative_point(anomaly_map))
-        segmentations[image] = {task: cells[thresholds[task]] for task in TASKS}
+        segmentations[image] = {task: masks[thresholds[task]] for task in TASKS}
         points[image] = {task: [[column, row]] for task in TASKS}
     write_file(folder / "segmentations.json", json.dumps(segmentations).encode())
     write_file(folder / "points.json", json.dumps(points).encode())
 
 
-def write_sheet(methods, test, answers, path):
-    """The first picture of eight patients with `ANY`, evenly over the data set and not by success."""
-    found = {}
-    for i, image in enumerate(test.images["path"]):
-        entry = test.segmentations.get(cxr_id(image))
+def write_sheet(
+    methods: Sequence[Method],
+    test: Segmented,
+    predictions: Mapping[str, Mapping[str, Predictions]],
+    path: Path,
+) -> None:
+    """Write the contact sheet: the first image of eight patients with `ANY`, evenly over the data set.
+
+    Without such a patient there is none; that of an earlier run is deleted.
+    """
+    first_images: dict[str, int] = {}
+    for i, image_path in enumerate(test.images["path"]):
+        entry = test.segmentations.get(cxr_id(image_path))
         if entry and area(entry, PATHOLOGIES):
-            found.setdefault(cxr_id(image).split("_")[0], i)
-    if not found:
+            first_images.setdefault(cxr_id(image_path).split("_")[0], i)
+    if not first_images:
+        path.unlink(missing_ok=True)
         return
-    patients, rows = list(found), []
+    patients, rows = list(first_images), []
     for k in np.linspace(0, len(patients) - 1, min(SHEET_ROWS, len(patients))).round().astype(int):
-        i = found[patients[k]]
+        i = first_images[patients[k]]
         image = test.images[i]["image"]
         size = dict(zip(("height", "width"), picture_size(image), strict=True))
-        maps = {m.name: m.restore(answers[m.name, "test"][i]["anomaly_map"], size) for m in methods}
+        maps = {m.name: m.restore(predictions[m.name]["test"][i]["anomaly_map"], size) for m in methods}
         truth = decode(test.segmentations[cxr_id(test.images[i]["path"])], PATHOLOGIES)
         rows.append({"image": image, "mask": truth, "maps": maps, "title": patients[k]})
-    title = f"{len(rows)} of {len(found)} patients with {ANY}, evenly over the data set"
+    title = f"{len(rows)} of {len(first_images)} patients with {ANY}, evenly over the data set"
     save_png(contact_sheet(rows, [method.name for method in methods], title=title), path)
 
 
-def chexlocalize_table(summary):
+def chexlocalize_table(summary: Mapping[str, Any]) -> str:
     """Markdown: a table for each method, a row for each pathology, "value [low, high]"."""
     lines = [
         f"{summary['n_images']} images, {summary['n_segmented']} of them with segmentations. Brackets: 95 % bootstrap "
         f"intervals over images, {summary['settings']['n_bootstrap']} replicates.\n"
     ]
     for name, rows in summary["rows"].items():
-        shown = {k: h for k, (_, h) in NUMBERS.items() if any(is_number(row[k]["value"]) for row in rows.values())}
+        columns = {k: h for k, (_, h) in NUMBERS.items() if any(is_number(row[k]["value"]) for row in rows.values())}
         labelled = {
             f"{region} ({summary['n_with'][region]}; {summary['thresholds'][name][region] or 'Otsu'})": row
             for region, row in rows.items()
         }
-        lines += [f"### {name}\n", markdown("pathology (images; threshold)", labelled, shown)]
+        lines += [f"### {name}\n", markdown("pathology (images; threshold)", labelled, columns)]
     return "\n".join(lines)

@@ -1,30 +1,44 @@
-"""Baselines that a method has to beat: maps made without knowing the disease. All have the size of their image."""
+"""Controls that a method has to beat: maps made without knowing the disease. All have the size of their image."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from ..pipelines.cxr_anomaly import score_map
-from .answers import soften
 from .lazy import Lazy
 from .masks import smooth_map
+from .predictions import smooth_by_side
+from .truth import Row
 
 CHANCE, RANDOM, CENTRE = "chance", "random map", "centre prior"
 LOCATION, EDGES, MEAN = "location prior", "|x - blurred x|", "mean map"
 GATE, BRIGHTNESS, MIRROR = "lung gate", "brightness x gate", "mirror x gate"
-GATED = " x gate"  # ends the name of a baseline that is multiplied by the lung gate
-# baselines of the counterfactuals
-ITSELF, BLURRED, SPLIT = "the picture itself", "the picture, blurred", "healthy, split in two"
+GATED = " x gate"  # ends the name of a control that is multiplied by the lung gate
+# controls of the counterfactuals; the names are keys of summary.json
+UNCHANGED, BLURRED, SPLIT = "the picture itself", "the picture, blurred", "healthy, split in two"
 GRID = 256  # side of the frame in which maps of images of different sizes are averaged
 SIGMA = 2 / 64  # of the Gaussian over brightness and mirror difference, as a fraction of the shorter side
+LOCATION_SIGMA = 0.04  # of the side: few lesions make a patchy prior, which is too easy to beat
+
+Maps = Lazy[np.ndarray]
 
 
-def controls(methods, rows, image_maps, gates, seed, smoothing):
+def controls(
+    methods: Mapping[str, Maps],
+    rows: Sequence[Row],
+    image_maps: Mapping[str, Maps],
+    gates: np.ndarray | None,
+    seed: int,
+    smoothing: float,
+) -> dict[str, Maps]:
     """{name: maps} of every control; see `compare`.
 
     Args:
         methods: {name: maps} of the methods.
-        rows: the `describe` rows of the same images, all with a true region.
+        rows: of the same images, all with a true region.
         image_maps: {name: maps} of their `image_controls`.
         gates: their `lung_gates`, or None.
         seed: of the random map.
@@ -42,56 +56,67 @@ def controls(methods, rows, image_maps, gates, seed, smoothing):
     if gates is not None:
         means = [name for name in maps if name.startswith(MEAN)]
         maps |= {name + GATED: gated(maps[name], gates) for name in [*means, LOCATION]}
-    return maps | image_maps
+    return maps | dict(image_maps)
 
 
-def is_control(name):
+def is_control(name: str) -> bool:
     """Whether a name belongs to a control, so that no method may have it."""
-    names = (CHANCE, RANDOM, CENTRE, LOCATION, EDGES, GATE, BRIGHTNESS, MIRROR, ITSELF, BLURRED, SPLIT)
+    names = (CHANCE, RANDOM, CENTRE, LOCATION, EDGES, GATE, BRIGHTNESS, MIRROR, UNCHANGED, BLURRED, SPLIT)
     return name in names or name == LOCATION + GATED or name.startswith(MEAN)
 
 
-def mean_map_of(name, methods):
+def mean_map_of(name: str, methods: Any) -> str:
     """The name of a method's mean map in the tables."""
     return MEAN if len(methods) == 1 else f"{MEAN} of {name}"
 
 
-def in_every(rows, in_frame):
+def in_every(rows: Sequence[Row], in_frame: Callable[[int], np.ndarray]) -> Maps:
     """The map `in_frame(i)` of the common frame, resampled to each image's own size."""
     return Lazy(len(rows), lambda i: resample(in_frame(i), rows[i]["height"], rows[i]["width"]))
 
 
-def always(in_frame):
+def always(in_frame: np.ndarray) -> Callable[[int], np.ndarray]:
+    """The same map for every image."""
     return lambda i: in_frame
 
 
-def noise(row, seed, smoothing):
-    return soften(np.random.default_rng(seed).random((row["height"], row["width"]), dtype=np.float32), smoothing)
+def noise(row: Row, seed: Sequence[int], smoothing: float) -> np.ndarray:
+    """(H, W) uniform noise, smoothed."""
+    uniform = np.random.default_rng(seed).random((row["height"], row["width"]), dtype=np.float32)
+    return smooth_by_side(uniform, smoothing)
 
 
-def centre_prior():
+def centre_prior() -> np.ndarray:
     """A Gaussian in the middle of the frame, sigma a quarter of each side."""
     x = np.linspace(-2, 2, GRID, dtype=np.float32) ** 2  # in sigmas
     return np.exp(-(x[:, None] + x) / 2)
 
 
-def mean_map(maps):
+def mean_map(maps: Maps) -> np.ndarray:
+    """The mean of some maps in the common frame."""
     return sum((resample(m, GRID, GRID) for m in maps), np.zeros((GRID, GRID), np.float32)) / max(len(maps), 1)
 
 
-def location_prior(rows):
+def location_prior(rows: Sequence[Row]) -> Callable[[Any], np.ndarray]:
     """`function(group)`: the mean true region of all other patients' images, smoothed; 0 if there are none."""
-    sums, counts = {}, {}
+    members: dict[Any, list[Row]] = {}
     for row in rows:
-        truth = resample(row["truth"].astype(np.float32), GRID, GRID)
-        sums[row["group"]] = sums.get(row["group"], 0) + truth
-        counts[row["group"]] = counts.get(row["group"], 0) + 1
-    total = sum(sums.values(), np.zeros((GRID, GRID), np.float32))
-    # smoothed by 4 % of the side: few lesions make a patchy prior, and a patchy one is too easy to beat
-    return lambda group: smooth_map((total - sums[group]) / max(len(rows) - counts[group], 1), 0.04 * GRID)
+        members.setdefault(row["group"], []).append(row)
+
+    def total(group: Any) -> np.ndarray:
+        masks = (row["truth"].mask().astype(np.float32) for row in members[group])
+        return sum((resample(mask, GRID, GRID) for mask in masks), np.zeros((GRID, GRID), np.float32))
+
+    everyone = sum(map(total, members), np.zeros((GRID, GRID), np.float32))
+
+    def prior(group: Any) -> np.ndarray:
+        others = (everyone - total(group)) / max(len(rows) - len(members[group]), 1)
+        return smooth_map(others, LOCATION_SIGMA * GRID)
+
+    return prior
 
 
-def image_controls(dataset, gates, smoothing):
+def image_controls(dataset: Any, gates: np.ndarray | None, smoothing: float) -> dict[str, Maps]:
     """{name: maps} of the controls that are computed from each image alone, without a model of disease.
 
     Args:
@@ -99,16 +124,16 @@ def image_controls(dataset, gates, smoothing):
         gates: their `lung_gates`, or None: then only |x - blurred x|.
         smoothing: of |x - blurred x|, as a fraction of the shorter side.
     """
-    maps = {EDGES: Lazy(len(dataset), lambda i: edge_map(grey_image(dataset[i]["image"]), smoothing))}
+    grey = Lazy(len(dataset), lambda i: grey_image(dataset[i]["image"]))
+    maps = {EDGES: Lazy(len(dataset), lambda i: edge_map(grey[i], smoothing))}
     if gates is not None:
-        grey = Lazy(len(dataset), lambda i: grey_image(dataset[i]["image"]))
         maps[GATE] = Lazy(len(dataset), lambda i: resample(gates[i], *grey[i].shape))
         maps[BRIGHTNESS] = gated(Lazy(len(dataset), lambda i: smooth_small(grey[i])), gates)
         maps[MIRROR] = gated(Lazy(len(dataset), lambda i: smooth_small(grey[i], mirror_difference)), gates)
     return maps
 
 
-def grey_image(image):
+def grey_image(image: Image.Image | np.ndarray) -> np.ndarray:
     """A PIL image or (H, W, C) array -> (H, W) float32 in [0, 1], stretched to its darkest and brightest value."""
     if isinstance(image, np.ndarray):  # of several channels, all of one weight
         grey = image.mean(axis=-1, dtype=np.float32)
@@ -117,17 +142,17 @@ def grey_image(image):
     return (grey - grey.min()) / max(np.ptp(grey), 1e-12)
 
 
-def edge_map(image, smoothing):
+def edge_map(image: np.ndarray, smoothing: float) -> np.ndarray:
     """|x - blurred x| of an (H, W) image: the score that detail alone reaches."""
-    return soften(np.abs(image - smooth_map(image, 0.05 * min(image.shape))), smoothing)
+    return smooth_by_side(np.abs(image - smooth_map(image, 0.05 * min(image.shape))), smoothing)
 
 
-def mirror_difference(image):
+def mirror_difference(image: np.ndarray) -> np.ndarray:
     """How much brighter each pixel is than its left-right mirror image; 0 where it is darker."""
     return np.maximum(image - image[:, ::-1], 0)
 
 
-def smooth_small(image, function=None):
+def smooth_small(image: np.ndarray, function: Callable[[np.ndarray], np.ndarray] | None = None) -> np.ndarray:
     """The image, or `function(image)`, smoothed by `SIGMA`: computed with a shorter side of at most `GRID`."""
     height, width = image.shape
     scale = min(1, GRID / min(height, width))
@@ -136,7 +161,7 @@ def smooth_small(image, function=None):
 
 
 @torch.no_grad()
-def lung_gates(segmenter, dataset, batch_size=32):
+def lung_gates(segmenter: Any, dataset: Any, batch_size: int = 32) -> np.ndarray | None:
     """The soft lung gate of each image at the network's own resolution, (N, S, S) float32 in [0, 1].
 
     Args:
@@ -155,21 +180,21 @@ def lung_gates(segmenter, dataset, batch_size=32):
     return gates
 
 
-def gated(maps, gates):
+def gated(maps: Maps, gates: np.ndarray) -> Maps:
     """Each map times the gate of its image."""
     return Lazy(len(maps), lambda i: gate_map(maps[i], gates[i]))
 
 
-def gate_map(anomaly_map, gate):
+def gate_map(anomaly_map: np.ndarray, gate: np.ndarray) -> np.ndarray:
     """(H, W) map times a gate of any size."""
     return anomaly_map * resample(gate, *anomaly_map.shape)
 
 
-def resample(array, height, width):
+def resample(array: np.ndarray, height: int, width: int) -> np.ndarray:
     """(h, w) float32 -> (height, width) float32: bilinear, averaging where it shrinks."""
     return np.asarray(Image.fromarray(array).resize((width, height), Image.Resampling.BILINEAR))
 
 
-def image_score(anomaly_map):
+def image_score(anomaly_map: np.ndarray) -> float:
     """An image's score by the pipelines' own rule, for a map without a pipeline."""
     return float(score_map(torch.tensor(anomaly_map)[None])[0])

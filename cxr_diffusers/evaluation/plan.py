@@ -1,13 +1,15 @@
-"""Several methods on several data sets, as a YAML file names them: a table for each data set."""
+"""Plans: several methods on several data sets, from a YAML file; a table for each data set."""
 
 import inspect
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..config import build, override_value, read_sections
 from ..data import build_dataset
 from ..files import write_file
-from .comparison import compare
+from .comparison import Evaluation, compare
 from .report import COLUMNS, counterfactual_table, summary_table
 
 
@@ -16,21 +18,27 @@ class DataPlan:
     """A data set of a plan."""
 
     images: dict  # `name` of a loader in cxr_diffusers.data, and its keyword arguments
-    healthy: dict = field(default_factory=dict)  # likewise: healthy validation images, which give the thresholds
+    healthy: dict = field(default_factory=dict)  # likewise: healthy validation images, for the thresholds
     strata: list = field(default_factory=list)  # columns to report separately
 
 
 @dataclass
 class Plan:
-    """What is compared on what; `configs/plans/evaluate.yaml` is one."""
+    """The methods and data sets of an evaluation; `configs/plans/evaluate.yaml` is one."""
 
     methods: dict  # name in the table -> {model: see hub.load_pipeline; any argument of its call}
     data: dict  # name -> `DataPlan`
-    root: str = ""  # what stands for {root} in the data's values
-    options: dict = field(default_factory=dict)  # n_bootstrap, seed, judge, lung_segmenter, smoothing, ... of `compare`
+    root: str = ""  # replaces {root} in the data's values
+    options: dict = field(default_factory=dict)  # of `compare`: n_bootstrap, seed, judge, lung_segmenter, ...
 
 
-def load_plan(path, overrides=(), only=(), on=(), skip=()):
+def load_plan(
+    path: Path | str,
+    overrides: Iterable[str] = (),
+    only: Iterable[str] = (),
+    on: Iterable[str] = (),
+    skip: Iterable[str] = (),
+) -> Plan:
     """Read a plan.
 
     Args:
@@ -40,8 +48,8 @@ def load_plan(path, overrides=(), only=(), on=(), skip=()):
         skip: the names of methods to leave out.
 
     Raises:
-        ValueError: no YAML, an unknown key (named, with the known ones), a method without a model, or a `???`, which
-            means "yours to give".
+        ValueError: no YAML, an unknown key (the message lists the valid ones), a method without a model, or a value
+            `???`, which has to be overridden.
     """
     values = read_sections(path, Plan)
     for override in overrides:
@@ -67,16 +75,17 @@ def load_plan(path, overrides=(), only=(), on=(), skip=()):
     return plan
 
 
-def chosen(items, names, what):
+def chosen(items: Mapping[str, Any], names: Iterable[str], message: str) -> dict[str, Any]:
     """The items of these names, in the plan's order; without names all. ValueError where there is no such item."""
+    names = list(names)
     unknown = [name for name in names if name not in items]
     if unknown:
-        raise ValueError(f"{what} {', '.join(unknown)}, expected some of {', '.join(items)}")
+        raise ValueError(f"{message} {', '.join(unknown)}, expected some of {', '.join(items)}")
     return {name: item for name, item in items.items() if not names or name in names}
 
 
-def fill(value, root):
-    """The same value with {root} filled in, in every string of it."""
+def fill(value: Any, root: str) -> Any:
+    """A value with {root} replaced in every string of it."""
     if isinstance(value, dict):
         return {key: fill(item, root) for key, item in value.items()}
     if isinstance(value, list):
@@ -84,14 +93,16 @@ def fill(value, root):
     return value.replace("{root}", root) if isinstance(value, str) else value
 
 
-def run_plan(plan, open_model, output_dir, **options):
+def run_plan(
+    plan: Plan, open_model: Callable[[Any], Any], output_dir: Path | str, **options: Any
+) -> dict[str, Evaluation] | None:
     """Evaluate every method of a plan on each of its data sets.
 
     Args:
         plan: a `Plan`.
         open_model: `open_model(model)` -> pipeline, placed on its device; opens the methods and the judge.
-        output_dir: a folder for each data set is written below it, see `evaluate`; and summary.md with all tables, and
-            maps/, which they share: a picture that is in several of them is computed once.
+        output_dir: holds a folder for each data set, see `compare`; summary.md with all tables; and maps/, which the
+            data sets share: an image that is in several of them is computed once.
         options: of `compare`, over those of the plan; `lung_segmenter` is a model, where the plan names one.
 
     Returns:
@@ -104,35 +115,38 @@ def run_plan(plan, open_model, output_dir, **options):
     for name, method in plan.methods.items():
         kwargs = {key: value for key, value in method.items() if key != "model"}
         pipelines[name] = checked_call(open_model(method["model"]), kwargs, name)
-    # data sets are opened before anything is computed: what is wrong with the last one is said first
+    # all data sets are opened before anything is computed: an error in the last one is reported at once
     opened = {
         name: (build_dataset(**data.images), build_dataset(**data.healthy) if data.healthy else None, data.strata)
         for name, data in plan.data.items()
     }
-    settings = {**plan.options, **options}
+    settings: dict[str, Any] = {**plan.options, **options}
     if isinstance(settings.get("judge"), str):
         settings["judge"] = open_model(settings["judge"])
-    results = {}
+    results: dict[str, Evaluation] = {}
     for name, (images, healthy, strata) in opened.items():
-        folders = dict(output_dir=Path(output_dir) / name, maps_dir=Path(output_dir) / "maps")
-        results[name] = compare(pipelines, images, healthy=healthy, strata=tuple(strata), **folders, **settings)
-    if any(result is None for result in results.values()):
+        settings |= dict(output_dir=Path(output_dir) / name, maps_dir=Path(output_dir) / "maps")
+        result = compare(pipelines, images, healthy=healthy, strata=tuple(strata), **settings)
+        if result is not None:
+            results[name] = result
+    if not results:
         return None
     write_file(Path(output_dir) / "summary.md", plan_table(results).encode())
     return results
 
 
-def checked_call(pipeline, kwargs, name):
+def checked_call(pipeline: Any, kwargs: dict[str, Any], name: str) -> tuple[Any, dict[str, Any]]:
     """(pipeline, kwargs), as `compare` takes them; ValueError where its call has no such argument."""
-    known = [key for key in inspect.signature(pipeline.__call__).parameters if key not in ("self", "image")]
-    unknown = sorted(set(kwargs) - set(known))
-    if unknown and "kwargs" not in known:
-        kind = type(pipeline).__name__
-        raise ValueError(f"{name}: a {kind} has no {', '.join(unknown)}, expected some of {', '.join(known)}")
+    arguments = [key for key in inspect.signature(pipeline.__call__).parameters if key not in ("self", "image")]
+    unknown = sorted(set(kwargs) - set(arguments))
+    if unknown and "kwargs" not in arguments:
+        raise ValueError(
+            f"{name}: a {type(pipeline).__name__} has no {', '.join(unknown)}, expected some of {', '.join(arguments)}"
+        )
     return pipeline, kwargs
 
 
-def plan_table(results, columns=COLUMNS):
+def plan_table(results: Mapping[str, Evaluation], columns: Mapping[str, str] = COLUMNS) -> str:
     """Markdown: {data set: `Evaluation`} -> a heading and its tables for each."""
     return "\n".join(
         f"## {name}\n\n{summary_table(result, columns)}\n{counterfactual_table(result)}"

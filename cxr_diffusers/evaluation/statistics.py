@@ -1,94 +1,212 @@
-"""Maps -> numbers with intervals, over the same replicates for all methods, so that they can be subtracted.
+"""Maps and scores -> metrics with bootstrap intervals, over the same replicates for all methods.
 
-A statistic is a function of the images' weights, (R, N) -> (R,): how often each image counts in each replicate.
+Each metric is a vector of 1 + R values: that of the images themselves, then one of each replicate of the bootstrap.
+Vectors of the same replicates can be subtracted, which gives paired differences.
 """
 
-import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from . import metrics
-from .controls import CHANCE, GATED, MEAN, mean_map_of
-from .masks import healthy_threshold
+from .controls import CHANCE, GATED, MEAN, Maps, mean_map_of
+from .lazy import stored
+from .masks import pixel_quantile
+from .predictions import Method
+from .truth import Row, masks_of
 
-MEANS = {"pixel_ap": "pixel_ap_mean", "pixel_auroc": "pixel_auroc_mean", "hit": "hit_rate"}  # others: the same
+METRICS = ("pixel_ap", "pixel_auroc", "hit")  # of one image
+MASK_METRICS = ("dice", "iou")  # of one image's mask
+MEANS = {"pixel_ap": "pixel_ap_mean", "pixel_auroc": "pixel_auroc_mean", "hit": "hit_rate"}  # others: the same name
+POOLED = {"pixel_ap": "average_precision", "pixel_auroc": "auroc", "aupro": "aupro", "best_dice": "best_dice"}
 SCORE_QUANTILE = 0.95  # of the healthy images' scores: an image above it is called abnormal
-UNKNOWN = dict.fromkeys((*metrics.METRICS, *metrics.MASK_METRICS, "prevalence"), np.nan)
+UNDEFINED = dict.fromkeys((*METRICS, *MASK_METRICS, "prevalence"), np.nan)
+
+Samples = dict[str, np.ndarray]  # {metric: (1 + R,) values}
+Intervals = dict[str, dict[str, dict[str, Any]]]  # {name: {metric: {value, low, high, undefined}}}
 
 
-def threshold_of(method, healthy_rows, quantile, smoothing):
-    """From healthy validation images, or else the pipeline's own; None if there is neither."""
-    if not healthy_rows:
-        return method.option("map_threshold")
-    return healthy_threshold(method.restored(method.healthy_answers, healthy_rows, smoothing), quantile)
+@dataclass
+class Table:
+    """Metrics of methods and controls over the same images and replicates.
+
+    Attributes:
+        samples: {name: {metric: (1 + R,) values}}.
+        has_intervals: False where all images are of one patient, so that every replicate is the set itself.
+    """
+
+    samples: dict[str, Samples]
+    has_intervals: bool = True
+
+    def intervals(self) -> Intervals:
+        """{name: {metric: {value, low, high, undefined}}}."""
+        return {
+            name: {metric: self._interval(values)._asdict() for metric, values in samples.items()}
+            for name, samples in self.samples.items()
+        }
+
+    def _interval(self, values: np.ndarray) -> metrics.Interval:
+        if self.has_intervals:
+            return metrics.interval_of_samples(values[0], values[1:])
+        return metrics.Interval(float(values[0]), float("nan"), float("nan"), 0)
 
 
-def equal_thresholds(maps, methods):
-    """{name: threshold or None}: of a method its own, of a control what marks as many pixels as the first method."""
-    thresholds = dict.fromkeys(maps) | {method.name: method.threshold for method in methods}
-    first = methods[0]
-    if first.threshold is None or len(maps[first.name]) == 0:
-        return thresholds
-    share = np.mean(all_pixels(maps[first.name]) > first.threshold)
-    for name in set(maps) - {method.name for method in methods} - {CHANCE}:  # a constant map has no part to mark
-        thresholds[name] = float(np.quantile(all_pixels(maps[name]), 1 - share))
-    return thresholds
+@dataclass
+class Measured:
+    """The metrics of one method's or control's maps.
+
+    Attributes:
+        per_image: a dict of numbers for each image.
+        samples: {metric: (1 + R,) values} over all images.
+        strata: the same over the images of each stratum, {name: {metric: values}}.
+        ranking: `metrics.Ranking` of all pixels pooled, for curves.
+    """
+
+    per_image: list[dict[str, Any]]
+    samples: Samples
+    strata: dict[str, Samples]
+    ranking: metrics.Ranking
 
 
-def all_pixels(maps):
-    return np.concatenate([np.ravel(m) for m in maps])
+def replicate_weights(rows: Sequence[Row], n_bootstrap: int, seed: int) -> np.ndarray:
+    """(1 + R, N) float64: each image once, then how often it counts in each replicate; see `patient_weights`."""
+    weights = np.ones((1 + n_bootstrap, len(rows)))
+    weights[1:] = metrics.patient_weights([row["group"] for row in rows], n_bootstrap, seed)
+    return weights
 
 
-def measure(maps, rows, thresholds, progress):
-    """{name: (a dict of numbers an image, `Ranking` of all pixels)}; all of these images have a true region."""
-    if not rows:
-        return dict.fromkeys(maps, ([], None))
-    truths = [row["truth"] for row in rows]
-    measured = {}
-    for name, found in tqdm(maps.items(), "measure", disable=not progress):
-        numbers = [measure_image(m, t, thresholds[name]) for m, t in zip(found, truths, strict=True)]
-        measured[name] = numbers, metrics.Ranking(found, truths)
+def as_table(samples: dict[str, Samples], weights: np.ndarray) -> Table:
+    """The `Table` of metrics over some replicates."""
+    return Table(samples, has_intervals=bool((weights != 1).any()))
+
+
+def measure(
+    maps: Mapping[str, Maps],
+    rows: Sequence[Row],
+    methods: Sequence[Method],
+    weights: np.ndarray,
+    strata: Mapping[str, np.ndarray],
+    folder: Path | None,
+    progress: bool,
+) -> dict[str, Measured]:
+    """Measure methods and controls one after the other, so that only one's tables are in memory.
+
+    Args:
+        maps: {name: maps} at the resolution of the images; methods first.
+        rows: of these images, all with a true region.
+        methods: with their thresholds of Dice, IoU, sensitivity and specificity. The threshold of a control marks as
+            many pixels as that of the first method.
+        weights: `replicate_weights` of the rows.
+        strata: {name: (N,) booleans}.
+        folder: for temporary files, see `lazy.stored`; None: without them.
+        progress: show a bar.
+    """
+    truths = masks_of(rows)
+    measured: dict[str, Measured] = {}
+    thresholds = {method.name: method.threshold for method in methods}
+    shapes = [row["truth"].shape for row in rows]
+    for name, each in tqdm(maps.items(), "measure", disable=not progress):
+        with stored(each, shapes, folder) as own:
+            if name in thresholds:
+                threshold = thresholds[name]
+            elif name == CHANCE or methods[0].threshold is None:  # a constant map cannot mark a part
+                threshold = None
+            else:
+                threshold = pixel_quantile(own, 1 - marked_share(measured[methods[0].name].per_image))
+            measured[name] = measure_maps(own, truths, threshold, weights, strata)
     return measured
 
 
-def measure_image(found, truth, threshold):
-    numbers = {name: metric(found, truth) for name, metric in metrics.METRICS.items()}
-    for name, metric in metrics.MASK_METRICS.items():
-        numbers[name] = np.nan if threshold is None else metric(found > threshold, truth)
-    numbers["sensitivity"], numbers["specificity"] = rates(found, truth, threshold)
-    return {**numbers, "prevalence": float(truth.mean())}
+def marked_share(per_image: Sequence[Mapping[str, Any]]) -> float:
+    """The share of pixels above the threshold, over all images."""
+    marked = sum(n["true_positives"] + n["negatives"] - n["true_negatives"] for n in per_image)
+    return marked / sum(n["positives"] + n["negatives"] for n in per_image)
 
 
-def rates(anomaly_map, truth, threshold):
-    """((true positives, positives), (true negatives, negatives)) of an image's pixels; NaN without a threshold."""
+def measure_maps(
+    maps: Maps, truths: Maps, threshold: float | None, weights: np.ndarray, strata: Mapping[str, np.ndarray]
+) -> Measured:
+    """Measure the maps of one method or control; arguments as in `measure`."""
+    per_image: list[dict[str, Any]] = []
+    ranking = metrics.Ranking(maps, truths, on_image=lambda pixels: per_image.append(measure_image(pixels, threshold)))
+    return Measured(
+        per_image,
+        sample(ranking, per_image, weights),
+        {name: sample(ranking, per_image, weights, inside) for name, inside in strata.items()},
+        ranking.pooled(),
+    )
+
+
+def measure_image(pixels: metrics.SortedScores, threshold: float | None) -> dict[str, Any]:
+    """The metrics of one image, and the pixel counts of sensitivity and specificity; NaN without a threshold."""
+    positives, n = len(pixels.positives), len(pixels.values)
+    numbers: dict[str, Any] = {
+        "pixel_ap": pixels.average_precision(),
+        "pixel_auroc": pixels.auroc(),
+        "hit": pixels.hit(),
+        "prevalence": positives / n,
+        "positives": positives,
+        "negatives": n - positives,
+    }
     if threshold is None:
-        return (np.nan, np.nan), (np.nan, np.nan)
-    marked = anomaly_map > threshold
-    return (np.sum(marked & truth), np.sum(truth)), (np.sum(~marked & ~truth), np.sum(~truth))
+        return numbers | dict.fromkeys((*MASK_METRICS, "true_positives", "true_negatives"), np.nan)
+    true_positives, marked = pixels.count_above(threshold)
+    numbers |= {"dice": pixels.dice(threshold), "iou": pixels.iou(threshold)}
+    return numbers | {"true_positives": true_positives, "true_negatives": n - positives - (marked - true_positives)}
 
 
-def pixel_level(measured, rows, n_bootstrap, seed):
-    """-> ({method: {number: statistic}}, replicates) of the pixels and of the per-image numbers' means."""
-    if not rows:
-        return {}, None
-    statistics = {}
-    for name, (numbers, ranking) in measured.items():
-        found = {
-            "pixel_ap": ranking.average_precision,
-            "pixel_auroc": ranking.auroc,
-            "aupro": ranking.aupro,
-            "best_dice": ranking.best_dice,
+def sample(
+    ranking: metrics.Ranking,
+    per_image: Sequence[Mapping[str, Any]],
+    weights: np.ndarray,
+    inside: np.ndarray | None = None,
+) -> Samples:
+    """{metric: (1 + R,) values} of pixels and of the images' means; `inside` (N,) booleans: of these images alone."""
+    pooled = ranking.measure(weights, inside=inside)
+    samples = {metric: pooled[name] for metric, name in POOLED.items()}
+    if inside is not None:
+        weights = weights * inside
+    column = {name: np.array([numbers[name] for numbers in per_image], np.float64) for name in per_image[0]}
+    for name in (*METRICS, *MASK_METRICS):
+        samples[MEANS.get(name, name)] = metrics.mean_of(column[name])(weights)
+    if np.isnan(column["true_positives"]).any():
+        undefined = np.full(len(weights), np.nan)
+        return samples | {"pixel_sensitivity": undefined, "pixel_specificity": undefined}
+    return samples | {
+        "pixel_sensitivity": metrics.ratio_of(column["true_positives"], column["positives"])(weights),
+        "pixel_specificity": metrics.ratio_of(column["true_negatives"], column["negatives"])(weights),
+    }
+
+
+def strata_of(rows: Sequence[Row], strata: Iterable[str]) -> dict[str, np.ndarray]:
+    """{"column = value": (N,) booleans} of each stratum; `view` is one where there are both AP and PA."""
+    both_views = {"AP", "PA"} <= {row["view"] for row in rows}
+    return {
+        f"{column} = {value or 'unknown'}": np.array([row[column] == value for row in rows])
+        for column in [*(["view"] if both_views else []), *strata]
+        for value in sorted({row[column] for row in rows})
+    }
+
+
+def stratified(
+    measured: Mapping[str, Measured], rows: Sequence[Row], weights: np.ndarray, strata: Mapping[str, np.ndarray]
+) -> dict[str, dict[str, Any]]:
+    """The pixel metrics of each stratum, {"view = AP": {n_images, n_patients, rows}}."""
+    return {
+        name: {
+            "n_images": int(inside.sum()),
+            "n_patients": len({row["group"] for row, ok in zip(rows, inside, strict=True) if ok}),
+            "rows": as_table({m: each.strata[name] for m, each in measured.items()}, weights).intervals(),
         }
-        for column in (*metrics.METRICS, *metrics.MASK_METRICS):
-            found[MEANS.get(column, column)] = metrics.mean_of([n[column] for n in numbers])
-        for rate in ("sensitivity", "specificity"):
-            found[f"pixel_{rate}"] = metrics.ratio_of(*np.array([n[rate] for n in numbers]).T)
-        statistics[name] = {number: remember(statistic) for number, statistic in found.items()}
-    return statistics, metrics.patient_weights([row["group"] for row in rows], n_bootstrap, seed)
+        for name, inside in strata.items()
+    }
 
 
-def score_thresholds(scores, n_dataset):
+def score_thresholds(scores: Mapping[str, Sequence[float]], n_dataset: int) -> dict[str, float | None]:
     """{name: `SCORE_QUANTILE` of the healthy images' scores, which come last, or None without such images}."""
     return {
         name: float(np.quantile(values[n_dataset:], SCORE_QUANTILE)) if len(values) > n_dataset else None
@@ -96,8 +214,14 @@ def score_thresholds(scores, n_dataset):
     }
 
 
-def image_rates(scores, rows, thresholds, n_bootstrap, seed):
-    """-> ({method: {number: statistic}}, replicates): sensitivity and specificity of the images at a threshold.
+def image_rates(
+    scores: Mapping[str, Sequence[float]],
+    rows: Sequence[Row],
+    thresholds: Mapping[str, float | None],
+    n_bootstrap: int,
+    seed: int,
+) -> Table:
+    """Sensitivity and specificity of the images at a threshold.
 
     Over the data set's own images: the healthy images that gave the threshold would have the specificity chosen.
 
@@ -107,89 +231,81 @@ def image_rates(scores, rows, thresholds, n_bootstrap, seed):
         thresholds: {name: threshold or None}; an image is called abnormal where its score is greater.
     """
     if not any(row["label"] is not None for row in rows):
-        return {}, None
+        return Table({})
+    weights = replicate_weights(rows, n_bootstrap, seed)
     abnormal = np.array([row["label"] not in (None, 0) for row in rows])
-    normal = np.array([row["label"] == 0 for row in rows])
-    statistics = {}
+    healthy = np.array([row["label"] == 0 for row in rows])
+    samples = {}
     for name, threshold in thresholds.items():
         if threshold is not None:
             called = np.asarray(scores[name][: len(rows)]) > threshold
-            statistics[name] = {
-                "image_sensitivity": metrics.ratio_of(called & abnormal, abnormal),
-                "image_specificity": metrics.ratio_of(~called & normal, normal),
+            samples[name] = {
+                "image_sensitivity": metrics.ratio_of(called & abnormal, abnormal)(weights),
+                "image_specificity": metrics.ratio_of(~called & healthy, healthy)(weights),
             }
-    return statistics, metrics.patient_weights([row["group"] for row in rows], n_bootstrap, seed)
+    return as_table(samples, weights)
 
 
-def image_level(scores, rows, n_bootstrap, seed):
-    """-> ({method: {number: statistic}}, replicates), over the images whose label is known."""
-    known = [i for i, row in enumerate(rows) if row["label"] is not None]
-    if not known:
-        return {}, None
-    truths = [np.array([rows[i]["label"] != 0]) for i in known]
-    statistics = {}
+def image_level(scores: Mapping[str, Sequence[float]], rows: Sequence[Row], n_bootstrap: int, seed: int) -> Table:
+    """AUROC and average precision of the images' scores, over the images whose label is known."""
+    labelled = [i for i, row in enumerate(rows) if row["label"] is not None]
+    if not labelled:
+        return Table({})
+    labels = [rows[i]["label"] for i in labelled]
+    weights = replicate_weights([rows[i] for i in labelled], n_bootstrap, seed)
+    samples = {}
     for name, values in scores.items():
-        ranking = metrics.Ranking([np.array([values[i]]) for i in known], truths, max_cuts=None)
-        statistics[name] = {"image_auroc": remember(ranking.auroc), "image_ap": remember(ranking.average_precision)}
-    return statistics, metrics.patient_weights([rows[i]["group"] for i in known], n_bootstrap, seed)
+        measured = metrics.measure_images([values[i] for i in labelled], labels, weights)
+        samples[name] = {"image_auroc": measured["auroc"], "image_ap": measured["average_precision"]}
+    return as_table(samples, weights)
 
 
-def image_level_by_view(scores, rows, n_bootstrap, seed):
-    """The image numbers among the images of one view alone, {"AP": {n_images, n_healthy, rows}}, where there are both.
+def image_level_by_view(
+    scores: Mapping[str, Sequence[float]], rows: Sequence[Row], n_bootstrap: int, seed: int
+) -> dict[str, dict[str, Any]]:
+    """`image_level` among the images of one view alone, {"AP": {n_images, n_healthy, rows}}; {} without both views.
 
     Sicker patients are imaged AP more often, so a score that detects the view appears to detect disease.
     """
-    known = [i for i, row in enumerate(rows) if row["label"] is not None]
-    found = {}
+    parts = {}
     for view in ("AP", "PA"):
-        chosen = [i for i in known if rows[i]["view"] == view]
-        part = {name: [values[i] for i in chosen] for name, values in scores.items()}
-        table = image_level(part, [rows[i] for i in chosen], n_bootstrap, seed)
-        found[view] = {
+        chosen = [i for i, row in enumerate(rows) if row["label"] is not None and row["view"] == view]
+        if not chosen:
+            return {}
+        own_scores = {name: [values[i] for i in chosen] for name, values in scores.items()}
+        parts[view] = {
             "n_images": len(chosen),
             "n_healthy": sum(rows[i]["label"] == 0 for i in chosen),
-            "rows": intervals([table]),
+            "rows": image_level(own_scores, [rows[i] for i in chosen], n_bootstrap, seed).intervals(),
         }
-    return found if all(part["n_images"] for part in found.values()) else {}
+    return parts
 
 
-def remember(statistic):
-    """The same statistic; asked again with the same weights (each is, for its differences), it does not compute."""
-    seen = {}
-
-    def remembered(weights):
-        key = hashlib.blake2b(np.ascontiguousarray(weights, np.float64)).digest()
-        if key not in seen:
-            seen[key] = statistic(weights)
-        return seen[key]
-
-    return remembered
+def intervals(tables: Iterable[Table]) -> Intervals:
+    """The intervals of several tables as one, {name: {metric: {value, low, high, undefined}}}."""
+    rows: Intervals = {}
+    for table in tables:
+        for name, numbers in table.intervals().items():
+            rows.setdefault(name, {}).update(numbers)
+    return rows
 
 
-def intervals(tables):
-    """[({name: {number: statistic}}, replicates), ...] -> {name: {number: {value, low, high, undefined}}}."""
-    found = {}
-    for statistics, weights in tables:
-        for name, numbers in statistics.items():
-            for number, statistic in numbers.items():
-                found.setdefault(name, {})[number] = metrics.interval_of(statistic, weights)._asdict()
-    return found
-
-
-def differences(tables, methods, names):
+def differences(tables: Iterable[Table], methods: Sequence[str], names: Sequence[str]) -> Intervals:
     """Paired: each method minus each control, and the first method minus each other one; otherwise as `intervals`."""
-    minuses = []
-    for statistics, weights in tables:
-        both = {
-            f"{a} - {b}": {n: minus(statistics[a][n], statistics[b][n]) for n in statistics[a]}
+    subtracted = []
+    for table in tables:
+        samples = table.samples
+        paired = {
+            f"{a} - {b}": {metric: values - samples[b][metric] for metric, values in samples[a].items()}
             for a, b in pairs(methods, names)
-            if b in statistics
+            if a in samples and b in samples
         }
-        minuses.append((both, weights))
-    return intervals(minuses)
+        subtracted.append(Table(paired, table.has_intervals))
+    return intervals(subtracted)
 
 
-def pairs(methods, names):
+def pairs(methods: Sequence[str], names: Sequence[str]) -> list[tuple[str, str]]:
+    """The pairs of names to subtract: see `differences`."""
     others = [(methods[0], other) for other in methods[1:]]
     controls = [name for name in names if name not in methods]
     # the mean map of another method is no control of this one
@@ -199,33 +315,3 @@ def pairs(methods, names):
         for c in controls
         if not c.startswith(MEAN) or c.removesuffix(GATED) == mean_map_of(m, methods)
     ]
-
-
-def minus(a, b):
-    return lambda weights: a(weights) - b(weights)
-
-
-def stratified(table, rows, strata, names):
-    """The pixel numbers of each stratum, {"view = AP": {n_images, n_patients, rows}}."""
-    both_views = {"AP", "PA"} <= {row["view"] for row in rows}
-    return {
-        f"{column} = {value or 'unknown'}": stratum(table, rows, column, value, names)
-        for column in [*(["view"] if both_views else []), *strata]
-        for value in sorted({row[column] for row in rows})
-    }
-
-
-def stratum(table, rows, column, value, names):
-    statistics, weights = table
-    inside = np.array([row[column] == value for row in rows])
-    inner = {name: {n: masked(statistic, inside) for n, statistic in statistics[name].items()} for name in names}
-    return {
-        "n_images": int(inside.sum()),
-        "n_patients": len({row["group"] for row, ok in zip(rows, inside, strict=True) if ok}),
-        "rows": intervals([(inner, weights)]),
-    }
-
-
-def masked(statistic, inside):
-    """The statistic of the images inside: the others weigh 0."""
-    return lambda weights: statistic(weights * inside)

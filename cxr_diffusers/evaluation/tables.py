@@ -1,15 +1,20 @@
-"""The lines of per_image.csv, and what summary.json says of the methods and the data."""
+"""The rows of per_image.csv, and the description of methods and data in summary.json."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from ..fingerprints import config_of, weights_digest
 from . import metrics
-from .statistics import UNKNOWN
+from .predictions import Method, Prediction
+from .statistics import UNDEFINED
+from .truth import ImageSet, Row, has_region
 
 
-def describe_method(method):
-    """What summary.json says of a method; `weights` (None without torch components) is how a model card finds it."""
+def describe_method(method: Method) -> dict[str, Any]:
+    """A method in summary.json; a model card finds it by `weights` (None without torch components)."""
     return {
         "class": type(method.pipeline).__name__,
         "weights": weights_digest(method.pipeline) if hasattr(method.pipeline, "components") else None,
@@ -18,38 +23,47 @@ def describe_method(method):
     }
 
 
-def image_table(method, rows, healthy_rows, measured):
-    """A line per image of one method; `measured`: {index of the row: its numbers}."""
+def image_table(
+    method: Method, images: ImageSet, healthy: ImageSet, measured: Mapping[int, Mapping[str, float]]
+) -> pd.DataFrame:
+    """A row for each image of one method; `measured`: {index in the data set: its metrics}."""
     lines = []
-    parts = ("dataset", rows, method.answers), ("healthy", healthy_rows, method.healthy_answers)
-    for part, part_rows, answers in parts:
-        for i, (row, answer) in enumerate(zip(part_rows, answers, strict=True)):
+    for part, of_part in (("dataset", images), ("healthy", healthy)):
+        predictions = of_part.predictions[method.name]
+        for i, (row, prediction) in enumerate(zip(of_part.rows, predictions, strict=True)):
             own = {k: v for k, v in row.items() if k not in ("truth", "group", "height", "width")}
-            numbers = measured.get(i, UNKNOWN) if part == "dataset" else UNKNOWN
-            numbers = {column: numbers[column] for column in UNKNOWN}
-            line = {"method": method.name, "part": part, **own, "score": float(answer["score"]), **numbers}
-            lines.append({**line, **kept_outside(method, answer, row), "seconds": float(answer["seconds"])})
+            numbers = measured.get(i, UNDEFINED) if part == "dataset" else UNDEFINED
+            numbers = {column: numbers[column] for column in UNDEFINED}
+            line = {"method": method.name, "part": part, **own, "score": float(prediction["score"]), **numbers}
+            seconds = float(prediction["seconds"])
+            lines.append({**line, **similarity_outside(method, prediction, row), "seconds": seconds})
     return pd.DataFrame(lines)
 
 
-def kept_outside(method, answer, row):
-    """How well the counterfactual kept what is outside the true region (everything, if there is none)."""
-    image, counterfactual = (method.restore(answer[key], row) for key in ("image", "counterfactual"))
+def similarity_outside(method: Method, prediction: Prediction, row: Row) -> dict[str, float]:
+    """PSNR and SSIM of counterfactual and image outside the true region; of the whole image if there is none."""
+    image, counterfactual = (method.restore(prediction[key], row) for key in ("image", "counterfactual"))
+    outside = None if row["truth"] is None else row["truth"].mask()
     small = min(image.shape) < 2 * metrics.SSIM_RADIUS + 1
     return {
-        "psnr_outside": metrics.psnr(counterfactual, image, outside=row["truth"]),
-        "ssim_outside": np.nan if small else metrics.ssim(counterfactual, image, outside=row["truth"]),
+        "psnr_outside": metrics.psnr(counterfactual, image, outside=outside),
+        "ssim_outside": np.nan if small else metrics.ssim(counterfactual, image, outside=outside),
     }
 
 
-def counts(rows, seen, healthy_rows):
-    patients, healthy_patients = {r["group"] for r in rows}, {r["group"] for r in healthy_rows}
+def counts(images: ImageSet, healthy: ImageSet) -> dict[str, Any]:
+    """How many images and patients there are, and which images were left out."""
+    patients, healthy_patients = ({row["group"] for row in part.rows} for part in (images, healthy))
+    with_region = [row for row in images.rows if has_region(row)]
+    failed = images.failed | healthy.failed
     return {
-        "n_images": len(rows),
+        "n_images": len(images.rows),
         "n_patients": len(patients),
-        "n_with_region": len(seen),
-        "n_patients_with_region": len({r["group"] for r in seen}),
-        "n_healthy": len(healthy_rows),
+        "n_with_region": len(with_region),
+        "n_patients_with_region": len({row["group"] for row in with_region}),
+        "n_healthy": len(healthy.rows),
         "n_healthy_patients": len(healthy_patients),
         "n_patients_in_both": len(patients & healthy_patients),
+        "n_failed": len(failed),
+        "failed": failed,
     }

@@ -1,24 +1,97 @@
-"""What is known of each picture before anyone looks at it: size, label, patient, and the true region."""
+"""Size, label, patient, view and true region of the images to evaluate."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from ..data.images import picture_size
+from ..data.images import check_has_contrast, picture_size
+from .lazy import Lazy
 from .metrics import box_mask
+from .predictions import Predictions
+
+Row = dict[str, Any]  # path, patient, group, label, view, height, width, truth, and the strata; see `describe_row`
+
+logger = logging.getLogger(__name__)
 
 
-def describe(dataset, strata=()):
-    """A dict a row; `truth` is (H, W) booleans, or None where it is unknown, `group` what the bootstrap draws."""
-    return [describe_row(row, i, strata) for i, row in enumerate(dataset)]
+class Region:
+    """A true region: (H, W) booleans, kept in one bit a pixel.
+
+    Attributes:
+        shape: (H, W).
+        size: number of true pixels.
+    """
+
+    def __init__(self, mask: np.ndarray) -> None:
+        self.shape, self.size = mask.shape, int(mask.sum())
+        self._bits = np.packbits(mask)
+
+    def mask(self) -> np.ndarray:
+        """(H, W) booleans."""
+        height, width = self.shape
+        return np.unpackbits(self._bits, count=height * width).view(bool).reshape(self.shape)
 
 
-def describe_row(row, i, strata):
-    path = row.get("path") or f"row {i}"
+@dataclass
+class ImageSet:
+    """Images to evaluate, those of the data set or the healthy ones.
+
+    Attributes:
+        dataset: rows with `image`.
+        rows: `describe_row` of each.
+        failed: {path: error} of the images that were left out.
+        predictions: {method: its predictions of these images}.
+    """
+
+    dataset: Any
+    rows: list[Row]
+    failed: dict[str, str] = field(default_factory=dict)
+    predictions: dict[str, Predictions] = field(default_factory=dict)
+
+
+def open_images(dataset: Any, strata: Iterable[str] = ()) -> ImageSet:
+    """Describe the images of a data set; those of a single value are logged, counted and left out.
+
+    Args:
+        dataset: sequence of rows with `image` and, where they are known, `label`, `patient`, `view`, `path`, `mask`,
+            `boxes`.
+        strata: names of further columns to keep.
+
+    Raises:
+        ValueError: a mask of another size than its image, or images of a single value only.
+    """
+    strata = tuple(strata)
+    rows, kept, failed = [], [], {}
+    for i, row in enumerate(dataset):
+        path = row.get("path") or f"row {i}"
+        try:
+            check_has_contrast(row["image"], path)
+        except ValueError as error:
+            logger.warning("left out: %s", error)
+            failed[path] = str(error)
+            continue
+        rows.append(describe_row(row, path, strata))
+        kept.append(i)
+    if failed and not rows:
+        raise ValueError(f"expected images with contrast, got {len(failed)} of a single value: {', '.join(failed)}")
+    return ImageSet(Lazy(len(kept), lambda i: dataset[kept[i]]) if failed else dataset, rows, failed)
+
+
+def describe_row(row: Mapping[str, Any], path: str, strata: Sequence[str]) -> Row:
+    """What the evaluation needs to know of an image, without its pixels.
+
+    `truth` is a `Region`, None where it is unknown; `group` is what the bootstrap draws: the patient, or the path of an
+    image without one; `label` is None where the data set does not give it.
+    """
     height, width = picture_size(row["image"])
     return {
         "path": path,
         "patient": row.get("patient") or "",
         "group": row.get("patient") or path,
-        "label": None if row.get("label") == -1 else row.get("label"),  # -1: the folder does not say
+        "label": None if row.get("label") == -1 else row.get("label"),
         "view": row.get("view") or "",
         "height": height,
         "width": width,
@@ -27,13 +100,25 @@ def describe_row(row, i, strata):
     }
 
 
-def true_region(row, height, width):
-    """The mask if there is one, else the union of the boxes, else None."""
+def true_region(row: Mapping[str, Any], height: int, width: int) -> Region | None:
+    """The mask if there is one, else the union of the boxes, else None.
+
+    Raises:
+        ValueError: a mask of another size than its image.
+    """
     if row.get("mask") is None:
-        return box_mask(row["boxes"], height, width) if row.get("boxes") else None
+        return Region(box_mask(row["boxes"], height, width)) if row.get("boxes") else None
     mask = np.asarray(row["mask"].convert("L")) > 127
     if mask.shape != (height, width):
-        raise ValueError(
-            f"expected a mask of the picture's size {(height, width)}, got {mask.shape}: {row.get('path')}"
-        )
-    return mask
+        raise ValueError(f"expected a mask of the image's size {(height, width)}, got {mask.shape}: {row.get('path')}")
+    return Region(mask)
+
+
+def has_region(row: Row) -> bool:
+    """Whether an image has a true region of at least one pixel."""
+    return row["truth"] is not None and row["truth"].size > 0
+
+
+def masks_of(rows: Sequence[Row]) -> Lazy[np.ndarray]:
+    """The (H, W) true region of each of these images, all of which have one."""
+    return Lazy(len(rows), lambda i: rows[i]["truth"].mask())

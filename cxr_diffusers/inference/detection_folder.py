@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +29,46 @@ REQUIRED = ("image", "name", "anomaly_score", "file")  # of a row that is whole
 RESULTS = ("maps", "masks", "counterfactuals", "trajectories", "dicom")  # folders of results, which are no input
 DEFAULTS = {"save_trajectory": False, "dicom": False, "save_masks": False, "save_panel": True}  # older files lack them
 MAX_NAME = 150  # bytes: file systems allow 255, and endings follow
+
+
+@dataclass
+class Outputs:
+    """What a detection writes for each image; the arguments of `detect` of these names say more."""
+
+    map_format: str = "png"
+    save_counterfactual: bool = False
+    save_trajectory: bool = False
+    save_masks: bool = False
+    save_panel: bool = True
+    dicom: bool = False
+    threshold: float | None = None
+    vmax: float | None = None
+
+    def complete(self, model_threshold: float | None) -> None:
+        """Check the values, and set the threshold and `vmax` that were not given.
+
+        Raises:
+            ValueError: an invalid value, or an output that needs a threshold without one.
+        """
+        if self.map_format not in ("png", "npy"):
+            raise ValueError(f"expected `map_format` png or npy, got {self.map_format!r}")
+        if self.vmax is not None and not self.vmax > 0:
+            raise ValueError(f"expected `vmax` above 0, got {self.vmax!r}")
+        if self.threshold is not None and not 0 < self.threshold < 1:
+            raise ValueError(f"expected `threshold` between 0 and 1, got {self.threshold!r}")
+        self.threshold = self.threshold or model_threshold
+        if self.save_masks and not self.threshold:
+            raise ValueError(
+                "expected `threshold`, or a model with one (`map_threshold`), for `save_masks`, got neither"
+            )
+        if self.vmax is None and self.threshold:
+            self.vmax = 3 * self.threshold
+
+    def settings(self) -> dict:
+        """Plain values for settings.json."""
+        settings = asdict(self)
+        settings["map_threshold"] = settings.pop("threshold")
+        return settings
 
 
 class DetectionFolder:

@@ -16,7 +16,7 @@ from PIL import Image
 from cxr_diffusers.files import as_json, load_map
 from cxr_diffusers.fingerprints import weights_digest
 from cxr_diffusers.inference.detection import detect
-from cxr_diffusers.inference.panels import in_model_greys
+from cxr_diffusers.inference.panels import crisp_counterfactual, in_model_greys
 from cxr_diffusers.inference.reference_scores import ReferenceScores, keep_scores
 from cxr_diffusers.pipelines.cxr_images import restore_map
 from helpers import FEW_STEPS, run_detect, write_dicom
@@ -298,10 +298,15 @@ def test_an_image_of_one_value_has_no_score_and_a_colour_photograph_a_warning(pi
     colours = np.random.default_rng(0).integers(0, 255, (3, 3, 3), np.uint8)
     Image.fromarray(colours).resize((24, 24), Image.Resampling.NEAREST).save(folder / "photo.png")
     picture(5).convert("RGB").save(folder / "grey_as_rgb.png")
+    marked = picture(6, 120, 90).convert("RGB")
+    marked.paste((255, 200, 0), (10, 10, 40, 40))
+    marked.save(folder / "marked.png")
     summary = run_detect(pipeline, [folder], tmp_path / "out")
     assert list(summary["failed"]) == [str(folder / "flat.png")]
     assert "one value" in summary["failed"][str(folder / "flat.png")]
-    assert [Path(path).name for path in summary["warnings"]] == ["photo.png"]
+    warnings = {Path(path).name: text for path, text in summary["warnings"].items()}
+    assert warnings.keys() == {"photo.png", "marked.png"}
+    assert warnings["photo.png"].startswith("a colour image") and warnings["marked.png"].startswith("some colour")
 
 
 def test_a_threshold_of_ones_own_decides_fraction_and_mask(pipeline, folder, tmp_path):
@@ -329,6 +334,75 @@ def test_a_score_is_placed_among_the_healthy_scores_of_the_model(pipeline, folde
     keep_scores(ReferenceScores("four chests", call, healthy, weights_digest(model)), tmp_path / "model")
     run_detect(model, [folder / "a.png"], tmp_path / "out")
     row = table(tmp_path / "out")["a"]
-    assert (float(row["healthy_percentile"]), float(row["p_value"])) == (75, 2 / 5)
+    assert (float(row["healthy_percentile"]), float(row["p_value"]), row["healthy_images"]) == (75, 2 / 5, "4")
+    assert list(row)[:6] == ["image", "name", "healthy_percentile", "p_value", "healthy_images", "anomaly_score"]
     detect(model, [folder / "a.png"], tmp_path / "other", call_kwargs={**FEW_STEPS, "noise_level": 200}, progress=False)
     assert table(tmp_path / "other")["a"]["p_value"] == ""  # other settings: other scores
+
+
+def test_a_headline_gives_the_rank_and_the_p_value_before_the_score():
+    reference = ReferenceScores("37 chests", {}, [float(i) for i in range(37)])
+    assert reference.headline(30.5) == "higher than 31 of 37 healthy images (p = .18)"
+    assert reference.headline(-1) == "higher than 0 of 37 healthy images (p = 1)"
+
+
+@pytest.mark.parametrize("box_format", ["coco", "yolo"])
+def test_boxes_surround_the_pixels_above_the_threshold_and_are_kept_on_resuming(pipeline, folder, tmp_path, box_format):
+    with pytest.raises(ValueError, match="for `save_boxes`, got neither"):
+        run_detect(pipeline, [folder], tmp_path, save_boxes=box_format)
+    with pytest.raises(ValueError, match="coco or yolo, got 'voc'"):
+        run_detect(pipeline, [folder], tmp_path, save_boxes="voc", threshold=0.07)
+    options = dict(save_boxes=box_format, threshold=0.07, save_masks=True, save_panel=False)
+    run_detect(pipeline, [folder / "a.png"], tmp_path, **options)
+    run_detect(pipeline, [folder / "a.png", folder / "a.jpg"], tmp_path, **options)
+    rows = table(tmp_path)
+    assert len(rows) == 2
+    for name, row in rows.items():
+        height, width = int(row["height"]), int(row["width"])
+        if box_format == "yolo":
+            lines = (tmp_path / "labels" / f"{name}.txt").read_text().splitlines()
+            shares = np.array([line.split()[1:5] for line in lines], float).reshape(-1, 4) * ([width, height] * 2)
+            boxes = np.concatenate([shares[:, :2] - shares[:, 2:] / 2, shares[:, 2:]], axis=1).round().astype(int)
+        else:
+            content = json.loads((tmp_path / "boxes.json").read_text())
+            (image_id,) = [image["id"] for image in content["images"] if image["file_name"] == row["image"]]
+            boxes = [box["bbox"] for box in content["annotations"] if box["image_id"] == image_id]
+        covered = np.zeros((height, width), bool)
+        for x, y, w, h in boxes:
+            covered[y : y + h, x : x + w] = True
+        mask = np.asarray(Image.open(tmp_path / "masks" / f"{name}.png")) > 0
+        assert mask.any() and not (mask & ~covered).any()
+        assert {tuple(np.flatnonzero(mask.any(axis=axis))[[0, -1]]) for axis in (0, 1)} == {
+            tuple(np.flatnonzero(covered.any(axis=axis))[[0, -1]]) for axis in (0, 1)
+        }
+
+
+def test_the_crisp_counterfactual_is_the_input_plus_the_enlarged_change():
+    config = {"aspect": "pad", "scaling": "minmax"}
+    rng = np.random.default_rng(0)
+    source = Image.fromarray(np.kron(rng.integers(50, 90, (40, 30)), np.ones((3, 3))).astype(np.uint8))
+    image = np.full((16, 16, 1), 0.5, np.float32)
+    grey = in_model_greys(source, 16, "minmax", "pad", 120)
+    np.testing.assert_array_equal(crisp_counterfactual(source, image, image, config), grey)
+    changed = image.copy()
+    changed[:8] -= 0.125
+    changed[8:] += 0.125
+    crisp = crisp_counterfactual(source, image, changed, config)
+    assert crisp.shape == (120, 90)
+    inside = (grey > 0.2) & (grey < 0.8)
+    for rows, change in ((slice(0, 50), -0.125), (slice(70, 120), 0.125)):
+        np.testing.assert_allclose((crisp - grey)[rows][inside[rows]], change, atol=1e-5)
+
+
+def test_a_pipeline_with_a_lung_segmenter_fills_the_zone_columns(pipeline, folder, tmp_path):
+    from cxr_diffusers import CFGAnomalyPipeline, LungSegmenter
+
+    run_detect(pipeline, [folder / "a.png"], tmp_path / "without")
+    assert table(tmp_path / "without")["a"]["zone"] == ""
+    segmenter = LungSegmenter(sample_size=16, block_out_channels=(4, 4))
+    with_lungs = CFGAnomalyPipeline(pipeline.unet, pipeline.scheduler, lung_segmenter=segmenter)
+    run_detect(with_lungs, [folder / "a.png"], tmp_path / "with", save_counterfactual=True)
+    row = table(tmp_path / "with")["a"]
+    assert 0 <= float(row["zone_share"]) <= 1 and 0 <= float(row["outside_lungs"]) <= 1
+    with Image.open(tmp_path / "with" / "counterfactuals" / "a_crisp.png") as crisp:
+        assert (crisp.mode, crisp.size) == ("L", (18, 24))

@@ -13,7 +13,13 @@ from PIL import Image
 from cxr_diffusers.cli import main
 from cxr_diffusers.files import load_map
 from cxr_diffusers.inference import detection
-from cxr_diffusers.inference.dicom_output import Algorithm, make_capture, make_segmentation
+from cxr_diffusers.inference.dicom_output import (
+    ENDINGS,
+    Algorithm,
+    make_capture,
+    make_presentation_state,
+    make_segmentation,
+)
 from helpers import FEW_STEPS, run_detect, write_source
 
 ALGORITHM = Algorithm("CFGAnomalyPipeline", "toy", "0123456789abcdef", 0.05)
@@ -86,6 +92,48 @@ def test_the_capture_is_the_picture_under_a_banner_and_without_the_files_name(fo
     assert (np.asarray(Image.open(tmp_path / "other" / "x.png")) != strip).any()
 
 
+def test_the_presentation_state_outlines_the_region_on_its_source(found):
+    """Read back, the outlines enclose the pixels of the Segmentation, and no others."""
+    from skimage.draw import polygon2mask
+
+    out, source = found
+    state = pydicom.dcmread(out / "dicom" / "mueller_gsps.dcm")
+    assert state.SOPClassUID.name == "Grayscale Softcopy Presentation State Storage"
+    for name in ("StudyInstanceUID", "PatientID", "PatientName"):
+        assert state[name].value == source[name].value, name
+    series = state.ReferencedSeriesSequence[0]
+    assert series.SeriesInstanceUID == source.SeriesInstanceUID
+    assert series.ReferencedImageSequence[0].ReferencedSOPInstanceUID == source.SOPInstanceUID
+    annotation = state.GraphicAnnotationSequence[0]
+    assert annotation.TextObjectSequence[0].UnformattedTextValue.startswith("RESEARCH USE ONLY")
+    inside = np.zeros((24, 18), int)
+    for graphic in annotation.GraphicObjectSequence:
+        assert (graphic.GraphicType, graphic.GraphicAnnotationUnits) == ("POLYLINE", "PIXEL")
+        points = np.array(graphic.GraphicData).reshape(-1, 2)
+        np.testing.assert_array_equal(points[0], points[-1])
+        inside += polygon2mask((24, 18), points[:, ::-1] - 0.5)
+    expected = pydicom.dcmread(out / "dicom" / "mueller_seg.dcm").pixel_array
+    np.testing.assert_array_equal(inside % 2, expected)  # the outline of a hole takes its pixels out again
+
+
+def test_the_presentation_state_displays_the_source_as_its_header_says(tmp_path):
+    mask = np.ones((24, 18), bool)
+    windows = dict(WindowCenter=[2000, 100], WindowWidth=[3000, 50], RescaleSlope=2, RescaleIntercept=-1)
+    source = pydicom.dcmread(write_source(tmp_path / "a.dcm", **windows))
+    state = make_presentation_state(source, mask, ALGORITHM)
+    assert (state.RescaleSlope, state.RescaleIntercept, state.PresentationLUTShape) == (2, -1, "IDENTITY")
+    window = state.SoftcopyVOILUTSequence[0]
+    assert (window.WindowCenter, window.WindowWidth) == (2000, 3000)
+    np.testing.assert_array_equal(
+        np.array(state.GraphicAnnotationSequence[0].GraphicObjectSequence[0].GraphicData).reshape(-1, 2).max(axis=0),
+        [18, 24],
+    )
+    source = pydicom.dcmread(write_source(tmp_path / "b.dcm", photometric="MONOCHROME1", WindowCenter=5, WindowWidth=0))
+    state = make_presentation_state(source, ~mask, ALGORITHM)
+    assert state.PresentationLUTShape == "INVERSE" and "SoftcopyVOILUTSequence" not in state
+    assert "GraphicObjectSequence" not in state.GraphicAnnotationSequence[0]
+
+
 @pytest.mark.skipif(not shutil.which("dciodvfy"), reason="dciodvfy (dicom3tools) is not installed")
 def test_dciodvfy_finds_no_error(found, tmp_path):
     out, source = found
@@ -104,10 +152,12 @@ def test_dciodvfy_finds_no_error(found, tmp_path):
     make_segmentation(header, np.zeros((24, 18), bool), ALGORITHM).save_as(tmp_path / "seg.dcm")
     assert not pydicom.dcmread(tmp_path / "seg.dcm").pixel_array.any()  # "nothing found" is an object, too
     make_capture(header, Image.new("RGB", (200, 80)), ALGORITHM).save_as(tmp_path / "overlay.dcm")
-    for path in [*(out / "dicom").iterdir(), tmp_path / "seg.dcm", tmp_path / "overlay.dcm"]:
-        said = subprocess.run(["dciodvfy", "-new", str(path)], capture_output=True, text=True).stderr
-        assert "Segmentation" in said or "SCImage" in said
-        assert "Error" not in said, said
+    make_presentation_state(header, np.zeros((24, 18), bool), ALGORITHM).save_as(tmp_path / "gsps.dcm")
+    objects = [tmp_path / f"{ending}.dcm" for ending in ENDINGS]
+    for path in [*(out / "dicom").iterdir(), *objects]:
+        report = subprocess.run(["dciodvfy", "-new", str(path)], capture_output=True, text=True).stderr
+        assert any(name in report for name in ("Segmentation", "SCImage", "GrayscaleSoftcopyPresentationState"))
+        assert "Error" not in report, report
 
 
 def test_a_rerun_gives_the_same_uids_and_another_model_or_threshold_others(tmp_path):
@@ -145,7 +195,9 @@ def test_objects_need_a_threshold_and_a_dicom_file_that_names_its_study(pipeline
     summary = run_detect(pipeline, [whole, lost, tmp_path / "x.png"], tmp_path / "out", dicom=True)
     assert "StudyInstanceUID" in summary["failed"][str(lost)] and summary["computed"] == 2
     assert summary["without_dicom"] == [str(tmp_path / "x.png")]
-    assert {path.name for path in (tmp_path / "out" / "dicom").iterdir()} == {"whole_seg.dcm", "whole_overlay.dcm"}
+    assert {path.name for path in (tmp_path / "out" / "dicom").iterdir()} == {
+        f"whole_{ending}.dcm" for ending in ENDINGS
+    }
 
 
 def test_a_header_of_which_no_objects_can_be_made_fails_alone(model, tmp_path):
@@ -164,13 +216,13 @@ def test_objects_of_the_file_that_was_here_before_do_not_outlive_it(model, tmp_p
     for broken in (lambda: write_source(source, 1, PatientSex="UNKNOWN"), lambda: source.write_bytes(b"cut off")):
         write_source(source, 2)
         assert (
-            run_detect(model, [source], out, dicom=True)["computed"] == 1 and len(list((out / "dicom").iterdir())) == 2
+            run_detect(model, [source], out, dicom=True)["computed"] == 1 and len(list((out / "dicom").iterdir())) == 3
         )
         broken()
         assert list(run_detect(model, [source, write_source(tmp_path / "b.dcm", 3)], out, dicom=True)["failed"]) == [
             str(source)
         ]
-        assert {path.name for path in (out / "dicom").iterdir()} == {"b_seg.dcm", "b_overlay.dcm"}
+        assert {path.name for path in (out / "dicom").iterdir()} == {f"b_{ending}.dcm" for ending in ENDINGS}
         (tmp_path / "b.dcm").unlink()
         for path in [*(out / "dicom").iterdir(), *(out / "rows").iterdir()]:
             path.unlink()
@@ -207,7 +259,7 @@ def test_a_run_with_objects_resumes_and_is_not_mixed_with_one_without(model, tmp
     assert set(first["skipped"].values()) == {"Secondary Capture of cxr_diffusers", "Segmentation Storage"}
     written = {path: path.stat().st_mtime_ns for path in (out / "dicom").iterdir()}
     again = run_detect(model, [tree], out, dicom=True)
-    assert len(written) == 4 and (again["computed"], again["skipped"]) == (0, first["skipped"])
+    assert len(written) == 6 and (again["computed"], again["skipped"]) == (0, first["skipped"])
     assert {path: path.stat().st_mtime_ns for path in (out / "dicom").iterdir()} == written
     assert again["warnings"] == {str(tree / "ST1" / "IM0001"): "a lateral view (ViewPosition LL)"}
     with open(out / "results.csv", newline="") as file:
@@ -229,7 +281,7 @@ def test_the_command_line_tells_what_was_left_out_and_what_has_warnings(model, t
     shown = capsys.readouterr().out
     assert "1 images with warnings" in shown
     assert "1 x not of the chest (BodyPartExamined HAND)" in shown and "1 x text burned into" in shown
-    assert len(list((tmp_path / "out" / "dicom").iterdir())) == 4
+    assert len(list((tmp_path / "out" / "dicom").iterdir())) == 6
 
 
 def test_what_pydicom_cannot_read_is_not_quoted(model, tmp_path, capsys, recwarn):
@@ -283,7 +335,7 @@ def test_objects_carry_nothing_of_the_source_but_what_files_them(model, tmp_path
     header.FrameOfReferenceUID = "1.2.3.4"
     header.save_as(source)
     run_detect(model, [source], tmp_path / "out", dicom=True)
-    for ending in ("seg", "overlay"):
+    for ending in ENDINGS:
         path = tmp_path / "out" / "dicom" / f"a_{ending}.dcm"
         assert b"SECRET" not in path.read_bytes(), ending
         made = pydicom.dcmread(path)

@@ -58,7 +58,7 @@ def folder(pipeline, tmp_path):
     folder = tmp_path / "run"
     pipeline.save_pretrained(folder)
     Image.new("L", (8, 8)).save(folder / "example.png")
-    write_model_card(folder, training=TRAINING, picture="example.png")
+    write_model_card(folder, training=TRAINING, image="example.png")
     for name in ("checkpoint-0000010/model.safetensors", "validation/step-10.png", "logs/events", "log.jsonl"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("stays at home")
@@ -222,7 +222,7 @@ def test_a_card_without_figures_claims_none(folder):
 
 def test_a_card_shows_no_picture_that_is_not_there(folder):
     with pytest.raises(FileNotFoundError, match="missing.png"):
-        write_model_card(folder, training=TRAINING, picture="missing.png")
+        write_model_card(folder, training=TRAINING, image="missing.png")
 
 
 def test_nothing_is_published_that_was_not_saved_or_has_no_card(folder, tmp_path):
@@ -256,10 +256,48 @@ def test_what_is_no_model_is_named(name):
 
 
 def test_a_mistyped_folder_is_named_without_asking_the_hub(tmp_path, monkeypatch):
-    (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="Hub name USER/NAME, got runs/typo"):
-        load_pipeline("runs/typo")
+    for name in ("runs/typo", "models/typo"):
+        if name.startswith("models"):
+            (tmp_path / "models").mkdir()
+        for load in (load_pipeline, load_unet):
+            with pytest.raises(FileNotFoundError, match=f"USER/NAME, got {name}, and there is no such folder"):
+                load(name)
+
+
+def test_a_hub_that_does_not_answer_is_named_within_seconds(tmp_path):
+    """At a closed port, huggingface_hub alone tries for 23 seconds."""
+    script = """if True:
+        import time
+        import diffusers, cxr_diffusers.pipelines, cxr_diffusers.models.space_to_depth_unet
+        from cxr_diffusers.hub.loading import load_pipeline, load_unet
+        from cxr_diffusers.inference.reference_scores import kept_scores
+        start = time.monotonic()
+        assert kept_scores("me/model") is None
+        for load in (load_pipeline, load_unet):
+            try:
+                load("me/model")
+            except FileNotFoundError as error:
+                print(error)
+        print(time.monotonic() - start)
+    """
+    closed = SimpleNamespace(environment={"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"})
+    *messages, seconds = run_script(closed, script, tmp_path, lines=3)
+    assert float(seconds) < 10
+    for message in messages:
+        assert message.startswith("no folder me/model here, and http://127.0.0.1:9, where"), message
+
+
+def test_a_model_that_is_not_on_the_hub_is_named(tmp_path):
+    script = """if True:
+        from cxr_diffusers.hub.loading import load_pipeline
+        try:
+            load_pipeline("me/typo")
+        except FileNotFoundError as error:
+            print(error)
+    """
+    with local_hub() as hub:
+        assert run_script(hub, script, tmp_path).startswith("no folder me/typo here, and no repository me/typo on the")
 
 
 def test_training_can_start_from_a_saved_unet(pipeline, folder):

@@ -54,7 +54,7 @@ def spy_on_predictions(scheduler):
 def test_it_goes_up_to_the_noise_level_and_back_to_the_counterfactual(pipeline, images):
     trajectory, output = run(pipeline, images)
     assert [frame.level for frame in trajectory.frames] == LEVELS
-    assert [frame.going for frame in trajectory.frames] == ["inversion"] * 6 + ["decoding"] * 6
+    assert [frame.direction for frame in trajectory.frames] == ["inversion"] * 6 + ["decoding"] * 6
     last = (trajectory.frames[-1].latents.clamp(-1, 1) + 1) / 2
     torch.testing.assert_close(last, output.counterfactual)
     first = (trajectory.frames[0].latents + 1) / 2
@@ -72,7 +72,7 @@ def test_its_clean_pictures_are_those_of_the_scheduler(unet, images, kind, spaci
     scheduler = DDIMScheduler(clip_sample=False, prediction_type=kind, timestep_spacing=spacing)
     said = spy_on_predictions(scheduler)
     trajectory, _ = run(CFGAnomalyPipeline(unet, scheduler), images)
-    decoding = [frame for frame in trajectory.frames if frame.going == "decoding"]
+    decoding = [frame for frame in trajectory.frames if frame.direction == "decoding"]
     assert len(decoding) == len(said) > 4
     for frame, expected in zip(decoding, said, strict=True):
         torch.testing.assert_close(frame.predicted, expected, atol=2e-4, rtol=2e-4)
@@ -93,7 +93,7 @@ def test_several_noise_levels_are_one_way_up_and_a_way_down_from_each(pipeline, 
     trajectory = Trajectory()
     call = {"num_inference_steps": 10, "noise_level": [500, 300], "output_type": "pt"}
     output = pipeline(images, callback_on_step_end=trajectory, **call)
-    decoding = [frame for frame in trajectory.frames if frame.going == "decoding"]
+    decoding = [frame for frame in trajectory.frames if frame.direction == "decoding"]
     assert [frame.level for frame in decoding] == [100, 0, 0, 300, 200, 100, 0, 0] and len(trajectory.frames) == 13
     for frame, expected in zip(decoding, said, strict=True):
         torch.testing.assert_close(frame.predicted, expected, atol=2e-4, rtol=2e-4)

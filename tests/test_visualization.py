@@ -168,7 +168,7 @@ def test_exposure_is_kept_for_8_bits_and_stretched_for_more():
     deep = np.linspace(100, 4000, 16).astype(np.uint16).reshape(4, 4)
     for picture in (deep, Image.fromarray(deep)):
         assert np.asarray(to_grey(picture)).min() == 0 and np.asarray(to_grey(picture)).max() == 255
-    with pytest.raises(ValueError, match="grey picture"):
+    with pytest.raises(ValueError, match="grey image"):
         to_grey(np.zeros((4, 4, 3)))
 
 

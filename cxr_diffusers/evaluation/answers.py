@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from ..files import safe_name, write_file
-from ..fingerprints import config_of, fingerprint, picture_digest
+from ..fingerprints import config_of, fingerprint, image_digest
 from ..pipelines.cxr_images import restore_map
 from ..processes import process_state, quiet
 from .lazy import Lazy
@@ -58,7 +58,7 @@ def detect(method, dataset, *, folder, batch_size, seed, progress, desc):
     state = process_state()
     # all go by the main process's name for it: what has no fingerprint has another one in every process
     [key] = broadcast_object_list([fingerprint(method.pipeline, method.call_kwargs, seed)])
-    digests = [picture_digest(key_with_view(key, view_of(method, row)), row) for row in dataset]
+    digests = [image_digest(key_with_view(key, view_of(method, row)), row) for row in dataset]
     if folder is None:
         kept, files = {}, None
         missing = list(range(len(digests)))

@@ -12,13 +12,14 @@ import numpy as np
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from ..data.images import is_dicom
+from ..data.images import is_dicom, picture_size
 from ..fingerprints import fingerprint
 from ..processes import process_state
 from .detection_folder import DetectionFolder, Outputs, file_stamp
 from .dicom_output import Algorithm, DicomOutputError, import_highdicom
 from .inputs import Input, find_images, model_channels, read_input
 from .reference_scores import ReferenceScores, kept_scores
+from .regions import zone_columns
 from .trajectory import Trajectory, check_steps
 
 WORKERS = max(2, min(8, os.cpu_count() or 1))  # threads that read, and threads that write
@@ -36,6 +37,7 @@ def detect(
     vmax: float | None = None,
     threshold: float | None = None,
     save_masks: bool = False,
+    save_boxes: str | None = None,
     save_panel: bool = True,
     dicom: bool = False,
     call_kwargs: dict | None = None,
@@ -48,31 +50,41 @@ def detect(
         NAME.png                  unless `save_panel` is False: input | counterfactual | map over the input
         maps/NAME.png (or .npy)   the raw map at the input's own resolution: 16 bits, value / 65535 (or float32)
         masks/NAME.png            with `save_masks`: 255 where the map is above the threshold, else 0
+        labels/NAME.txt           with `save_boxes="yolo"`: boxes of the regions above the threshold, see `write_yolo`
         counterfactuals/NAME.png  with `save_counterfactual`: as the model made it, at its resolution
-        dicom/NAME_seg.dcm        with `dicom`, of a DICOM file: the map above the threshold as a Segmentation, and
-        dicom/NAME_overlay.dcm    the panel as a Secondary Capture, filed beside their source; see docs/clinic.md
+        counterfactuals/NAME_crisp.png      and the input plus the enlarged change, at the input's resolution
+        dicom/NAME_seg.dcm        with `dicom`, of a DICOM file: the map above the threshold as a Segmentation,
+        dicom/NAME_overlay.dcm    the panel as a Secondary Capture, and
+        dicom/NAME_gsps.dcm       outlines of the Segmentation as a Presentation State; see docs/clinic.md
         trajectories/NAME.webp    with `save_trajectory`: a film of the way to noise and back, see `Trajectory`
         rows/NAME.json            the row of results.csv; written last, so it says that the image is done
 
-    and at the end results.csv, most abnormal first, and failed.csv, if images could not be computed (unreadable, of
-    one single value, no such file). Run it again and it goes on where it stopped, kill -9 included: only files that
-    are new, changed, or failed before are computed. Under `accelerate launch` each process takes its share (place
-    the pipeline on its device first).
+    and at the end results.csv, most abnormal first; boxes.json with `save_boxes="coco"` (see `coco_boxes`); and
+    failed.csv, if images could not be computed (unreadable, all pixels of one value, no such file). A second call
+    resumes, also after kill -9: only files that are new, changed, or failed before are computed. Under
+    `accelerate launch` each process takes its share (place the pipeline on its device first).
 
-    Columns: `anomaly_score`, see `AnomalyOutput`; where the model keeps scores of n healthy images for the same
-    settings, `healthy_percentile`, the percentage of them below this score, and `p_value`, conformal:
-    (1 + number of healthy scores >= this one) / (n + 1); `abnormal_fraction`, of the pixels above the threshold (empty
-    without one); `map_max`; `height` and `width` of the input; `seconds`, of the model alone; `warnings`: why the map
-    may mean nothing (a lateral view, another body part, a colour image).
+    Columns of results.csv; a column that does not apply is empty:
+
+        healthy_percentile        percentage of the `healthy_images` with a lower score; only if the model's folder
+                                  has scores of healthy images for the same settings (see `ReferenceScores`)
+        p_value                   conformal: (1 + number of healthy scores >= this one) / (healthy_images + 1)
+        anomaly_score             see `AnomalyOutput`
+        zone, zone_share, outside_lungs     where the map lies, if the pipeline has a lung segmenter: see `zone_columns`
+        abnormal_fraction         share of the pixels above the threshold
+        map_max, height, width    of the map; of the input
+        seconds                   of the model alone
+        warnings                  reasons why the map may be meaningless (a lateral view, another body part, colour)
 
     Args:
-        pipeline: answers `pipeline(list of PIL images, output_type="np")` with an `AnomalyOutput`.
+        pipeline: `pipeline(list of PIL images, output_type="np")` returns an `AnomalyOutput`.
         images: files and folders; a folder is searched for png, jpg, bmp, tif, npy and DICOM files, with or without an
             extension; DICOM files without an image (reports, segmentations) are left out. For a model of four
             channels, the folders of MRI slices (see `data.load_brats`) and folders of such.
         output_dir: created if need be.
         batch_size: images a call.
         map_format: "png" or "npy".
+        save_counterfactual, save_trajectory, save_masks, save_boxes ("coco" or "yolo"), save_panel: see above.
         vmax: the map value of the last colour. None: three times the threshold, so all panels have one scale; without
             a threshold each panel's own 99.5 % quantile.
         threshold: map value in (0, 1) above which a pixel is abnormal. None: the model's, from healthy images.
@@ -87,8 +99,8 @@ def detect(
         FileNotFoundError: no such file or folder, or no image in it.
         FileExistsError: `output_dir` holds results of another model or other settings.
         ValueError: `output_dir` is where the images are, an unknown `map_format`, a `vmax` of 0 or less, a `threshold`
-            outside (0, 1), `save_trajectory` for a pipeline without steps; `dicom` or `save_masks` without a
-            threshold; `dicom` without any DICOM file.
+            outside (0, 1), an unknown `save_boxes`, `save_trajectory` for a pipeline without steps; `dicom`,
+            `save_masks` or `save_boxes` without a threshold; `dicom` without any DICOM file.
         OSError: a result cannot be written (disk full, no permission); the same call goes on afterwards.
         ImportError: `dicom`, and highdicom is not installed.
     """
@@ -97,6 +109,7 @@ def detect(
         save_counterfactual=save_counterfactual,
         save_trajectory=save_trajectory,
         save_masks=save_masks,
+        save_boxes=save_boxes,
         save_panel=save_panel,
         dicom=dicom,
         threshold=threshold,
@@ -109,7 +122,7 @@ def detect(
     named_paths, skipped = find_images(images, Path(output_dir), model_channels(pipeline))
     paths = [path for _, path in named_paths]
     folder = open_folder(pipeline, output_dir, outputs, call_kwargs, paths, state.is_main_process)
-    state.wait_for_everyone()  # results of unknown settings are gone before anyone lists what is done
+    state.wait_for_everyone()  # results of unknown settings are deleted before any process lists the rows
     files, pending = list_pending(folder, named_paths)
     state.wait_for_everyone()  # barrier: every process lists the pending files before any is written
     detection = Detection(pipeline, folder, call_kwargs, state)
@@ -243,16 +256,19 @@ class Detection:
         output = self.pipeline([file.image for file in batch], output_type="np", **self.call_kwargs, **on_step)
         seconds = (time.perf_counter() - start) / len(batch)
         self.folder.keep_settings()  # only now: a refused call leaves nothing behind
+        sizes = [picture_size(file.image) for file in batch]
+        segmenter = self.pipeline.components.get("lung_segmenter")
+        zones = zone_columns(segmenter, output.image, output.anomaly_map, sizes, self.pipeline.config["aspect"])
         writing = []
         for i, file in enumerate(batch):
             if self.trajectory:  # it holds the last call only
                 self.trajectory.save(self.folder.path / "trajectories" / f"{file.name}.webp", index=i)
             answer = (output.image[i], output.counterfactual[i], output.anomaly_map[i], float(output.anomaly_score[i]))
-            writing.append((file, seconds, writers.submit(self.write, file, answer, seconds)))
+            writing.append((file, seconds, writers.submit(self.write, file, answer, seconds, zones[i])))
         return writing
 
-    def write(self, file: Input, answer: tuple, seconds: float) -> None:
-        columns = dict(warnings=file.warnings, seconds=round(seconds, 4), process=self.state.process_index)
+    def write(self, file: Input, answer: tuple, seconds: float, zones: dict) -> None:
+        columns = dict(warnings=file.warnings, seconds=round(seconds, 4), process=self.state.process_index) | zones
         self.folder.write(file.name, file.path, file.stamp, file.image, answer, file.header, **columns)
 
     def finish(self, file: Input, seconds: float, written: Future) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..data.colour import COLOURED, TINTED, colour_level
 from ..data.dicom_checks import warnings_of
 from ..data.images import (
     PIL_SUFFIXES,
@@ -27,13 +28,14 @@ class Input:
     """One input file after reading.
 
     name: of its results. path: of the file, or of the folder of an MRI slice. stamp: `file_stamp` from before it was
-    read. header: of a DICOM file, else None. warnings: joined by "; ". error: why it could not be read, else "".
+    read. image: PIL image or array. header: of a DICOM file, else None. warnings: joined by "; ". error: why the file
+    could not be read, else "".
     """
 
     name: str
     path: Path
     stamp: list | None = None
-    image: Image.Image | np.ndarray | None = None
+    image: Any = None
     header: Any = None
     warnings: str = ""
     error: str = ""
@@ -98,16 +100,16 @@ def model_channels(pipeline: Any) -> int:
     return next((config["in_channels"] for config in configs if "in_channels" in config), 1)
 
 
-def colour_warnings(path):
-    """[a warning] of an image file that is a colour photograph; grey values stored as RGB are none."""
+def colour_warnings(path: Path) -> list[str]:
+    """[a warning] for an image file with colour, else []; see `colour_level`."""
     if path.suffix.lower() not in PIL_SUFFIXES or not path.is_file():
         return []
-    with Image.open(path) as image:
-        if image.mode not in ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "LAB", "HSV"):
-            return []
-        image.draft("RGB", (128, 128))
-        small = np.asarray(image.convert("RGB").resize((64, 64)), np.int16)
-    return ["a colour image: radiographs are grey"] if np.ptp(small, axis=-1).mean() > 8 else []
+    warnings = {
+        COLOURED: "a colour image: radiographs are grey",
+        TINTED: "some colour, which is read as grey: drawn marks or a tint change the map",
+    }
+    level = colour_level(path)
+    return [warnings[level]] if level in warnings else []
 
 
 def find_images(

@@ -43,7 +43,8 @@ def coco_boxes(rows: Sequence[dict]) -> dict:
 
     Every image is listed, with or without boxes. An annotation also has a `score`, as COCO results have.
     """
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for image_id, row in enumerate(sorted(rows, key=lambda row: row["name"]), start=1):
         images.append(dict(id=image_id, file_name=row["image"], height=row["height"], width=row["width"]))
         for x, y, w, h, score in row["boxes"]:
@@ -80,7 +81,7 @@ def find_outlines(mask: np.ndarray) -> list[np.ndarray]:
     outlines = []
     for edge in find_contours(np.pad(mask, 1).astype(float), 0.5, fully_connected="high"):
         edge = np.concatenate([edge[: -1 : -(-len(edge) // MAX_POINTS)], edge[-1:]])
-        points = approximate_polygon(edge, 0.5)
+        points = approximate_polygon(edge, 0.25)
         points = points if len(points) >= 4 else edge  # a region of one pixel must not vanish
         outlines.append(points[:, ::-1] - 0.5)  # minus the padding, plus half a pixel: DICOM counts from corners
     return outlines
@@ -106,7 +107,7 @@ def zone_columns(
         return [{} for _ in maps]
     grey = torch.from_numpy(np.ascontiguousarray(images)).mean(dim=-1)[:, None]
     zones = lung_zones(segmenter, grey.to(segmenter.device)).cpu().numpy()
-    columns = []
+    columns: list[dict] = []
     for anomaly_map, zone_masks, size in zip(maps, zones, sizes, strict=True):
         inside = np.zeros_like(anomaly_map)
         top, left, h, w = frame(*size, len(anomaly_map), aspect)  # without the bars beside the image

@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
     detect.add_argument("--save-counterfactual", action="store_true", help=text)
     text = "for each DICOM file a Segmentation, a Secondary Capture and a Presentation State (docs/clinic.md)"
     detect.add_argument("--dicom", action="store_true", help=text)
-    detect.add_argument("--save-trajectory", action="store_true", help="a film (WebP) of the way to noise and back")
+    detect.add_argument("--save-trajectory", action="store_true", help="an animation (WebP) of inversion and decoding")
     detect.add_argument("--vmax", type=float, help="map value of the last colour (default: 3 x the model's threshold)")
     text = "map value above which a pixel is abnormal, from 0 to 1 (default: the model's, from healthy images)"
     detect.add_argument("--threshold", type=float, help=text)

@@ -45,7 +45,7 @@ def detect(
 ) -> dict | None:
     """Run an anomaly pipeline over files and folders.
 
-    Written for every image, under a name made of its path below the folder:
+    Files for every image; NAME is made of its path below the input folder:
 
         NAME.png                  unless `save_panel` is False: input | counterfactual | map over the input
         maps/NAME.png (or .npy)   the raw map at the input's own resolution: 16 bits, value / 65535 (or float32)
@@ -56,10 +56,10 @@ def detect(
         dicom/NAME_seg.dcm        with `dicom`, of a DICOM file: the map above the threshold as a Segmentation,
         dicom/NAME_overlay.dcm    the panel as a Secondary Capture, and
         dicom/NAME_gsps.dcm       outlines of the Segmentation as a Presentation State; see docs/clinic.md
-        trajectories/NAME.webp    with `save_trajectory`: a film of the way to noise and back, see `Trajectory`
-        rows/NAME.json            the row of results.csv; written last, so it says that the image is done
+        trajectories/NAME.webp    with `save_trajectory`: an animation of inversion and decoding, see `Trajectory`
+        rows/NAME.json            the row of results.csv; written last, which marks the image as done
 
-    and at the end results.csv, most abnormal first; boxes.json with `save_boxes="coco"` (see `coco_boxes`); and
+    At the end: results.csv, most abnormal first; boxes.json with `save_boxes="coco"` (see `coco_boxes`); and
     failed.csv, if images could not be computed (unreadable, all pixels of one value, no such file). A second call
     resumes, also after kill -9: only files that are new, changed, or failed before are computed. Under
     `accelerate launch` each process takes its share (place the pipeline on its device first).
@@ -79,16 +79,16 @@ def detect(
     Args:
         pipeline: `pipeline(list of PIL images, output_type="np")` returns an `AnomalyOutput`.
         images: files and folders; a folder is searched for png, jpg, bmp, tif, npy and DICOM files, with or without an
-            extension; DICOM files without an image (reports, segmentations) are left out. For a model of four
-            channels, the folders of MRI slices (see `data.load_brats`) and folders of such.
-        output_dir: created if need be.
-        batch_size: images a call.
+            extension; DICOM files without an image (reports, segmentations) are skipped. For a model of four
+            channels: folders of MRI slices (see `data.load_brats`), and folders that contain such folders.
+        output_dir: created if it does not exist.
+        batch_size: images in each call of the pipeline.
         map_format: "png" or "npy".
         save_counterfactual, save_trajectory, save_masks, save_boxes ("coco" or "yolo"), save_panel: see above.
         vmax: the map value of the last colour. None: three times the threshold, so all panels have one scale; without
             a threshold each panel's own 99.5 % quantile.
         threshold: map value in (0, 1) above which a pixel is abnormal. None: the model's, from healthy images.
-        dicom: write DICOM objects, too; images that are no DICOM files get none.
+        dicom: write DICOM objects, too, for those images that are DICOM files.
         call_kwargs: arguments of the pipeline's call.
 
     Returns:
@@ -98,10 +98,10 @@ def detect(
     Raises:
         FileNotFoundError: no such file or folder, or no image in it.
         FileExistsError: `output_dir` holds results of another model or other settings.
-        ValueError: `output_dir` is where the images are, an unknown `map_format`, a `vmax` of 0 or less, a `threshold`
+        ValueError: `output_dir` is the folder of the images, an unknown `map_format`, a `vmax` of 0 or less, a `threshold`
             outside (0, 1), an unknown `save_boxes`, `save_trajectory` for a pipeline without steps; `dicom`,
             `save_masks` or `save_boxes` without a threshold; `dicom` without any DICOM file.
-        OSError: a result cannot be written (disk full, no permission); the same call goes on afterwards.
+        OSError: a result cannot be written (disk full, no permission); the same call resumes afterwards.
         ImportError: `dicom`, and highdicom is not installed.
     """
     outputs = Outputs(

@@ -98,8 +98,8 @@ def detect(
     Raises:
         FileNotFoundError: no such file or folder, or no image in it.
         FileExistsError: `output_dir` holds results of another model or other settings.
-        ValueError: `output_dir` is the folder of the images; an unknown `map_format`, a `vmax` of 0 or less, a threshold
-            outside (0, 1), an unknown `save_boxes`, `save_trajectory` for a pipeline without steps; `dicom`,
+        ValueError: `output_dir` is the folder of the images; an unknown `map_format`, a `vmax` of 0 or less, a
+            threshold outside (0, 1), an unknown `save_boxes`, `save_trajectory` for a pipeline without steps; `dicom`,
             `save_masks` or `save_boxes` without a threshold; `dicom` without any DICOM file.
         OSError: a result cannot be written (disk full, no permission); the same call resumes afterwards.
         ImportError: `dicom`, and highdicom is not installed.

@@ -152,7 +152,7 @@ def test_invalid_files_and_indices_are_refused(pipeline, images, tmp_path):
     trajectory, _ = run(pipeline, images)
     with pytest.raises(ValueError, match=r"\.webp or \.gif .*got .*film.mp4"):
         trajectory.save(tmp_path / "film.mp4")
-    with pytest.raises(ValueError, match="below 2, the size of the batch, got 2"):
+    with pytest.raises(ValueError, match="below 2, the number of images in the batch, got 2"):
         trajectory.strip(index=2)
 
 

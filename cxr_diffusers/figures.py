@@ -1,25 +1,27 @@
 """Curves, as matplotlib figures: losses, precision and recall, ROC."""
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 COLUMNS = 4
 
 
-def loss_curves(logs, *, parts=60, title=None):
-    """One panel a loss term, one line a run; each point is the mean of the steps of a `parts`-th of the longest run.
+def loss_curves(logs: Mapping[str, Path | str], *, parts: int = 60, title: str | None = None) -> Any:
+    """Loss curves: one panel for each loss term, one line for each run.
 
     Args:
-        logs: {name: path of a log.jsonl}. Every value but `step` and `lr` is a term; a step may lack some.
-        parts: points along a line, at most.
+        logs: {name: path of a log.jsonl}. Every value except `step` and `lr` is a term; a step may lack some.
+        parts: maximum number of points of a line; each is a mean over the same number of steps.
 
     Returns:
         matplotlib `Figure`, for `files.save_png`.
 
     Raises:
-        ValueError: nothing has been logged yet.
+        ValueError: the logs hold no losses yet.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -46,22 +48,24 @@ def loss_curves(logs, *, parts=60, title=None):
     return figure
 
 
-def means(lines, term, window):
-    """[{"step": ..., term: ...}] -> (steps, means): of each `window` of steps, those that have the term."""
+def means(lines: Sequence[Mapping], term: str, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """[{"step": ..., term: ...}] -> (steps, means) over `window` steps each; steps without the term are skipped."""
     steps, values = np.array([[line["step"], line[term]] for line in lines if term in line]).reshape(-1, 2).T
     groups = ((steps - 1) // window).astype(int)
-    kept = np.unique(groups)
-    return tuple(np.array([part[groups == group].mean() for group in kept]) for part in (steps, values))
+    centres, averages = (
+        np.array([part[groups == group].mean() for group in np.unique(groups)]) for part in (steps, values)
+    )
+    return centres, averages
 
 
-def precision_recall_figure(rankings, *, title=None):
-    """Precision against recall, one curve a method.
+def precision_recall_figure(rankings: Mapping[str, Any], *, title: str | None = None) -> Any:
+    """Precision against recall, one curve for each method.
 
     Args:
-        rankings: {name: `metrics.Ranking`}, all of the same truth.
+        rankings: {name: `metrics.Ranking`}, all of the same images and masks.
 
     Returns:
-        matplotlib `Figure`, for `save_png`; legend entries carry the average precision. The dotted line is chance.
+        matplotlib `Figure`, for `save_png`; the legend gives the average precision. The dotted line is chance.
     """
     figure, axes = _axes("recall", "precision", title)
     for (name, ranking), style in zip(rankings.items(), line_styles(), strict=False):
@@ -72,7 +76,7 @@ def precision_recall_figure(rankings, *, title=None):
     return figure
 
 
-def roc_figure(rankings, *, title=None):
+def roc_figure(rankings: Mapping[str, Any], *, title: str | None = None) -> Any:
     """True-positive rate against false-positive rate; arguments and result as in `precision_recall_figure`."""
     figure, axes = _axes("false-positive rate", "true-positive rate", title)
     for (name, ranking), style in zip(rankings.items(), line_styles(), strict=False):
@@ -84,8 +88,16 @@ def roc_figure(rankings, *, title=None):
     return figure
 
 
-def line_figure(x, lines, xlabel, *, ylabel="", title=None, ylim=(0, 1.02)):
-    """Lines over a common axis, a marker on each value.
+def line_figure(
+    x: Sequence[float],
+    lines: Mapping[str, Sequence[float]],
+    xlabel: str,
+    *,
+    ylabel: str = "",
+    title: str | None = None,
+    ylim: tuple[float, float] = (0, 1.02),
+) -> Any:
+    """Lines over a common axis, with a marker at each value.
 
     Args:
         x: N numbers.
@@ -102,8 +114,8 @@ def line_figure(x, lines, xlabel, *, ylabel="", title=None, ylim=(0, 1.02)):
     return figure
 
 
-def line_styles():
-    """Line styles without end: colours that the colour-blind tell apart (Okabe & Ito 2008), then other dashes."""
+def line_styles() -> Iterator[dict]:
+    """Line styles in colours for colour-blind readers too (Okabe & Ito 2008), repeated with other dashes."""
     for dash in ("-", "--", "-.") * 100:
         for colour in ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"):
             yield {"color": colour, "linestyle": dash, "linewidth": 1.4}

@@ -7,23 +7,25 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")  # of `new_file`; the number is the process
+TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")  # of `new_file`; the number is the process id
 
 
-def cache_folder(name):
-    """`name` in $CXR_DIFFUSERS_CACHE, else in $XDG_CACHE_HOME/cxr_diffusers, else in ~/.cache/cxr_diffusers."""
+def cache_folder(name: str) -> Path:
+    """`name` in the cache: $CXR_DIFFUSERS_CACHE, else $XDG_CACHE_HOME/cxr_diffusers, else ~/.cache/cxr_diffusers."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("CXR_DIFFUSERS_CACHE") or Path(home, "cxr_diffusers")) / name
 
 
-def save_png(image, path):
-    """Write a PIL image or a matplotlib figure as PNG, under its name only when complete."""
+def save_png(image: Any, path: Path | str) -> None:
+    """Write a PIL image or a matplotlib figure as PNG; `path` never holds half a file."""
     with io.BytesIO() as buffer:
         if isinstance(image, Image.Image):
             image.save(buffer, format="png", compress_level=1)  # three times as fast, a tenth larger
@@ -32,8 +34,8 @@ def save_png(image, path):
         write_file(path, buffer.getvalue())
 
 
-def save_map(anomaly_map, path):
-    """Write an (H, W) map in [0, 1], under its name only when complete: .png (16 bits, value * 65535) or .npy (exact).
+def save_map(anomaly_map: np.ndarray, path: Path | str) -> None:
+    """Write an (H, W) map in [0, 1] as .png (16 bits, value * 65535) or .npy (exact); `path` never holds half a file.
 
     Raises:
         ValueError: another ending, another shape, or values outside [0, 1].
@@ -52,15 +54,15 @@ def save_map(anomaly_map, path):
 
 
 @contextmanager
-def new_file(path):
-    """Yield a temporary path in the same folder; what is written there becomes `path` at once, or not at all.
+def new_file(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path in the same folder, which is renamed to `path` if nothing fails, and deleted otherwise.
 
     Raises:
         OSError: it cannot be written; the message names `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # a digest, because the file's own name, with more behind it, may be too long
+    # a digest, because the file's own name with an ending added may be too long
     name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
     temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
     try:
@@ -76,35 +78,35 @@ def new_file(path):
         temporary.unlink(missing_ok=True)
 
 
-def write_file(path, content):
-    """Write bytes, see `new_file`: nobody ever reads half a file."""
+def write_file(path: Path | str, content: bytes) -> None:
+    """Write bytes, see `new_file`."""
     with new_file(path) as temporary:
         temporary.write_bytes(content)
 
 
-def write(path, save):
-    """`save(temporary)`, see `new_file`."""
+def write(path: Path | str, save: Callable[[Path], Any]) -> None:
+    """Let `save(temporary)` write a file, see `new_file`."""
     with new_file(path) as temporary:
         save(temporary)
 
 
-def write_text(path, text):
-    """Write a text in UTF-8; file names that are not valid Unicode keep their bytes."""
+def write_text(path: Path | str, text: str) -> None:
+    """Write a text in UTF-8; file names in it that are not valid Unicode keep their bytes."""
     write_file(path, text.encode("utf-8", "surrogateescape"))
 
 
-def write_csv(path, table):
+def write_csv(path: Path | str, table: Any) -> None:
     """Write a pandas table without its index."""
     write_text(path, table.to_csv(index=False))
 
 
-def copy_file(source, target):
+def copy_file(source: Path | str, target: Path | str) -> None:
     """Copy the content of a file."""
     write(target, lambda temporary: shutil.copyfile(source, temporary))
 
 
-def remove_dead(folder):
-    """Delete the temporary files below a folder whose processes no longer run, or that are older than an hour."""
+def remove_dead(folder: Path | str) -> None:
+    """Delete temporary files below a folder if their process has ended or they are older than an hour."""
     for place, _, names in os.walk(folder):
         for name in names:
             match = TEMPORARY.fullmatch(name)
@@ -134,15 +136,22 @@ class DamagedSettingsError(ValueError):
     """A file of settings cannot be read."""
 
 
-def check_settings(path, settings, *, ignore=(), defaults=None, advice="give another folder"):
-    """Refuse a folder whose results were made with other settings.
+def check_settings(
+    path: Path | str,
+    settings: Mapping,
+    *,
+    ignore: tuple[str, ...] = (),
+    defaults: Mapping | None = None,
+    advice: str = "give another folder",
+) -> None:
+    """Refuse a folder whose results were computed with other settings.
 
     Args:
-        path: the JSON file of the settings in that folder; nothing is refused where there is none.
+        path: the JSON file of the settings in that folder; without this file nothing is refused.
         settings: plain values.
         ignore: keys that may differ.
         defaults: values of keys that older files lack.
-        advice: what to do about it, for the message.
+        advice: end of the error message.
 
     Raises:
         OtherSettingsError: a FileExistsError and a ValueError; names the keys that differ.
@@ -162,20 +171,20 @@ def check_settings(path, settings, *, ignore=(), defaults=None, advice="give ano
         raise OtherSettingsError(f"{path.parent} holds results of other settings ({', '.join(changes)}): {advice}")
 
 
-def keep_settings(path, settings, **options):
-    """`check_settings`, and write the settings into a folder that has none yet."""
+def keep_settings(path: Path | str, settings: Mapping, **options: Any) -> None:
+    """Check the settings as `check_settings` does; write them if the folder has none yet."""
     check_settings(path, settings, **options)
     if not Path(path).is_file():
         write_file(path, (json.dumps(as_json(settings), indent=2) + "\n").encode())
 
 
-def as_json(values):
-    """Plain values as they come back from JSON, where a pair is a list."""
+def as_json(values: Any) -> Any:
+    """Plain values after writing them to JSON and reading them back: a tuple becomes a list."""
     return json.loads(json.dumps(values, default=str))
 
 
-def load_map(path):
-    """What `save_map` wrote -> (H, W) float32 in [0, 1]; a PNG is exact to 1 / 131070."""
+def load_map(path: Path | str) -> np.ndarray:
+    """Read a map written by `save_map` -> (H, W) float32 in [0, 1]; a PNG is exact to 1 / 131070."""
     if _ending(path) == ".npy":
         return np.load(path)
     with Image.open(path) as image:
@@ -191,16 +200,16 @@ def _ending(path):
     return ending
 
 
-def safe_name(name):
-    """A name in letters that every file system takes, in one folder."""
+def safe_name(name: str) -> str:
+    """A file name without path separators and other characters that a file system may refuse."""
     return "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
 
 
 @contextmanager
-def new_folder(folder):
-    """Yield a folder to write into, which takes the place of `folder` when it is complete; if it fails, nothing stays.
+def new_folder(folder: Path | str) -> Iterator[Path]:
+    """Yield a temporary folder, which replaces `folder` if nothing fails, and is deleted otherwise.
 
-    The old `folder` is there until then. Where another process was quicker, that one's folder stays.
+    Until then an old `folder` stays in place. If another process has replaced it meanwhile, that folder is kept.
     """
     folder = Path(folder).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)

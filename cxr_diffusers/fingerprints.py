@@ -3,7 +3,9 @@
 import hashlib
 import json
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -11,8 +13,12 @@ import torch
 from .version import __version__
 
 
-def fingerprint(pipeline, call_kwargs, seed):
-    """Hash of everything that determines a map: code version, class, configuration, weights, arguments, seed."""
+def fingerprint(pipeline: Any, call_kwargs: Mapping, seed: int) -> str:
+    """Hash of everything that determines a map: code version, class, configuration, weights, arguments, seed.
+
+    Args:
+        pipeline: a pipeline or a network. Any other callable gets a random hash.
+    """
     components = getattr(pipeline, "components", {"": pipeline})
     is_hashable = hasattr(pipeline, "components") or isinstance(pipeline, torch.nn.Module)
     digest = hashlib.blake2b(digest_size=16)
@@ -30,7 +36,7 @@ def fingerprint(pipeline, call_kwargs, seed):
     return digest.hexdigest()
 
 
-def config_of(part):
+def config_of(part: Any) -> dict:
     """The config of a pipeline or component without the private keys of its library; {} if it has no config."""
     config = getattr(part, "config", None) or part
     # transformers' configs and image processors have `to_dict`
@@ -38,10 +44,9 @@ def config_of(part):
     return {k: v for k, v in config.items() if not k.startswith("_") and k != "transformers_version"}
 
 
-def picture_digest(key, row):
-    """Hash of `key` and the pixels of `row["image"]`, independent of file name and location."""
+def image_digest(key: str, row: Mapping) -> str:
+    """Hash of `key` and the pixels of `row["image"]` (PIL image or array), independent of file name and location."""
     image = row["image"]
-    # a PIL image, or an array of several channels
     layout = f"{image.mode} {image.size}" if hasattr(image, "mode") else f"{image.dtype} {image.shape}"
     content = f"{key} {layout}".encode() + image.tobytes()
     return hashlib.blake2b(content, digest_size=16).hexdigest()
@@ -50,7 +55,7 @@ def picture_digest(key, row):
 DIGESTS: WeakKeyDictionary = WeakKeyDictionary()  # cache by pipeline; assumes that the weights do not change
 
 
-def weights_digest(pipeline):
+def weights_digest(pipeline: Any) -> str:
     """Hash of all weights of a pipeline, converted to float32: independent of memory layout."""
     if pipeline not in DIGESTS:
         digest = hashlib.blake2b(digest_size=16)

@@ -1,35 +1,38 @@
-"""Pictures for people: overlays, panels and contact sheets, on one colour scale that is written beside them."""
+"""Overlays, panels and contact sheets of maps, each with its colour scale."""
 
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-COLORMAP = "inferno"  # perceptually uniform, also in grey print
-TRUTH = (0, 229, 255)  # cyan: neither in the colour map nor in a radiograph
+COLORMAP = "inferno"  # perceptually uniform, also when printed in grey
+TRUTH = (0, 229, 255)  # cyan: occurs neither in the colour map nor in a radiograph
 INK, PAPER, MUTED = (20, 20, 20), (255, 255, 255), (110, 110, 110)
 GAP = 6  # pixels between panels
 
 
-def overlay(image, anomaly_map, vmax=1.0, opacity=0.8):
-    """A radiograph with its anomaly map over it: the more abnormal, the more colour covers the picture.
+def overlay(
+    image: Image.Image | np.ndarray, anomaly_map: np.ndarray, vmax: float = 1.0, opacity: float = 0.8
+) -> Image.Image:
+    """A radiograph covered by its anomaly map: the higher the map, the stronger the colour.
 
     Args:
         image: PIL image or array, see `to_grey`.
-        anomaly_map: (H, W) in [0, 1], of the picture's size.
-        vmax: the map value that gets the last colour; higher values look the same.
+        anomaly_map: (H, W) in [0, 1], of the size of the image.
+        vmax: the map value of the last colour; higher values have the same colour.
         opacity: of the last colour, 0 to 1.
 
     Returns:
-        RGB PIL image, of the picture's size.
+        RGB PIL image of the same size.
 
     Raises:
-        ValueError: sizes that differ, a `vmax` of 0 or less, an `opacity` outside [0, 1].
+        ValueError: different sizes, a `vmax` of 0 or less, an `opacity` outside [0, 1].
     """
     grey, anomaly_map = to_grey(image), np.asarray(anomaly_map, np.float32)
     if anomaly_map.shape != grey.size[::-1]:
-        raise ValueError(f"expected a map of the picture's size {grey.size[::-1]}, got {anomaly_map.shape}")
+        raise ValueError(f"expected a map of the image's size {grey.size[::-1]}, got {anomaly_map.shape}")
     if not vmax > 0:
         raise ValueError(f"expected a `vmax` greater than 0, got {vmax}")
     if not 0 <= opacity <= 1:
@@ -38,16 +41,25 @@ def overlay(image, anomaly_map, vmax=1.0, opacity=0.8):
 
 
 def side_by_side(
-    image, counterfactual, anomaly_map, *, mask=None, boxes=None, vmax=None, title=None, panel_size=320, opacity=0.8
-):
-    """Input | counterfactual | overlay with its colour bar, in one picture.
+    image: Image.Image | np.ndarray,
+    counterfactual: Image.Image | np.ndarray,
+    anomaly_map: np.ndarray,
+    *,
+    mask: np.ndarray | None = None,
+    boxes: Sequence[Sequence[float]] | None = None,
+    vmax: float | None = None,
+    title: str | None = None,
+    panel_size: int = 320,
+    opacity: float = 0.8,
+) -> Image.Image:
+    """Input | counterfactual | overlay with its colour bar, in one image.
 
     Args:
         image, counterfactual: PIL images or arrays of one size, see `to_grey`.
         anomaly_map: (H, W) in [0, 1], of that size.
         mask: (H, W) booleans, the true region, drawn as an outline; None: unknown.
         boxes: true boxes [x, y, w, h] in pixels of `image`; None: unknown.
-        vmax: the map value of the last colour. None takes the map's own 99.5 % quantile, and the picture says so.
+        vmax: the map value of the last colour. None: the map's own 99.5 % quantile; a note in the image says so.
         title: a line above.
         panel_size: longer side of a panel, in pixels.
         opacity: of the last colour.
@@ -63,28 +75,36 @@ def side_by_side(
         _panel(to_grey(counterfactual), panel_size),
         _panel(overlay(image, anomaly_map, vmax, opacity), panel_size, mask, boxes),
     ]
-    truth_known = mask is not None or boxes is not None
+    has_truth = mask is not None or boxes is not None
     return _grid(
         [cells],
         ["input", "counterfactual", "anomaly map"],
         None,
         {2: vmax},
         title,
-        _note(truth_known, scale),
+        _note(has_truth, scale),
         panel_size,
         opacity,
     )
 
 
 def validation_strip(
-    images, counterfactuals, anomaly_maps, *, titles=None, vmax=None, title=None, panel_size=128, opacity=0.8
-):
-    """Rows of input | counterfactual | overlay on one colour scale, to watch a training run.
+    images: Sequence,
+    counterfactuals: Sequence,
+    anomaly_maps: Sequence[np.ndarray],
+    *,
+    titles: Sequence[str] | None = None,
+    vmax: float | None = None,
+    title: str | None = None,
+    panel_size: int = 128,
+    opacity: float = 0.8,
+) -> Image.Image:
+    """Rows of input | counterfactual | overlay on one colour scale, to follow a training run.
 
     Args:
         images, counterfactuals: lists of PIL images or arrays, see `to_grey`.
         anomaly_maps: list of (H, W) in [0, 1].
-        titles: a few letters beside each row.
+        titles: a short text beside each row.
         vmax: the map value of the last colour, None: `common_vmax` of the maps. Give it to compare two strips.
         title, panel_size, opacity: as in `side_by_side`.
     """
@@ -103,15 +123,23 @@ def validation_strip(
     )
 
 
-def contact_sheet(rows, columns, *, vmax=None, title=None, panel_size=160, opacity=0.8):
-    """Rows = patients, columns = input, truth (where any is known), and one overlay a method.
+def contact_sheet(
+    rows: Sequence[Mapping],
+    columns: Sequence[str],
+    *,
+    vmax: float | Mapping[str, float] | None = None,
+    title: str | None = None,
+    panel_size: int = 160,
+    opacity: float = 0.8,
+) -> Image.Image:
+    """Rows = patients, columns = input, true region (if any row has one), and one overlay for each method.
 
     Args:
-        rows: a dict each: "image" (PIL image or array), "maps" {column: (H, W) map or None, in [0, 1]} and, where
-            known, "mask" (H, W) booleans, "boxes" [[x, y, w, h], ...] and "title".
-        columns: the names of the maps to show, left to right.
-        vmax: the value of the last colour, a number for all columns or {column: number}. None: each column gets its
-            own `common_vmax` over all rows, which its colour bar says. It is never one picture's own.
+        rows: dicts of "image" (PIL image or array), "maps" {column: (H, W) map in [0, 1] or None} and, optionally,
+            "mask" (H, W) booleans, "boxes" [[x, y, w, h], ...] and "title".
+        columns: the names of the maps, left to right.
+        vmax: the map value of the last colour, a number for all columns or {column: number}. None: `common_vmax` of the
+            column over all rows. No row has a scale of its own.
         title, panel_size, opacity: as in `side_by_side`.
 
     Raises:
@@ -119,22 +147,24 @@ def contact_sheet(rows, columns, *, vmax=None, title=None, panel_size=160, opaci
     """
     if not rows:
         raise ValueError("expected at least one row, got none")
-    given = vmax if isinstance(vmax, dict) else {name: vmax for name in columns}
-    known = [row.get("mask") is not None or row.get("boxes") is not None for row in rows]
+    given = vmax if isinstance(vmax, Mapping) else {name: vmax for name in columns}
+    has_truth = any(row.get("mask") is not None or row.get("boxes") is not None for row in rows)
     scales = {name: given.get(name) or common_vmax([row["maps"].get(name) for row in rows]) for name in columns}
     cells = []
     for row in rows:
         grey, truth = to_grey(row["image"]), (row.get("mask"), row.get("boxes"))
         line = [_panel(grey, panel_size)]
-        if any(known):
+        if has_truth:
             line.append(_panel(grey, panel_size, *truth))
         for name in columns:
-            found = row["maps"].get(name)
+            anomaly_map = row["maps"].get(name)
             line.append(
-                None if found is None else _panel(overlay(grey, found, scales[name], opacity), panel_size, *truth)
+                None
+                if anomaly_map is None
+                else _panel(overlay(grey, anomaly_map, scales[name], opacity), panel_size, *truth)
             )
         cells.append(line)
-    first = 2 if any(known) else 1
+    first = 2 if has_truth else 1
     how = "fixed" if all(given.get(name) for name in columns) else "99.5 % quantile of its maps"
     scale = f"one colour scale a column ({how})" if columns else ""
     return _grid(
@@ -143,29 +173,29 @@ def contact_sheet(rows, columns, *, vmax=None, title=None, panel_size=160, opaci
         [row.get("title") or "" for row in rows],
         {first + i: scales[name] for i, name in enumerate(columns)},
         title,
-        _note(any(known), scale),
+        _note(has_truth, scale),
         panel_size,
         opacity,
     )
 
 
-def common_vmax(maps, quantile=0.995):
-    """One end of the colour scale for many maps: the given quantile of all their pixels, and never 0.
+def common_vmax(maps: Sequence[np.ndarray | None], quantile: float = 0.995) -> float:
+    """One colour scale for several maps: the quantile of all their pixels; 1 if that is 0.
 
     Args:
-        maps: (H, W) arrays; None among them is skipped.
+        maps: (H, W) arrays; None is skipped.
     """
     pixels = [np.asarray(m, np.float32).ravel() for m in maps if m is not None]
     value = float(np.quantile(np.concatenate(pixels), quantile)) if pixels else 0.0
     return value if value > 0 else 1.0
 
 
-def to_grey(image):
-    """A picture to look at: PIL image or array -> PIL image of mode L.
+def to_grey(image: Image.Image | np.ndarray) -> Image.Image:
+    """Convert a PIL image or array for display -> PIL image of mode L.
 
-    8-bit pictures and floats in [0, 1] keep their exposure; deeper ones (12 or 16 bits in a file of 16) are stretched
-    from their darkest to their brightest value, as a viewer does. Arrays are (H, W) or (H, W, 1); of (H, W, 4), the
-    four sequences of an MRI slice, the mean is shown.
+    8-bit images and floats in [0, 1] keep their exposure; images of more bits are stretched from their darkest to their
+    brightest value, as a viewer does. Arrays are (H, W) or (H, W, 1); an array (H, W, 4), the four sequences of an MRI
+    slice, is averaged.
     """
     if isinstance(image, Image.Image) and not image.mode.startswith(("I", "F")):
         return image.convert("L")
@@ -173,7 +203,7 @@ def to_grey(image):
     array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
     array = array.mean(axis=-1) if array.ndim == 3 and array.shape[-1] == 4 else array
     if array.ndim != 2:
-        raise ValueError(f"expected a grey picture (H, W), (H, W, 1) or (H, W, 4), got shape {array.shape}")
+        raise ValueError(f"expected a grey image (H, W), (H, W, 1) or (H, W, 4), got shape {array.shape}")
     if array.dtype == np.uint8:
         return Image.fromarray(array)
     array = array.astype(np.float32)
@@ -183,8 +213,8 @@ def to_grey(image):
 
 
 def _cover(grey, level, opacity):
-    """(H, W) grey 0..255, (H, W) level 0..1 -> (H, W, 3) uint8; nothing is laid over level 0, so the anatomy stays."""
-    # 256 levels, looked up: several times as fast as powers of each pixel
+    """(H, W) grey 0..255, (H, W) level 0..1 -> (H, W, 3) uint8; where the level is 0, the grey stays as it is."""
+    # a table of 256 levels is several times as fast as a power of each pixel
     index = np.rint(level * 255).astype(np.uint8)
     alpha = (opacity * np.linspace(0, 1, 256, dtype=np.float32) ** 0.8)[:, None]
     weighted = map_colours() * alpha
@@ -192,8 +222,8 @@ def _cover(grey, level, opacity):
 
 
 @cache
-def map_colours():
-    """(256, 3) uint8: the colour scale of all maps, from nothing to most abnormal."""
+def map_colours() -> np.ndarray:
+    """(256, 3) uint8: the colour scale of all maps, lowest value first."""
     import matplotlib
 
     return (matplotlib.colormaps[COLORMAP](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
@@ -203,15 +233,15 @@ def map_colours():
 def _font(size):
     import matplotlib
 
-    # it comes with matplotlib and knows most letters that a patient's or a method's name may have
+    # part of matplotlib, with most letters that names of patients and methods may have
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
 
 
-def _panel(picture, size, mask=None, boxes=None):
-    """A picture scaled to a longer side of `size`, RGB, with the true region drawn around its edge."""
-    scale = size / max(picture.size)
-    width, height = (max(1, round(side * scale)) for side in picture.size)
-    panel = picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+def _panel(image, size, mask=None, boxes=None):
+    """An image scaled to a longer side of `size`, RGB, with the outline of the true region."""
+    scale = size / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    panel = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     line = max(1, round(size / 160))
     if mask is not None and np.any(mask):
         region = Image.fromarray(np.asarray(mask, bool).astype(np.uint8) * 255).resize((width, height))
@@ -272,8 +302,16 @@ def _colour_bar(page, x, y, width, vmax, text, height, opacity):
         write_words(draw, (x + share * (width - 1), y + height + 3), label, max(10, text - 2), INK, width, anchor)
 
 
-def write_words(draw, position, words, size, colour, width, anchor="la"):
-    """Words in a font small enough for `width`, and cut with dots if they do not fit at 9 pixels."""
+def write_words(
+    draw: ImageDraw.ImageDraw,
+    position: tuple[float, float],
+    words: str,
+    size: int,
+    colour: tuple[int, int, int],
+    width: float,
+    anchor: str = "la",
+) -> None:
+    """Draw a text in a font that fits `width`; at 9 pixels, the text is cut instead and ends in dots."""
     while size > 9 and draw.textlength(words, _font(size)) > width:
         size -= 1
     if draw.textlength(words, _font(size)) > width:
@@ -289,5 +327,5 @@ def _write_upright(page, words, position, size, length):
     page.paste(strip.rotate(90, expand=True), (position[0] - GAP // 2, position[1]))
 
 
-def _note(truth_known, scale):
-    return "; ".join(["cyan: true region"] * truth_known + [scale] * bool(scale))
+def _note(has_truth, scale):
+    return "; ".join(["cyan: true region"] * has_truth + [scale] * bool(scale))

@@ -238,10 +238,15 @@ ROUTES = [
 ]
 
 
-def run_script(hub, script, cwd):
-    """Run a script in a process of its own, with the Hub of `hub` and a cache of its own; its last line."""
+def run_script(hub, script, cwd, lines=1):
+    """Run a script in a process of its own, with the Hub of `hub` and a cache of its own.
+
+    Returns:
+        the last line that it prints; for `lines` above 1, the list of the last lines.
+    """
     environment = {**os.environ, **hub.environment, "HF_HOME": str(cwd / "cache"), "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
     done = subprocess.run([sys.executable, "-c", script], cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.splitlines()[-1]
+    printed = done.stdout.splitlines()[-lines:]
+    return printed if lines > 1 else printed[0]

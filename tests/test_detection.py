@@ -1,4 +1,4 @@
-"""Detection over folders: what is written, that it resumes, and that broken files and other settings are noticed."""
+"""Detection over folders: written files, resuming, broken files, other settings."""
 
 import csv
 import json
@@ -16,7 +16,7 @@ from PIL import Image
 from cxr_diffusers.files import as_json, load_map
 from cxr_diffusers.fingerprints import weights_digest
 from cxr_diffusers.inference.detection import detect
-from cxr_diffusers.inference.panels import in_model_greys
+from cxr_diffusers.inference.panels import crisp_counterfactual, in_model_greys
 from cxr_diffusers.inference.reference_scores import ReferenceScores, keep_scores
 from cxr_diffusers.pipelines.cxr_images import restore_map
 from helpers import FEW_STEPS, run_detect, write_dicom
@@ -24,9 +24,9 @@ from helpers import FEW_STEPS, run_detect, write_dicom
 ROOT = Path(__file__).parent.parent
 
 
-def picture(seed, height=24, width=18, kind=np.uint8):
+def make_image(seed, height=24, width=18, dtype=np.uint8):
     values = np.random.default_rng(seed).random((height // 3, width // 3))
-    return Image.fromarray((np.kron(values, np.ones((3, 3))) * np.iinfo(kind).max).astype(kind))
+    return Image.fromarray((np.kron(values, np.ones((3, 3))) * np.iinfo(dtype).max).astype(dtype))
 
 
 @pytest.fixture
@@ -34,11 +34,11 @@ def folder(tmp_path):
     """Five radiographs of several kinds, two of them called `a`, one in a study of its own."""
     folder = tmp_path / "images"
     (folder / "study").mkdir(parents=True)
-    picture(0).save(folder / "a.png")
-    picture(1, 30, 30).save(folder / "a.jpg")
-    picture(2).save(folder / "study" / "a.tif")
-    np.save(folder / "deep.npy", np.asarray(picture(3, kind=np.uint16)))
-    write_dicom(folder / "1.2.840.10008.1", np.asarray(picture(4, kind=np.uint16)) // 16, 12)
+    make_image(0).save(folder / "a.png")
+    make_image(1, 30, 30).save(folder / "a.jpg")
+    make_image(2).save(folder / "study" / "a.tif")
+    np.save(folder / "deep.npy", np.asarray(make_image(3, dtype=np.uint16)))
+    write_dicom(folder / "1.2.840.10008.1", np.asarray(make_image(4, dtype=np.uint16)) // 16, 12)
     return folder
 
 
@@ -51,7 +51,7 @@ def times(out):
     return {path.name: path.stat().st_mtime_ns for path in (out / "rows").iterdir()}
 
 
-def test_every_image_gets_a_picture_a_map_and_a_row(pipeline, folder, tmp_path):
+def test_every_image_gets_a_panel_a_map_and_a_row(pipeline, folder, tmp_path):
     out = tmp_path / "out"
     summary = run_detect(pipeline, [folder], out, batch_size=2)
     assert (summary["images"], summary["computed"], summary["failed"]) == (5, 5, {})
@@ -60,9 +60,9 @@ def test_every_image_gets_a_picture_a_map_and_a_row(pipeline, folder, tmp_path):
     scores = [float(row["anomaly_score"]) for row in rows.values()]
     assert scores == sorted(scores, reverse=True) and min(scores) > 0
     for name, row in rows.items():
-        found = load_map(out / "maps" / f"{name}.png")
-        assert found.shape == (int(row["height"]), int(row["width"]))
-        assert found.max() == pytest.approx(float(row["map_max"]), abs=1e-5)
+        anomaly_map = load_map(out / "maps" / f"{name}.png")
+        assert anomaly_map.shape == (int(row["height"]), int(row["width"]))
+        assert anomaly_map.max() == pytest.approx(float(row["map_max"]), abs=1e-5)
         assert row["abnormal_fraction"] == ""  # this model has no threshold
         with Image.open(out / f"{name}.png") as strip:
             assert strip.mode == "RGB" and strip.width > 3 * 350
@@ -71,24 +71,24 @@ def test_every_image_gets_a_picture_a_map_and_a_row(pipeline, folder, tmp_path):
     )
 
 
-def test_the_map_is_the_pipelines_own_at_the_inputs_resolution(pipeline, folder, tmp_path):
+def test_the_saved_map_equals_the_pipelines_map_at_the_inputs_resolution(pipeline, folder, tmp_path):
     run_detect(pipeline, [folder / "a.png"], tmp_path, map_format="npy")
-    output = pipeline(picture(0), output_type="np", **FEW_STEPS)
+    output = pipeline(make_image(0), output_type="np", **FEW_STEPS)
     expected = restore_map(output.anomaly_map[0], 24, 18, "pad")
     np.testing.assert_array_equal(np.load(tmp_path / "maps" / "a.npy"), expected)
     assert float(table(tmp_path)["a"]["anomaly_score"]) == pytest.approx(output.anomaly_score[0])
 
 
-def test_a_second_run_computes_nothing_and_a_new_or_changed_file_alone(pipeline, folder, tmp_path):
-    out = folder / "out"  # inside the folder: its own pictures are no input
+def test_a_second_run_computes_only_new_or_changed_files(pipeline, folder, tmp_path):
+    out = folder / "out"  # inside the folder: its own images are no input
     run_detect(pipeline, [folder], out)
     before = times(out)
     summary = run_detect(pipeline, [folder], out)
     assert (summary["images"], summary["computed"], summary["seconds_per_image"]) == (5, 0, None)
     assert times(out) == before
     scores = table(out)
-    picture(7, 30, 18).save(folder / "a.png")
-    picture(8).save(folder / "a.bmp")  # a third of the name `a`, first in the folder's order
+    make_image(7, 30, 18).save(folder / "a.png")
+    make_image(8).save(folder / "a.bmp")  # a third of the name `a`, first in the folder's order
     assert run_detect(pipeline, [folder], out)["computed"] == 2
     now = table(out)
     changed = {name for name in now if scores.get(name) != now[name]}
@@ -96,14 +96,14 @@ def test_a_second_run_computes_nothing_and_a_new_or_changed_file_alone(pipeline,
     assert {Path(now[name]["image"]).name for name in changed} == {"a.png", "a.bmp"}
 
 
-def test_results_of_two_folders_stand_in_one_table(pipeline, folder, tmp_path):
+def test_results_of_two_folders_are_in_one_table(pipeline, folder, tmp_path):
     out = tmp_path / "out"
     run_detect(pipeline, [folder / "a.png"], out)
     run_detect(pipeline, [folder / "study"], out)
     assert {Path(row["image"]).name for row in table(out).values()} == {"a.png", "a.tif"}
 
 
-def test_a_broken_file_is_reported_and_picked_up_when_it_is_whole(pipeline, folder, tmp_path):
+def test_a_broken_file_is_reported_and_computed_once_it_is_repaired(pipeline, folder, tmp_path):
     whole = (folder / "a.png").read_bytes()
     (folder / "a.png").write_bytes(whole[:60])
     summary = run_detect(pipeline, [folder], tmp_path / "out")
@@ -115,9 +115,9 @@ def test_a_broken_file_is_reported_and_picked_up_when_it_is_whole(pipeline, fold
     assert len(table(tmp_path / "out")) == 5 and not (tmp_path / "out" / "failed.csv").exists()
 
 
-def test_a_file_that_broke_has_no_row_any_more(pipeline, folder, tmp_path):
+def test_a_file_that_became_unreadable_loses_its_row(pipeline, folder, tmp_path):
     run_detect(pipeline, [folder / "a.png"], tmp_path)
-    (folder / "a.png").write_bytes(b"not a picture")
+    (folder / "a.png").write_bytes(b"not an image")
     assert list(run_detect(pipeline, [folder / "a.png"], tmp_path)["failed"]) == [str(folder / "a.png")]
     assert not (tmp_path / "results.csv").exists() and not times(tmp_path)
 
@@ -131,14 +131,14 @@ def test_results_of_other_settings_are_not_mixed(pipeline, folder, tmp_path):
         run_detect(pipeline, [folder], tmp_path)
 
 
-def test_settings_are_the_same_as_a_pair_and_as_a_list(pipeline, folder, tmp_path):
+def test_a_tuple_and_a_list_are_the_same_setting(pipeline, folder, tmp_path):
     out, call = tmp_path / "out", {**FEW_STEPS, "noise_level": (200, 300)}
     for computed in (1, 0):
         summary = detect(pipeline, [folder / "a.png"], out, call_kwargs=call, progress=False)
         assert summary["computed"] == computed
 
 
-def test_a_call_that_was_refused_does_not_spoil_its_folder(pipeline, folder, tmp_path):
+def test_a_refused_call_leaves_no_settings(pipeline, folder, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="direction"):
         detect(pipeline, [folder / "a.png"], out, call_kwargs={**FEW_STEPS, "direction": "up"}, progress=False)
@@ -147,7 +147,7 @@ def test_a_call_that_was_refused_does_not_spoil_its_folder(pipeline, folder, tmp
     assert json.loads((out / "settings.json").read_text())["call"] == FEW_STEPS
 
 
-def test_what_cannot_be_detected_on_is_refused(pipeline, folder, tmp_path):
+def test_missing_inputs_and_invalid_options_are_refused(pipeline, folder, tmp_path):
     (tmp_path / "empty").mkdir()
     for images, out, error, message in [
         (tmp_path / "nowhere", "out", FileNotFoundError, "no such file or folder: .*nowhere"),
@@ -166,32 +166,32 @@ def test_what_cannot_be_detected_on_is_refused(pipeline, folder, tmp_path):
 def test_a_threshold_gives_one_colour_scale_and_a_fraction(pipeline, folder, tmp_path):
     pipeline.register_to_config(map_threshold=0.05)
     run_detect(pipeline, [folder / "a.png"], tmp_path, save_counterfactual=True)
-    found = load_map(tmp_path / "maps" / "a.png")
-    assert float(table(tmp_path)["a"]["abnormal_fraction"]) == pytest.approx(np.mean(found > 0.05), abs=0.01)
+    anomaly_map = load_map(tmp_path / "maps" / "a.png")
+    assert float(table(tmp_path)["a"]["abnormal_fraction"]) == pytest.approx(np.mean(anomaly_map > 0.05), abs=0.01)
     assert json.loads((tmp_path / "settings.json").read_text())["vmax"] == pytest.approx(0.15)
     with Image.open(tmp_path / "counterfactuals" / "a.png") as counterfactual:
         assert (counterfactual.mode, counterfactual.size) == ("L", (16, 16))
 
 
 @pytest.mark.parametrize("scaling", ["minmax", "dtype"])
-def test_the_input_is_shown_in_the_greys_that_the_model_saw(scaling):
+def test_the_panel_shows_the_input_in_the_greys_of_the_model(scaling):
     """Exposure is stretched where the model stretches it; a marker of one bright pixel decides nothing."""
     array = np.tile(np.linspace(60, 120, 64).astype(np.uint8), (96, 1))
     array[0, 0] = 255
-    shown = in_model_greys(Image.fromarray(array), 16, scaling, "pad")
-    assert shown.shape == (512, 341)
+    grey = in_model_greys(Image.fromarray(array), 16, scaling, "pad")
+    assert grey.shape == (512, 341)
     low, high = (0, 1) if scaling == "minmax" else (60 / 255, 120 / 255)
-    middle = shown[200:, 40:-40]
+    middle = grey[200:, 40:-40]
     assert middle.min() == pytest.approx(low + 40 / 341 * (high - low), abs=0.07)
     assert middle.max() == pytest.approx(high - 40 / 341 * (high - low), abs=0.07)
 
 
-def test_a_killed_run_goes_on_where_it_was(pipeline, tmp_path):
+def test_a_killed_run_resumes(pipeline, tmp_path):
     """kill -9 in the middle: finished images are not computed again, the rest is, and nothing half-written counts."""
     images, out = tmp_path / "images", tmp_path / "out"
     images.mkdir()
     for i in range(6):
-        picture(i).save(images / f"{i}.png")
+        make_image(i).save(images / f"{i}.png")
     pipeline.save_pretrained(tmp_path / "model")
     slow = ["--num-inference-steps", "150", "--noise-level", "400", "--batch-size", "1", "--device", "cpu"]
     command = [sys.executable, "-m", "cxr_diffusers.cli", "detect", images, "--model", tmp_path / "model", "--out", out]
@@ -213,7 +213,7 @@ def test_a_killed_run_goes_on_where_it_was(pipeline, tmp_path):
 def test_processes_share_the_work_on_a_cpu(pipeline, folder, tmp_path):
     """`accelerate launch --cpu --num_processes 2` starts ONE process; `--multi_gpu` starts two, also without a GPU."""
     out = tmp_path / "out"
-    (folder / "broken.png").write_bytes(b"not a picture")
+    (folder / "broken.png").write_bytes(b"not an image")
     pipeline.save_pretrained(tmp_path / "model")
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     command = ["-m", "cxr_diffusers.cli", "detect", folder, "--model", tmp_path / "model", "--out", out]
@@ -239,10 +239,10 @@ def test_a_bad_name_or_link_fails_alone(pipeline, tmp_path):
     images, out = tmp_path / "images", tmp_path / "out"
     deep = images / ("胸" * 75) / ("片" * 75)
     deep.mkdir(parents=True)
-    picture(0).save(images / "good.png")
-    picture(1).save(images / "two\nlines.png")
-    picture(2).save(deep / "long.png")
-    picture(3).save(images / "plain.png")
+    make_image(0).save(images / "good.png")
+    make_image(1).save(images / "two\nlines.png")
+    make_image(2).save(deep / "long.png")
+    make_image(3).save(images / "plain.png")
     os.rename(images / "plain.png", os.fsencode(images) + b"/\xff.png")
     (images / "dangling.png").symlink_to("nowhere.png")
     (images / "loop.png").symlink_to("loop.png")
@@ -256,7 +256,7 @@ def test_a_bad_name_or_link_fails_alone(pipeline, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b"{}", b"\xff", b'{"name": "a"'])
-def test_damaged_rows_and_settings_are_computed_anew_and_named(pipeline, folder, tmp_path, caplog, content):
+def test_damaged_rows_and_settings_are_named_and_computed_again(pipeline, folder, tmp_path, caplog, content):
     out, images = tmp_path / "out", [folder / "a.png", folder / "deep.npy"]
     run_detect(pipeline, images, out)
     (out / "rows" / "a.json").write_bytes(content)
@@ -272,7 +272,7 @@ def test_damaged_rows_and_settings_are_computed_anew_and_named(pipeline, folder,
 def test_a_source_replaced_while_it_is_computed_is_computed_again(pipeline, folder, tmp_path):
     class Replacing(type(pipeline)):
         def __call__(self, *args, **kwargs):
-            picture(9, 30, 30).save(folder / "a.png")
+            make_image(9, 30, 30).save(folder / "a.png")
             return super().__call__(*args, **kwargs)
 
     slow = Replacing(**pipeline.components)
@@ -283,7 +283,7 @@ def test_a_source_replaced_while_it_is_computed_is_computed_again(pipeline, fold
     assert table(tmp_path / "out")["a"]["height"] == "30"
 
 
-def test_a_write_error_stops_the_run_and_the_same_call_goes_on(pipeline, folder, tmp_path):
+def test_a_write_error_stops_the_run_and_the_same_call_resumes(pipeline, folder, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "maps").write_text("a file where a folder must be: nothing can be written")
@@ -297,14 +297,19 @@ def test_an_image_of_one_value_has_no_score_and_a_colour_photograph_a_warning(pi
     Image.new("L", (20, 20), 7).save(folder / "flat.png")
     colours = np.random.default_rng(0).integers(0, 255, (3, 3, 3), np.uint8)
     Image.fromarray(colours).resize((24, 24), Image.Resampling.NEAREST).save(folder / "photo.png")
-    picture(5).convert("RGB").save(folder / "grey_as_rgb.png")
+    make_image(5).convert("RGB").save(folder / "grey_as_rgb.png")
+    marked = make_image(6, 120, 90).convert("RGB")
+    marked.paste((255, 200, 0), (10, 10, 40, 40))
+    marked.save(folder / "marked.png")
     summary = run_detect(pipeline, [folder], tmp_path / "out")
     assert list(summary["failed"]) == [str(folder / "flat.png")]
     assert "one value" in summary["failed"][str(folder / "flat.png")]
-    assert [Path(path).name for path in summary["warnings"]] == ["photo.png"]
+    warnings = {Path(path).name: text for path, text in summary["warnings"].items()}
+    assert warnings.keys() == {"photo.png", "marked.png"}
+    assert warnings["photo.png"].startswith("a colour image") and warnings["marked.png"].startswith("some colour")
 
 
-def test_a_threshold_of_ones_own_decides_fraction_and_mask(pipeline, folder, tmp_path):
+def test_a_given_threshold_determines_fraction_and_mask(pipeline, folder, tmp_path):
     with pytest.raises(ValueError, match="expected `threshold`"):
         run_detect(pipeline, [folder / "a.png"], tmp_path, save_masks=True)
     with pytest.raises(ValueError, match="between 0 and 1, got 2"):
@@ -320,15 +325,84 @@ def test_a_threshold_of_ones_own_decides_fraction_and_mask(pipeline, folder, tmp
         run_detect(pipeline, [folder / "a.png"], tmp_path, threshold=0.08, save_masks=True, save_panel=False)
 
 
-def test_a_score_is_placed_among_the_healthy_scores_of_the_model(pipeline, folder, tmp_path):
+def test_results_give_the_rank_among_the_models_healthy_scores(pipeline, folder, tmp_path):
     pipeline.save_pretrained(tmp_path / "model")
     model = type(pipeline).from_pretrained(tmp_path / "model")
-    score = float(model(picture(0), output_type="np", **FEW_STEPS).anomaly_score[0])
+    score = float(model(make_image(0), output_type="np", **FEW_STEPS).anomaly_score[0])
     healthy = [score * share for share in (0.25, 0.5, 0.75, 1.5)]
     call = as_json(model.settings(**FEW_STEPS))
     keep_scores(ReferenceScores("four chests", call, healthy, weights_digest(model)), tmp_path / "model")
     run_detect(model, [folder / "a.png"], tmp_path / "out")
     row = table(tmp_path / "out")["a"]
-    assert (float(row["healthy_percentile"]), float(row["p_value"])) == (75, 2 / 5)
+    assert (float(row["healthy_percentile"]), float(row["p_value"]), row["healthy_images"]) == (75, 2 / 5, "4")
+    assert list(row)[:6] == ["image", "name", "healthy_percentile", "p_value", "healthy_images", "anomaly_score"]
     detect(model, [folder / "a.png"], tmp_path / "other", call_kwargs={**FEW_STEPS, "noise_level": 200}, progress=False)
     assert table(tmp_path / "other")["a"]["p_value"] == ""  # other settings: other scores
+
+
+def test_a_headline_gives_the_rank_and_the_p_value_before_the_score():
+    reference = ReferenceScores("37 chests", {}, [float(i) for i in range(37)])
+    assert reference.headline(30.5) == "higher than 31 of 37 healthy images (p = .18)"
+    assert reference.headline(-1) == "higher than 0 of 37 healthy images (p = 1)"
+
+
+@pytest.mark.parametrize("box_format", ["coco", "yolo"])
+def test_boxes_surround_the_pixels_above_the_threshold_and_are_kept_on_resuming(pipeline, folder, tmp_path, box_format):
+    with pytest.raises(ValueError, match="for `save_boxes`, got neither"):
+        run_detect(pipeline, [folder], tmp_path, save_boxes=box_format)
+    with pytest.raises(ValueError, match="coco or yolo, got 'voc'"):
+        run_detect(pipeline, [folder], tmp_path, save_boxes="voc", threshold=0.07)
+    options = dict(save_boxes=box_format, threshold=0.07, save_masks=True, save_panel=False)
+    run_detect(pipeline, [folder / "a.png"], tmp_path, **options)
+    run_detect(pipeline, [folder / "a.png", folder / "a.jpg"], tmp_path, **options)
+    rows = table(tmp_path)
+    assert len(rows) == 2
+    for name, row in rows.items():
+        height, width = int(row["height"]), int(row["width"])
+        if box_format == "yolo":
+            lines = (tmp_path / "labels" / f"{name}.txt").read_text().splitlines()
+            shares = np.array([line.split()[1:5] for line in lines], float).reshape(-1, 4) * ([width, height] * 2)
+            boxes = np.concatenate([shares[:, :2] - shares[:, 2:] / 2, shares[:, 2:]], axis=1).round().astype(int)
+        else:
+            content = json.loads((tmp_path / "boxes.json").read_text())
+            (image_id,) = [image["id"] for image in content["images"] if image["file_name"] == row["image"]]
+            boxes = [box["bbox"] for box in content["annotations"] if box["image_id"] == image_id]
+        covered = np.zeros((height, width), bool)
+        for x, y, w, h in boxes:
+            covered[y : y + h, x : x + w] = True
+        mask = np.asarray(Image.open(tmp_path / "masks" / f"{name}.png")) > 0
+        assert mask.any() and not (mask & ~covered).any()
+        assert {tuple(np.flatnonzero(mask.any(axis=axis))[[0, -1]]) for axis in (0, 1)} == {
+            tuple(np.flatnonzero(covered.any(axis=axis))[[0, -1]]) for axis in (0, 1)
+        }
+
+
+def test_the_crisp_counterfactual_is_the_input_plus_the_enlarged_change():
+    config = {"aspect": "pad", "scaling": "minmax"}
+    rng = np.random.default_rng(0)
+    source = Image.fromarray(np.kron(rng.integers(50, 90, (40, 30)), np.ones((3, 3))).astype(np.uint8))
+    image = np.full((16, 16, 1), 0.5, np.float32)
+    grey = in_model_greys(source, 16, "minmax", "pad", 120)
+    np.testing.assert_array_equal(crisp_counterfactual(source, image, image, config), grey)
+    changed = image.copy()
+    changed[:8] -= 0.125
+    changed[8:] += 0.125
+    crisp = crisp_counterfactual(source, image, changed, config)
+    assert crisp.shape == (120, 90)
+    inside = (grey > 0.2) & (grey < 0.8)
+    for rows, change in ((slice(0, 50), -0.125), (slice(70, 120), 0.125)):
+        np.testing.assert_allclose((crisp - grey)[rows][inside[rows]], change, atol=1e-5)
+
+
+def test_a_pipeline_with_a_lung_segmenter_fills_the_zone_columns(pipeline, folder, tmp_path):
+    from cxr_diffusers import CFGAnomalyPipeline, LungSegmenter
+
+    run_detect(pipeline, [folder / "a.png"], tmp_path / "without")
+    assert table(tmp_path / "without")["a"]["zone"] == ""
+    segmenter = LungSegmenter(sample_size=16, block_out_channels=(4, 4))
+    with_lungs = CFGAnomalyPipeline(pipeline.unet, pipeline.scheduler, lung_segmenter=segmenter)
+    run_detect(with_lungs, [folder / "a.png"], tmp_path / "with", save_counterfactual=True)
+    row = table(tmp_path / "with")["a"]
+    assert 0 <= float(row["zone_share"]) <= 1 and 0 <= float(row["outside_lungs"]) <= 1
+    with Image.open(tmp_path / "with" / "counterfactuals" / "a_crisp.png") as crisp:
+        assert (crisp.mode, crisp.size) == ("L", (18, 24))

@@ -1,4 +1,4 @@
-"""DICOM objects of a detection: read back, they are the mask and the picture, and belong to their source."""
+"""DICOM objects of a detection: read back, they equal mask and panel and refer to their source."""
 
 import csv
 import shutil
@@ -13,7 +13,13 @@ from PIL import Image
 from cxr_diffusers.cli import main
 from cxr_diffusers.files import load_map
 from cxr_diffusers.inference import detection
-from cxr_diffusers.inference.dicom_output import Algorithm, make_capture, make_segmentation
+from cxr_diffusers.inference.dicom_output import (
+    ENDINGS,
+    Algorithm,
+    make_capture,
+    make_presentation_state,
+    make_segmentation,
+)
 from helpers import FEW_STEPS, run_detect, write_source
 
 ALGORITHM = Algorithm("CFGAnomalyPipeline", "toy", "0123456789abcdef", 0.05)
@@ -27,17 +33,17 @@ def model(pipeline):
 
 
 @pytest.fixture
-def found(model, tmp_path):
+def detected(model, tmp_path):
     """A detection with DICOM objects -> (folder of the results, source)."""
     source = write_source(tmp_path / "mueller.dcm")
     run_detect(model, [source], tmp_path / "out", dicom=True, map_format="npy")
     return tmp_path / "out", pydicom.dcmread(source)
 
 
-def test_the_segmentation_is_the_map_above_the_threshold_on_the_sources_pixels(found):
+def test_the_segmentation_is_the_map_above_the_threshold_on_the_sources_pixels(detected):
     import highdicom
 
-    out, source = found
+    out, source = detected
     segmentation = highdicom.seg.segread(out / "dicom" / "mueller_seg.dcm")
     expected = load_map(out / "maps" / "mueller.npy") > THRESHOLD
     assert expected.any() and not expected.all()
@@ -52,9 +58,9 @@ def test_the_segmentation_is_the_map_above_the_threshold_on_the_sources_pixels(f
     assert (segmentation.SegmentationType, segment.SegmentAlgorithmType) == ("BINARY", "AUTOMATIC")
 
 
-def test_both_objects_file_into_the_study_and_name_their_source(found):
-    out, source = found
-    objects = [pydicom.dcmread(out / "dicom" / f"mueller_{kind}.dcm") for kind in ("seg", "overlay")]
+def test_both_objects_file_into_the_study_and_name_their_source(detected):
+    out, source = detected
+    objects = [pydicom.dcmread(out / "dicom" / f"mueller_{ending}.dcm") for ending in ("seg", "overlay")]
     for made in objects:
         for name in ("StudyInstanceUID", "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyDate"):
             assert made[name].value == source[name].value, name
@@ -68,8 +74,8 @@ def test_both_objects_file_into_the_study_and_name_their_source(found):
     assert len(uids) == 6
 
 
-def test_the_capture_is_the_picture_under_a_banner_and_without_the_files_name(found, model, tmp_path):
-    out, source = found
+def test_the_capture_is_the_panel_under_a_banner_and_without_the_files_name(detected, model, tmp_path):
+    out, source = detected
     capture = pydicom.dcmread(out / "dicom" / "mueller_overlay.dcm")
     pixels = capture.pixel_array
     assert (capture.PhotometricInterpretation, pixels.dtype) == ("RGB", np.uint8)
@@ -86,10 +92,52 @@ def test_the_capture_is_the_picture_under_a_banner_and_without_the_files_name(fo
     assert (np.asarray(Image.open(tmp_path / "other" / "x.png")) != strip).any()
 
 
+def test_the_presentation_state_outlines_the_region_on_its_source(detected):
+    """Read back, the outlines enclose the pixels of the Segmentation, and no others."""
+    from skimage.draw import polygon2mask
+
+    out, source = detected
+    state = pydicom.dcmread(out / "dicom" / "mueller_gsps.dcm")
+    assert state.SOPClassUID.name == "Grayscale Softcopy Presentation State Storage"
+    for name in ("StudyInstanceUID", "PatientID", "PatientName"):
+        assert state[name].value == source[name].value, name
+    series = state.ReferencedSeriesSequence[0]
+    assert series.SeriesInstanceUID == source.SeriesInstanceUID
+    assert series.ReferencedImageSequence[0].ReferencedSOPInstanceUID == source.SOPInstanceUID
+    annotation = state.GraphicAnnotationSequence[0]
+    assert annotation.TextObjectSequence[0].UnformattedTextValue.startswith("RESEARCH USE ONLY")
+    inside = np.zeros((24, 18), int)
+    for graphic in annotation.GraphicObjectSequence:
+        assert (graphic.GraphicType, graphic.GraphicAnnotationUnits) == ("POLYLINE", "PIXEL")
+        points = np.array(graphic.GraphicData).reshape(-1, 2)
+        np.testing.assert_array_equal(points[0], points[-1])
+        inside += polygon2mask((24, 18), points[:, ::-1] - 0.5)
+    expected = pydicom.dcmread(out / "dicom" / "mueller_seg.dcm").pixel_array
+    np.testing.assert_array_equal(inside % 2, expected)  # the outline of a hole takes its pixels out again
+
+
+def test_the_presentation_state_displays_the_source_as_its_header_says(tmp_path):
+    mask = np.ones((24, 18), bool)
+    windows = dict(WindowCenter=[2000, 100], WindowWidth=[3000, 50], RescaleSlope=2, RescaleIntercept=-1)
+    source = pydicom.dcmread(write_source(tmp_path / "a.dcm", **windows))
+    state = make_presentation_state(source, mask, ALGORITHM)
+    assert (state.RescaleSlope, state.RescaleIntercept, state.PresentationLUTShape) == (2, -1, "IDENTITY")
+    window = state.SoftcopyVOILUTSequence[0]
+    assert (window.WindowCenter, window.WindowWidth) == (2000, 3000)
+    np.testing.assert_array_equal(
+        np.array(state.GraphicAnnotationSequence[0].GraphicObjectSequence[0].GraphicData).reshape(-1, 2).max(axis=0),
+        [18, 24],
+    )
+    source = pydicom.dcmread(write_source(tmp_path / "b.dcm", photometric="MONOCHROME1", WindowCenter=5, WindowWidth=0))
+    state = make_presentation_state(source, ~mask, ALGORITHM)
+    assert state.PresentationLUTShape == "INVERSE" and "SoftcopyVOILUTSequence" not in state
+    assert "GraphicObjectSequence" not in state.GraphicAnnotationSequence[0]
+
+
 @pytest.mark.skipif(not shutil.which("dciodvfy"), reason="dciodvfy (dicom3tools) is not installed")
-def test_dciodvfy_finds_no_error(found, tmp_path):
-    out, source = found
-    bare = write_source(tmp_path / "bare.dcm", 1)  # a source that lacks what many lack
+def test_dciodvfy_finds_no_error(detected, tmp_path):
+    out, source = detected
+    bare = write_source(tmp_path / "bare.dcm", 1)  # a source without elements that are often missing
     header = pydicom.dcmread(bare)
     for name in (
         "PatientName",
@@ -102,12 +150,14 @@ def test_dciodvfy_finds_no_error(found, tmp_path):
     ):
         del header[name]
     make_segmentation(header, np.zeros((24, 18), bool), ALGORITHM).save_as(tmp_path / "seg.dcm")
-    assert not pydicom.dcmread(tmp_path / "seg.dcm").pixel_array.any()  # "nothing found" is an object, too
+    assert not pydicom.dcmread(tmp_path / "seg.dcm").pixel_array.any()  # an empty segmentation is valid
     make_capture(header, Image.new("RGB", (200, 80)), ALGORITHM).save_as(tmp_path / "overlay.dcm")
-    for path in [*(out / "dicom").iterdir(), tmp_path / "seg.dcm", tmp_path / "overlay.dcm"]:
-        said = subprocess.run(["dciodvfy", "-new", str(path)], capture_output=True, text=True).stderr
-        assert "Segmentation" in said or "SCImage" in said
-        assert "Error" not in said, said
+    make_presentation_state(header, np.zeros((24, 18), bool), ALGORITHM).save_as(tmp_path / "gsps.dcm")
+    objects = [tmp_path / f"{ending}.dcm" for ending in ENDINGS]
+    for path in [*(out / "dicom").iterdir(), *objects]:
+        report = subprocess.run(["dciodvfy", "-new", str(path)], capture_output=True, text=True).stderr
+        assert any(name in report for name in ("Segmentation", "SCImage", "GrayscaleSoftcopyPresentationState"))
+        assert "Error" not in report, report
 
 
 def test_a_rerun_gives_the_same_uids_and_another_model_or_threshold_others(tmp_path):
@@ -122,7 +172,7 @@ def test_a_rerun_gives_the_same_uids_and_another_model_or_threshold_others(tmp_p
     assert made.SeriesInstanceUID == make_segmentation(source, mask, ALGORITHM).SeriesInstanceUID
 
 
-def test_what_the_source_says_of_its_pixels_holds_for_the_capture(tmp_path):
+def test_burned_in_text_compression_and_orientation_are_copied_to_the_capture(tmp_path):
     tags = {"BurnedInAnnotation": "YES", "LossyImageCompression": "01", "LossyImageCompressionRatio": 8}
     source = pydicom.dcmread(write_source(tmp_path / "a.dcm", PatientOrientation=["L", "F"], **tags))
     capture = make_capture(source, Image.new("RGB", (200, 80)), ALGORITHM)
@@ -145,38 +195,40 @@ def test_objects_need_a_threshold_and_a_dicom_file_that_names_its_study(pipeline
     summary = run_detect(pipeline, [whole, lost, tmp_path / "x.png"], tmp_path / "out", dicom=True)
     assert "StudyInstanceUID" in summary["failed"][str(lost)] and summary["computed"] == 2
     assert summary["without_dicom"] == [str(tmp_path / "x.png")]
-    assert {path.name for path in (tmp_path / "out" / "dicom").iterdir()} == {"whole_seg.dcm", "whole_overlay.dcm"}
+    assert {path.name for path in (tmp_path / "out" / "dicom").iterdir()} == {
+        f"whole_{ending}.dcm" for ending in ENDINGS
+    }
 
 
-def test_a_header_of_which_no_objects_can_be_made_fails_alone(model, tmp_path):
+def test_an_invalid_header_fails_only_its_own_file(model, tmp_path):
     (tmp_path / "in").mkdir()
     strange = write_source(tmp_path / "in" / "strange.dcm", 1, PatientSex="UNKNOWN")
     write_source(tmp_path / "in" / "whole.dcm", 2)
     summary = run_detect(model, [tmp_path / "in"], tmp_path / "out", dicom=True)
     assert summary["computed"] == 1 and list(summary["failed"]) == [str(strange)]
     assert "strange.dcm: no DICOM objects can be made" in summary["failed"][str(strange)]
-    assert "UNKNOWN" not in (tmp_path / "out" / "failed.csv").read_text(), "what a header says stays there"
+    assert "UNKNOWN" not in (tmp_path / "out" / "failed.csv").read_text(), "header values must not be copied"
     assert {path.name for path in (tmp_path / "out" / "rows").iterdir()} == {"whole.json"}
 
 
-def test_objects_of_the_file_that_was_here_before_do_not_outlive_it(model, tmp_path):
+def test_objects_of_a_replaced_file_are_deleted(model, tmp_path):
     source, out = write_source(tmp_path / "a.dcm"), tmp_path / "out"
     for broken in (lambda: write_source(source, 1, PatientSex="UNKNOWN"), lambda: source.write_bytes(b"cut off")):
         write_source(source, 2)
         assert (
-            run_detect(model, [source], out, dicom=True)["computed"] == 1 and len(list((out / "dicom").iterdir())) == 2
+            run_detect(model, [source], out, dicom=True)["computed"] == 1 and len(list((out / "dicom").iterdir())) == 3
         )
         broken()
         assert list(run_detect(model, [source, write_source(tmp_path / "b.dcm", 3)], out, dicom=True)["failed"]) == [
             str(source)
         ]
-        assert {path.name for path in (out / "dicom").iterdir()} == {"b_seg.dcm", "b_overlay.dcm"}
+        assert {path.name for path in (out / "dicom").iterdir()} == {f"b_{ending}.dcm" for ending in ENDINGS}
         (tmp_path / "b.dcm").unlink()
         for path in [*(out / "dicom").iterdir(), *(out / "rows").iterdir()]:
             path.unlink()
 
 
-def test_two_pictures_of_one_map_are_two_captures(tmp_path):
+def test_two_panels_of_one_map_are_two_captures(tmp_path):
     source = pydicom.dcmread(write_source(tmp_path / "a.dcm"))
     uids = [
         make_capture(source, Image.new("RGB", (90, 80), c), ALGORITHM).SOPInstanceUID for c in ("red", "blue", "red")
@@ -184,7 +236,7 @@ def test_two_pictures_of_one_map_are_two_captures(tmp_path):
     assert uids[0] != uids[1] and uids[0] == uids[2]
 
 
-def test_without_highdicom_it_is_said_what_to_install(model, tmp_path, monkeypatch):
+def test_without_highdicom_the_error_names_the_package(model, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "highdicom", None)
     source = write_source(tmp_path / "a.dcm")
     with pytest.raises(ImportError, match=r"pip install 'cxr_diffusers\[dicom\]'"):
@@ -207,7 +259,7 @@ def test_a_run_with_objects_resumes_and_is_not_mixed_with_one_without(model, tmp
     assert set(first["skipped"].values()) == {"Secondary Capture of cxr_diffusers", "Segmentation Storage"}
     written = {path: path.stat().st_mtime_ns for path in (out / "dicom").iterdir()}
     again = run_detect(model, [tree], out, dicom=True)
-    assert len(written) == 4 and (again["computed"], again["skipped"]) == (0, first["skipped"])
+    assert len(written) == 6 and (again["computed"], again["skipped"]) == (0, first["skipped"])
     assert {path: path.stat().st_mtime_ns for path in (out / "dicom").iterdir()} == written
     assert again["warnings"] == {str(tree / "ST1" / "IM0001"): "a lateral view (ViewPosition LL)"}
     with open(out / "results.csv", newline="") as file:
@@ -219,20 +271,20 @@ def test_a_run_with_objects_resumes_and_is_not_mixed_with_one_without(model, tmp
         run_detect(model, [out / "dicom"], out)
 
 
-def test_the_command_line_tells_what_was_left_out_and_what_has_warnings(model, tmp_path, capsys):
+def test_the_command_line_prints_the_warnings(model, tmp_path, capsys):
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "images").mkdir()
     write_source(tmp_path / "images" / "a.dcm", 0)
     write_source(tmp_path / "images" / "b.dcm", 1, BodyPartExamined="HAND", BurnedInAnnotation="YES")
     settings = ["--model", str(tmp_path / "model"), "--num-inference-steps", "20", "--noise-level", "300"]
     assert main(["detect", str(tmp_path / "images"), "--out", str(tmp_path / "out"), "--dicom", *settings]) == 0
-    shown = capsys.readouterr().out
-    assert "1 images with warnings" in shown
-    assert "1 x not of the chest (BodyPartExamined HAND)" in shown and "1 x text burned into" in shown
-    assert len(list((tmp_path / "out" / "dicom").iterdir())) == 4
+    printed = capsys.readouterr().out
+    assert "1 images with warnings" in printed
+    assert "1 x not of the chest (BodyPartExamined HAND)" in printed and "1 x text burned into" in printed
+    assert len(list((tmp_path / "out" / "dicom").iterdir())) == 6
 
 
-def test_what_pydicom_cannot_read_is_not_quoted(model, tmp_path, capsys, recwarn):
+def test_invalid_header_values_are_not_quoted(model, tmp_path, capsys, recwarn):
     model.save_pretrained(tmp_path / "model")
     source = write_source(tmp_path / "a.dcm", StudyInstanceUID="1.2.MUELLER")
     with pytest.warns(UserWarning, match="MUELLER"):
@@ -240,12 +292,12 @@ def test_what_pydicom_cannot_read_is_not_quoted(model, tmp_path, capsys, recwarn
     recwarn.clear()
     settings = ["--model", str(tmp_path / "model"), "--num-inference-steps", "20", "--noise-level", "300"]
     main(["detect", str(source), "--out", str(tmp_path / "out"), "--dicom", *settings])
-    assert not [str(found.message) for found in recwarn if "MUELLER" in str(found.message)]
-    shown = capsys.readouterr()
-    assert "MUELLER" not in shown.out + shown.err
+    assert not [str(warning.message) for warning in recwarn if "MUELLER" in str(warning.message)]
+    printed = capsys.readouterr()
+    assert "MUELLER" not in printed.out + printed.err
 
 
-def test_a_file_of_before_there_were_warnings_is_read(model, tmp_path):
+def test_results_of_an_older_version_are_read(model, tmp_path):
     """A folder of results that an older version wrote is gone on with."""
     source = write_source(tmp_path / "a.dcm", ViewPosition="RL")
     run_detect(model, [source], tmp_path / "out")
@@ -259,7 +311,7 @@ def test_a_file_of_before_there_were_warnings_is_read(model, tmp_path):
     assert summary["computed"] == 0 and summary["warnings"] == {}
 
 
-def test_objects_carry_nothing_of_the_source_but_what_files_them(model, tmp_path):
+def test_objects_copy_only_the_elements_that_file_them(model, tmp_path):
     source = write_source(tmp_path / "a.dcm")
     header = pydicom.dcmread(source)
     secrets = {
@@ -283,7 +335,7 @@ def test_objects_carry_nothing_of_the_source_but_what_files_them(model, tmp_path
     header.FrameOfReferenceUID = "1.2.3.4"
     header.save_as(source)
     run_detect(model, [source], tmp_path / "out", dicom=True)
-    for ending in ("seg", "overlay"):
+    for ending in ENDINGS:
         path = tmp_path / "out" / "dicom" / f"a_{ending}.dcm"
         assert b"SECRET" not in path.read_bytes(), ending
         made = pydicom.dcmread(path)

@@ -46,13 +46,13 @@ def small_pipeline(**changes):
     return pipeline
 
 
-def pictures(n):
+def make_images(n):
     rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 255, (20, 16)).astype(np.uint8)) for _ in range(n)]
 
 
 def maps(pipeline, n=3, **kwargs):
-    return pipeline(pictures(n), output_type="np", **kwargs).anomaly_map
+    return pipeline(make_images(n), output_type="np", **kwargs).anomaly_map
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -84,7 +84,7 @@ def test_an_export_is_made_once_for_each_network(cache):
     assert not list(cache.glob(".*"))
 
 
-def test_backends_and_weights_are_told_apart_where_results_are_kept():
+def test_fingerprints_differ_between_backends_and_weights():
     pipeline = small_pipeline()
     prints = {fingerprint(with_backend(pipeline, name), {}, 0) for name in ("torch", *FORMATS)}
     assert len(prints) == 3
@@ -116,11 +116,11 @@ def test_an_exported_folder_opens_like_any_other_without_weights_and_without_thi
     np.testing.assert_allclose(maps(portable, **FAST), expected, atol=1e-4)
 
 
-def test_a_folder_is_not_overwritten_unasked_and_keeps_its_card(tmp_path):
+def test_a_folder_is_only_overwritten_on_request_and_keeps_its_card(tmp_path):
     small_pipeline().save_pretrained(tmp_path / "torch")
     (tmp_path / "torch" / "README.md").write_text("a card with ![x](example.png)")
     for name in ("example.png", "other.png"):
-        pictures(1)[0].save(tmp_path / "torch" / name)
+        make_images(1)[0].save(tmp_path / "torch" / name)
     command = ["export", str(tmp_path / "torch"), str(tmp_path / "out")]
     assert main(command) == 0
     beside = {path.name for path in (tmp_path / "out").iterdir()}
@@ -131,7 +131,7 @@ def test_a_folder_is_not_overwritten_unasked_and_keeps_its_card(tmp_path):
     assert not (tmp_path / "out" / "mark").exists() and (tmp_path / "out" / "unet" / "net.bin").is_file()
 
 
-def test_an_export_replaces_neither_its_own_model_nor_what_is_none(tmp_path, monkeypatch):
+def test_an_export_replaces_neither_its_own_model_nor_other_folders(tmp_path, monkeypatch):
     small_pipeline().save_pretrained(tmp_path / "torch")
     (tmp_path / "home").mkdir()
     for path in (tmp_path / "home" / "thesis.txt", tmp_path / "file"):
@@ -139,7 +139,7 @@ def test_an_export_replaces_neither_its_own_model_nor_what_is_none(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     model = load_pipeline("torch")
     for output, why in (
-        (tmp_path / "torch", "weights would be gone"),
+        (tmp_path / "torch", "weights would be lost"),
         ("home", "no pipeline"),
         ("file", "no pipeline"),
     ):
@@ -149,7 +149,7 @@ def test_an_export_replaces_neither_its_own_model_nor_what_is_none(tmp_path, mon
     assert list((tmp_path / "torch" / "unet").glob("*.safetensors"))
 
 
-def test_what_needs_gradients_is_not_exported():
+def test_pipelines_that_need_gradients_are_not_exported():
     guided = ClassifierGuidedPipeline(toy_unet(), toy_classifier(), DDIMScheduler(clip_sample=False))
     with pytest.raises(ValueError, match="CFGAnomalyPipeline or FixedPointGANPipeline.*guidance needs gradients"):
         with_backend(guided, "onnx")
@@ -165,7 +165,7 @@ def test_what_needs_gradients_is_not_exported():
         exported(torch.zeros(1, 1, 16, 16), 5)
 
 
-def test_a_missing_package_is_said_with_what_to_install(tmp_path, monkeypatch):
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
     exported = with_backend(small_pipeline(), "onnx").unet
     for name in ("onnxscript", "onnxruntime", "openvino"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -180,13 +180,13 @@ def test_a_missing_package_is_said_with_what_to_install(tmp_path, monkeypatch):
             call()
 
 
-def test_a_network_that_answers_differently_is_not_handed_out():
+def test_an_export_with_another_output_is_refused():
     """What a wrong export would look like: that of another network."""
     net, inputs = small_pipeline().unet, ["sample", "timestep", "class_labels"]
     exported = with_backend(small_pipeline(), "onnx").unet
     check_net(net, exported, inputs)
     net.conv_out.bias.data += 2 * TOLERANCE
-    with pytest.raises(ValueError, match="answers differently, by up to 2"):
+    with pytest.raises(ValueError, match="equal to 0.0001, got a difference of 2"):
         check_net(net, exported, inputs)
 
 
@@ -194,20 +194,20 @@ def test_detect_and_evaluate_take_a_backend(tmp_path, capsys):
     small_pipeline().save_pretrained(tmp_path / "torch")
     for name in ("healthy", "diseased"):
         (tmp_path / "data" / name).mkdir(parents=True)
-        for i, picture in enumerate(pictures(2)):
-            picture.save(tmp_path / "data" / name / f"{i}.png")
+        for i, image in enumerate(make_images(2)):
+            image.save(tmp_path / "data" / name / f"{i}.png")
     settings = ["--model", str(tmp_path / "torch"), "--num-inference-steps", "20", "--noise-level", "300"]
-    found = {}
+    maps = {}
     for backend in ("torch", "onnx"):
         out = tmp_path / backend / "out"
         images = str(tmp_path / "data" / "healthy")
         command = ["detect", images, "--out", str(out), "--map-format", "npy", *settings, "--backend", backend]
         assert main(command) == 0
-        found[backend] = [np.load(path) for path in sorted((out / "maps").iterdir())]
+        maps[backend] = [np.load(path) for path in sorted((out / "maps").iterdir())]
         with open(out / "results.csv", newline="") as file:
             assert len(list(csv.DictReader(file))) == 2
     assert main([*command[:-1], "torch"]) == 2 and "weights" in capsys.readouterr().err  # not mixed in one folder
-    np.testing.assert_allclose(found["onnx"], found["torch"], atol=1e-4)
+    np.testing.assert_allclose(maps["onnx"], maps["torch"], atol=1e-4)
     command = ["evaluate", str(tmp_path / "data"), "--out", str(tmp_path / "report"), "--bootstrap", "5", *settings]
     assert main([*command, "--backend", "onnx"]) == 0
     assert json.loads((tmp_path / "report" / "summary.json").read_text())["n_images"] == 4

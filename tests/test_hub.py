@@ -54,11 +54,11 @@ def summary(pipeline, name="method", **others):
 
 @pytest.fixture
 def folder(pipeline, tmp_path):
-    """A pipeline's folder with a card and a picture, and around it what a training run leaves there."""
+    """A pipeline's folder with a card and an image, and the other files of a training run."""
     folder = tmp_path / "run"
     pipeline.save_pretrained(folder)
     Image.new("L", (8, 8)).save(folder / "example.png")
-    write_model_card(folder, training=TRAINING, picture="example.png")
+    write_model_card(folder, training=TRAINING, image="example.png")
     for name in ("checkpoint-0000010/model.safetensors", "validation/step-10.png", "logs/events", "log.jsonl"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("stays at home")
@@ -100,8 +100,8 @@ def test_a_published_model_runs_from_the_hub_and_takes_its_card_along(pipeline, 
         published, card = hub.files("me/model"), hub.files("me/trained")["README.md"]
         pushed = {name: hub.files(f"me/{name}") for name in ("other", "third")}
 
-    for found in torch.load(tmp_path / "home.pt"):
-        torch.testing.assert_close(found, expected)
+    for anomaly_map in torch.load(tmp_path / "home.pt"):
+        torch.testing.assert_close(anomaly_map, expected)
     assert "/me/model/commit/" in addresses[0] and "/me/trained/commit/" in addresses[1]
 
     code = {name for name in published if name.endswith(".py")}
@@ -109,7 +109,7 @@ def test_a_published_model_runs_from_the_hub_and_takes_its_card_along(pipeline, 
     model = {"unet/config.json", "unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"}
     assert set(published) == {"model_index.json", "README.md", "example.png", "healthy_scores.json"} | model | code
     assert addresses[2] == [[0.25], True, None], "the scores of healthy images go out with the model"
-    # `push_to_hub` of a pipeline that was loaded takes the card and its picture along, from a folder or from the Hub
+    # `push_to_hub` of a pipeline that was loaded takes the card and its image along, from a folder or from the Hub
     for name, files in pushed.items():
         assert (
             set(files) >= set(published) - {"healthy_scores.json"} and files["example.png"] == published["example.png"]
@@ -121,7 +121,7 @@ def test_a_published_model_runs_from_the_hub_and_takes_its_card_along(pipeline, 
     assert b'from_pretrained("me/model", trust' in published["README.md"] and b'("me/trained", trust' in card
 
 
-def test_a_card_has_metadata_that_the_hub_reads_and_figures_as_they_were_measured(pipeline, folder):
+def test_a_card_has_metadata_for_the_hub_and_the_measured_figures(pipeline, folder):
     write_model_card(
         folder, training=TRAINING, evaluation=summary(pipeline), evaluated_on="Phantoms, validation", name="me/model"
     )
@@ -187,7 +187,7 @@ def test_an_evaluation_of_another_model_or_of_this_one_twice_is_refused(pipeline
     assert (folder / "README.md").read_text() == before
 
 
-def test_of_two_rows_of_a_model_that_of_its_own_settings_goes_into_the_card(pipeline, folder):
+def test_of_two_rows_of_a_model_the_card_takes_the_one_with_its_own_settings(pipeline, folder):
     report = summary(pipeline, harder=(described(pipeline, guidance_scale=9), 0.9))
     write_model_card(folder, training=TRAINING, evaluation=report)
     assert ModelCard.load(folder / "README.md").data.eval_results[1].metric_value == 0.75
@@ -220,12 +220,12 @@ def test_a_card_without_figures_claims_none(folder):
     assert "![input, counterfactual, anomaly map](example.png)" in card.text
 
 
-def test_a_card_shows_no_picture_that_is_not_there(folder):
+def test_a_card_with_a_missing_image_is_refused(folder):
     with pytest.raises(FileNotFoundError, match="missing.png"):
-        write_model_card(folder, training=TRAINING, picture="missing.png")
+        write_model_card(folder, training=TRAINING, image="missing.png")
 
 
-def test_nothing_is_published_that_was_not_saved_or_has_no_card(folder, tmp_path):
+def test_a_folder_without_model_or_card_is_not_published(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="model_index.json"):
         publish(tmp_path, "me/model")
     (folder / "README.md").unlink()
@@ -241,7 +241,7 @@ def test_an_export_is_not_published_since_it_would_not_open(folder):
         publish(folder, "me/model")
 
 
-def test_a_model_opens_by_the_class_that_it_names(folder):
+def test_a_model_opens_as_the_class_in_its_index(folder):
     assert type(load_pipeline(folder)) is CFGAnomalyPipeline
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "DDIMPipeline"}))
@@ -250,16 +250,54 @@ def test_a_model_opens_by_the_class_that_it_names(folder):
 
 
 @pytest.mark.parametrize("name", ["no/such/folder", "nowhere", "."])
-def test_what_is_no_model_is_named(name):
+def test_a_missing_model_is_named(name):
     with pytest.raises(FileNotFoundError, match="model_index.json or a Hub name"):
         load_pipeline(name)
 
 
 def test_a_mistyped_folder_is_named_without_asking_the_hub(tmp_path, monkeypatch):
-    (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="Hub name USER/NAME, got runs/typo"):
-        load_pipeline("runs/typo")
+    for name in ("runs/typo", "models/typo"):
+        if name.startswith("models"):
+            (tmp_path / "models").mkdir()
+        for load in (load_pipeline, load_unet):
+            with pytest.raises(FileNotFoundError, match=f"USER/NAME, got {name}, and there is no such folder"):
+                load(name)
+
+
+def test_a_hub_that_does_not_answer_is_named_within_seconds(tmp_path):
+    """At a closed port, huggingface_hub alone tries for 23 seconds."""
+    script = """if True:
+        import time
+        import diffusers, cxr_diffusers.pipelines, cxr_diffusers.models.space_to_depth_unet
+        from cxr_diffusers.hub.loading import load_pipeline, load_unet
+        from cxr_diffusers.inference.reference_scores import kept_scores
+        start = time.monotonic()
+        assert kept_scores("me/model") is None
+        for load in (load_pipeline, load_unet):
+            try:
+                load("me/model")
+            except FileNotFoundError as error:
+                print(error)
+        print(time.monotonic() - start)
+    """
+    closed = SimpleNamespace(environment={"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"})
+    *messages, seconds = run_script(closed, script, tmp_path, lines=3)
+    assert float(seconds) < 10
+    for message in messages:
+        assert message.startswith("no folder me/model here, and http://127.0.0.1:9, where"), message
+
+
+def test_a_model_that_is_not_on_the_hub_is_named(tmp_path):
+    script = """if True:
+        from cxr_diffusers.hub.loading import load_pipeline
+        try:
+            load_pipeline("me/typo")
+        except FileNotFoundError as error:
+            print(error)
+    """
+    with local_hub() as hub:
+        assert run_script(hub, script, tmp_path).startswith("no folder me/typo here, and no repository me/typo on the")
 
 
 def test_training_can_start_from_a_saved_unet(pipeline, folder):

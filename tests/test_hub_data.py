@@ -17,12 +17,12 @@ from cxr_diffusers.cli import build_parser, main
 from cxr_diffusers.data.hub import check_columns
 from cxr_diffusers.hub.datasets import (
     agreement_of,
-    alike,
     card,
     count_table,
-    relative,
-    renamed,
+    pseudonymised,
     size_category,
+    with_relative_paths,
+    with_same_columns,
     with_texts,
     without_metadata,
 )
@@ -203,7 +203,7 @@ def test_images_under_an_agreement_are_refused_before_anything_is_made():
 def test_splits_are_made_alike(folder):
     plain = load_phantom(2, size=16).remove_columns("mask")
     boxed = plain.add_column("boxes", [[[1.0, 2.0, 3.0, 4.0]], []])
-    made = alike({"train": plain, "test": load_phantom(2, seed=1, size=16), "boxes": boxed})
+    made = with_same_columns({"train": plain, "test": load_phantom(2, seed=1, size=16), "boxes": boxed})
     assert {tuple(found.column_names) for found in made.values()} == {
         ("image", "label", "patient", "view", "path", "mask", "boxes")
     }
@@ -214,13 +214,13 @@ def test_splits_are_made_alike(folder):
 
 def test_paths_lose_their_common_folders_only(folder):
     data = load_folder(folder)
-    assert relative(data)["path"][:] == [
+    assert with_relative_paths(data)["path"][:] == [
         "diseased/BOB/scan_of_somebody.png",
         "diseased/CLEO/scan_of_somebody.png",
         "healthy/ADA/scan_of_somebody.png",
     ]
-    assert relative(data.select([0]))["path"][:] == ["scan_of_somebody.png"]
-    assert relative(data).column_names == data.column_names
+    assert with_relative_paths(data.select([0]))["path"][:] == ["scan_of_somebody.png"]
+    assert with_relative_paths(data).column_names == data.column_names
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_paths_lose_their_common_folders_only(folder):
 def test_unknown_paths_and_mixed_absolute_and_relative_paths_are_handled(paths, expected):
     paths = [path.format(here=Path.cwd()) for path in paths]
     data = Dataset.from_dict({"path": paths, "label": [0] * len(paths)})
-    assert relative(data)["path"][:] == expected
+    assert with_relative_paths(data)["path"][:] == expected
 
 
 def test_no_name_of_a_mask_goes_out_under_a_pseudonym(tmp_path):
@@ -326,7 +326,7 @@ def test_a_broken_image_is_named_without_its_folder(tmp_path):
 
 def test_a_patient_has_one_number_in_all_splits():
     splits = {"train": load_phantom(3, size=16), "test": load_phantom(2, size=16)}
-    made = renamed(splits)
+    made = pseudonymised(splits)
     assert made["train"]["patient"][:2] == made["test"]["patient"][:] != splits["test"]["patient"][:]
     assert same(made["train"].select_columns(["image", "label"]), splits["train"].select_columns(["image", "label"]))
 
@@ -357,12 +357,14 @@ def test_masks_and_boxes_of_another_kind_are_refused(column, values):
 
 
 def test_a_card_describes_its_data_set(folder):
-    splits = alike({"train": load_folder(folder), "test": load_folder(folder).select([1])})
+    splits = with_same_columns({"train": load_folder(folder), "test": load_folder(folder).select([1])})
     text = DatasetCard(card(splits, "me/mine", license="other", license_link="https://terms"))
     assert text.data.license == "other" and text.data.license_link == "https://terms"
     assert text.data.task_categories == ["image-classification", "image-segmentation", "object-detection"]
     assert (
-        "was not said" in text.text and "Research use only" in text.text and "hub:path=me/mine,split=test" in text.text
+        "has not described" in text.text
+        and "Research use only" in text.text
+        and "hub:path=me/mine,split=test" in text.text
     )
     # split, images, patients, healthy, diseased, with a region
     assert "| train | 3 | 3 | 1 | 2 | 2 |" in count_table(splits) and "| test | 1 | 1 | 0 | 1 | 1 |" in count_table(

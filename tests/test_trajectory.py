@@ -1,4 +1,4 @@
-"""The recorder of the way to noise and back: its frames are the pipeline's, and its clean pictures the scheduler's."""
+"""The recorded trajectory: its frames are the pipeline's latents, its clean images the scheduler's predictions."""
 
 import json
 import re
@@ -40,45 +40,45 @@ def run(pipeline, images, **kwargs):
 
 def spy_on_predictions(scheduler):
     """The x_0 that each decoding step of `scheduler` has in its own output, as they come."""
-    said, step = [], scheduler.step
+    predictions, step = [], scheduler.step
 
     def listen(*args, **kwargs):
         output = step(*args, **kwargs)
-        said.append(output.pred_original_sample)
+        predictions.append(output.pred_original_sample)
         return output
 
     scheduler.step = listen
-    return said
+    return predictions
 
 
-def test_it_goes_up_to_the_noise_level_and_back_to_the_counterfactual(pipeline, images):
+def test_frames_run_up_to_the_noise_level_and_down_to_the_counterfactual(pipeline, images):
     trajectory, output = run(pipeline, images)
     assert [frame.level for frame in trajectory.frames] == LEVELS
-    assert [frame.going for frame in trajectory.frames] == ["inversion"] * 6 + ["decoding"] * 6
+    assert [frame.direction for frame in trajectory.frames] == ["inversion"] * 6 + ["decoding"] * 6
     last = (trajectory.frames[-1].latents.clamp(-1, 1) + 1) / 2
     torch.testing.assert_close(last, output.counterfactual)
     first = (trajectory.frames[0].latents + 1) / 2
     assert (first - output.image).abs().max() < 0.2 < (trajectory.frames[5].latents - output.image).std()
 
 
-def test_recording_changes_no_answer(pipeline, images):
+def test_recording_does_not_change_the_output(pipeline, images):
     _, recorded = run(pipeline, images)
     torch.testing.assert_close(recorded.anomaly_map, pipeline(images, output_type="pt", **FAST).anomaly_map)
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-def test_its_clean_pictures_are_those_of_the_scheduler(unet, images, kind, spacing):
-    scheduler = DDIMScheduler(clip_sample=False, prediction_type=kind, timestep_spacing=spacing)
-    said = spy_on_predictions(scheduler)
+def test_clean_images_equal_the_schedulers_predictions(unet, images, prediction_type, spacing):
+    scheduler = DDIMScheduler(clip_sample=False, prediction_type=prediction_type, timestep_spacing=spacing)
+    predictions = spy_on_predictions(scheduler)
     trajectory, _ = run(CFGAnomalyPipeline(unet, scheduler), images)
-    decoding = [frame for frame in trajectory.frames if frame.going == "decoding"]
-    assert len(decoding) == len(said) > 4
-    for frame, expected in zip(decoding, said, strict=True):
+    decoding = [frame for frame in trajectory.frames if frame.direction == "decoding"]
+    assert len(decoding) == len(predictions) > 4
+    for frame, expected in zip(decoding, predictions, strict=True):
         torch.testing.assert_close(frame.predicted, expected, atol=2e-4, rtol=2e-4)
 
 
-def test_the_clean_pictures_of_inversion_are_what_it_moved_along(pipeline, images):
+def test_clean_images_of_inversion_give_back_its_steps(pipeline, images):
     """x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps, with the noise that the network says there."""
     seen, predict = [], pipeline.predict
     pipeline.predict = lambda x, t, labels: seen.append(predict(x, t, labels)) or seen[-1]
@@ -88,14 +88,14 @@ def test_the_clean_pictures_of_inversion_are_what_it_moved_along(pipeline, image
         torch.testing.assert_close(frame.predicted, expected, atol=2e-4, rtol=2e-4)
 
 
-def test_several_noise_levels_are_one_way_up_and_a_way_down_from_each(pipeline, images):
-    said = spy_on_predictions(pipeline.scheduler)
+def test_several_noise_levels_have_one_inversion_and_a_decoding_each(pipeline, images):
+    predictions = spy_on_predictions(pipeline.scheduler)
     trajectory = Trajectory()
     call = {"num_inference_steps": 10, "noise_level": [500, 300], "output_type": "pt"}
     output = pipeline(images, callback_on_step_end=trajectory, **call)
-    decoding = [frame for frame in trajectory.frames if frame.going == "decoding"]
+    decoding = [frame for frame in trajectory.frames if frame.direction == "decoding"]
     assert [frame.level for frame in decoding] == [100, 0, 0, 300, 200, 100, 0, 0] and len(trajectory.frames) == 13
-    for frame, expected in zip(decoding, said, strict=True):
+    for frame, expected in zip(decoding, predictions, strict=True):
         torch.testing.assert_close(frame.predicted, expected, atol=2e-4, rtol=2e-4)
     torch.testing.assert_close((trajectory.frames[-1].latents.clamp(-1, 1) + 1) / 2, output.counterfactual)
 
@@ -105,19 +105,19 @@ def test_several_noise_levels_are_one_way_up_and_a_way_down_from_each(pipeline, 
     [DDIMScheduler(clip_sample=True), DPMSolverMultistepScheduler()],
     ids=["clipped", "another scheduler"],
 )
-def test_where_a_clean_picture_does_not_follow_none_is_made_up(unet, images, scheduler):
+def test_no_clean_image_is_invented_for_other_schedulers(unet, images, scheduler):
     trajectory, _ = run(CFGAnomalyPipeline(unet, scheduler), images)
     assert len(trajectory.frames) >= 10 and all(frame.predicted is None for frame in trajectory.frames)
     assert trajectory.film()[0].width < 300, "the latents alone"
 
 
-def test_a_last_step_that_changes_nothing_keeps_the_clean_picture_before(unet, images):
+def test_a_last_step_without_change_keeps_the_previous_clean_image(unet, images):
     scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False)
     trajectory, _ = run(CFGAnomalyPipeline(unet, scheduler), images)
     assert trajectory.frames[-1].predicted is trajectory.frames[-2].predicted is not None
 
 
-def test_many_steps_are_thinned_and_the_last_is_kept(pipeline, images):
+def test_many_steps_are_thinned_out_and_the_last_is_kept(pipeline, images):
     trajectory = Trajectory(max_frames=8)
     output = pipeline(
         images, output_type="pt", num_inference_steps=100, noise_level=500, callback_on_step_end=trajectory
@@ -130,31 +130,33 @@ def test_many_steps_are_thinned_and_the_last_is_kept(pipeline, images):
         Trajectory(max_frames=1)
 
 
-def test_a_film_has_each_step_and_goes_round(pipeline, images, tmp_path):
+def test_an_animation_has_every_step_and_repeats(pipeline, images, tmp_path):
     trajectory, _ = run(pipeline, images)
     for name in ("film.webp", "film.gif"):
         trajectory.save(tmp_path / name, index=1)
         with Image.open(tmp_path / name) as film:
             assert film.n_frames == len(LEVELS) and film.info["loop"] == 0
             times = [frame.copy().info["duration"] for frame in ImageSequence.Iterator(film)]
-        assert times[0] == times[5] == times[-1] > times[1] > 0, "it rests on the picture, the noise and the picture"
+        assert times[0] == times[5] == times[-1] > times[1] > 0, (
+            "it rests on the first, the noisiest and the last frame"
+        )
     trajectory.save(tmp_path / "strip.png")
     with Image.open(tmp_path / "strip.png") as strip:
         assert strip.width > 8 * 128 and strip.height > 2 * 128
-    assert trajectory.film(0)[3].tobytes() != trajectory.film(1)[3].tobytes(), "each picture of a batch has its own"
+    assert trajectory.film(0)[3].tobytes() != trajectory.film(1)[3].tobytes(), "each image of a batch has its own"
 
 
-def test_what_cannot_be_shown_is_said(pipeline, images, tmp_path):
+def test_invalid_files_and_indices_are_refused(pipeline, images, tmp_path):
     with pytest.raises(ValueError, match="a recorded call, got none"):
         Trajectory().save(tmp_path / "film.webp")
     trajectory, _ = run(pipeline, images)
-    with pytest.raises(ValueError, match=r"\.webp or \.gif, .*got .*film.mp4"):
+    with pytest.raises(ValueError, match=r"\.webp or \.gif .*got .*film.mp4"):
         trajectory.save(tmp_path / "film.mp4")
-    with pytest.raises(ValueError, match="below 2, the pictures of the batch, got 2"):
+    with pytest.raises(ValueError, match="below 2, the number of images in the batch, got 2"):
         trajectory.strip(index=2)
 
 
-def test_detect_films_each_image_of_a_batch(pipeline, folder, tmp_path):
+def test_detect_writes_an_animation_of_each_image_of_a_batch(pipeline, folder, tmp_path):
     detect(pipeline, [folder], tmp_path / "out", call_kwargs=FAST, progress=False, batch_size=2, save_trajectory=True)
     films = sorted((tmp_path / "out" / "trajectories").iterdir())
     assert [film.name for film in films] == ["0.webp", "1.webp", "2.webp"]
@@ -162,15 +164,15 @@ def test_detect_films_each_image_of_a_batch(pipeline, folder, tmp_path):
     pipeline(Image.open(folder / "1.png"), callback_on_step_end=alone, **FAST)
     with Image.open(films[1]) as film:
         film.seek(len(LEVELS) - 1)
-        shown = np.asarray(film.convert("RGB"), int)
+        last_frame = np.asarray(film.convert("RGB"), int)
     expected = np.asarray(alone.film()[-1], int)
-    assert np.abs(shown - expected).mean() < 6, "WebP is lossy, but not as much as another picture"
+    assert np.abs(last_frame - expected).mean() < 6, "WebP is lossy, but not as much as another image"
     others = Trajectory()
     pipeline(Image.open(folder / "0.png"), callback_on_step_end=others, **FAST)
-    assert np.abs(shown - np.asarray(others.film()[-1], int)).mean() > 12
+    assert np.abs(last_frame - np.asarray(others.film()[-1], int)).mean() > 12
 
 
-def test_detect_with_films_resumes_and_notices_other_settings(pipeline, folder, tmp_path):
+def test_detect_with_animations_resumes_and_refuses_other_settings(pipeline, folder, tmp_path):
     out = tmp_path / "out"
     options = dict(call_kwargs=FAST, progress=False)
     detect(pipeline, [folder], out, save_trajectory=True, **options)
@@ -187,17 +189,17 @@ def test_detect_with_films_resumes_and_notices_other_settings(pipeline, folder, 
     assert detect(pipeline, [folder], out, **options)["computed"] == 0
 
 
-def test_a_pipeline_without_steps_has_no_film(folder, tmp_path, capsys):
+def test_a_pipeline_without_steps_has_no_animation(folder, tmp_path, capsys):
     steps = ClassifierGuidedPipeline(toy_unet(), toy_classifier(), DDIMScheduler(clip_sample=False))
     detect(steps, [folder / "0.png"], tmp_path / "0", call_kwargs=FAST, progress=False, save_trajectory=True)
     assert (tmp_path / "0" / "trajectories" / "0.webp").is_file()
     for pipeline in (FixedPointGANPipeline(toy_generator()), GradCAMPipeline(toy_resnet(), sample_size=32)):
         out = tmp_path / type(pipeline).__name__
-        with pytest.raises(ValueError, match=f"step by step .* got a {out.name}"):
+        with pytest.raises(ValueError, match=f"with denoising steps .* got a {out.name}"):
             detect(pipeline, [folder], out, progress=False, save_trajectory=True)
         assert not out.exists()
     command = ["detect", str(folder), "--out", str(out), "--model", "cxr_fixed_point_gan_64", "--save-trajectory"]
-    assert main(command) == 2 and "step by step" in capsys.readouterr().err
+    assert main(command) == 2 and "with denoising steps" in capsys.readouterr().err
 
 
 def test_the_examples_of_the_docs_run(tmp_path, monkeypatch):

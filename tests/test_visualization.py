@@ -23,17 +23,17 @@ def image():
 
 @pytest.fixture
 def anomaly_map():
-    found = np.zeros((40, 48), np.float32)
-    found[10:20, 10:20] = 0.2
-    return found
+    anomaly_map = np.zeros((40, 48), np.float32)
+    anomaly_map[10:20, 10:20] = 0.2
+    return anomaly_map
 
 
-def colours(picture, colour):
+def colours(drawing, colour):
     """How many pixels have just this colour."""
-    return int((np.asarray(picture) == colour).all(-1).sum())
+    return int((np.asarray(drawing) == colour).all(-1).sum())
 
 
-def test_where_nothing_was_found_the_radiograph_is_untouched(image, anomaly_map):
+def test_the_radiograph_is_unchanged_where_the_map_is_0(image, anomaly_map):
     covered = np.asarray(overlay(image, anomaly_map, vmax=0.2))
     grey = np.asarray(image)[..., None].repeat(3, -1)
     outside = anomaly_map == 0
@@ -41,7 +41,7 @@ def test_where_nothing_was_found_the_radiograph_is_untouched(image, anomaly_map)
     assert (covered[~outside] != grey[~outside]).any(-1).all()
 
 
-def test_the_same_value_has_the_same_colour_whatever_else_is_in_the_picture(anomaly_map):
+def test_the_same_value_has_the_same_colour_in_every_image(anomaly_map):
     flat = np.full((40, 48), 128, np.uint8)
     hotter = anomaly_map.copy()
     hotter[30:, 30:] = 0.9
@@ -49,7 +49,7 @@ def test_the_same_value_has_the_same_colour_whatever_else_is_in_the_picture(anom
     assert (one[15, 15] == other[15, 15]).all()
 
 
-def test_more_is_brighter_up_to_vmax_and_then_stays():
+def test_higher_values_are_brighter_up_to_vmax():
     ramp = np.tile(np.linspace(0, 1, 101, dtype=np.float32), (4, 1))
     covered = np.asarray(overlay(np.zeros((4, 101), np.uint8), ramp, vmax=0.5, opacity=1).convert("L"), int)[0]
     assert (np.diff(covered[:51:5]) > 0).all() and len(set(covered[50:])) == 1
@@ -77,7 +77,7 @@ def test_a_map_of_another_size_is_refused(image):
         overlay(image, np.zeros((48, 40)))
 
 
-def test_the_true_region_is_drawn_and_only_if_it_is_known(image, anomaly_map):
+def test_the_true_region_is_drawn_if_it_is_given(image, anomaly_map):
     plain = side_by_side(image, image, anomaly_map, vmax=0.2)
     outlined = side_by_side(image, image, anomaly_map, vmax=0.2, mask=anomaly_map > 0)
     boxed = side_by_side(image, image, anomaly_map, vmax=0.2, boxes=[[10, 10, 10, 10]])
@@ -88,12 +88,12 @@ def test_the_true_region_is_drawn_and_only_if_it_is_known(image, anomaly_map):
 def test_an_outline_leaves_the_inside_of_the_region_free(image):
     mask = np.zeros((40, 48), bool)
     mask[10:30, 10:30] = True
-    picture = np.asarray(side_by_side(image, image, np.zeros((40, 48)), vmax=1, mask=mask, panel_size=480))
-    inside = picture[:, :480][150:300, 120:280]  # of the first panel, well inside whatever the margins
+    drawing = np.asarray(side_by_side(image, image, np.zeros((40, 48)), vmax=1, mask=mask, panel_size=480))
+    inside = drawing[:, :480][150:300, 120:280]  # of the first panel, well inside whatever the margins
     assert (inside[..., 0] == inside[..., 2]).all()
 
 
-def test_a_picture_that_scales_its_own_colours_says_so(image, anomaly_map):
+def test_a_panel_with_its_own_colour_scale_says_so(image, anomaly_map):
     # with a scale of its own, a map and its double look alike but for the numbers at the bar and the note below
     one, double = (np.asarray(side_by_side(image, image, m)) for m in (anomaly_map, 2 * anomaly_map))
     fixed = np.asarray(side_by_side(image, image, anomaly_map, vmax=0.2))
@@ -140,7 +140,7 @@ def test_all_rows_of_a_column_share_their_colours():
     assert (np.asarray(fixed[0])[first_overlay] == np.asarray(fixed[1])[first_overlay]).all()
 
 
-def test_pictures_of_different_shapes_share_a_sheet(anomaly_map, image):
+def test_images_of_different_shapes_share_a_sheet(anomaly_map, image):
     tall = Image.fromarray(np.zeros((96, 40), np.uint8))
     rows = [
         {"image": image, "maps": {"m": anomaly_map}},
@@ -149,14 +149,14 @@ def test_pictures_of_different_shapes_share_a_sheet(anomaly_map, image):
     assert contact_sheet(rows, ["m"]).height > 2 * 100
 
 
-def test_a_validation_strip_takes_what_a_pipeline_answers():
+def test_a_validation_strip_takes_the_output_of_a_pipeline():
     rng = np.random.default_rng(0)
     images, maps = rng.random((3, 16, 16, 1)).astype(np.float32), rng.random((3, 16, 16)).astype(np.float32)
     strip = validation_strip(images, 1 - images, maps, titles=["healthy", "effusion", "effusion"], title="step 10")
     assert strip.width > 3 * 128 and strip.height > 3 * 128
 
 
-def test_the_common_scale_is_never_0_and_sees_every_map():
+def test_the_common_scale_is_never_0_and_uses_every_map():
     assert common_vmax([np.zeros((4, 4))]) == 1 and common_vmax([]) == 1 and common_vmax([None]) == 1
     assert common_vmax([np.zeros(10), np.ones(10)], quantile=0.75) == 1
     assert common_vmax([np.linspace(0, 1, 1001)]) == pytest.approx(0.995, abs=1e-3)
@@ -166,23 +166,23 @@ def test_exposure_is_kept_for_8_bits_and_stretched_for_more():
     assert np.asarray(to_grey(np.full((4, 4), 77, np.uint8)))[0, 0] == 77
     assert np.asarray(to_grey(np.full((4, 4, 1), 0.5)))[0, 0] == 128
     deep = np.linspace(100, 4000, 16).astype(np.uint16).reshape(4, 4)
-    for picture in (deep, Image.fromarray(deep)):
-        assert np.asarray(to_grey(picture)).min() == 0 and np.asarray(to_grey(picture)).max() == 255
-    with pytest.raises(ValueError, match="grey picture"):
+    for drawing in (deep, Image.fromarray(deep)):
+        assert np.asarray(to_grey(drawing)).min() == 0 and np.asarray(to_grey(drawing)).max() == 255
+    with pytest.raises(ValueError, match="grey image"):
         to_grey(np.zeros((4, 4, 3)))
 
 
 @pytest.mark.parametrize("ending, error", [("png", 1 / 131070 + 1e-7), ("npy", 0)])
 def test_a_map_comes_back_as_it_was_saved(tmp_path, ending, error):
-    found = np.random.default_rng(0).random((9, 7)).astype(np.float32)
-    save_map(found, tmp_path / "deep" / f"map.{ending}")
+    anomaly_map = np.random.default_rng(0).random((9, 7)).astype(np.float32)
+    save_map(anomaly_map, tmp_path / "deep" / f"map.{ending}")
     again = load_map(tmp_path / "deep" / f"map.{ending}")
-    assert again.dtype == np.float32 and again.shape == (9, 7) and np.abs(again - found).max() <= error
+    assert again.dtype == np.float32 and again.shape == (9, 7) and np.abs(again - anomaly_map).max() <= error
     assert [p.name for p in (tmp_path / "deep").iterdir()] == [f"map.{ending}"]
 
 
 @pytest.mark.parametrize("bad", [np.full((4, 4), 1.5), np.full((4, 4), np.nan), np.zeros((1, 4, 4))])
-def test_what_is_no_map_is_not_saved(tmp_path, bad):
+def test_an_invalid_map_is_not_saved(tmp_path, bad):
     with pytest.raises(ValueError, match="map in"):
         save_map(bad, tmp_path / "map.png")
     with pytest.raises(ValueError, match=".png or .npy"):
@@ -190,7 +190,7 @@ def test_what_is_no_map_is_not_saved(tmp_path, bad):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_8_bit_picture_is_not_taken_for_a_map(tmp_path, image):
+def test_an_8_bit_image_is_not_read_as_a_map(tmp_path, image):
     save_png(image, tmp_path / "x.png")
     with pytest.raises(ValueError, match="16-bit map, got a PNG of mode L"):
         load_map(tmp_path / "x.png")

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from .options import PROCESSES, add_command, add_pipeline_options, call_kwargs, open_pipeline
 
@@ -14,26 +15,27 @@ examples:
 {PROCESSES.format(command="detect")}"""
 
 
-def add(commands):
+def add(commands: Any) -> None:
     detect = add_command(commands, "detect", run, "an anomaly map for each image of a file or folder", DETECT)
     detect.add_argument("images", nargs="+", type=Path, help="png, jpg, tif, npy or DICOM files, or folders")
     detect.add_argument("--out", type=Path, required=True, help="folder for panels, maps and results.csv")
     detect.add_argument("--map-format", choices=["png", "npy"], default="png", help="16-bit PNG or float32 npy")
-    detect.add_argument("--save-counterfactual", action="store_true", help="as a PNG, at the model's resolution")
-    text = "for each DICOM file a Segmentation and a Secondary Capture that file beside it (docs/clinic.md)"
+    text = "as a PNG at the model's resolution, and a crisp one: the input plus the enlarged change"
+    detect.add_argument("--save-counterfactual", action="store_true", help=text)
+    text = "for each DICOM file a Segmentation, a Secondary Capture and a Presentation State (docs/clinic.md)"
     detect.add_argument("--dicom", action="store_true", help=text)
-    detect.add_argument("--save-trajectory", action="store_true", help="a film (WebP) of the way to noise and back")
+    detect.add_argument("--save-trajectory", action="store_true", help="an animation (WebP) of inversion and decoding")
     detect.add_argument("--vmax", type=float, help="map value of the last colour (default: 3 x the model's threshold)")
     text = "map value above which a pixel is abnormal, from 0 to 1 (default: the model's, from healthy images)"
     detect.add_argument("--threshold", type=float, help=text)
+    text = "boxes of the regions above the threshold: boxes.json for all images, or labels/NAME.txt for each"
+    detect.add_argument("--save-boxes", choices=["coco", "yolo"], help=text)
     detect.add_argument("--save-masks", action="store_true", help="the map above the threshold, as a PNG of 0 and 255")
-    detect.add_argument(
-        "--no-picture", action="store_true", help="no panel NAME.png of each image: less time and space"
-    )
+    detect.add_argument("--no-panel", action="store_true", help="no panel NAME.png of each image: less time and space")
     add_pipeline_options(detect)
 
 
-def run(options):
+def run(options: Any) -> int:
     from ..inference.detection import detect
 
     summary = detect(
@@ -47,26 +49,27 @@ def run(options):
         vmax=options.vmax,
         threshold=options.threshold,
         save_masks=options.save_masks,
-        save_panel=not options.no_picture,
+        save_boxes=options.save_boxes,
+        save_panel=not options.no_panel,
         dicom=options.dicom,
         call_kwargs=call_kwargs(options),
     )
     if summary is None:  # not the main process
         return 0
     computed, failed, seconds = summary["computed"], summary["failed"], summary["seconds_per_image"]
-    there = summary["images"] - computed - len(failed)
+    earlier = summary["images"] - computed - len(failed)
     print(
         f"{summary['images']} images: {computed} computed{f' ({seconds:.2g} s each)' if computed else ''}, "
-        f"{there} were there, {len(failed)} failed. See {options.out / 'results.csv'}"
+        f"{earlier} were there, {len(failed)} failed. See {options.out / 'results.csv'}"
     )
-    tell_about_files(summary)
+    print_file_notes(summary)
     for error in failed.values():
         print(f"failed: {' '.join(error.split())}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def tell_about_files(summary):
-    """What was left out, what has no DICOM objects, and the warnings of headers, each with its number of images."""
+def print_file_notes(summary: dict) -> None:
+    """Print the number of skipped files, of images without DICOM objects, and of images with each warning."""
     from collections import Counter
 
     from ..data.images import describe_skipped
@@ -77,6 +80,6 @@ def tell_about_files(summary):
         print(f"no DICOM objects: {len(summary['without_dicom'])} of the images are no DICOM files")
     counts = Counter(warning for text in summary["warnings"].values() for warning in text.split("; "))
     if counts:
-        print(f"{len(summary['warnings'])} images with warnings (column `warnings`), whose maps may mean nothing:")
+        print(f"{len(summary['warnings'])} images with warnings (column `warnings`); their maps may be meaningless:")
     for warning, count in counts.most_common():
         print(f"  {count} x {warning}")

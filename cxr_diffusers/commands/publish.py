@@ -37,7 +37,7 @@ def run(options):
             evaluated_on=options.evaluated_on,
             name=options.name,
             license=options.license,
-            picture=options.picture,
+            image=options.picture,
         )
     elif options.evaluation or options.picture:
         raise ValueError("expected --training beside it: a new card names the data, its licence and the training")

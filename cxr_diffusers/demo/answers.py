@@ -65,7 +65,7 @@ def ask(pipeline, model, upload, call_kwargs, on_step=None):
         def step(pipeline, i, t, kwargs):
             changed = trajectory(pipeline, i, t, kwargs)
             if on_step is not None:
-                on_step(i + 1, total, trajectory.last.going)
+                on_step(i + 1, total, trajectory.last.direction)
             return changed
 
         call["callback_on_step_end"] = step

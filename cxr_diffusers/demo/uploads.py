@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
+from ..data.colour import COLOURED, TINTED, colour_level
 from ..data.dicom_checks import warnings_of
 from ..data.images import DICOM_SUFFIXES, PIL_SUFFIXES, is_dicom, read_header, read_image
 from ..data.limits import check_scans
@@ -103,15 +104,10 @@ def dicom_warnings(path):
 
 def colour_warnings(path):
     """[] for a grey picture, a sentence for one with some colour; `Refused` where most of it is coloured."""
-    with PIL.Image.open(path, formats=FORMATS) as image:
-        if image.mode not in ("RGB", "RGBA", "P", "CMYK", "YCbCr", "LAB", "HSV", "PA"):
-            return []
-        image.draft("RGB", (256, 256))
-        small = np.asarray(image.convert("RGB").resize((128, 128), PIL.Image.Resampling.BOX), int)
-    colour = np.ptp(small, axis=-1)  # 0: grey, 255: a pure colour
-    if np.mean(colour > 40) > 0.3:
+    level = colour_level(path)
+    if level == COLOURED:
         raise Refused("a colour picture. Radiographs are grey: is this a photograph, or a picture of something else?")
-    if np.mean(colour > 15) > 0.02:
+    if level == TINTED:
         return ["It has some colour, which is read as grey: drawn marks or a tint change the answer."]
     return []
 

@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from ..files import safe_name, write_file
-from ..fingerprints import config_of, fingerprint, picture_digest
+from ..fingerprints import config_of, fingerprint, image_digest
 from ..pipelines.cxr_images import restore_map
 from ..processes import process_state, quiet
 from .lazy import Lazy
@@ -105,7 +105,7 @@ def predict(
     state = process_state()
     # every process uses the main process's fingerprint: that of a pipeline without weights is random
     [key] = broadcast_object_list([fingerprint(method.pipeline, method.call_kwargs, seed)])
-    digests = [picture_digest(key_with_view(key, view_of(method, row)), row) for row in dataset]
+    digests = [image_digest(key_with_view(key, view_of(method, row)), row) for row in dataset]
     computed: dict[int, Prediction] = {}
     files: list[Path] = []
     missing = list(range(len(digests)))

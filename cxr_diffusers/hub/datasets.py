@@ -1,10 +1,11 @@
-"""A data set of ours -> a data set repository of the Hugging Face Hub: shards of parquet, and a card."""
+"""Publishing a data set on the Hugging Face Hub: Parquet files and a card."""
 
 import os
 import re
 import warnings
 from collections import Counter
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import datasets
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
@@ -13,7 +14,7 @@ from ..data.hub import check_columns
 from ..data.rows import BOXES
 from .metadata import strip_metadata
 
-# what a data set under an agreement is known by: in the words it is opened with, or in the paths of its images
+# patterns of data sets under a data use agreement, in the words that opened them or in the paths of their images
 AGREEMENTS = {
     "CheXpert": r"chexpert|patient\d{5}/study\d+/view\d",
     "VinDr-CXR": r"vindr|vinbig",
@@ -30,7 +31,7 @@ CARD = """---
 
 Chest radiographs in the columns of [`cxr_diffusers`](https://github.com/cxr-diffusers/cxr_diffusers).
 
-**Research use only**, under the licence named above; it is for whoever holds the rights in the images to give.
+**Research use only**, under the licence named above, which only the holder of the rights in the images can grant.
 
 {about}
 
@@ -45,7 +46,7 @@ cxr-diffusers evaluate hub:path={name},split={last} --out report
 from datasets import load_dataset
 
 dataset = load_dataset("{name}", split="{first}")
-dataset[0]["image"]  # a PIL picture; dataset.features["label"].names are the classes, healthy first
+dataset[0]["image"]  # a PIL image; dataset.features["label"].names are the classes, healthy first
 ```
 
 ## What is in it
@@ -63,151 +64,151 @@ COLUMNS = {
     "patient": "{patient}; to split and to resample by",
     "view": "AP, PA or empty",
     "path": "{path}",
-    "mask": "the abnormal region, white on black, as large as its image; none where it is not known",
-    "boxes": "lists of [x, y, w, h] in pixels around what is abnormal; empty where there are none or none are known",
+    "mask": "the abnormal region, white on black, of the size of the image; none if it is unknown",
+    "boxes": "lists of [x, y, w, h] in pixels around abnormal regions; empty if there are none or if they are unknown",
 }
 
 
 def publish_dataset(
-    splits,
-    repo_id,
+    splits: Any,
+    repo_id: str,
     *,
-    license,
-    license_link=None,
-    about=None,
-    private=None,
-    may_share=False,
-    pseudonyms=False,
-    opened_as="",
-    token=None,
-):
-    """Upload a data set to the Hub; `load_hub`, and anybody's `datasets.load_dataset`, opens it there.
+    license: str,
+    license_link: str | None = None,
+    about: str | None = None,
+    private: bool | None = None,
+    may_share: bool = False,
+    pseudonyms: bool = False,
+    opened_as: str = "",
+    token: str | None = None,
+) -> str:
+    """Upload a data set to the Hub, where `load_hub` and `datasets.load_dataset` open it.
 
-    Images and masks go with the same pixels and without metadata (text, EXIF, comments), boxes and further columns with
-    them; the paths lose the folders that they share, so that the layout of the disk stays private. Uploading again
-    replaces the earlier version.
+    Images and masks keep their pixels and lose their metadata (text, EXIF, comments); boxes and further columns are
+    uploaded as they are. Folders that all paths have in common are removed from the paths. Uploading again replaces the
+    earlier version.
 
     Args:
-        splits: {name: data set}, each as the loaders of `cxr_diffusers.data` answer; a data set alone is the split
-            "train". Where one split has masks or boxes, the others say that none are known.
-        repo_id: USER/NAME, or NAME for your own; made if there is none.
-        license: of the images, by its identifier on the Hub ("cc-by-4.0", "other", ...). There is no default: it is
-            not ours to give.
+        splits: {name: data set}, each as returned by the loaders of `cxr_diffusers.data`; a single data set is the
+            split "train". If one split has masks or boxes, the others get empty ones.
+        repo_id: USER/NAME, or NAME in your own account; created if it does not exist.
+        license: of the images, by its identifier on the Hub ("cc-by-4.0", "other", ...). There is no default.
         license_link: address of the licence's text, for "other".
-        about: Markdown for the card: where the images come from, how they were labelled.
-        private: of a new repository; None: as your account has it.
-        may_share: you hold the right to share images that look as if they came under an agreement (`AGREEMENTS`).
-        pseudonyms: number the patients and the files in place of their names.
-        opened_as: the words that the data set was opened with, to know an agreement by.
+        about: Markdown for the card: source and labels of the images.
+        private: visibility of a new repository; None: the default of your account.
+        may_share: you have the right to share images that seem to be under a data use agreement (`AGREEMENTS`).
+        pseudonyms: replace the names of patients and files by numbers.
+        opened_as: the words that the data set was opened with; a data use agreement may be recognised by them.
 
     Returns:
         the address of the commit.
 
     Raises:
-        PermissionError: images under an agreement without `may_share` or `private`, or a private upload to a repository
-            that is public. ValueError: no licence, no split or a split without rows, classes or further columns that
-            differ, or pictures that are no `datasets.Image`.
+        PermissionError: images under an agreement without `may_share` or `private`, or a private upload to a public
+            repository.
+        ValueError: no licence, no split, a split without rows, different classes or columns in different splits, or
+            images that are no `datasets.Image`.
     """
     splits = {"train": splits} if isinstance(splits, datasets.Dataset) else dict(splits)
     check(splits, license)
-    splits = alike(splits)
+    splits = with_same_columns(splits)
     agreement = agreement_of(splits, opened_as)
     if agreement and not (private or may_share):
         raise PermissionError(
-            f"these look like images of {agreement}, whose terms do not allow you to pass them on: say `private`, "
-            "or `may_share` if they are not, or if you may"
+            f"these look like images of {agreement}, whose terms do not allow you to share them: pass `private`, "
+            "or `may_share` if they are other images or if you may share them"
         )
     if agreement and not may_share:
-        warnings.warn(f"a private copy of {agreement} may fall under its terms, too: read them", stacklevel=2)
+        warnings.warn(f"a private copy of {agreement} may be subject to its terms, too: read them", stacklevel=2)
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
-    # `private` is of a new repository: one that was there stays as it was
+    # `private` applies to a new repository; an existing one stays as it was
     if private and not api.dataset_info(repo_id).private:
-        raise PermissionError(f"{repo_id} is there and public: make it private on the Hub first, or name another")
+        raise PermissionError(f"{repo_id} exists and is public: make it private on the Hub first, or give another name")
     splits = {name: without_metadata(split, keep_names=not pseudonyms) for name, split in splits.items()}
-    splits = renamed(splits) if pseudonyms else {name: relative(split) for name, split in splits.items()}
+    splits = pseudonymised(splits) if pseudonyms else {name: with_relative_paths(s) for name, s in splits.items()}
     text = card(splits, repo_id, license=license, license_link=license_link, about=about, pseudonyms=pseudonyms)
-    # first of all, so that the images never lie there without their licence; the upload adds the columns to its YAML
+    # first, so that the images are never there without their licence; the upload adds the columns to its YAML
     api.upload_file(
         path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id=repo_id, repo_type="dataset", token=token
     )
     return datasets.DatasetDict(splits).push_to_hub(repo_id, token=token).commit_url
 
 
-def agreement_of(splits, opened_as=""):
-    """The name of the agreement that images seem to be under, by their paths and the words they were opened with."""
+def agreement_of(splits: dict, opened_as: str = "") -> str | None:
+    """The name of the data use agreement that the images seem to be under, judged by their paths and `opened_as`."""
     for name, pattern in AGREEMENTS.items():
-        known = re.compile(pattern, re.IGNORECASE)
-        if known.search(opened_as) or any(known.search(path) for found in splits.values() for path in found["path"]):
+        texts = [opened_as, *(path for split in splits.values() for path in split["path"])]
+        if any(re.search(pattern, text, re.IGNORECASE) for text in texts):
             return name
     return None
 
 
-def check(splits, license):
-    """The door: what can be refused before anything is made on the Hub."""
+def check(splits: dict, license: str) -> None:
+    """Raise ValueError for an invalid licence or invalid splits, before anything is created on the Hub."""
     if not license or not re.fullmatch(r"[\w.-]+", license):
         raise ValueError(f"expected the `license` of the images, an identifier as cc-by-4.0 or other, got {license!r}")
     if not splits:
         raise ValueError("expected at least one split, got none")
-    for name, found in splits.items():
-        check_columns(found.features, f"split {name!r}")
-        if not len(found):
+    for name, split in splits.items():
+        check_columns(split.features, f"split {name!r}")
+        if not len(split):
             raise ValueError(f"split {name!r} is empty")
-    classes = {name: found.features["label"].names for name, found in splits.items()}
+    classes = {name: split.features["label"].names for name, split in splits.items()}
     if len({tuple(names) for names in classes.values()}) > 1:
         raise ValueError(f"expected the same classes in all splits, got {classes}")
-    others = {name: sorted(set(found.column_names) - COLUMNS.keys()) for name, found in splits.items()}
+    others = {name: sorted(set(split.column_names) - COLUMNS.keys()) for name, split in splits.items()}
     if len({tuple(names) for names in others.values()}) > 1:
         raise ValueError(f"expected the same further columns in all splits, got {others}")
 
 
-def alike(splits):
-    """The same splits with the same columns, in one order: a mask is None, boxes are [], where a split has none."""
-    kinds = {"mask": datasets.Image(), "boxes": BOXES, "patient": datasets.Value("string")}
-    kinds |= {name: kinds["patient"] for name in ("view", "path")}
-    empty = {"mask": None, "boxes": []}
-    names = [name for name in COLUMNS if any(name in found.column_names for found in splits.values())]
+def with_same_columns(splits: dict) -> dict:
+    """The splits with the same columns in the same order; a split without masks or boxes gets None or []."""
+    text = datasets.Value("string")
+    features = {"mask": datasets.Image(), "boxes": BOXES, "patient": text, "view": text, "path": text}
+    empty: dict[str, Any] = {"mask": None, "boxes": []}
+    names = [name for name in COLUMNS if any(name in split.column_names for split in splits.values())]
     names += sorted(set(next(iter(splits.values())).column_names) - COLUMNS.keys())
-    made = {}
-    for split, found in splits.items():
-        for name in [name for name in names if name not in found.column_names]:
-            found = found.add_column(name, [empty.get(name, "")] * len(found), feature=kinds[name])
-        found = found.cast_column("boxes", BOXES) if "boxes" in names else found
-        made[split] = found.select_columns(names)
-    return made
+    completed = {}
+    for split_name, split in splits.items():
+        for name in [name for name in names if name not in split.column_names]:
+            split = split.add_column(name, [empty.get(name, "")] * len(split), feature=features[name])
+        split = split.cast_column("boxes", BOXES) if "boxes" in names else split
+        completed[split_name] = split.select_columns(names)
+    return completed
 
 
-def relative(dataset):
-    """The same data set, its paths without the folders that all of them share."""
-    paths = [path and PurePosixPath(path.replace(os.sep, "/")) for path in dataset["path"]]  # "" where it is not known
-    known = [path for path in paths if path]
-    if len({path.is_absolute() for path in known}) > 1:  # nothing is above both
+def with_relative_paths(dataset: datasets.Dataset) -> datasets.Dataset:
+    """The data set, its paths without the folders that all of them have in common."""
+    paths: list[Any] = [path and PurePosixPath(path.replace(os.sep, "/")) for path in dataset["path"]]  # "": unknown
+    given = [path for path in paths if path]
+    if len({path.is_absolute() for path in given}) > 1:  # no folder contains both absolute and relative paths
         here = PurePosixPath(Path.cwd().as_posix())
-        paths, known = [path and here / path for path in paths], [here / path for path in known]
-    shared = known[0].parent if known else PurePosixPath()
-    while not all(path.parent.is_relative_to(shared) for path in known):
+        paths, given = [path and here / path for path in paths], [here / path for path in given]
+    shared = given[0].parent if given else PurePosixPath()
+    while not all(path.parent.is_relative_to(shared) for path in given):
         shared = shared.parent
     return with_texts(dataset, path=[path and path.relative_to(shared).as_posix() for path in paths])
 
 
-def renamed(splits):
-    """The same splits, patients and paths numbered, no file name left; a patient has one number in all of them."""
-    numbers = {"": ""}  # who is not known is nobody in particular
-    for found in splits.values():
-        for patient in found["patient"]:
+def pseudonymised(splits: dict) -> dict:
+    """The splits with numbers for patients and paths; a patient has the same number in all of them."""
+    numbers = {"": ""}  # unknown patients stay unknown
+    for split in splits.values():
+        for patient in split["patient"]:
             numbers.setdefault(patient, f"patient{len(numbers):06d}")
     return {
-        split: with_texts(
-            found,
-            patient=[numbers[patient] for patient in found["patient"]],
-            path=[f"{split}/{i:06d}" for i in range(1, len(found) + 1)],
+        name: with_texts(
+            split,
+            patient=[numbers[patient] for patient in split["patient"]],
+            path=[f"{name}/{i:06d}" for i in range(1, len(split) + 1)],
         )
-        for split, found in splits.items()
+        for name, split in splits.items()
     }
 
 
-def without_metadata(dataset, keep_names):
-    """The same data set, its images and masks with the same pixels and without metadata, see `strip_metadata`.
+def without_metadata(dataset: datasets.Dataset, keep_names: bool) -> datasets.Dataset:
+    """The data set, its images and masks with the same pixels and without metadata, see `strip_metadata`.
 
     Args:
         keep_names: whether the images keep the names of their files.
@@ -227,8 +228,8 @@ def without_metadata(dataset, keep_names):
     return encoded.map(strip, input_columns=columns, features=features, desc="removing metadata")
 
 
-def strip_cell(cell, keep_name):
-    """An image's cell {"path", "bytes"} without metadata, and without the file's name if so asked; None stays None."""
+def strip_cell(cell: dict | None, keep_name: bool) -> dict | None:
+    """An image's cell {"path", "bytes"} without metadata, and without the file's name unless `keep_name`."""
     if cell is None:
         return None
     name = Path(cell["path"]).name if cell["path"] else None
@@ -240,15 +241,23 @@ def strip_cell(cell, keep_name):
     return {"path": name if keep_name else None, "bytes": content}
 
 
-def with_texts(dataset, **columns):
-    """A data set with columns of text replaced, where they were."""
+def with_texts(dataset: datasets.Dataset, **columns: list[str]) -> datasets.Dataset:
+    """The data set with these text columns replaced; the order of the columns stays."""
     order = dataset.column_names
     for name, values in columns.items():
         dataset = dataset.remove_columns(name).add_column(name, values, feature=datasets.Value("string"))
     return dataset.select_columns(order)
 
 
-def card(splits, repo_id, *, license, license_link=None, about=None, pseudonyms=False):
+def card(
+    splits: dict,
+    repo_id: str,
+    *,
+    license: str,
+    license_link: str | None = None,
+    about: str | None = None,
+    pseudonyms: bool = False,
+) -> str:
     """The text of a data set's README.md."""
     names = next(iter(splits.values())).column_names
     tasks = ["image-classification"]
@@ -259,19 +268,19 @@ def card(splits, repo_id, *, license, license_link=None, about=None, pseudonyms=
         license_link=license_link,
         pretty_name=repo_id.split("/")[-1],
         task_categories=tasks,
-        size_categories=size_category(sum(len(found) for found in splits.values())),
+        size_categories=size_category(sum(map(len, splits.values()))),
         tags=["chest-x-ray", "radiology", "medical", "anomaly-detection", "cxr_diffusers"],
     )
     words = {
-        "patient": "the patient's number here, no name" if pseudonyms else "the patient, as the source calls them",
-        "path": "the file's number" if pseudonyms else "the file, as the source calls it",
+        "patient": "number of the patient in this data set" if pseudonyms else "the patient's name in the source",
+        "path": "number of the file" if pseudonyms else "the file's name in the source",
     }
-    rows = [f"| `{name}` | {COLUMNS.get(name, 'as it came').format(**words)} |" for name in names]
+    rows = [f"| `{name}` | {COLUMNS.get(name, 'as in the source').format(**words)} |" for name in names]
     text = CARD.format(
         metadata=metadata.to_yaml(),
         title=repo_id.split("/")[-1],
         name=repo_id,
-        about=(about or "Where the images come from and how they were labelled was not said.").strip(),
+        about=(about or "The publisher has not described the source and the labels of the images.").strip(),
         first=next(iter(splits)),
         last=list(splits)[-1],
         counts=count_table(splits),
@@ -280,32 +289,32 @@ def card(splits, repo_id, *, license, license_link=None, about=None, pseudonyms=
     return str(DatasetCard(text))
 
 
-def count_table(splits):
-    """Markdown: images of each class, patients, images with a mask or boxes, a line for each split."""
+def count_table(splits: dict) -> str:
+    """Markdown table with one line for each split: images of each class, patients, images with a mask or boxes."""
     classes = next(iter(splits.values())).features["label"].names
-    unlabelled = any(min(found["label"]) < 0 for found in splits.values())
+    unlabelled = any(min(split["label"]) < 0 for split in splits.values())
     heads = ["split", "images", "patients", *classes, *(["not labelled"] if unlabelled else []), "with a mask or boxes"]
     lines = [heads, ["---"] * len(heads)]
-    for name, found in splits.items():
-        count, cells = Counter(found["label"]), [name, len(found), len(set(found["patient"]))]
+    for name, split in splits.items():
+        count, cells = Counter(split["label"]), [name, len(split), len(set(split["patient"]))]
         cells += [count[i] for i in range(len(classes))] + ([count[-1]] if unlabelled else [])
-        lines.append([*cells, sum(known_regions(found))])
+        lines.append([*cells, sum(has_region(split))])
     return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
 
 
-def known_regions(dataset):
-    """For each row, whether it has a mask or a box; no picture is opened."""
+def has_region(dataset: datasets.Dataset) -> list[bool]:
+    """For each row, whether it has a mask or a box; no image is opened."""
     region = [False] * len(dataset)
     if "mask" in dataset.column_names:
         masks = dataset.select_columns("mask").cast_column("mask", datasets.Image(decode=False))["mask"]
         region = [mask is not None for mask in masks]
     if "boxes" in dataset.column_names:
-        region = [known or bool(boxes) for known, boxes in zip(region, dataset["boxes"], strict=True)]
+        region = [has_mask or bool(boxes) for has_mask, boxes in zip(region, dataset["boxes"], strict=True)]
     return region
 
 
-def size_category(n):
-    """n -> the Hub's word for it: n<1K, 1K<n<10K, ..."""
+def size_category(n: int) -> str:
+    """n -> the Hub's size category: n<1K, 1K<n<10K, ..."""
     bounds = ["1K", "10K", "100K", "1M", "10M"]
     for i, limit in enumerate((10**3, 10**4, 10**5, 10**6, 10**7)):
         if n < limit:

@@ -1,26 +1,31 @@
-"""Finished models: the one that is shipped, opening them, their cards, and publishing them."""
+"""Opening finished models: shipped ones, pipeline folders, and models on the Hub."""
 
 import json
 import re
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, get_session, hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
 from ..files import safe_name
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
 DEFAULT = "cxr_cfg_128"
+RUNS = "runs"  # where training writes: never the name of a user on the Hub
+HUB_TIMEOUT = 5.0  # seconds until a Hub that does not answer counts as unreachable
 LARGEST_SIZE, LARGEST_DEPTH = 1_000_000, 100  # of a number in a component's configuration; of `layers_per_block`
 
 
-def default_checkpoint(name=DEFAULT):
+def default_checkpoint(name: str = DEFAULT) -> str:
     """The folder of a shipped model: `CFGAnomalyPipeline.from_pretrained(default_checkpoint())`.
 
-    Those other than the default one are opened with `load_pipeline(NAME)`: they may share components with it.
+    Open other models than the default one with `load_pipeline(NAME)`: they may share components with it.
 
     Raises:
-        ValueError: no such model is shipped; names those that are.
+        ValueError: no such model is shipped; the message lists those that are.
     """
     shipped = sorted(path.parent.name for path in CHECKPOINTS.glob("*/model_index.json"))
     if name not in shipped:
@@ -28,10 +33,10 @@ def default_checkpoint(name=DEFAULT):
     return str(CHECKPOINTS / name)
 
 
-def shared_components(folder, index):
-    """{name: component} of what a shipped model's index names and its folder does not hold: the default model's.
+def shared_components(folder: Path, index: dict) -> dict[str, Any]:
+    """{name: component} of the default model, for the components that a shipped model names but has no folder for.
 
-    A classifier guides the default model's UNet, which is shipped once.
+    For example, the shipped classifier guides the default model's UNet, which is shipped only once.
     """
     if folder.parent != CHECKPOINTS:
         return {}
@@ -41,11 +46,14 @@ def shared_components(folder, index):
     return {name: getattr(load_pipeline(CHECKPOINTS / DEFAULT), name) for name in missing}
 
 
-def load_unet(folder, unconditional=False):
-    """The UNet of a pipeline folder, a Hub name or a shipped model, to train on from its weights.
+def load_unet(folder: Path | str, unconditional: bool = False) -> Any:
+    """The UNet of a pipeline folder, a Hub name or a shipped model, for further training.
 
-    With `unconditional`, a class-conditional UNet is answered as its unconditional equal: the last class embedding, the
-    null label, is a constant vector beside that of the time, so it goes into a bias there.
+    With `unconditional`, a class-conditional UNet is converted to the equal unconditional one: the last class
+    embedding, that of the null label, is a constant added to the time embedding, so it is added to a bias there.
+
+    Raises:
+        FileNotFoundError: no such folder, and no such model on the Hub.
     """
     from diffusers import UNet2DModel
 
@@ -53,13 +61,15 @@ def load_unet(folder, unconditional=False):
     from ..models.space_to_depth_unet import SpaceToDepthUNet
 
     folder = shipped_folder(folder) or folder
-    found = UNet2DModel.load_config(folder, subfolder="unet")["_class_name"]
-    kind = {cls.__name__: cls for cls in (ClassMatrixUNet, SpaceToDepthUNet)}.get(found, UNet2DModel)
-    unet = kind.from_pretrained(folder, subfolder="unet")
+    if not Path(folder).is_dir():
+        index_folder(folder)  # a mistyped name is an error before diffusers asks the Hub
+    class_name = UNet2DModel.load_config(folder, subfolder="unet")["_class_name"]
+    unet_class = {cls.__name__: cls for cls in (ClassMatrixUNet, SpaceToDepthUNet)}.get(class_name, UNet2DModel)
+    unet = unet_class.from_pretrained(folder, subfolder="unet")
     if not unconditional or unet.config.num_class_embeds is None:
         return unet
     config = {key: value for key, value in unet.config.items() if key != "num_class_embeds" and key[0] != "_"}
-    plain = kind(**config)
+    plain = unet_class(**config)
     weights = unet.state_dict()
     null = weights.pop("class_embedding.weight")[-1]
     weights["time_embedding.linear_2.bias"] = weights["time_embedding.linear_2.bias"] + null
@@ -67,59 +77,112 @@ def load_unet(folder, unconditional=False):
     return plain
 
 
-def is_hub_name(name):
-    """Whether this can only be USER/NAME on the Hub: it is formed so, and neither it nor a folder USER is here."""
+def is_hub_name(name: Path | str) -> bool:
+    """Whether this can only be USER/NAME on the Hub.
+
+    It has that form, USER is not `RUNS`, and there is neither a folder of this name nor a folder USER.
+    """
     path = Path(name)
-    return not path.exists() and not path.parent.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) is not None
+    if path.exists() or path.parent.is_dir() or path.parts[:1] == (RUNS,):
+        return False
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) is not None
 
 
-def shipped_folder(name):
-    """The folder of a shipped model, "default" for the default one; None where that is no name of one."""
+def hub_answers() -> bool:
+    """Whether the Hub answers within `HUB_TIMEOUT`; without this check, huggingface_hub tries for half a minute."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
+    except Exception:  # of the HTTP library that huggingface_hub uses, or its own in offline mode
+        return False
+    return True
+
+
+def hub_file(name: Path | str, filename: str) -> Path:
+    """Path of a file of the repository USER/NAME: downloaded, or from the cache if the Hub does not answer.
+
+    Raises:
+        FileNotFoundError: no such repository; or the Hub does not answer and the file is not in the cache.
+        OSError: no such file in the repository, or no access.
+    """
+    try:
+        return Path(hf_hub_download(str(name), filename, local_files_only=not hub_answers()))
+    except RepositoryNotFoundError:
+        raise FileNotFoundError(
+            f"no folder {name} here, and no repository {name} on the Hub (for a private one: `hf auth login`)"
+        ) from None
+    except LocalEntryNotFoundError:
+        raise FileNotFoundError(
+            f"no folder {name} here, and {constants.ENDPOINT}, where a model {name} might be, does not answer"
+        ) from None
+
+
+def shipped_folder(name: Path | str) -> Path | None:
+    """The folder of a shipped model, "default" for the default one; None if no model has this name."""
     folder = CHECKPOINTS / (DEFAULT if name == "default" else name)
     return folder if (folder / "model_index.json").is_file() and not Path(name).exists() else None
 
 
 def load_pipeline(name, trust_remote_code=False):
-    """Open a model by the class that it names, whichever of ours that is.
+    """Open a model as a pipeline of the class that its `model_index.json` names.
 
     Args:
         name: a pipeline folder, USER/NAME on the Hub, or the name of a shipped model ("default" for the default one).
-        trust_remote_code: run the code that it brings along, where its class is none of ours.
+        trust_remote_code: run the code in the model's folder if its class is not part of this package.
 
     Raises:
-        FileNotFoundError: no such folder, or nothing was saved there. ValueError: not one of our classes, or
-            damaged files.
+        FileNotFoundError: no such folder, or no `model_index.json` in it; no such model on the Hub, or the Hub does not
+            answer.
+        ValueError: another class without `trust_remote_code`, or damaged files.
     """
     from diffusers import DiffusionPipeline
 
     from .. import pipelines
 
     name = shipped_folder(name) or name
-    index = Path(name) / "model_index.json"
-    if not index.is_file():
-        if not is_hub_name(name):
-            raise FileNotFoundError(f"expected a folder with a model_index.json or a Hub name USER/NAME, got {name}")
-        index = Path(hf_hub_download(str(name), "model_index.json"))
-    content = read_index(index.parent)
-    found = class_named(content)
-    if found in pipelines.__all__ and found.endswith("Pipeline"):
-        check_sizes(Path(name), content)
+    index = read_index(index_folder(name))
+    cached = is_hub_name(name) and not hub_answers()
+    class_name = class_named(index)
+    if class_name in pipelines.__all__ and class_name.endswith("Pipeline"):
+        check_sizes(Path(name), index)
+        components = shared_components(Path(name), index)
         with one_line_errors(name):
-            return getattr(pipelines, found).from_pretrained(name, **shared_components(Path(name), content))
+            return getattr(pipelines, class_name).from_pretrained(name, local_files_only=cached, **components)
     if trust_remote_code:
-        return DiffusionPipeline.from_pretrained(name, trust_remote_code=True)
-    known = [known for known in pipelines.__all__ if known.endswith("Pipeline")]
-    raise ValueError(f"expected a {' or '.join(known)} in {name}, got a {found}, whose code has to be trusted first")
+        return DiffusionPipeline.from_pretrained(name, local_files_only=cached, trust_remote_code=True)
+    expected = " or ".join(name for name in pipelines.__all__ if name.endswith("Pipeline"))
+    raise ValueError(
+        f"expected a {expected} in {name}, got a {class_name}: pass `trust_remote_code=True` to run its own code"
+    )
 
 
-def class_named(index):
+def index_folder(name: Path | str) -> Path:
+    """The folder with the `model_index.json` of a pipeline folder or, downloaded, of USER/NAME on the Hub.
+
+    Raises:
+        FileNotFoundError: neither is there; a local folder is looked for first.
+    """
+    if (Path(name) / "model_index.json").is_file():
+        return Path(name)
+    if not is_hub_name(name):
+        reason = "which has none" if Path(name).is_dir() else "and there is no such folder"
+        raise FileNotFoundError(
+            f"expected a folder with a model_index.json or a Hub name USER/NAME, got {name}, {reason}"
+        )
+    return hub_file(name, "model_index.json").parent
+
+
+def class_named(index: dict) -> str:
     """The name of the pipeline class in a `model_index.json`, with or without its file."""
     name = index["_class_name"]
     return name[-1] if isinstance(name, list) else name
 
 
-def read_index(folder):
-    """`model_index.json` of a pipeline folder; FileNotFoundError: none there, ValueError: damaged."""
+def read_index(folder: Path | str) -> dict:
+    """The content of `model_index.json` in a pipeline folder.
+
+    Raises:
+        FileNotFoundError: there is none. ValueError: it is damaged.
+    """
     path = Path(folder) / "model_index.json"
     if not path.is_file():
         raise FileNotFoundError(f"expected a pipeline folder with a model_index.json, got {folder}")
@@ -130,8 +193,8 @@ def read_index(folder):
     return index
 
 
-def read_json(path):
-    """The dict in a JSON file, else ValueError naming the file."""
+def read_json(path: Path) -> dict:
+    """The dict in a JSON file; ValueError with the file's name if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -141,10 +204,10 @@ def read_json(path):
     return content
 
 
-def check_sizes(folder, index):
-    """Raise ValueError where a component's configuration has a number that no network or noise schedule has.
+def check_sizes(folder: Path, index: dict) -> None:
+    """Raise ValueError if a component's configuration has a number that is too large for any network or schedule.
 
-    Building it would take all memory, or hours, before its weights turn out not to fit.
+    Building such a network would take all memory, or hours, before its weights turn out not to fit.
     """
     for path in (path for component in index for path in folder.glob(f"{safe_name(component)}/*config.json")):
         for key, value in read_json(path).items():
@@ -156,8 +219,8 @@ def check_sizes(folder, index):
 
 
 @contextmanager
-def one_line_errors(name):
-    """Whatever a library raises on a damaged checkpoint, as a ValueError that names the checkpoint."""
+def one_line_errors(name: Path | str) -> Iterator[None]:
+    """Turn the errors that libraries raise on a damaged checkpoint into a ValueError with the checkpoint's name."""
     try:
         yield
     except (ValueError, OSError, ImportError):

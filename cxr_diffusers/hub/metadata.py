@@ -1,4 +1,4 @@
-"""Image files without metadata: the same pixels, and nothing that says whose they are."""
+"""Image files without metadata: the same pixels, without text, dates or names."""
 
 import io
 import struct
@@ -11,24 +11,24 @@ from ..data.images import FORMATS
 from ..data.limits import check_pixel_count
 
 PNG = b"\x89PNG\r\n\x1a\n"
-PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # those that decide pixels
+PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # they determine the pixels
 ORIENTATION = 0x0112  # EXIF tag
 
 
-def strip_metadata(content):
-    """An image file without text, EXIF, XMP, colour profile, comments, thumbnail or bytes after its end.
+def strip_metadata(content: bytes) -> bytes:
+    """Remove text, EXIF, XMP, colour profile, comments, thumbnail and trailing bytes from an image file.
 
-    PNG and JPEG keep their compressed pixels. Other formats, and images that EXIF turns, become PNG; modes that PNG
-    does not have become TIFF.
+    PNG and JPEG keep their compressed pixels. Other formats, and images with an EXIF orientation, become PNG; modes
+    that PNG does not have become TIFF.
 
     Args:
         content: bytes of an image file that Pillow reads.
 
     Returns:
-        bytes, which decode to the same pixels and mode.
+        bytes of a file with the same pixels and mode.
 
     Raises:
-        ValueError: no such file, or one that is cut short.
+        ValueError: not an image file, or a truncated one.
     """
     PIL.Image.init()
     try:
@@ -70,12 +70,12 @@ def _strip_jpeg(content):
         end = start + 2 + struct.unpack_from(">H", content, start + 2)[0]
         segment = content[start:end]
         if marker == 0xE0 and segment[4:9] == b"JFIF\0":
-            kept.append(segment[:2] + b"\0\x10" + segment[4:16] + b"\0\0")  # says YCbCr; its thumbnail goes
+            kept.append(segment[:2] + b"\0\x10" + segment[4:16] + b"\0\0")  # means YCbCr; without its thumbnail
         elif marker == 0xEE and segment[4:9] == b"Adobe":
-            kept.append(segment[:2] + b"\0\x0e" + segment[4:16])  # says which colours these are
+            kept.append(segment[:2] + b"\0\x0e" + segment[4:16])  # names the colour space
         elif not (0xE0 <= marker <= 0xEF or marker == 0xFE):
             kept.append(segment)
-        if marker == 0xDA:  # compressed pixels, up to the next marker that is no restart and no stuffed 255
+        if marker == 0xDA:  # compressed pixels, up to the next marker other than a restart or a stuffed 255
             begin = end
             while content[end] != 0xFF or content[end + 1] == 0 or 0xD0 <= content[end + 1] <= 0xD7:
                 end = content.find(b"\xff", end + 1)

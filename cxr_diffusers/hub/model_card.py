@@ -2,7 +2,9 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -10,7 +12,7 @@ from ..files import as_json, write_file
 from ..fingerprints import weights_digest
 from .loading import class_named, load_pipeline, read_index
 
-# the numbers of an evaluation that go into a card: its table and its YAML
+# metrics of an evaluation that a card reports, in its table and in its YAML
 HEADLINES = {
     "pixel_ap": "pixel AP",
     "pixel_auroc": "pixel AUROC",
@@ -20,7 +22,7 @@ HEADLINES = {
 }
 
 
-# of a card, by the pipeline's class
+# by the pipeline's class
 TAGS = {
     "DiffPIRDeblurPipeline": ["deblurring", "image-restoration", "diffusion-prior"],
     None: ["anomaly-detection", "weakly-supervised", "counterfactual"],
@@ -33,11 +35,11 @@ CARD = """---
 
 # {title}
 
-{picture}
+{image}
 Where is this chest X-ray abnormal? {method} Trained on image-level labels alone. Made with `cxr_diffusers`.
 
-**Research use only.** Not a medical device; not for diagnosis, triage or any decision about a patient. It marks what
-looks unusual to it and misses much; what is known about how much holds for the data named below, and no other.
+**Research use only.** Not a medical device; not for diagnosis, triage or any decision about a patient. It marks regions
+that look unusual to the model, and misses many; the figures below hold for the data named there only.
 
 ## How to use
 
@@ -49,7 +51,7 @@ pipeline = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
 pipeline(Image.open("chest.png")).anomaly_map[0].save("map.png")  # 16 bit, value / 65535
 ```
 
-The answer also has `image`, `counterfactual` (the chest as if healthy) and `anomaly_score`, one number for each image.
+The output also has `image`, `counterfactual` (the chest as if healthy) and `anomaly_score`, one number for each image.
 Classes: {classes}. Defaults of the call: {settings}.
 
 ## Training
@@ -68,12 +70,12 @@ DEBLUR_CARD = """---
 
 # {title}
 
-{picture}
-A diffusion model of radiographs, the prior of a deblurring: it undoes a known blur by DiffPIR (Zhu et al. 2023,
+{image}
+A diffusion model of radiographs, used as the prior for deblurring with a known kernel by DiffPIR (Zhu et al. 2023,
 https://arxiv.org/abs/2305.08995). Made with `cxr_diffusers`.
 
-**Research use only.** Not a medical device; not for diagnosis, triage or any decision about a patient. What a prior
-restores is what it thinks likely: fine structure in the answer need not be in the patient.
+**Research use only.** Not a medical device; not for diagnosis, triage or any decision about a patient. A prior restores
+likely structures: fine structure in the output is not necessarily present in the patient.
 
 ## How to use
 
@@ -82,7 +84,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 pipeline = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
-kernel = [[1 / 9] * 3] * 3  # what blurred the picture, in its pixels; sums to 1
+kernel = [[1 / 9] * 3] * 3  # blur kernel in pixels of the image; sums to 1
 pipeline(Image.open("chest.png"), kernel=kernel).restored[0].save("restored.png")
 ```
 
@@ -96,77 +98,77 @@ pipeline(Image.open("chest.png"), kernel=kernel).restored[0].save("restored.png"
 """
 
 
-# what a pipeline does, for the reader of its card
+# one sentence about each pipeline
 METHODS = {
     "CFGAnomalyPipeline": "A class-conditional diffusion model turns a radiograph into the same chest as if healthy,\n"
-    "by classifier-free guidance; the anomaly map is what had to change.",
+    "by classifier-free guidance; the anomaly map is the change.",
     "ClassifierGuidedPipeline": "A diffusion model turns a radiograph into the same chest as if healthy, along the\n"
-    "gradient of a classifier; the anomaly map is what had to change.",
+    "gradient of a classifier; the anomaly map is the change.",
     "FixedPointGANPipeline": "A Fixed-Point GAN translates a radiograph to the same chest as if healthy in one\n"
-    "pass; the anomaly map is what had to change.",
-    "GradCAMPipeline": "The map is where an image classifier finds its evidence against healthy (Grad-CAM). There is\n"
-    "no counterfactual in it: a comparison partner for methods that make one.",
-    "PyramidCAMPipeline": "The map is where a classifier with a feature pyramid finds disease (after PYLON). There is\n"
-    "no counterfactual in it: a comparison partner for methods that make one.",
+    "pass; the anomaly map is the change.",
+    "GradCAMPipeline": "The map shows the evidence of an image classifier against healthy (Grad-CAM). It involves no\n"
+    "counterfactual: a baseline for methods that compute one.",
+    "PyramidCAMPipeline": "The map shows where a classifier with a feature pyramid detects disease (after PYLON). It\n"
+    "involves no counterfactual: a baseline for methods that compute one.",
 }
 
 
 def write_model_card(
-    folder,
+    folder: Path | str,
     *,
-    training,
-    evaluation=None,
-    evaluated_on="validation images",
-    name=None,
-    license="apache-2.0",
-    datasets=(),
-    picture=None,
-):
+    training: str,
+    evaluation: Path | str | dict | None = None,
+    evaluated_on: str = "validation images",
+    name: str | None = None,
+    license: str = "apache-2.0",
+    datasets: Sequence[str] = (),
+    image: str | None = None,
+) -> None:
     """Write `README.md` into a pipeline folder.
 
     Args:
         folder: has a `model_index.json`.
         training: Markdown: the data, its licence, steps, seed.
         evaluation: a folder written by `evaluate` (for a plan: the folder that holds those of its data sets), or a
-            summary as a dict. The rows of this model, found by its weights, go into a table and into the YAML's
+            summary as a dict. The rows of this model, identified by its weights, go into a table and into the YAML's
             `model-index`.
         evaluated_on: the name of the data of `evaluation`; a plan's data sets have names of their own.
-        name: what a reader will load, USER/NAME; None: the folder's name. (`publish` puts its own in.)
+        name: USER/NAME for the example in the card; None: the folder's name. (`publish` replaces it.)
         license: of the weights, by its identifier on the Hub.
-        datasets: names of the training data, on the Hub where they are there.
-        picture: name of a picture in the folder.
+        datasets: names of the training data, on the Hub if they are there.
+        image: name of an image file in the folder.
 
     Raises:
-        FileNotFoundError: no `model_index.json`, no summary.json, or no such picture. ValueError: the evaluation has
+        FileNotFoundError: no `model_index.json`, no summary.json, or no such image. ValueError: the evaluation has
             no row of this model, or several.
     """
     folder = Path(folder)
     index = read_index(folder)
-    if picture and not (folder / picture).is_file():
-        raise FileNotFoundError(f"expected the card's picture in the folder, no file {folder / picture}")
+    if image and not (folder / image).is_file():
+        raise FileNotFoundError(f"expected the card's image in the folder, no file {folder / image}")
     home = folder.resolve()
     # a training run writes its model into a hidden folder before it is moved into place
     name = name or (home.parent if home.name.startswith(".") else home).name
     results, text = None, "Not evaluated yet."
     if evaluation is not None:
         results, text = evaluation_section(load_pipeline(folder), read_summaries(evaluation, evaluated_on))
-    kind = class_named(index)
+    class_name = class_named(index)
     metadata = ModelCardData(
         language="en",
         license=license,
         library_name="diffusers",
         pipeline_tag="image-to-image",
-        tags=["chest-x-ray", "radiology", *TAGS.get(kind, TAGS[None]), "cxr_diffusers"],
+        tags=["chest-x-ray", "radiology", *TAGS.get(class_name, TAGS[None]), "cxr_diffusers"],
         datasets=list(datasets) or None,
         metrics=list(dict.fromkeys(result.metric_type for result in results or ())) or None,
         model_name=name.split("/")[-1] if results else None,
         eval_results=results or None,
     )
-    card = (DEBLUR_CARD if kind == "DiffPIRDeblurPipeline" else CARD).format(
+    card = (DEBLUR_CARD if class_name == "DiffPIRDeblurPipeline" else CARD).format(
         metadata=metadata.to_yaml(),
         title=name.split("/")[-1],
-        method=METHODS.get(kind, "A model of anomalies in chest X-rays."),
-        picture=f"![input, counterfactual, anomaly map]({picture})\n" if picture else "",
+        method=METHODS.get(class_name, "A model of anomalies in chest X-rays."),
+        image=f"![input, counterfactual, anomaly map]({image})\n" if image else "",
         name=name,
         classes=", ".join((index.get("class_names") or {}).values()) or "not named",
         settings=", ".join(f"`{key}={value!r}`" for key, value in (index.get("settings") or {}).items())
@@ -177,12 +179,12 @@ def write_model_card(
     write_file(folder / "README.md", str(ModelCard(card)).encode())
 
 
-def describe_training(recipe, size, num_images):
-    """What a run learns from, for the reader of its model card (Markdown).
+def describe_training(recipe: Any, size: int, num_images: int) -> str:
+    """The training data and settings of a run, in Markdown for its model card.
 
     Args:
-        recipe: a recipe of any kind.
-        size: side of its pictures, in pixels.
+        recipe: of any training program.
+        size: side of its images, in pixels.
         num_images: of its data set.
     """
     config, hub_names = recipe.train, trained_on(recipe)
@@ -195,8 +197,8 @@ def describe_training(recipe, size, num_images):
     )
 
 
-def is_local(key, value):
-    """Whether an entry of a recipe's `data` section names a file or folder of this machine, or holds one that does."""
+def is_local(key: str, value: Any) -> bool:
+    """Whether an entry of a recipe's `data` section, or an entry inside it, names a file or folder of this machine."""
     if isinstance(value, dict):
         return any(is_local(k, v) for k, v in value.items())
     if isinstance(value, (list, tuple)):
@@ -205,13 +207,13 @@ def is_local(key, value):
     return key in ("root", "path", "csv") or any(mark in text for mark in "/\\~") or text.endswith(".csv")
 
 
-def trained_on(recipe):
-    """The names on the Hub of what a run learns from: [] where that is no data set of the Hub."""
+def trained_on(recipe: Any) -> list[str]:
+    """[name on the Hub] of the training data; [] if they are not from the Hub."""
     path = str(recipe.data.get("path", ""))
     return [path] if recipe.data["name"] == "hub" and not Path(path).exists() else []
 
 
-def read_summaries(evaluation, evaluated_on):
+def read_summaries(evaluation: Path | str | dict, evaluated_on: str) -> dict[str, dict]:
     """{name of the data: summary} of a folder of `evaluate`, of a plan's folder, or of a summary as a dict.
 
     Raises:
@@ -228,8 +230,8 @@ def read_summaries(evaluation, evaluated_on):
     return {path.parent.name: json.loads(path.read_text()) for path in paths}
 
 
-def evaluation_section(pipeline, summaries):
-    """The results of one model in evaluations that may hold others, too.
+def evaluation_section(pipeline: Any, summaries: dict[str, dict]) -> tuple[list[EvalResult], str]:
+    """The results of one model from evaluations that may contain other models as well.
 
     Args:
         pipeline: the model.
@@ -246,10 +248,10 @@ def evaluation_section(pipeline, summaries):
     return results, "\n\n".join(describe_evaluation(summaries[data], row, data) for data, row in rows.items())
 
 
-def row_of(pipeline, summary):
-    """The name of the method in `evaluate`'s summary that is `pipeline`: of its class, weights and settings.
+def row_of(pipeline: Any, summary: dict) -> str:
+    """The name of the method in `evaluate`'s summary with the class, weights and settings of `pipeline`.
 
-    Where several are, the one that was called with the model's own settings.
+    If there are several, the one that was called with the model's own settings.
 
     Raises:
         ValueError: there is none, or not exactly one.
@@ -272,8 +274,8 @@ def row_of(pipeline, summary):
     return names[0]
 
 
-def describe_evaluation(summary, row, evaluated_on):
-    """Markdown: the data, and the main figures of a model beside other models and controls.
+def describe_evaluation(summary: dict, row: str, evaluated_on: str) -> str:
+    """Markdown: the data, and the main figures of a model, other models and controls.
 
     Args:
         summary: `evaluate`'s.
@@ -290,7 +292,7 @@ def describe_evaluation(summary, row, evaluated_on):
         f"beside them. Brackets: 95 % bootstrap intervals over patients. This model is the row `{row}`",
         f", called with {call}. " if call else ". ",
         f"Other models: {', '.join(others)}. " if others else "",
-        "The remaining rows are controls, which do without the image or without the model.",
+        "The remaining rows are controls, which do not use the image or the model.",
     ]
     # the differences are those of the first method to the others
     differences = summary["differences"] if row == next(iter(methods)) else {}
@@ -298,8 +300,8 @@ def describe_evaluation(summary, row, evaluated_on):
     return f"{''.join(sentences)}\n\n{table}".strip()
 
 
-def eval_results(summary, row, evaluated_on):
-    """The entries of the card's `model-index`: the main figures of the method `row` that are defined."""
+def eval_results(summary: dict, row: str, evaluated_on: str) -> list[EvalResult]:
+    """The entries of the card's `model-index`: the main figures of the method `row`, without undefined ones."""
     values = {metric: (summary["rows"][row].get(metric) or {}).get("value") for metric in HEADLINES}
     return [
         EvalResult(

@@ -8,22 +8,29 @@ from ..files import write_file
 from .loading import class_named, read_index
 
 
-def publish(folder, repo_id, *, private=None, token=None, create_pr=False):
-    """Upload a finished pipeline folder (a training run's, too) to the Hub.
+def publish(
+    folder: Path | str,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Upload a finished pipeline folder, for example of a training run, to the Hub.
 
-    Only the model is uploaded: the index, the components, code, card and the pictures it shows. A run's checkpoints,
-    logs and validation pictures stay at home. The name in the card's example becomes `repo_id`.
+    Only the model is uploaded: index, components, code, card and the images in the card. The checkpoints, logs and
+    validation images of a run are not. The example in the card gets the name `repo_id`.
 
     Args:
-        repo_id: USER/NAME, or NAME for your own; made if there is none.
-        private: of a new repository; None: as your account has it.
+        repo_id: USER/NAME, or NAME in your own account; created if it does not exist.
+        private: visibility of a new repository; None: the default of your account.
 
     Returns:
         the address of the commit.
 
     Raises:
-        FileNotFoundError: `folder` has no `model_index.json` (nothing was saved there), or no card. ValueError: it is
-            the shipped model's, which has no code beside it, or an export.
+        FileNotFoundError: `folder` has no `model_index.json` or no card.
+        ValueError: the folder of a shipped model, which has no code in it, or an export.
     """
     from .. import pipelines
     from ..pipelines.cxr_portable import named
@@ -35,10 +42,10 @@ def publish(folder, repo_id, *, private=None, token=None, create_pr=False):
             f"expected a folder with its code beside it, got {folder}: open it and use pipeline.push_to_hub"
         )
     if any(isinstance(part, list) and part[-1] == "ExportedNet" for part in index.values()):
-        # diffusers fetches no *.onnx, and of OpenVINO's two files one: what is there could not be opened
+        # diffusers downloads no *.onnx and only one of OpenVINO's two files: the published folder would not open
         raise ValueError(f"{folder} is an export, which does not open from the Hub: publish the model it was made from")
     if not (folder / "README.md").is_file():
-        raise FileNotFoundError(f"no README.md in {folder}: a model goes out with its card, see write_model_card")
+        raise FileNotFoundError(f"no README.md in {folder}: a model is published with its card, see write_model_card")
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     card = (folder / "README.md").read_text()
@@ -53,11 +60,11 @@ def publish(folder, repo_id, *, private=None, token=None, create_pr=False):
     ).commit_url
 
 
-def finished_files(folder, index):
-    """The files of a pipeline folder that belong to the model, as paths below it; whatever else lies there stays.
+def finished_files(folder: Path, index: dict) -> list[str]:
+    """The files of a pipeline folder that belong to the model, as paths relative to it.
 
-    They are the index, the card and the pictures it shows, the licence, the scores of healthy images, the code that the
-    index names with the siblings it imports, and the components.
+    They are the index, the card and its images, the licence, the scores of healthy images, the code that the index
+    names with the modules that it imports, and the components.
     """
     from diffusers.utils.dynamic_modules_utils import get_relative_imports
 
@@ -71,5 +78,5 @@ def finished_files(folder, index):
     beside = [path for path in beside if path.is_file()]
     components = [folder / name for name, value in index.items() if isinstance(value, list)]
     inside = [path for component in components if component.is_dir() for path in component.rglob("*") if path.is_file()]
-    shown = [path.relative_to(folder) for path in beside + inside if path.suffix != ".tmp"]
-    return sorted(path.as_posix() for path in shown if not any(part.startswith(".") for part in path.parts))
+    files = [path.relative_to(folder) for path in beside + inside if path.suffix != ".tmp"]
+    return sorted(path.as_posix() for path in files if not any(part.startswith(".") for part in path.parts))

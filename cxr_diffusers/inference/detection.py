@@ -3,88 +3,92 @@
 import os
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate.utils import gather_object
-from PIL import Image
 from tqdm.auto import tqdm
 
-from ..data.dicom_checks import warnings_of
-from ..data.images import (
-    PIL_SUFFIXES,
-    check_has_contrast,
-    describe_skipped,
-    is_dicom,
-    read_header,
-    read_image,
-    split_images,
-)
+from ..data.images import is_dicom, picture_size
 from ..fingerprints import fingerprint
 from ..processes import process_state
-from .detection_folder import RESULTS, DetectionFolder, file_stamp
-from .dicom_output import Algorithm, DicomOutputError, check_source, import_highdicom
-from .reference_scores import kept_scores
+from .detection_folder import DetectionFolder, Outputs, file_stamp
+from .dicom_output import Algorithm, DicomOutputError, import_highdicom
+from .inputs import Input, find_images, model_channels, read_input
+from .reference_scores import ReferenceScores, kept_scores
+from .regions import zone_columns
 from .trajectory import Trajectory, check_steps
 
 WORKERS = max(2, min(8, os.cpu_count() or 1))  # threads that read, and threads that write
 
 
 def detect(
-    pipeline,
-    images,
-    output_dir,
+    pipeline: Any,
+    images: Iterable[Path | str],
+    output_dir: Path | str,
     *,
-    batch_size=8,
-    map_format="png",
-    save_counterfactual=False,
-    save_trajectory=False,
-    vmax=None,
-    threshold=None,
-    save_masks=False,
-    save_panel=True,
-    dicom=False,
-    call_kwargs=None,
-    progress=True,
-):
+    batch_size: int = 8,
+    map_format: str = "png",
+    save_counterfactual: bool = False,
+    save_trajectory: bool = False,
+    vmax: float | None = None,
+    threshold: float | None = None,
+    save_masks: bool = False,
+    save_boxes: str | None = None,
+    save_panel: bool = True,
+    dicom: bool = False,
+    call_kwargs: dict | None = None,
+    progress: bool = True,
+) -> dict | None:
     """Run an anomaly pipeline over files and folders.
 
-    Written for every image, under a name made of its path below the folder:
+    Files for every image; NAME is made of its path below the input folder:
 
         NAME.png                  unless `save_panel` is False: input | counterfactual | map over the input
         maps/NAME.png (or .npy)   the raw map at the input's own resolution: 16 bits, value / 65535 (or float32)
         masks/NAME.png            with `save_masks`: 255 where the map is above the threshold, else 0
+        labels/NAME.txt           with `save_boxes="yolo"`: boxes of the regions above the threshold, see `write_yolo`
         counterfactuals/NAME.png  with `save_counterfactual`: as the model made it, at its resolution
-        dicom/NAME_seg.dcm        with `dicom`, of a DICOM file: the map above the threshold as a Segmentation, and
-        dicom/NAME_overlay.dcm    the panel as a Secondary Capture, filed beside their source; see docs/clinic.md
-        trajectories/NAME.webp    with `save_trajectory`: a film of the way to noise and back, see `Trajectory`
-        rows/NAME.json            the row of results.csv; written last, so it says that the image is done
+        counterfactuals/NAME_crisp.png      and the input plus the enlarged change, at the input's resolution
+        dicom/NAME_seg.dcm        with `dicom`, of a DICOM file: the map above the threshold as a Segmentation,
+        dicom/NAME_overlay.dcm    the panel as a Secondary Capture, and
+        dicom/NAME_gsps.dcm       outlines of the Segmentation as a Presentation State; see docs/clinic.md
+        trajectories/NAME.webp    with `save_trajectory`: an animation of inversion and decoding, see `Trajectory`
+        rows/NAME.json            the row of results.csv; written last, which marks the image as done
 
-    and at the end results.csv, most abnormal first, and failed.csv, if images could not be computed (unreadable, of
-    one single value, no such file). Run it again and it goes on where it stopped, kill -9 included: only files that
-    are new, changed, or failed before are computed. Under `accelerate launch` each process takes its share (place
-    the pipeline on its device first).
+    At the end: results.csv, most abnormal first; boxes.json with `save_boxes="coco"` (see `coco_boxes`); and
+    failed.csv, if images could not be computed (unreadable, all pixels of one value, no such file). A second call
+    resumes, also after kill -9: only files that are new, changed, or failed before are computed. Under
+    `accelerate launch` each process takes its share (place the pipeline on its device first).
 
-    Columns: `anomaly_score`, see `AnomalyOutput`; where the model keeps scores of n healthy images for the same
-    settings, `healthy_percentile`, the percentage of them below this score, and `p_value`, conformal:
-    (1 + number of healthy scores >= this one) / (n + 1); `abnormal_fraction`, of the pixels above the threshold (empty
-    without one); `map_max`; `height` and `width` of the input; `seconds`, of the model alone; `warnings`: why the map
-    may mean nothing (a lateral view, another body part, a colour image).
+    Columns of results.csv; a column that does not apply is empty:
+
+        healthy_percentile        percentage of the `healthy_images` with a lower score; only if the model's folder
+                                  has scores of healthy images for the same settings (see `ReferenceScores`)
+        p_value                   conformal: (1 + number of healthy scores >= this one) / (healthy_images + 1)
+        anomaly_score             see `AnomalyOutput`
+        zone, zone_share, outside_lungs     where the map lies, if the pipeline has a lung segmenter: see `zone_columns`
+        abnormal_fraction         share of the pixels above the threshold
+        map_max, height, width    of the map; of the input
+        seconds                   of the model alone
+        warnings                  reasons why the map may be meaningless (a lateral view, another body part, colour)
 
     Args:
-        pipeline: answers `pipeline(list of PIL images, output_type="np")` with an `AnomalyOutput`.
+        pipeline: `pipeline(list of PIL images, output_type="np")` returns an `AnomalyOutput`.
         images: files and folders; a folder is searched for png, jpg, bmp, tif, npy and DICOM files, with or without an
-            extension; DICOM files without an image (reports, segmentations) are left out. For a model of four
-            channels, the folders of MRI slices (see `data.load_brats`) and folders of such.
-        output_dir: created if need be.
-        batch_size: images a call.
+            extension; DICOM files without an image (reports, segmentations) are skipped. For a model of four
+            channels: folders of MRI slices (see `data.load_brats`), and folders that contain such folders.
+        output_dir: created if it does not exist.
+        batch_size: images in each call of the pipeline.
         map_format: "png" or "npy".
+        save_counterfactual, save_trajectory, save_masks, save_boxes ("coco" or "yolo"), save_panel: see above.
         vmax: the map value of the last colour. None: three times the threshold, so all panels have one scale; without
             a threshold each panel's own 99.5 % quantile.
         threshold: map value in (0, 1) above which a pixel is abnormal. None: the model's, from healthy images.
-        dicom: write DICOM objects, too; images that are no DICOM files get none.
+        dicom: write DICOM objects, too, for those images that are DICOM files.
         call_kwargs: arguments of the pipeline's call.
 
     Returns:
@@ -94,73 +98,88 @@ def detect(
     Raises:
         FileNotFoundError: no such file or folder, or no image in it.
         FileExistsError: `output_dir` holds results of another model or other settings.
-        ValueError: `output_dir` is where the images are, an unknown `map_format`, a `vmax` of 0 or less, a `threshold`
-            outside (0, 1), `save_trajectory` for a pipeline without steps; `dicom` or `save_masks` without a
-            threshold; `dicom` without any DICOM file.
-        OSError: a result cannot be written (disk full, no permission); the same call goes on afterwards.
+        ValueError: `output_dir` is the folder of the images; an unknown `map_format`, a `vmax` of 0 or less, a
+            threshold outside (0, 1), an unknown `save_boxes`, `save_trajectory` for a pipeline without steps; `dicom`,
+            `save_masks` or `save_boxes` without a threshold; `dicom` without any DICOM file.
+        OSError: a result cannot be written (disk full, no permission); the same call resumes afterwards.
         ImportError: `dicom`, and highdicom is not installed.
     """
-    if map_format not in ("png", "npy"):
-        raise ValueError(f"expected `map_format` png or npy, got {map_format!r}")
-    if vmax is not None and not vmax > 0:
-        raise ValueError(f"expected `vmax` above 0, got {vmax!r}")
-    if threshold is not None and not 0 < threshold < 1:
-        raise ValueError(f"expected `threshold` between 0 and 1, got {threshold!r}")
-    call_kwargs = dict(call_kwargs or {})
-    trajectory = None
+    outputs = Outputs(
+        map_format=map_format,
+        save_counterfactual=save_counterfactual,
+        save_trajectory=save_trajectory,
+        save_masks=save_masks,
+        save_boxes=save_boxes,
+        save_panel=save_panel,
+        dicom=dicom,
+        threshold=threshold,
+        vmax=vmax,
+    )
+    outputs.complete(pipeline.config.get("map_threshold"))
     if save_trajectory:
         check_steps(pipeline)
-        trajectory = Trajectory()
-    state, output_dir = process_state(), Path(output_dir)
-    threshold = threshold or pipeline.config.get("map_threshold")
-    if save_masks and not threshold:
-        raise ValueError("expected `threshold`, or a model with one (`map_threshold`), for `save_masks`, got neither")
-    channels = model_channels(pipeline)
-    images, skipped = find_images(images, output_dir, channels)
+    call_kwargs, state = dict(call_kwargs or {}), process_state()
+    named_paths, skipped = find_images(images, Path(output_dir), model_channels(pipeline))
+    paths = [path for _, path in named_paths]
+    folder = open_folder(pipeline, output_dir, outputs, call_kwargs, paths, state.is_main_process)
+    state.wait_for_everyone()  # results of unknown settings are deleted before any process lists the rows
+    files, pending = list_pending(folder, named_paths)
+    state.wait_for_everyone()  # barrier: every process lists the pending files before any is written
+    detection = Detection(pipeline, folder, call_kwargs, state)
+    rows = detection.run(pending, batch_size, progress)
+    return summarise(detection, files, skipped, rows) if state.is_main_process else None
+
+
+def open_folder(
+    pipeline: Any, path: Path | str, outputs: Outputs, call_kwargs: dict, paths: list[Path], main: bool
+) -> DetectionFolder:
+    """The folder of the results, checked against its earlier settings; see `DetectionFolder` and `dicom_algorithm`.
+
+    Args:
+        paths: of the input images.
+        main: True in the one process that may delete.
+    """
     settings = {
         "model": str(pipeline.config.get("_name_or_path") or type(pipeline).__name__),
         "weights": fingerprint(pipeline, {}, 0),
         "call": call_kwargs,
-        "map_format": map_format,
-        "save_counterfactual": save_counterfactual,
-        "save_trajectory": save_trajectory,
-        "save_masks": save_masks,
-        "save_panel": save_panel,
-        "map_threshold": threshold,
-        "vmax": 3 * threshold if vmax is None and threshold else vmax,
-        "dicom": dicom,
+        **outputs.settings(),
     }
-    folder = DetectionFolder(
-        output_dir,
+    return DetectionFolder(
+        path,
         settings,
         pipeline.config,
-        algorithm=dicom_algorithm(pipeline, call_kwargs, [path for _, path in images], threshold) if dicom else None,
+        algorithm=dicom_algorithm(pipeline, call_kwargs, paths, outputs.threshold) if outputs.dicom else None,
         reference=healthy_reference(pipeline, call_kwargs),
-        main=state.is_main_process,
+        main=main,
     )
-    state.wait_for_everyone()  # results of unknown settings are gone before anyone lists what is done
-    rows = folder.read_rows()
-    files = folder.name_files(images, rows)
-    pending = [(name, path) for name, path in files.items() if not is_done(rows.get(name), path)]
-    state.wait_for_everyone()  # barrier: every process lists the pending files before any is written
 
-    share, failed, seconds = pending[state.process_index :: state.num_processes], {}, []
-    bar = tqdm(total=len(share), desc="detect", unit="image", disable=not (progress and state.is_main_process))
+
+def list_pending(
+    folder: DetectionFolder, named_paths: list[tuple[Path, Path]]
+) -> tuple[dict[str, Path], list[tuple[str, Path]]]:
+    """{name: path} of all input files, and [(name, path)] of those without results or with those of an older file."""
+    rows = folder.read_rows()
+    files = folder.name_files(named_paths, rows)
+    return files, [(name, path) for name, path in files.items() if not is_done(rows.get(name), path)]
+
+
+def is_done(row: dict | None, path: Path) -> bool:
+    """Whether a row belongs to this file as it is now."""
     try:
-        run = Detection(pipeline, folder, call_kwargs, trajectory, failed, seconds, bar, state.process_index)
-        run.process(share, batch_size, lambda name, path: read_input(name, path, channels, dicom))
-        failed, seconds = dict(gather_object(list(failed.items()))), gather_object(seconds)
-    finally:  # also after an error the tables hold what is done
-        bar.close()
-        if state.is_main_process:
-            rows = folder.write_tables(failed)
-    if not state.is_main_process:
-        return None
+        return row is not None and row["file"] == file_stamp(path)
+    except OSError:  # reading the file will give the reason
+        return False
+
+
+def summarise(detection: "Detection", files: dict[str, Path], skipped: dict[Path, str], rows: list[dict]) -> dict:
+    """What `detect` returns. files: {name: path} of all input files. rows: of results.csv."""
     sources = {os.path.realpath(path) for path in files.values()}
+    dicom, seconds = detection.folder.settings["dicom"], detection.seconds
     return {
         "images": len(files),
         "computed": len(seconds),
-        "failed": failed,
+        "failed": detection.failed,
         "seconds_per_image": float(np.mean(seconds)) if seconds else None,
         "skipped": {str(path): reason for path, reason in skipped.items()},
         "warnings": {
@@ -170,69 +189,90 @@ def detect(
     }
 
 
-@dataclass
-class Input:
-    """One file, read. stamp: `file_stamp` before it was read. header: of a DICOM file. error: why it was not read."""
-
-    name: str
-    path: Path
-    stamp: list | None = None
-    image: object = None
-    header: object = None
-    warnings: str = ""
-    error: str = ""
-
-
-@dataclass
 class Detection:
-    """The loop over files: they are read ahead and written behind in threads, so that the network need not wait."""
+    """The loop over files. Threads read ahead and write behind, so that the network need not wait.
 
-    pipeline: object
-    folder: DetectionFolder
-    call_kwargs: dict
-    trajectory: Trajectory | None
-    failed: dict
-    seconds: list
-    bar: tqdm
-    process_index: int
+    Args:
+        pipeline, call_kwargs: see `detect`.
+        folder: of the results.
+        state: accelerate's `PartialState` of this process.
 
-    def process(self, files, batch_size, read):
-        """Run the pipeline over [(name, path)]; `read(name, path)` -> `Input`.
+    Attributes:
+        failed: {path: error}; after `run`, of all processes.
+        seconds: of the model, one number an image; after `run`, of all processes.
+    """
+
+    def __init__(self, pipeline: Any, folder: DetectionFolder, call_kwargs: dict, state: Any):
+        self.pipeline, self.folder, self.call_kwargs, self.state = pipeline, folder, call_kwargs, state
+        self.trajectory = Trajectory() if folder.settings["save_trajectory"] else None
+        self.channels = model_channels(pipeline)
+        self.failed: dict[str, str] = {}
+        self.seconds: list[float] = []
+
+    def run(self, pending: list[tuple[str, Path]], batch_size: int, progress: bool) -> list[dict]:
+        """Compute this process's share of [(name, path)] and write the tables, which hold what is done after an error.
+
+        Returns:
+            the rows of results.csv on the main process, [] on the others.
 
         Raises:
             OSError: a result cannot be written.
         """
-        stepwise = {"callback_on_step_end": self.trajectory} if self.trajectory else {}
+        share = pending[self.state.process_index :: self.state.num_processes]
+        main, rows = self.state.is_main_process, []
+        with tqdm(total=len(share), desc="detect", unit="image", disable=not (progress and main)) as self.bar:
+            try:
+                self.process(share, batch_size)
+                self.failed = dict(gather_object(list(self.failed.items())))
+                self.seconds = gather_object(self.seconds)
+            finally:
+                if main:
+                    rows = self.folder.write_tables(self.failed)
+        return rows
+
+    def process(self, files: list[tuple[str, Path]], batch_size: int) -> None:
+        """Read, compute and write [(name, path)]."""
         with ThreadPoolExecutor(WORKERS) as readers, ThreadPoolExecutor(WORKERS) as writers:
-            writing = deque()
-            for batch in in_batches(map_ahead(readers, read, files, 2 * batch_size), batch_size):
+            writing: deque = deque()
+            for batch in in_batches(map_ahead(readers, self.read, files, 2 * batch_size), batch_size):
                 for file in batch:
                     if file.error:
                         self.fail(file, file.error)
-                batch = [file for file in batch if not file.error]
-                if not batch:
-                    continue
-                start = time.perf_counter()
-                output = self.pipeline([file.image for file in batch], output_type="np", **self.call_kwargs, **stepwise)
-                each = (time.perf_counter() - start) / len(batch)
-                self.folder.keep_settings()  # only now: a call that was refused leaves nothing
-                for i, file in enumerate(batch):
-                    if self.trajectory:  # it records the last call alone
-                        self.trajectory.save(self.folder.path / "trajectories" / f"{file.name}.webp", index=i)
-                    answer = (output.image[i], output.counterfactual[i], output.anomaly_map[i])
-                    answer = (*answer, float(output.anomaly_score[i]))
-                    writing.append((file, each, writers.submit(self.write, file, answer, each)))
+                writing += self.compute([file for file in batch if not file.error], writers)
                 while len(writing) > 2 * batch_size:
                     self.finish(*writing.popleft())
             while writing:
                 self.finish(*writing.popleft())
 
-    def write(self, file, answer, seconds):
-        columns = dict(warnings=file.warnings, seconds=round(seconds, 4), process=self.process_index)
+    def read(self, name: str, path: Path) -> Input:
+        return read_input(name, path, self.channels, self.folder.settings["dicom"])
+
+    def compute(self, batch: list[Input], writers: ThreadPoolExecutor) -> list[tuple[Input, float, Future]]:
+        """Run the pipeline over a batch -> [(file, seconds, future of its writing)]."""
+        if not batch:
+            return []
+        on_step = {"callback_on_step_end": self.trajectory} if self.trajectory else {}
+        start = time.perf_counter()
+        output = self.pipeline([file.image for file in batch], output_type="np", **self.call_kwargs, **on_step)
+        seconds = (time.perf_counter() - start) / len(batch)
+        self.folder.keep_settings()  # only now: a refused call leaves nothing behind
+        sizes = [picture_size(file.image) for file in batch]
+        segmenter = self.pipeline.components.get("lung_segmenter")
+        zones = zone_columns(segmenter, output.image, output.anomaly_map, sizes, self.pipeline.config["aspect"])
+        writing = []
+        for i, file in enumerate(batch):
+            if self.trajectory:  # it holds the last call only
+                self.trajectory.save(self.folder.path / "trajectories" / f"{file.name}.webp", index=i)
+            answer = (output.image[i], output.counterfactual[i], output.anomaly_map[i], float(output.anomaly_score[i]))
+            writing.append((file, seconds, writers.submit(self.write, file, answer, seconds, zones[i])))
+        return writing
+
+    def write(self, file: Input, answer: tuple, seconds: float, zones: dict) -> None:
+        columns = dict(warnings=file.warnings, seconds=round(seconds, 4), process=self.state.process_index) | zones
         self.folder.write(file.name, file.path, file.stamp, file.image, answer, file.header, **columns)
 
-    def finish(self, file, seconds, written):
-        """Wait until a file's results are written; a header that gives no DICOM objects is that file's failure."""
+    def finish(self, file: Input, seconds: float, written: Future) -> None:
+        """Wait until a file's results are written. A header that gives no DICOM objects is that file's failure."""
         try:
             written.result()
         except DicomOutputError as error:
@@ -240,15 +280,15 @@ class Detection:
         self.seconds.append(seconds)
         self.bar.update()
 
-    def fail(self, file, error):
+    def fail(self, file: Input, error: str) -> None:
         self.failed[str(file.path)] = error
         self.folder.forget(file.name)
         self.bar.update()
 
 
-def map_ahead(pool, function, arguments, ahead):
+def map_ahead(pool: ThreadPoolExecutor, function: Callable, arguments: Iterable[tuple], ahead: int) -> Iterator:
     """`function(*arguments)` of each, in order, with at most `ahead` results waiting."""
-    waiting = deque()
+    waiting: deque = deque()
     try:
         for item in arguments:
             waiting.append(pool.submit(function, *item))
@@ -261,7 +301,7 @@ def map_ahead(pool, function, arguments, ahead):
             future.cancel()
 
 
-def in_batches(items, size):
+def in_batches(items: Iterable, size: int) -> Iterator[list]:
     """Lists of `size` items; the last may be shorter."""
     batch = []
     for item in items:
@@ -273,43 +313,8 @@ def in_batches(items, size):
         yield batch
 
 
-def read_input(name, path, channels, dicom):
-    """Read one file -> `Input`, with its error where it cannot be read."""
-    file = Input(name, path)
-    try:
-        file.stamp = file_stamp(path)  # before it is read: a file that is replaced meanwhile is computed again
-        file.image = read_model_input(path, channels)
-        check_has_contrast(file.image, path)
-        file.header = read_source(path, dicom)
-        found = warnings_of(file.header) if file.header is not None else colour_warnings(path)
-        file.warnings = "; ".join(found)
-    except (ValueError, OSError) as error:
-        file.error = str(error)
-    return file
-
-
-def is_done(row, path):
-    """Whether a row is of this file as it is now."""
-    try:
-        return row is not None and row["file"] == file_stamp(path)
-    except OSError:  # reading it will say why
-        return False
-
-
-def colour_warnings(path):
-    """[a warning] of an image file that is a colour photograph; grey values stored as RGB are none."""
-    if path.suffix.lower() not in PIL_SUFFIXES or not path.is_file():
-        return []
-    with Image.open(path) as image:
-        if image.mode not in ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "LAB", "HSV"):
-            return []
-        image.draft("RGB", (128, 128))
-        small = np.asarray(image.convert("RGB").resize((64, 64)), np.int16)
-    return ["a colour image: radiographs are grey"] if np.ptp(small, axis=-1).mean() > 8 else []
-
-
-def healthy_reference(pipeline, call_kwargs):
-    """`ReferenceScores` kept with the model, None where there are none for these settings."""
+def healthy_reference(pipeline: Any, call_kwargs: dict) -> ReferenceScores | None:
+    """The scores of healthy images in the model's folder; None where it has none for these settings."""
     model = pipeline.config.get("_name_or_path")
     if not model or not hasattr(pipeline, "settings"):
         return None
@@ -317,8 +322,13 @@ def healthy_reference(pipeline, call_kwargs):
     return reference if reference is not None and reference.scores and reference.fits(pipeline, call_kwargs) else None
 
 
-def dicom_algorithm(pipeline, call_kwargs, paths, threshold):
-    """`Algorithm` that DICOM objects name as their maker; ValueError or ImportError where none can be written."""
+def dicom_algorithm(pipeline: Any, call_kwargs: dict, paths: Iterable[Path], threshold: float | None) -> Algorithm:
+    """`Algorithm` that DICOM objects name as their maker.
+
+    Raises:
+        ImportError: highdicom is not installed.
+        ValueError: no threshold, or no DICOM file among `paths`.
+    """
     import_highdicom()
     if not threshold:
         raise ValueError(
@@ -330,70 +340,3 @@ def dicom_algorithm(pipeline, call_kwargs, paths, threshold):
     name = str(pipeline.config.get("_name_or_path") or "")
     model = Path(name).resolve().name if Path(name).is_dir() else name
     return Algorithm(type(pipeline).__name__, model or "unnamed", fingerprint(pipeline, call_kwargs, 0), threshold)
-
-
-def read_source(path, dicom):
-    """The header of a DICOM file, None for another; ValueError where it lacks what `dicom` objects need."""
-    if not is_dicom(path):
-        return None
-    header = read_header(path)
-    if dicom:
-        check_source(header, path)
-    return header
-
-
-def model_channels(pipeline):
-    """Channels of the images that a pipeline's model takes; 1 where it does not say."""
-    configs = [getattr(component, "config", None) or {} for component in pipeline.components.values()]
-    return next((config["in_channels"] for config in configs if "in_channels" in config), 1)
-
-
-def read_model_input(path, channels):
-    """An image file -> PIL image; the folder of an MRI slice -> (H, W, 4) array.
-
-    Raises ValueError where it is broken, or where the model takes images of other `channels`.
-    """
-    if path.is_dir():
-        from ..data.brats import read_slice
-
-        image = read_slice(path)
-    else:
-        image = read_image(path)
-    depth = image.shape[-1] if isinstance(image, np.ndarray) else 1
-    if depth != channels and (depth, channels) != (1, 3):
-        raise ValueError(f"{path}: expected an image of {channels} channels for this model, got {depth}")
-    return image
-
-
-def find_images(images, output_dir, channels=1):
-    """Files and folders -> [(path that names it, path)], {path: what it is} of DICOM files without a picture.
-
-    What an earlier run has written below a folder is in neither.
-    """
-    output, found, skipped = output_dir.resolve(), [], {}
-    for item in map(Path, images):
-        if not item.exists():
-            raise FileNotFoundError(f"no such file or folder: {item}")
-        folder = item if item.is_dir() else item.parent
-        if folder.resolve() in [output / name for name in ("", *RESULTS)]:
-            raise ValueError(f"expected an output folder of its own, got {output_dir}, where the images are")
-        slices = list_slices_of(item) if channels == 4 and item.is_dir() else []
-        if not item.is_dir() or item in slices:
-            found.append((Path(item.name), item))
-            continue
-        paths, others = (slices, {}) if slices else split_images(item)
-        if item.resolve() in output.parents:
-            paths = [path for path in paths if output not in path.resolve().parents]
-            others = {path: what for path, what in others.items() if output not in path.resolve().parents}
-        if not paths:
-            beside = f" ({describe_skipped(others)})" if others else ""
-            raise FileNotFoundError(f"no png, jpg, bmp, tif, npy or DICOM image in {item}{beside}")
-        found += [(path.relative_to(item), path) for path in paths]
-        skipped |= others
-    return found, skipped
-
-
-def list_slices_of(folder):
-    from ..data.brats import list_slices
-
-    return list_slices(folder)

@@ -6,8 +6,11 @@ import io
 import json
 import logging
 import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -16,18 +19,67 @@ from ..data.images import picture_size, without_suffix
 from ..files import DamagedSettingsError, check_settings, keep_settings, remove_dead, save_map, save_png, write_file
 from ..pipelines.cxr_images import restore_map
 from ..visualization import side_by_side, to_grey
-from .dicom_output import ENDINGS, write_objects
-from .panels import PANEL_SIZE, same_frame
+from .dicom_output import ENDINGS, Algorithm, write_objects
+from .panels import PANEL_SIZE, crisp_counterfactual, same_frame
+from .reference_scores import ReferenceScores
+from .regions import BOX_FORMATS, coco_boxes, find_boxes, write_yolo
 
 logger = logging.getLogger(__name__)
 
 FIELDS = (
-    "image name anomaly_score healthy_percentile p_value abnormal_fraction map_max height width seconds warnings"
+    "image name healthy_percentile p_value healthy_images anomaly_score zone zone_share outside_lungs "
+    "abnormal_fraction map_max height width seconds warnings"
 ).split()
 REQUIRED = ("image", "name", "anomaly_score", "file")  # of a row that is whole
-RESULTS = ("maps", "masks", "counterfactuals", "trajectories", "dicom")  # folders of results, which are no input
-DEFAULTS = {"save_trajectory": False, "dicom": False, "save_masks": False, "save_panel": True}  # older files lack them
+# folders of results, which are never inputs
+RESULTS = ("maps", "masks", "labels", "counterfactuals", "trajectories", "dicom")
+# of settings that older files lack
+DEFAULTS = {"save_trajectory": False, "dicom": False, "save_masks": False, "save_boxes": None, "save_panel": True}
 MAX_NAME = 150  # bytes: file systems allow 255, and endings follow
+
+
+@dataclass
+class Outputs:
+    """What a detection writes for each image; the arguments of `detect` of these names say more."""
+
+    map_format: str = "png"
+    save_counterfactual: bool = False
+    save_trajectory: bool = False
+    save_masks: bool = False
+    save_boxes: str | None = None
+    save_panel: bool = True
+    dicom: bool = False
+    threshold: float | None = None
+    vmax: float | None = None
+
+    def complete(self, model_threshold: float | None) -> None:
+        """Check the values, and set the threshold and `vmax` that were not given.
+
+        Raises:
+            ValueError: an invalid value, or an output that needs a threshold without one.
+        """
+        if self.map_format not in ("png", "npy"):
+            raise ValueError(f"expected `map_format` png or npy, got {self.map_format!r}")
+        if self.vmax is not None and not self.vmax > 0:
+            raise ValueError(f"expected `vmax` above 0, got {self.vmax!r}")
+        if self.threshold is not None and not 0 < self.threshold < 1:
+            raise ValueError(f"expected `threshold` between 0 and 1, got {self.threshold!r}")
+        if self.save_boxes not in (None, *BOX_FORMATS):
+            raise ValueError(f"expected `save_boxes` coco or yolo, got {self.save_boxes!r}")
+        self.threshold = self.threshold or model_threshold
+        for name in ("save_masks", "save_boxes"):
+            if getattr(self, name) and not self.threshold:
+                raise ValueError(
+                    f"expected `threshold`, or a model with one (`map_threshold`), for `{name}`, got neither"
+                )
+        if self.vmax is None and self.threshold:
+            self.vmax = 3 * self.threshold
+
+    def settings(self) -> dict:
+        """Plain values for settings.json."""
+        settings = asdict(self)
+        settings["map_threshold"] = settings.pop("threshold")
+        return settings
 
 
 class DetectionFolder:
@@ -35,7 +87,7 @@ class DetectionFolder:
 
     Args:
         path: created by the first write.
-        settings: of the detection, see `detect`; those that decide what is written are read from here.
+        settings: of the detection, see `open_folder`; `Outputs` among them.
         config: the pipeline's.
         algorithm: `Algorithm` to write DICOM objects, None for none.
         reference: `ReferenceScores` of healthy images with the same settings, or None.
@@ -45,15 +97,24 @@ class DetectionFolder:
         OtherSettingsError: the folder holds results of other settings.
     """
 
-    def __init__(self, path, settings, config, *, algorithm=None, reference=None, main=True):
+    def __init__(
+        self,
+        path: Path | str,
+        settings: dict,
+        config: Mapping,
+        *,
+        algorithm: Algorithm | None = None,
+        reference: ReferenceScores | None = None,
+        main: bool = True,
+    ):
         self.path, self.settings, self.config = Path(path), settings, config
         self.algorithm, self.reference = algorithm, reference
-        self._settings_file = dict(path=self.path / "settings.json", settings=settings)
+        self._settings_file: dict[str, Any] = dict(path=self.path / "settings.json", settings=settings)
         self._settings_file |= dict(ignore=("model",), defaults=DEFAULTS)
         try:
             check_settings(**self._settings_file)
         except DamagedSettingsError as error:
-            logger.warning("%s; nobody knows the settings of its results: all are computed anew", error)
+            logger.warning("%s; the settings of its results are unknown: all images are computed again", error)
             if main:
                 for row in (self.path / "rows").glob("*.json"):
                     row.unlink(missing_ok=True)
@@ -61,12 +122,12 @@ class DetectionFolder:
         if main and self.path.is_dir():
             remove_dead(self.path)
 
-    def keep_settings(self):
-        """Write the settings, unless they are there."""
+    def keep_settings(self) -> None:
+        """Write the settings if the folder has none."""
         keep_settings(**self._settings_file)
 
-    def read_rows(self):
-        """{name: row} of all images that are done; a damaged row is left out, with a warning."""
+    def read_rows(self) -> dict[str, dict]:
+        """{name: row} of all images that are done; a damaged row is skipped with a warning."""
         rows = {}
         for path in sorted((self.path / "rows").glob("*.json")):
             try:
@@ -75,16 +136,16 @@ class DetectionFolder:
                     raise ValueError("incomplete")
                 float(row["anomaly_score"])
             except (ValueError, TypeError):
-                logger.warning("%s is damaged: its image is computed anew", path)
+                logger.warning("%s is damaged: its image is computed again", path)
                 continue
             rows[path.stem] = row
         return rows
 
-    def name_files(self, images, rows):
-        """[(path that gives the name, path)] -> {name: path}.
+    def name_files(self, images: Iterable[tuple[Path, Path]], rows: Mapping[str, dict]) -> dict[str, Path]:
+        """Give each file a name of its own: [(relative path, path)] -> {name: path}.
 
-        "study/a.png" is "study__a". Two files that would share a name get a hash of their path; a file that has a row
-        keeps its name.
+        "study/a.png" becomes "study__a". If two files would share a name, the second one gets a hash of its path. A
+        file that has a row keeps its name.
         """
         owner_of = {name: row["file"][0] for name, row in rows.items()}
         name_of = {source: name for name, source in owner_of.items()}
@@ -101,22 +162,31 @@ class DetectionFolder:
             files[name_of[source]] = path
         return files
 
-    def row_file(self, name):
+    def row_file(self, name: str) -> Path:
         return self.path / "rows" / f"{name}.json"
 
-    def forget(self, name):
-        """Delete the row and the DICOM objects of an earlier file of this name: they would be taken for this one's."""
+    def forget(self, name: str) -> None:
+        """Delete the row, boxes and DICOM objects of an earlier file of this name: they are not this one's."""
         objects = [self.path / "dicom" / f"{name}_{ending}.dcm" for ending in ENDINGS]
-        for path in (self.row_file(name), *objects):
+        for path in (self.row_file(name), self.path / "labels" / f"{name}.txt", *objects):
             path.unlink(missing_ok=True)
 
-    def write(self, name, path, stamp, image, answer, header=None, **columns):
+    def write(
+        self,
+        name: str,
+        path: Path,
+        stamp: list | None,
+        image: Image.Image | np.ndarray,
+        output: tuple,
+        header: Any = None,
+        **columns: Any,
+    ) -> None:
         """Write the files of one image and, last, its row.
 
         Args:
             name, path, stamp: of the image's file, the stamp taken before it was read.
-            image: as it was handed to the pipeline.
-            answer: (image, counterfactual, map, score) of the pipeline's "np" answer.
+            image: the input of the pipeline.
+            output: (image, counterfactual, map, score) of the pipeline's "np" output.
             header: pydicom dataset of a DICOM file, for DICOM objects.
             columns: further columns of the row.
 
@@ -124,56 +194,74 @@ class DetectionFolder:
             DicomOutputError: no DICOM objects can be made from this header.
             OSError: a file cannot be written.
         """
-        settings, (model_input, counterfactual, anomaly_map, score) = self.settings, answer
+        settings, (model_input, counterfactual, anomaly_map, score) = self.settings, output
         threshold, size = settings["map_threshold"], picture_size(image)
         full_map = restore_map(anomaly_map, *size, self.config["aspect"])
-        mask = full_map > threshold if threshold else None
+        mask = full_map > (threshold or 1)  # without a threshold no pixel is abnormal
         fraction = float(mask.mean()) if threshold else None
         save_map(full_map, self.path / "maps" / f"{name}.{settings['map_format']}")
         if settings["save_masks"]:
             save_png(Image.fromarray(mask.astype(np.uint8) * 255), self.path / "masks" / f"{name}.png")
+        boxes = find_boxes(full_map, threshold) if settings["save_boxes"] else []
+        if settings["save_boxes"] == "yolo":
+            write_yolo(self.path / "labels" / f"{name}.txt", boxes, *size)
         if settings["save_counterfactual"]:
             save_png(to_grey(counterfactual.mean(-1)), self.path / "counterfactuals" / f"{name}.png")
-        with_objects = self.algorithm is not None and header is not None
-        if settings["save_panel"] or with_objects:
+            crisp = crisp_counterfactual(image, model_input, counterfactual, self.config)
+            save_png(to_grey(crisp), self.path / "counterfactuals" / f"{name}_crisp.png")
+        algorithm = self.algorithm if header is not None else None
+        if settings["save_panel"] or algorithm is not None:
             panels = same_frame(image, model_input, counterfactual, anomaly_map, self.config)
             draw = partial(side_by_side, *panels, vmax=settings["vmax"], panel_size=PANEL_SIZE)
-            title = f"score {score:.3f}"
+            title = f"{self.reference.headline(score)}    " if self.reference is not None else ""
+            title += f"score {score:.3f}"
             title += f"    {fraction:.1%} of the image above the threshold" if threshold else ""
         if settings["save_panel"]:
             file_name = "".join(c if c.isprintable() else "\ufffd" for c in path.name)
             save_png(draw(title=f"{file_name}    {title}"), self.path / f"{name}.png")
-        if with_objects:  # without the file's name, which may be the patient's
-            write_objects(self.path / "dicom" / name, header, mask, draw(title=title), self.algorithm)
+        if algorithm is not None:  # without the file's name, which may be the patient's
+            write_objects(self.path / "dicom" / name, header, mask, draw(title=title), algorithm)
         row = dict(image=str(path), name=name, anomaly_score=score, abnormal_fraction=fraction)
         row |= dict(map_max=float(full_map.max()), height=size[0], width=size[1], file=stamp, **columns)
+        row |= dict(boxes=boxes) if settings["save_boxes"] else {}
         write_file(self.row_file(name), json.dumps(row).encode())
 
-    def write_tables(self, failed):
-        """Write results.csv, most abnormal first, and failed.csv of {path: error}; return the rows of results.csv."""
+    def write_tables(self, failed: Mapping[str, str]) -> list[dict]:
+        """Write results.csv, most abnormal first, failed.csv of {path: error}, and boxes.json of `save_boxes="coco"`.
+
+        Returns:
+            the rows of results.csv.
+        """
         rows = sorted(self.read_rows().values(), key=lambda row: -row["anomaly_score"])
         if self.reference is not None:
             rows = [row | self._among_healthy(row["anomaly_score"]) for row in rows]
         write_table(self.path / "results.csv", FIELDS, rows)
         write_table(self.path / "failed.csv", ["image", "error"], [dict(image=k, error=failed[k]) for k in failed])
+        if self.settings["save_boxes"] == "coco" and rows:
+            write_file(self.path / "boxes.json", json.dumps(coco_boxes(rows)).encode())
         return rows
 
     def _among_healthy(self, score):
         below, count = self.reference.share_below(score)
-        # the conformal p-value: the image itself counts as one of them
-        return dict(healthy_percentile=round(100 * below / count, 2), p_value=(1 + count - below) / (count + 1))
+        percentile, p_value = round(100 * below / count, 2), self.reference.p_value(score)
+        return dict(healthy_percentile=percentile, p_value=p_value, healthy_images=count)
 
 
-def file_stamp(path):
-    """[real path, bytes, time of change in ns] of a file, or of a slice's folder; OSError where there is none."""
+def file_stamp(path: Path) -> list:
+    """[real path, bytes, time of the last change in ns] of a file, or of the folder of an MRI slice.
+
+    Raises:
+        OSError: no such file.
+    """
     stats = [file.stat() for file in (path.iterdir() if path.is_dir() else [path])]
     return [os.path.realpath(path), sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)]
 
 
-def write_table(path, fields, rows):
-    """Write a CSV table in UTF-8, bytes of file names that are not UTF-8 as \\udcXX; no rows, no file."""
+def write_table(path: Path, fields: list[str], rows: list[dict]) -> None:
+    """Write a CSV table in UTF-8; bytes of file names that are not UTF-8 become \\udcXX. No rows: delete the file."""
     if not rows:
-        return path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        return
     with io.StringIO(newline="") as text:
         writer = csv.DictWriter(text, fields, extrasaction="ignore")
         writer.writeheader()

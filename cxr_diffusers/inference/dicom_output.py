@@ -1,23 +1,27 @@
-"""An anomaly map -> DICOM objects that file beside their source: a Segmentation, and a Secondary Capture to look at."""
+"""DICOM objects of an anomaly map, filed in the study of their source: Segmentation, Secondary Capture, GSPS."""
 
 import io
 from dataclasses import dataclass
 from hashlib import sha256
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from pydicom.uid import PYDICOM_ROOT_UID, ExplicitVRLittleEndian, generate_uid
 
+from ..data.dicom_checks import has_value, window_of
 from ..files import write_file
 from ..version import __version__
+from .regions import find_outlines
 
 NEEDED = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Rows", "Columns")
-# type 2: to be there, if need be empty; many sources lack some
+# type 2: mandatory, but possibly empty; many sources lack some
 EMPTY_ALLOWED = (
     "AccessionNumber PatientBirthDate PatientID PatientName PatientSex ReferringPhysicianName StudyDate StudyID "
     "StudyTime"
 ).split()
-# of the source, besides: who is meant, how its pixels lie, and what is burned or lost in them; no free text
+# further elements that are copied from the source: identity, geometry, burned-in text, compression; no free text
 COPIED = (
     "SpecificCharacterSet IssuerOfPatientID Modality SeriesNumber InstanceNumber NumberOfFrames FrameOfReferenceUID "
     "PositionReferenceIndicator ImagePositionPatient ImageOrientationPatient PixelSpacing ImagerPixelSpacing "
@@ -29,16 +33,16 @@ SEGMENT_LABEL = "Unusual to the model (research)"
 HOME = "https://github.com/cxr-diffusers/cxr_diffusers"
 BANNER = (120, 0, 0)
 # added to the number of the source's series
-SEGMENTATION_SERIES, CAPTURE_SERIES = 9000, 9500
-ENDINGS = ("seg", "overlay")  # NAME_seg.dcm, NAME_overlay.dcm
+SEGMENTATION_SERIES, CAPTURE_SERIES, PRESENTATION_SERIES = 9000, 9500, 9700
+ENDINGS = ("seg", "overlay", "gsps")  # NAME_seg.dcm, NAME_overlay.dcm, NAME_gsps.dcm
 
 
 @dataclass
 class Algorithm:
-    """What made a map, as the objects name it.
+    """The maker of a map, as DICOM objects name it.
 
     name: of the pipeline's class.
-    model: of the checkpoint, no path.
+    model: name of the checkpoint, without its path.
     fingerprint: of weights, settings and code version.
     threshold: map value above which a pixel is in the segment.
     """
@@ -49,10 +53,11 @@ class Algorithm:
     threshold: float
 
 
-def import_highdicom():
-    """The module; ImportError that says what to install."""
+def import_highdicom() -> Any:
+    """The module highdicom; ImportError with the command that installs it."""
     try:
         import highdicom
+        import highdicom.pr
         import highdicom.sc
         import highdicom.seg
     except ImportError:
@@ -60,15 +65,15 @@ def import_highdicom():
     return highdicom
 
 
-def check_source(dataset, path="the source"):
-    """ValueError unless objects can be filed beside this DICOM image: it must say which study and series it is of."""
+def check_source(dataset: Any, path: Path | str = "the source") -> None:
+    """Raise ValueError unless this DICOM image names its study and series, so that objects can be filed beside it."""
     missing = [name for name in NEEDED if not dataset.get(name)]
     if missing:
         raise ValueError(f"{path}: no DICOM objects can be filed beside a source without {', '.join(missing)}")
 
 
-def filing_header(dataset):
-    """A new header with what files objects beside this source, and nothing else of it: no comments, no history.
+def filing_header(dataset: Any) -> Any:
+    """A new header with only those elements of the source that file objects beside it: no comments, no history.
 
     Raises:
         ValueError: see `check_source`.
@@ -82,14 +87,14 @@ def filing_header(dataset):
     return header
 
 
-def make_segmentation(source, mask, algorithm):
+def make_segmentation(source: Any, mask: np.ndarray, algorithm: Algorithm) -> Any:
     """The thresholded map as a DICOM Segmentation of one binary segment, pixel by pixel on its source.
 
     There is no fractional map: DICOM's fractions are a probability or an occupancy, and a map value is neither.
 
     Args:
         source: pydicom dataset of the image; its pixels are not needed.
-        mask: (Rows, Columns) booleans; none inside is allowed.
+        mask: (Rows, Columns) booleans; may be empty.
         algorithm: `Algorithm`.
 
     Returns:
@@ -108,7 +113,7 @@ def make_segmentation(source, mask, algorithm):
         segment_number=1,
         segment_label=SEGMENT_LABEL,
         segmented_property_category=codes.SCT.MorphologicallyAbnormalStructure,  # CID 7150
-        segmented_property_type=codes.CID7194.Lesion,  # the least that can be said of what is found
+        segmented_property_type=codes.CID7194.Lesion,  # the least specific code
         algorithm_type="AUTOMATIC",
         algorithm_identification=hd.AlgorithmIdentificationSequence(
             name=f"cxr_diffusers {algorithm.name}",
@@ -136,11 +141,11 @@ def make_segmentation(source, mask, algorithm):
         manufacturer="cxr_diffusers",
         manufacturer_model_name=f"{algorithm.name} {algorithm.model}"[:64],
         software_versions=__version__,
-        device_serial_number=algorithm.fingerprint,  # there is no device: this tells one set of weights from another
+        device_serial_number=algorithm.fingerprint,  # there is no device: this identifies the weights
         content_label="ANOMALY",
         content_description=f"map above {algorithm.threshold:g}, a threshold from healthy images",
         series_description=f"RESEARCH USE ONLY: {algorithm.name} segmentation",
-        omit_empty_frames=False,  # "nothing above the threshold" is an answer, too
+        omit_empty_frames=False,  # "nothing above the threshold" is a result, too
         transfer_syntax_uid=ExplicitVRLittleEndian,
     )
     dimensions = make_uid("dimensions", source.SOPInstanceUID, algorithm)
@@ -149,12 +154,12 @@ def make_segmentation(source, mask, algorithm):
     return complete(segmentation, source)
 
 
-def make_capture(source, picture, algorithm):
-    """A picture as a DICOM Secondary Capture in colour, under a banner that says what it is not for.
+def make_capture(source: Any, image: Image.Image, algorithm: Algorithm) -> Any:
+    """A colour image as a DICOM Secondary Capture, under a banner that says that it is for research only.
 
     Args:
-        source: pydicom dataset of the image.
-        picture: RGB PIL image without text about the patient.
+        source: pydicom dataset of the radiograph.
+        image: RGB PIL image without text about the patient.
         algorithm: `Algorithm`.
 
     Returns:
@@ -164,22 +169,21 @@ def make_capture(source, picture, algorithm):
     from pydicom.sr.codedict import codes
 
     source = filing_header(source)
-    shown = np.asarray(
-        with_banner(picture, f"{WARNING}     {algorithm.name} {algorithm.model}, cxr_diffusers {__version__}")
-    )
+    banner = f"{WARNING}     {algorithm.name} {algorithm.model}, cxr_diffusers {__version__}"
+    pixels = np.asarray(with_banner(image, banner))
     capture = hd.sc.SCImage.from_ref_dataset(
         source,
-        shown,
+        pixels,
         "RGB",
         8,
         "PATIENT",
         series_instance_uid=make_uid("capture series", source.SeriesInstanceUID, algorithm),
         series_number=series_number(source, CAPTURE_SERIES),
-        # of its pixels, too: colours on another scale are another picture
-        sop_instance_uid=make_uid(f"capture {sha256(shown.tobytes()).hexdigest()}", source.SOPInstanceUID, algorithm),
+        # the pixels are hashed as well: another colour scale gives another image
+        sop_instance_uid=make_uid(f"capture {sha256(pixels.tobytes()).hexdigest()}", source.SOPInstanceUID, algorithm),
         instance_number=instance_number(source),
         manufacturer="cxr_diffusers",
-        patient_orientation=("L", "F"),  # highdicom wants one: it is replaced below
+        patient_orientation=("L", "F"),  # mandatory in highdicom; replaced below
         transfer_syntax_uid=ExplicitVRLittleEndian,
         series_description=f"RESEARCH USE ONLY: {algorithm.name} overlay",
     )
@@ -188,7 +192,7 @@ def make_capture(source, picture, algorithm):
     capture.ManufacturerModelName = f"{algorithm.name} {algorithm.model}"[:64]
     capture.SoftwareVersions, capture.DeviceSerialNumber = __version__, algorithm.fingerprint
     capture.DerivationDescription = f"input, counterfactual and anomaly map side by side. {WARNING}"
-    # the text that is drawn here is none about the patient; what stands in the source's own pixels is seen again
+    # the banner and title name no patient, but text in the source's pixels is visible in the capture
     if source.get("BurnedInAnnotation"):
         capture.BurnedInAnnotation = source.BurnedInAnnotation
     if source.get("LossyImageCompression") == "01":
@@ -203,18 +207,86 @@ def make_capture(source, picture, algorithm):
     return complete(capture, source)
 
 
-def complete(made, source):
-    """Add to an object of highdicom what files it into its study."""
+def make_presentation_state(source: Any, mask: np.ndarray, algorithm: Algorithm) -> Any:
+    """The outlines of the thresholded map as a Grayscale Softcopy Presentation State, drawn on the source by a viewer.
+
+    The source is displayed as its own header says (modality LUT, VOI LUT or first window, polarity). A line of text
+    says that the outlines are for research only.
+
+    Args:
+        source: pydicom dataset of the image; its pixels are not needed.
+        mask: (Rows, Columns) booleans; an empty mask gives the line of text without outlines.
+        algorithm: `Algorithm`.
+
+    Returns:
+        `highdicom.pr.GrayscaleSoftcopyPresentationState`.
+
+    Raises:
+        ValueError: a source that `check_source` refuses.
+    """
+    hd = import_highdicom()
+    header = filing_header(source)
+    copy_display(source, header)
+    layer = hd.pr.GraphicLayer("ANOMALY", 1, "Research use only", hd.color.CIELabColor.from_string("orangered"))
+    warning = hd.pr.TextObject(
+        f"{WARNING}: {algorithm.name} {algorithm.model}, map above {algorithm.threshold:g}",
+        "DISPLAY",
+        bounding_box=(0.02, 0.02, 0.98, 0.07),
+        text_justification="LEFT",
+    )
+    outlines = [hd.pr.GraphicObject("POLYLINE", outline, "PIXEL") for outline in find_outlines(mask)]
+    annotation = hd.pr.GraphicAnnotation([header], layer, graphic_objects=outlines, text_objects=[warning])
+    shape = "INVERSE" if header.PhotometricInterpretation == "MONOCHROME1" else "IDENTITY"
+    state = hd.pr.GrayscaleSoftcopyPresentationState(
+        [header],
+        series_instance_uid=make_uid("presentation series", header.SeriesInstanceUID, algorithm),
+        series_number=series_number(header, PRESENTATION_SERIES),
+        sop_instance_uid=make_uid("presentation", header.SOPInstanceUID, algorithm),
+        instance_number=instance_number(header),
+        manufacturer="cxr_diffusers",
+        manufacturer_model_name=f"{algorithm.name} {algorithm.model}"[:64],
+        software_versions=__version__,
+        device_serial_number=algorithm.fingerprint,
+        content_label="ANOMALY",
+        content_description=f"outlines of the map above {algorithm.threshold:g}",
+        graphic_annotations=[annotation],
+        graphic_layers=[layer],
+        presentation_lut_transformation=hd.PresentationLUTTransformation(presentation_lut_shape=shape),
+        series_description=f"RESEARCH USE ONLY: {algorithm.name} outlines",
+    )
+    state.Laterality = header.get("Laterality") or ""
+    if header.get("IssuerOfPatientID"):
+        state.IssuerOfPatientID = header.IssuerOfPatientID
+    return state
+
+
+def copy_display(source: Any, header: Any) -> None:
+    """Copy from a source to a header what decides how its pixels are displayed: LUTs, the first window, polarity."""
+    header.SamplesPerPixel = source.get("SamplesPerPixel") or 1
+    header.PhotometricInterpretation = source.get("PhotometricInterpretation") or "MONOCHROME2"
+    for name in ("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "RescaleType", "VOILUTSequence"):
+        if has_value(source.get(name)):
+            header[name] = source[name]
+    if "RescaleSlope" in header and "RescaleType" not in header:
+        header.RescaleType = "US"  # unspecified; mandatory beside a slope
+    window = window_of(source)[0]
+    if window is not None and "VOILUTSequence" not in header:
+        header.WindowCenter, header.WindowWidth, header.VOILUTFunction = window
+
+
+def complete(made: Any, source: Any) -> Any:
+    """Add to an object of highdicom the elements that file it in its study."""
     if source.get("IssuerOfPatientID"):
         made.IssuerOfPatientID = source.IssuerOfPatientID
-    made.PatientOrientation = source.get("PatientOrientation") or ""  # of each panel, too: they lie as the source does
+    made.PatientOrientation = source.get("PatientOrientation") or ""  # the panels have the orientation of the source
     instance = pydicom_dataset(ReferencedSOPClassUID=source.SOPClassUID, ReferencedSOPInstanceUID=source.SOPInstanceUID)
     series = pydicom_dataset(SeriesInstanceUID=source.SeriesInstanceUID, ReferencedInstanceSequence=[instance])
     made.ReferencedSeriesSequence = [series]  # Common Instance Reference
     return made
 
 
-def pydicom_dataset(**values):
+def pydicom_dataset(**values: Any) -> Any:
+    """A pydicom dataset with these elements."""
     from pydicom import Dataset
 
     dataset = Dataset()
@@ -223,48 +295,60 @@ def pydicom_dataset(**values):
     return dataset
 
 
-def make_uid(kind, source_uid, algorithm):
-    """A UID below pydicom's root, the same whenever the same source meets the same weights, settings and threshold."""
-    entropy = ["cxr_diffusers", kind, str(source_uid), algorithm.fingerprint, repr(algorithm.threshold)]
+def make_uid(role: str, source_uid: str, algorithm: Algorithm) -> str:
+    """A UID below pydicom's root, always the same for the same source, weights, settings and threshold."""
+    entropy = ["cxr_diffusers", role, str(source_uid), algorithm.fingerprint, repr(algorithm.threshold)]
     return generate_uid(prefix=PYDICOM_ROOT_UID, entropy_srcs=entropy)
 
 
-def series_number(source, offset):
+def series_number(source: Any, offset: int) -> int:
+    """Number of the source's series plus `offset`."""
     return int(source.get("SeriesNumber") or 0) + offset
 
 
-def instance_number(source):
+def instance_number(source: Any) -> int:
+    """Number of the source, 1 or more."""
     return max(int(source.get("InstanceNumber") or 1), 1)
 
 
-def with_banner(picture, text):
-    """An RGB picture under a dark red line of text."""
-    size = max(14, picture.width // 70)
-    canvas = Image.new("RGB", (picture.width, picture.height + 2 * size), BANNER)
-    canvas.paste(picture, (0, 2 * size))
+def with_banner(image: Image.Image, text: str) -> Image.Image:
+    """An RGB image under a dark red line of text."""
+    size = max(14, image.width // 70)
+    canvas = Image.new("RGB", (image.width, image.height + 2 * size), BANNER)
+    canvas.paste(image, (0, 2 * size))
     draw = ImageDraw.Draw(canvas)
     draw.text((size, size), text, "white", ImageFont.load_default(size), anchor="lm")
     return canvas
 
 
 class DicomOutputError(ValueError):
-    """Of a source whose header is so broken that no objects can be made from it."""
+    """The header of a source is too damaged to make DICOM objects from it."""
 
 
-def write_objects(stem, source, mask, picture, algorithm):
-    """Write STEM_seg.dcm and STEM_overlay.dcm, see `make_segmentation` and `make_capture`. Raises DicomOutputError."""
+def write_objects(stem: Path, source: Any, mask: np.ndarray, image: Image.Image, algorithm: Algorithm) -> None:
+    """Write STEM_seg.dcm, STEM_overlay.dcm and STEM_gsps.dcm.
+
+    See `make_segmentation`, `make_capture` and `make_presentation_state`.
+
+    Raises:
+        DicomOutputError: no valid objects can be made from the header of `source`.
+    """
     try:
-        made = (make_segmentation(source, mask, algorithm), make_capture(source, picture, algorithm))
-    except Exception as error:  # highdicom and pydicom have many, for a date or a sex that is none, say
-        # not their words, which quote the header: a birth date, say, in failed.csv
+        made = (
+            make_segmentation(source, mask, algorithm),
+            make_capture(source, image, algorithm),
+            make_presentation_state(source, mask, algorithm),
+        )
+    except Exception as error:  # highdicom and pydicom raise many types, for example for an invalid date
+        # their messages are not repeated: they quote the header, and a birth date must not get into failed.csv
         reason = f"no DICOM objects can be made from this header ({type(error).__name__})"
         raise DicomOutputError(f"{reason}: check it, for example with dciodvfy") from error
     for ending, dataset in zip(ENDINGS, made, strict=True):
         save_dicom(dataset, stem.with_name(f"{stem.name}_{ending}.dcm"))
 
 
-def save_dicom(dataset, path):
-    """Write a DICOM object, under its name only when complete."""
+def save_dicom(dataset: Any, path: Path) -> None:
+    """Write a DICOM object; `path` never holds half a file."""
     with io.BytesIO() as buffer:
         dataset.save_as(buffer, enforce_file_format=True)
         write_file(path, buffer.getvalue())

@@ -1,4 +1,6 @@
-"""Input, counterfactual and map of one image in one frame, ready to stand side by side."""
+"""Input, counterfactual and map of one image in the same frame, for display side by side."""
+
+from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image
@@ -9,33 +11,71 @@ from ..pipelines.cxr_images import frame, prepare_image, restore_map
 PANEL_SIZE = 512  # longer side: sharp enough to read the chest, three of them fit on a screen
 
 
-def same_frame(source, image, counterfactual, anomaly_map, config, longest=PANEL_SIZE):
-    """(input, counterfactual, map), (h, w) floats in [0, 1] each, without the bars of the model's square.
+def same_frame(
+    source: Image.Image | np.ndarray,
+    image: np.ndarray,
+    counterfactual: np.ndarray,
+    anomaly_map: np.ndarray,
+    config: Mapping,
+    longest: int = PANEL_SIZE,
+) -> list[np.ndarray]:
+    """[input, counterfactual, map], (h, w) floats in [0, 1] each, without the bars of the model's square.
 
     Args:
-        source: the PIL image or (H, W, C) array that was handed to the pipeline.
-        image, counterfactual, anomaly_map: (size, size, C), (size, size, C) and (size, size) of its "np" answer.
+        source: the input of the pipeline, a PIL image or an (H, W, C) array.
+        image, counterfactual, anomaly_map: (size, size, C), (size, size, C) and (size, size) of its "np" output.
         config: the pipeline's.
         longest: longer side of the result, in pixels.
     """
-    aspect, size = config["aspect"], picture_size(source)
-    if aspect == "keep" or isinstance(source, np.ndarray):  # pixel by pixel; of several channels their mean
-        return [restore_map(x, *size, aspect) for x in (image.mean(-1), counterfactual.mean(-1), anomaly_map)]
-    grey = in_model_greys(source, anomaly_map.shape[-1], config["scaling"], aspect, longest)
+    aspect = config["aspect"]
+    grey = sharp_input(source, image, config, longest)
     return [grey, *(restore_map(x, *grey.shape, aspect) for x in (counterfactual.mean(-1), anomaly_map))]
 
 
-def in_model_greys(image, size, scaling, aspect, longest=PANEL_SIZE):
+def crisp_counterfactual(
+    source: Image.Image | np.ndarray, image: np.ndarray, counterfactual: np.ndarray, config: Mapping
+) -> np.ndarray:
+    """The input plus the change that the model made, enlarged to the input's resolution.
+
+    The details are those of the input; the model has seen neither them nor this image. Of images of several channels,
+    their mean.
+
+    Args:
+        source, image, counterfactual, config: as in `same_frame`.
+
+    Returns:
+        (H, W) float32 in [0, 1], in the greys of `image`, at the resolution of `source`.
+    """
+    height, width = picture_size(source)
+    change = counterfactual.mean(-1) - image.mean(-1)
+    # restoring clips to [0, 1]: brighter and darker are restored one after the other
+    brighter, darker = (restore_map(np.maximum(x, 0), height, width, config["aspect"]) for x in (change, -change))
+    return (sharp_input(source, image, config, max(height, width)) + brighter - darker).clip(0, 1)
+
+
+def sharp_input(
+    source: Image.Image | np.ndarray, image: np.ndarray, config: Mapping, longest: int = PANEL_SIZE
+) -> np.ndarray:
+    """(h, w) float32 in [0, 1]: the input in the greys that the model saw, `longest` pixels on its longer side.
+
+    Images that the model takes pixel by pixel, and those of several channels (their mean), keep their own size.
+    """
+    if config["aspect"] == "keep" or isinstance(source, np.ndarray):
+        return restore_map(image.mean(-1), *picture_size(source), config["aspect"])
+    return in_model_greys(source, image.shape[0], config["scaling"], config["aspect"], longest)
+
+
+def in_model_greys(image: Image.Image, size: int, scaling: str, aspect: str, longest: int = PANEL_SIZE) -> np.ndarray:
     """PIL image -> (h, w) float32 in [0, 1], the longer side `longest` pixels: the radiograph at its own sharpness.
 
-    Black and white are those of the model that works at `size` pixels, so it compares with the counterfactual.
+    Black and white are those of the input of a model that works at `size` pixels, as in the counterfactual.
     """
     scale = longest / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
     # 8 bits are resized as they are, which is several times as fast; more as floats
     deep = image if image.mode == "L" else Image.fromarray(np.asarray(image, np.float32))
-    grey = np.asarray(deep.resize((width, height), Image.Resampling.BICUBIC), np.float32)
-    grey = grey / (255 if image.mode == "L" else 65535)
+    grey = np.array(deep.resize((width, height), Image.Resampling.BICUBIC), np.float32)
+    grey /= 255 if image.mode == "L" else 65535
     if scaling == "minmax":
         top, left, h, w = frame(image.height, image.width, size, aspect)
         square = prepare_image(image, size, "dtype", aspect, (0.0, 1.0))[0, 0]

@@ -1,16 +1,17 @@
-"""Scores of healthy images, to put a picture's score beside: kept with a model, or measured on one's own data."""
+"""Scores of healthy images for comparison with an image's score: stored with a model, or measured on other data."""
 
 import hashlib
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import hf_hub_download
 from tqdm.auto import tqdm
 
 from ..files import as_json, cache_folder, write_file
-from ..fingerprints import fingerprint, picture_digest, weights_digest
-from ..hub.loading import is_hub_name
+from ..fingerprints import fingerprint, image_digest, weights_digest
+from ..hub.loading import hub_file, is_hub_name
 from ..processes import quiet
 
 KEPT = "healthy_scores.json"  # in a model's folder
@@ -18,10 +19,10 @@ KEPT = "healthy_scores.json"  # in a model's folder
 
 @dataclass
 class ReferenceScores:
-    """Scores of images that are known to be healthy.
+    """Scores of healthy images.
 
-    data: what the images are, in words. call: all settings of the calls that gave them. scores: one an image, sorted.
-    weights: `weights_digest` of the model that gave them.
+    data: description of the images. call: all settings of the pipeline's calls. scores: sorted, one for each image.
+    weights: `weights_digest` of the model.
     """
 
     data: str
@@ -29,30 +30,48 @@ class ReferenceScores:
     scores: list[float]
     weights: str = ""
 
-    def fits(self, pipeline, call_kwargs):
-        """True where a call of `pipeline` with `call_kwargs` means what the reference's calls meant."""
+    def fits(self, pipeline: Any, call_kwargs: Mapping) -> bool:
+        """Whether a call of `pipeline` with `call_kwargs` has the weights and settings of the reference's calls."""
         call = as_json(pipeline.current_settings(self.call))
         return call == as_json(pipeline.settings(**call_kwargs)) and self.weights == weights_digest(pipeline)
 
-    def share_below(self, score):
-        """How many of the healthy images score less than `score`: (how many, of how many)."""
+    def share_below(self, score: float) -> tuple[int, int]:
+        """(number of healthy images with a lower score, number of healthy images)."""
         return sum(s < score for s in self.scores), len(self.scores)
 
+    def p_value(self, score: float) -> float:
+        """Conformal p-value (1 + number of healthy scores >= `score`) / (n + 1): the image itself counts as one."""
+        below, count = self.share_below(score)
+        return (1 + count - below) / (count + 1)
 
-def measure_scores(pipeline, dataset, data, *, call_kwargs=None, batch_size=8, progress=None):
+    def headline(self, score: float) -> str:
+        """Rank of a score among healthy images, such as "higher than 31 of 37 healthy images (p = .18)"."""
+        below, count = self.share_below(score)
+        return f"higher than {below} of {count} healthy images (p = {self.p_value(score):.2g})".replace("0.", ".")
+
+
+def measure_scores(
+    pipeline: Any,
+    dataset: Any,
+    data: str,
+    *,
+    call_kwargs: Mapping | None = None,
+    batch_size: int = 8,
+    progress: Callable[[int, int], Any] | None = None,
+) -> ReferenceScores:
     """Run a pipeline over healthy images.
 
     Args:
-        dataset: rows with an "image".
-        data: what these images are, for the reader of a figure.
-        call_kwargs: arguments of the call where they are not the model's own.
-        progress: `progress(done, of)` after each batch; None: a bar on the terminal.
+        dataset: a `datasets.Dataset` with the column "image".
+        data: description of the images, for the caption of a figure.
+        call_kwargs: arguments of the call that differ from the model's own settings.
+        progress: `progress(images done, images)` after each batch; None: a bar on the terminal.
 
     Returns:
         `ReferenceScores`.
 
     Raises:
-        ValueError: no image, or an image that is labelled otherwise (its label is not the first).
+        ValueError: no image, or an image with another label than the first one (healthy).
     """
     if len(dataset) == 0:
         raise ValueError(f"expected at least one healthy image, got none in {data}")
@@ -73,34 +92,41 @@ def measure_scores(pipeline, dataset, data, *, call_kwargs=None, batch_size=8, p
     return ReferenceScores(data, settings, sorted(round(s, 6) for s in scores), weights)
 
 
-def keep_scores(reference, folder):
-    """Write them beside a model."""
+def keep_scores(reference: ReferenceScores, folder: Path | str) -> None:
+    """Write the scores into a model's folder."""
     write_file(Path(folder) / KEPT, (json.dumps(asdict(reference), indent=1) + "\n").encode())
 
 
-def kept_scores(model):
-    """What `keep_scores` wrote into a model's folder, here or (`publish` sends it along) on the Hub, or None."""
+def kept_scores(model: Path | str) -> ReferenceScores | None:
+    """The scores that `keep_scores` wrote into a model's folder, local or on the Hub; None if there are none."""
     path = Path(model) / KEPT
     if is_hub_name(model):
         try:
-            path = Path(hf_hub_download(str(model), KEPT))
-        except (OSError, ValueError):  # there is none, or nobody to ask for it
+            path = hub_file(model, KEPT)
+        except (OSError, ValueError):  # no such file, or no connection
             return None
     return ReferenceScores(**json.loads(path.read_text())) if path.is_file() else None
 
 
-def cached_scores(pipeline, dataset, data, *, cache_dir=None, progress=None):
-    """As `measure_scores`, once for a model, its settings and these images: the scores, and no picture, are kept.
+def cached_scores(
+    pipeline: Any,
+    dataset: Any,
+    data: str,
+    *,
+    cache_dir: Path | str | None = None,
+    progress: Callable[[int, int], Any] | None = None,
+) -> ReferenceScores:
+    """As `measure_scores`, but only once for the same model, settings and images; the cache holds scores only.
 
     Args:
         cache_dir: None: `healthy_scores` in the cache, see `files.cache_folder`.
     """
     key = hashlib.blake2b(fingerprint(pipeline, pipeline.settings(), 0).encode(), digest_size=16)
     for row in dataset:
-        key.update(picture_digest("", row).encode())
+        key.update(image_digest("", row).encode())
     folder = Path(cache_dir or cache_folder("healthy_scores")) / key.hexdigest()
-    found = kept_scores(folder)
-    if found is None:
-        found = measure_scores(pipeline, dataset, data, progress=progress)
-        keep_scores(found, folder)
-    return replace(found, data=data)
+    reference = kept_scores(folder)
+    if reference is None:
+        reference = measure_scores(pipeline, dataset, data, progress=progress)
+        keep_scores(reference, folder)
+    return replace(reference, data=data)

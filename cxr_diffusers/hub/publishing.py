@@ -56,12 +56,13 @@ def publish(folder, repo_id, *, private=None, token=None, create_pr=False):
 def finished_files(folder, index):
     """The files of a pipeline folder that belong to the model, as paths below it; whatever else lies there stays.
 
-    They are the index, the card and the pictures it shows, the licence, the scores of healthy images, the code that the
-    index names with the siblings it imports, and the components.
+    They are the index, the card and the pictures it shows, the licence, the results of the calibration, the code that
+    the index names with the siblings it imports, and the components.
     """
     from diffusers.utils.dynamic_modules_utils import get_relative_imports
 
-    beside = [folder / name for name in ("model_index.json", "conversion.json", "README.md", "healthy_scores.json")]
+    names = "model_index.json conversion.json README.md healthy_scores.json denoising_errors.json"
+    beside = [folder / name for name in names.split()]
     beside += folder.glob("LICENSE*")
     card = (folder / "README.md").read_text()
     beside += [path for path in folder.glob("*.png") if f"({path.name})" in card]

@@ -26,6 +26,7 @@ from ..fingerprints import fingerprint
 from ..processes import process_state
 from .detection_folder import RESULTS, DetectionFolder, file_stamp
 from .dicom_output import Algorithm, DicomOutputError, check_source, import_highdicom
+from .out_of_distribution import unlikeness_warnings
 from .reference_scores import kept_scores
 from .trajectory import Trajectory, check_steps
 
@@ -71,7 +72,7 @@ def detect(
     settings, `healthy_percentile`, the percentage of them below this score, and `p_value`, conformal:
     (1 + number of healthy scores >= this one) / (n + 1); `abnormal_fraction`, of the pixels above the threshold (empty
     without one); `map_max`; `height` and `width` of the input; `seconds`, of the model alone; `warnings`: why the map
-    may mean nothing (a lateral view, another body part, a colour image).
+    may mean nothing (a lateral view, another body part, a colour image, an image unlike the training images).
 
     Args:
         pipeline: answers `pipeline(list of PIL images, output_type="np")` with an `AnomalyOutput`.
@@ -114,7 +115,10 @@ def detect(
     state, output_dir = process_state(), Path(output_dir)
     threshold = threshold or pipeline.config.get("map_threshold")
     if save_masks and not threshold:
-        raise ValueError("expected `threshold`, or a model with one (`map_threshold`), for `save_masks`, got neither")
+        raise ValueError(
+            "expected `threshold`, or a model with one (`map_threshold`), for `save_masks`, got neither: run "
+            "`cxr-diffusers calibrate MODEL --healthy DATA`"
+        )
     channels = model_channels(pipeline)
     images, skipped = find_images(images, output_dir, channels)
     settings = {
@@ -215,6 +219,7 @@ class Detection:
                 start = time.perf_counter()
                 output = self.pipeline([file.image for file in batch], output_type="np", **self.call_kwargs, **stepwise)
                 each = (time.perf_counter() - start) / len(batch)
+                warn_of_unlike_images(self.pipeline, batch)
                 self.folder.keep_settings()  # only now: a call that was refused leaves nothing
                 for i, file in enumerate(batch):
                     if self.trajectory:  # it records the last call alone
@@ -244,6 +249,12 @@ class Detection:
         self.failed[str(file.path)] = error
         self.folder.forget(file.name)
         self.bar.update()
+
+
+def warn_of_unlike_images(pipeline, batch):
+    """Extend the warnings of each `Input` whose image is unlike the training images, see `unlikeness_warnings`."""
+    for file, unlike in zip(batch, unlikeness_warnings(pipeline, [file.image for file in batch]), strict=True):
+        file.warnings = "; ".join([file.warnings] * bool(file.warnings) + unlike)
 
 
 def map_ahead(pool, function, arguments, ahead):
@@ -322,8 +333,8 @@ def dicom_algorithm(pipeline, call_kwargs, paths, threshold):
     import_highdicom()
     if not threshold:
         raise ValueError(
-            "expected a model with a threshold from healthy validation images (`map_threshold` in its "
-            "model_index.json) to write DICOM segmentations, got one without"
+            "expected a model with a threshold from healthy validation images (`map_threshold`) to write DICOM "
+            "segmentations, got one without: run `cxr-diffusers calibrate MODEL --healthy DATA`"
         )
     if not any(map(is_dicom, paths)):
         raise ValueError("expected at least one DICOM file to write DICOM objects beside, got other images only")

@@ -140,6 +140,7 @@ class DetectionFolder:
             draw = partial(side_by_side, *panels, vmax=settings["vmax"], panel_size=PANEL_SIZE)
             title = f"score {score:.3f}"
             title += f"    {fraction:.1%} of the image above the threshold" if threshold else ""
+            title += f"    {columns['warnings']}" if columns.get("warnings") else ""
         if settings["save_panel"]:
             file_name = "".join(c if c.isprintable() else "\ufffd" for c in path.name)
             save_png(draw(title=f"{file_name}    {title}"), self.path / f"{name}.png")

@@ -1,10 +1,13 @@
-"""Scores of healthy images, to put a picture's score beside: kept with a model, or measured on one's own data."""
+"""Anomaly scores of healthy images, stored with a model or measured on one's own data, to compare a score with."""
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from datasets import Dataset
+from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from tqdm.auto import tqdm
 
@@ -13,47 +16,40 @@ from ..fingerprints import fingerprint, picture_digest, weights_digest
 from ..hub.loading import is_hub_name
 from ..processes import quiet
 
-KEPT = "healthy_scores.json"  # in a model's folder
+SCORES_FILE = "healthy_scores.json"  # in a model's folder
 
 
 @dataclass
 class ReferenceScores:
     """Scores of images that are known to be healthy.
 
-    data: what the images are, in words. call: all settings of the calls that gave them. scores: one an image, sorted.
-    weights: `weights_digest` of the model that gave them.
+    data: a description of the images. call: all settings of the calls that gave the scores. scores: one an image,
+    sorted. weights: `weights_digest` of the model. by_view: {view: sorted scores} of the images whose view is known.
     """
 
     data: str
     call: dict
     scores: list[float]
     weights: str = ""
+    by_view: dict[str, list[float]] = field(default_factory=dict)
 
-    def fits(self, pipeline, call_kwargs):
-        """True where a call of `pipeline` with `call_kwargs` means what the reference's calls meant."""
+    def fits(self, pipeline: DiffusionPipeline, call_kwargs: dict) -> bool:
+        """True if a call of `pipeline` with `call_kwargs` has the settings and weights of the calls measured here."""
         call = as_json(pipeline.current_settings(self.call))
         return call == as_json(pipeline.settings(**call_kwargs)) and self.weights == weights_digest(pipeline)
 
-    def share_below(self, score):
-        """How many of the healthy images score less than `score`: (how many, of how many)."""
-        return sum(s < score for s in self.scores), len(self.scores)
+    def share_below(self, score: float, view: str | None = None) -> tuple[int, int]:
+        """(number of healthy images with a lower score, number of healthy images).
+
+        Args:
+            view: compare with the images of this view only; all of them if it is None, or if none has this view.
+        """
+        scores = self.by_view.get(view or "", self.scores)
+        return sum(s < score for s in scores), len(scores)
 
 
-def measure_scores(pipeline, dataset, data, *, call_kwargs=None, batch_size=8, progress=None):
-    """Run a pipeline over healthy images.
-
-    Args:
-        dataset: rows with an "image".
-        data: what these images are, for the reader of a figure.
-        call_kwargs: arguments of the call where they are not the model's own.
-        progress: `progress(done, of)` after each batch; None: a bar on the terminal.
-
-    Returns:
-        `ReferenceScores`.
-
-    Raises:
-        ValueError: no image, or an image that is labelled otherwise (its label is not the first).
-    """
+def check_healthy(dataset: Dataset, data: str) -> None:
+    """Raise ValueError if there is no image, or an image with another label than healthy (0)."""
     if len(dataset) == 0:
         raise ValueError(f"expected at least one healthy image, got none in {data}")
     labels = dataset["label"] if "label" in dataset.column_names else []
@@ -61,6 +57,41 @@ def measure_scores(pipeline, dataset, data, *, call_kwargs=None, batch_size=8, p
         names = dataset.features["label"].names
         others = sum(label != 0 for label in labels)
         raise ValueError(f"expected healthy images alone in {data}, got {others} that are {' or '.join(names[1:])}")
+
+
+def reference_scores(
+    pipeline: DiffusionPipeline, dataset: Dataset, data: str, scores: list[float], call_kwargs: dict | None = None
+) -> ReferenceScores:
+    """`ReferenceScores` of the images of `dataset`, given their `scores` in the order of its rows."""
+    scores, by_view = [round(float(score), 6) for score in scores], {}
+    views = dataset["view"] if "view" in dataset.column_names else []
+    for view in sorted({view for view in views if view}):
+        by_view[view] = sorted(score for score, other in zip(scores, views, strict=True) if other == view)
+    settings = as_json(pipeline.settings(**(call_kwargs or {})))
+    return ReferenceScores(data, settings, sorted(scores), weights_digest(pipeline), by_view)
+
+
+def measure_scores(
+    pipeline: DiffusionPipeline,
+    dataset: Dataset,
+    data: str,
+    *,
+    call_kwargs: dict | None = None,
+    batch_size: int = 8,
+    progress: Callable[[int, int], object] | None = None,
+) -> ReferenceScores:
+    """Run a pipeline over healthy images.
+
+    Args:
+        dataset: rows with an "image".
+        data: a description of the images, for the reader of a figure.
+        call_kwargs: arguments of the call that differ from the model's own settings.
+        progress: `progress(done, total)` after each batch; None: a bar on the terminal.
+
+    Raises:
+        ValueError: no image, or an image with another label than healthy (0).
+    """
+    check_healthy(dataset, data)
     call, scores = dict(call_kwargs or {}), []
     with quiet(pipeline), tqdm(total=len(dataset), desc="healthy images", disable=progress is not None) as bar:
         for first in range(0, len(dataset), batch_size):
@@ -69,28 +100,40 @@ def measure_scores(pipeline, dataset, data, *, call_kwargs=None, batch_size=8, p
             bar.update(len(batch))
             if progress is not None:
                 progress(len(scores), len(dataset))
-    settings, weights = as_json(pipeline.settings(**call)), weights_digest(pipeline)
-    return ReferenceScores(data, settings, sorted(round(s, 6) for s in scores), weights)
+    return reference_scores(pipeline, dataset, data, scores, call)
 
 
-def keep_scores(reference, folder):
-    """Write them beside a model."""
-    write_file(Path(folder) / KEPT, (json.dumps(asdict(reference), indent=1) + "\n").encode())
+def keep_scores(reference: ReferenceScores, folder: Path | str) -> None:
+    """Write the scores into a model's folder."""
+    write_file(Path(folder) / SCORES_FILE, (json.dumps(asdict(reference), indent=1) + "\n").encode())
 
 
-def kept_scores(model):
-    """What `keep_scores` wrote into a model's folder, here or (`publish` sends it along) on the Hub, or None."""
-    path = Path(model) / KEPT
+def kept_scores(model: Path | str) -> ReferenceScores | None:
+    """The scores that `keep_scores` wrote into a model's folder, here or on the Hub; None if there are none."""
+    path = model_file(model, SCORES_FILE)
+    return None if path is None else ReferenceScores(**json.loads(path.read_text()))
+
+
+def model_file(model: Path | str, name: str) -> Path | None:
+    """The path of a file in a model's folder, here or on the Hub; None if it does not exist or cannot be fetched."""
+    path = Path(model) / name
     if is_hub_name(model):
         try:
-            path = Path(hf_hub_download(str(model), KEPT))
-        except (OSError, ValueError):  # there is none, or nobody to ask for it
+            path = Path(hf_hub_download(str(model), name))
+        except (OSError, ValueError):
             return None
-    return ReferenceScores(**json.loads(path.read_text())) if path.is_file() else None
+    return path if path.is_file() else None
 
 
-def cached_scores(pipeline, dataset, data, *, cache_dir=None, progress=None):
-    """As `measure_scores`, once for a model, its settings and these images: the scores, and no picture, are kept.
+def cached_scores(
+    pipeline: DiffusionPipeline,
+    dataset: Dataset,
+    data: str,
+    *,
+    cache_dir: Path | str | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> ReferenceScores:
+    """`measure_scores`, once for a model, its settings and these images. The scores are stored, the images are not.
 
     Args:
         cache_dir: None: `healthy_scores` in the cache, see `files.cache_folder`.
@@ -99,8 +142,8 @@ def cached_scores(pipeline, dataset, data, *, cache_dir=None, progress=None):
     for row in dataset:
         key.update(picture_digest("", row).encode())
     folder = Path(cache_dir or cache_folder("healthy_scores")) / key.hexdigest()
-    found = kept_scores(folder)
-    if found is None:
-        found = measure_scores(pipeline, dataset, data, progress=progress)
-        keep_scores(found, folder)
-    return replace(found, data=data)
+    reference = kept_scores(folder)
+    if reference is None:
+        reference = measure_scores(pipeline, dataset, data, progress=progress)
+        keep_scores(reference, folder)
+    return replace(reference, data=data)

@@ -76,10 +76,27 @@ def write_card(folder, recipe, size, num_images):
     write_model_card(folder, training=training, name=recipe.train.hub_model_id, datasets=sources)
 
 
-def finish(output_dir, config, *hints):
-    """The end of a training script, in the main process: publish if that was asked, and say what is where."""
+def calibrate_on_validation(output_dir, recipe):
+    """Calibrate a trained model on the healthy validation images that its recipe names, if it names any."""
+    from ..inference.calibration import calibrate_trained
+
+    if not recipe.validation:
+        return
+    try:
+        dataset = build_dataset(**{**recipe.data, **recipe.validation})
+        for folder in calibrate_trained(output_dir, dataset, recipe.data["name"]):
+            print(f"calibrated: {folder}")
+    except (ValueError, OSError) as error:  # the model itself is complete
+        print(f"not calibrated: {error}; try cxr-diffusers calibrate {output_dir} --healthy DATA", file=sys.stderr)
+
+
+def finish(output_dir, config, *hints, recipe=None):
+    """The end of a training script, in the main process: calibrate the model of `recipe`, publish it if that was asked,
+    and say what is where."""
     if not process_state().is_main_process:
         return
+    if recipe is not None:
+        calibrate_on_validation(output_dir, recipe)
     if config.push_to_hub:
         print("published at", publish(output_dir, config.hub_model_id or output_dir.name, private=config.hub_private))
     print(f"model:   {output_dir}\npicture: {sorted((output_dir / 'validation').glob('*.png'))[-1]}")

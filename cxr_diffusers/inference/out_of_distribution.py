@@ -22,9 +22,9 @@ from .reference_scores import model_file
 
 ERRORS_FILE = "denoising_errors.json"  # in a model's folder
 UNLIKE = "does not look like the chests the model was trained on"
-NOISE_LEVELS = (0.15, 0.3, 0.5, 0.7)  # as shares of the training chain
+NOISE_LEVELS = (0.05, 0.3, 0.7)  # as shares of the training chain
 QUANTILE = 0.99  # of the distances of validation images
-FEWEST = 20  # validation images for a covariance of 5 features
+FEWEST = 20  # validation images for a covariance of 4 features
 SHRINKAGE = 0.05  # of the correlations
 
 
@@ -98,17 +98,17 @@ def has_denoiser(pipeline: Any) -> bool:
 
 @torch.no_grad()
 def denoising_errors(pipeline: Any, images: list) -> np.ndarray:
-    """Features of images: how badly they are denoised at each of four noise levels, and their detail.
+    """Features of images: how badly they are denoised at each of three noise levels, and their detail.
 
     An image is denoised under the label that explains it best: the null label, in each view that the model knows; for a
-    model without a null label, each of its classes. That is 8 evaluations of the network for two views.
+    model without a null label, each of its classes. That is 6 evaluations of the network for two views.
 
     Args:
         pipeline: with a diffusion model, see `has_denoiser`.
         images: PIL images or arrays.
 
     Returns:
-        (B, 5) float64: log of the mean squared error of the network's output at `NOISE_LEVELS`, lowest over the labels;
+        (B, 4) float64: log of the mean squared error of the network's output at `NOISE_LEVELS`, lowest over the labels;
         and log of the mean squared gradient of the image.
     """
     x = prepare_image(images, **pipeline.image_format(pipeline.unet)).to(pipeline._execution_device)
@@ -165,7 +165,7 @@ def reference_errors(pipeline: Any) -> ReferenceErrors | None:
 def unlikeness_warnings(pipeline: Any, images: list) -> list[list[str]]:
     """For each image [`UNLIKE`] if it does not look like the images that a calibrated model was trained on, else [].
 
-    Costs at most 8 evaluations of the network an image, none if the model has no denoising errors of validation images.
+    Costs 6 evaluations of the network an image (two views), none if the model has no denoising errors of validation images.
 
     Args:
         pipeline: any; one that is no diffusion model, or not calibrated, never warns.

@@ -23,7 +23,7 @@ from .reference_scores import model_file
 ERRORS_FILE = "denoising_errors.json"  # in a model's folder
 UNLIKE = "does not look like the chests the model was trained on"
 NOISE_LEVELS = (0.05, 0.3, 0.7)  # as shares of the training chain
-QUANTILE = 0.99  # of the distances of validation images
+QUANTILE = 0.98  # of the distances of validation images
 FEWEST = 20  # validation images for a covariance of 4 features
 SHRINKAGE = 0.05  # of the correlations
 
@@ -33,7 +33,7 @@ class ReferenceErrors:
     """Denoising errors of validation images.
 
     data: a description of the images. weights: `weights_digest` of the model. mean, covariance: of the features that
-    `denoising_errors` returns. threshold: the distance beyond which an image is unlike the training images, the 99 %
+    `denoising_errors` returns. threshold: the distance beyond which an image is unlike the training images, the 98 %
     quantile of all validation images. quantiles: {"healthy": {...}, "diseased": {...}}, "n" and the distance's
     quantiles. The distance of a validation image is measured from the other ones.
     """
@@ -87,7 +87,7 @@ def distance(features: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> 
 
 def summary(distances: np.ndarray) -> dict[str, float]:
     """Number and quantiles of distances."""
-    values = {f"{q:g}": round(float(np.quantile(distances, q)), 4) for q in (0.05, 0.5, 0.95, 0.99, 1)}
+    values = {f"{q:g}": round(float(np.quantile(distances, q)), 4) for q in (0.05, 0.5, 0.95, 0.98, 1)}
     return {"n": len(distances), **values}
 
 

@@ -165,7 +165,7 @@ def reference_errors(pipeline: Any) -> ReferenceErrors | None:
 def unlikeness_warnings(pipeline: Any, images: list) -> list[list[str]]:
     """For each image [`UNLIKE`] if it does not look like the images that a calibrated model was trained on, else [].
 
-    Costs 6 evaluations of the network an image (two views), none if the model has no denoising errors of validation images.
+    Costs three evaluations of the network an image for each view, none if the model was not calibrated.
 
     Args:
         pipeline: any; one that is no diffusion model, or not calibrated, never warns.

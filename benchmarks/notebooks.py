@@ -1,7 +1,7 @@
 """Run the notebooks, keep their outputs, and write into each which weights they came from.
 
-    python benchmarks/notebooks.py            # all of them, about a quarter of an hour on two cores
-    python benchmarks/notebooks.py 02         # those whose names begin with 02
+python benchmarks/notebooks.py            # all of them, about a quarter of an hour on two cores
+python benchmarks/notebooks.py 02         # those whose names begin with 02
 """
 
 import sys

@@ -6,8 +6,8 @@
     python benchmarks/pictures.py stamp FILE MODEL...                    # mark a picture that another program drew
 
 DATA holds NIH radiographs in CheXpert's layout with `boxes.csv` beside it, RESULTS is the output folder of
-`cxr-diffusers evaluate --config configs/plans/evaluate.yaml`. The images are not chosen by eye: of the images with boxes
-sorted by the model's pixel AP, those at the 75th, 50th and 25th percentile. Every picture carries a digest of the weights
+`cxr-diffusers evaluate --config evaluate`. The images are not chosen by eye: of the images with boxes sorted by the
+model's pixel AP, those at the 75th, 50th and 25th percentile. Every picture carries a digest of the weights
 and settings that drew it; tests/test_pictures.py says which pictures are older than the shipped models.
 """
 

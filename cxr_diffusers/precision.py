@@ -31,8 +31,9 @@ def has_fast_bfloat16(device: torch.device | str) -> bool:
 def use_dtype(pipeline: DiffusionPipeline, dtype: str = "auto") -> DiffusionPipeline:
     """Let the networks of a pipeline, where it is placed now, compute in `dtype`: their forward pass under autocast.
 
+    Weights, and with them fingerprints and what `save_pretrained` writes, stay as they are; outputs are float32.
     Classifiers of transformers stay in float32: Grad-CAM differentiates by their feature maps, which a conversion of
-    the output would copy. Weights, and with them fingerprints and what `save_pretrained` writes, stay as they are; outputs are float32.
+    the output would copy.
 
     Args:
         dtype: "float32", "bfloat16", "float16" (CUDA only), or "auto": bfloat16 where the device multiplies it in

@@ -105,7 +105,7 @@ def main(arguments):
     if recipe.data["name"] == "phantom":
         command = "accelerate launch training/train_cfg.py configs/chexpert_cfg_256.yaml data.root=/data/CheXpert-v1.0"
         hints.append(f"CheXpert: {command}")
-    finish(output_dir, config, *hints)
+    finish(output_dir, config, *hints, recipe=recipe)
 
 
 def embedding_ids(conditions, labels, views):

@@ -79,7 +79,12 @@ def main(arguments):
         return {"validation": path}
 
     output_dir = train(task.model, loss_fn, images, recipe.train, save=save, validate=validate, identity=task.identity)
-    finish(output_dir, recipe.train, f"detect:  cxr-diffusers detect YOUR_IMAGES --model {output_dir} --out maps")
+    finish(
+        output_dir,
+        recipe.train,
+        f"detect:  cxr-diffusers detect YOUR_IMAGES --model {output_dir} --out maps",
+        recipe=recipe,
+    )
 
 
 def task_of(recipe):

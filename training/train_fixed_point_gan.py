@@ -67,7 +67,13 @@ def main(arguments):
         generator, discriminator, images, config, save=save, validate=validate, identity=recipe.identity()
     )
     losses = f"losses:  {output_dir / 'losses.png'}"
-    finish(output_dir, config, losses, f"detect:  cxr-diffusers detect YOUR_IMAGES --model {output_dir} --out maps")
+    finish(
+        output_dir,
+        config,
+        losses,
+        f"detect:  cxr-diffusers detect YOUR_IMAGES --model {output_dir} --out maps",
+        recipe=recipe,
+    )
 
 
 def build_networks(recipe):

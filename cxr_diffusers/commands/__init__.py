@@ -3,7 +3,33 @@
 Imports of torch and diffusers take seconds, so each command imports what it needs when it runs.
 """
 
-from . import chexlocalize, convert, deblur, demo, detect, evaluate, export, prepare, publish, publish_data, train
+from . import (
+    calibrate,
+    chexlocalize,
+    convert,
+    deblur,
+    demo,
+    detect,
+    evaluate,
+    export,
+    prepare,
+    publish,
+    publish_data,
+    train,
+)
 
 # in the order of `cxr-diffusers --help`
-COMMANDS = (detect, demo, evaluate, chexlocalize, prepare, train, deblur, publish, publish_data, convert, export)
+COMMANDS = (
+    detect,
+    demo,
+    evaluate,
+    chexlocalize,
+    prepare,
+    train,
+    calibrate,
+    deblur,
+    publish,
+    publish_data,
+    convert,
+    export,
+)

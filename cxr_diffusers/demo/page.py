@@ -14,6 +14,7 @@ except ImportError as error:
     raise ModuleNotFoundError(missing, name="gradio") from None
 
 from ..data.images import list_images
+from ..inference.out_of_distribution import unlikeness_warnings
 from . import answers
 from .uploads import MAX_MEGAPIXELS, read_upload
 
@@ -179,13 +180,14 @@ def listen_to_start(state, left, right, choices, models, reference_of):
         try:
             progress(0, desc="starting")
             answer = answers.ask(pipeline, name, upload, call, lambda i, n, going: progress((i, n), desc=WAY[going]))
+            unlike = [f"This image {text}." for text in unlikeness_warnings(pipeline, [upload.picture])[0]]
             reference = reference_of(name, lambda i, n: progress((i, n), desc="scoring healthy radiographs"))
         except ValueError as error:
             return [gr.skip(), say(str(error)), *unchanged]
         fits = reference is not None and reference.fits(pipeline, call)
         return [
             answer,
-            say(*upload.warnings, kind="warning"),
+            say(*upload.warnings, *unlike, kind="warning"),
             answers.viewer_data(answer),
             caption(answer),
             answers.score_card(answer, reference, fits, score_words(pipeline)),

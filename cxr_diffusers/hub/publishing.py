@@ -63,12 +63,13 @@ def publish(
 def finished_files(folder: Path, index: dict) -> list[str]:
     """The files of a pipeline folder that belong to the model, as paths relative to it.
 
-    They are the index, the card and its images, the licence, the scores of healthy images, the code that the index
+    They are the index, the card and its images, the licence, the results of the calibration, the code that the index
     names with the modules that it imports, and the components.
     """
     from diffusers.utils.dynamic_modules_utils import get_relative_imports
 
-    beside = [folder / name for name in ("model_index.json", "conversion.json", "README.md", "healthy_scores.json")]
+    names = "model_index.json conversion.json README.md healthy_scores.json denoising_errors.json"
+    beside = [folder / name for name in names.split()]
     beside += folder.glob("LICENSE*")
     card = (folder / "README.md").read_text()
     beside += [path for path in folder.glob("*.png") if f"({path.name})" in card]

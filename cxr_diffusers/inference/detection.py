@@ -18,6 +18,7 @@ from ..processes import process_state
 from .detection_folder import DetectionFolder, Outputs, file_stamp
 from .dicom_output import Algorithm, DicomOutputError, import_highdicom
 from .inputs import Input, find_images, model_channels, read_input
+from .out_of_distribution import unlikeness_warnings
 from .reference_scores import ReferenceScores, kept_scores
 from .regions import zone_columns
 from .trajectory import Trajectory, check_steps
@@ -74,7 +75,8 @@ def detect(
         abnormal_fraction         share of the pixels above the threshold
         map_max, height, width    of the map; of the input
         seconds                   of the model alone
-        warnings                  reasons why the map may be meaningless (a lateral view, another body part, colour)
+        warnings                  reasons why the map may be meaningless (a lateral view, another body part, colour,
+                                  an image unlike the training images)
 
     Args:
         pipeline: `pipeline(list of PIL images, output_type="np")` returns an `AnomalyOutput`.
@@ -255,6 +257,7 @@ class Detection:
         start = time.perf_counter()
         output = self.pipeline([file.image for file in batch], output_type="np", **self.call_kwargs, **on_step)
         seconds = (time.perf_counter() - start) / len(batch)
+        warn_of_unlike_images(self.pipeline, batch)
         self.folder.keep_settings()  # only now: a refused call leaves nothing behind
         sizes = [picture_size(file.image) for file in batch]
         segmenter = self.pipeline.components.get("lung_segmenter")
@@ -284,6 +287,12 @@ class Detection:
         self.failed[str(file.path)] = error
         self.folder.forget(file.name)
         self.bar.update()
+
+
+def warn_of_unlike_images(pipeline: Any, batch: list[Input]) -> None:
+    """Extend the warnings of each file whose image is unlike the training images, see `unlikeness_warnings`."""
+    for file, unlike in zip(batch, unlikeness_warnings(pipeline, [file.image for file in batch]), strict=True):
+        file.warnings = "; ".join([file.warnings] * bool(file.warnings) + unlike)
 
 
 def map_ahead(pool: ThreadPoolExecutor, function: Callable, arguments: Iterable[tuple], ahead: int) -> Iterator:
@@ -332,8 +341,8 @@ def dicom_algorithm(pipeline: Any, call_kwargs: dict, paths: Iterable[Path], thr
     import_highdicom()
     if not threshold:
         raise ValueError(
-            "expected a model with a threshold from healthy validation images (`map_threshold` in its "
-            "model_index.json) to write DICOM segmentations, got one without"
+            "expected a model with a threshold from healthy validation images (`map_threshold`) to write DICOM "
+            "segmentations, got one without: run `cxr-diffusers calibrate MODEL --healthy DATA`"
         )
     if not any(map(is_dicom, paths)):
         raise ValueError("expected at least one DICOM file to write DICOM objects beside, got other images only")

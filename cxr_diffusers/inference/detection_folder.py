@@ -70,7 +70,8 @@ class Outputs:
         for name in ("save_masks", "save_boxes"):
             if getattr(self, name) and not self.threshold:
                 raise ValueError(
-                    f"expected `threshold`, or a model with one (`map_threshold`), for `{name}`, got neither"
+                    f"expected `threshold`, or a model with one (`map_threshold`), for `{name}`, got neither: run "
+                    "`cxr-diffusers calibrate MODEL --healthy DATA`"
                 )
         if self.vmax is None and self.threshold:
             self.vmax = 3 * self.threshold
@@ -216,6 +217,7 @@ class DetectionFolder:
             title = f"{self.reference.headline(score)}    " if self.reference is not None else ""
             title += f"score {score:.3f}"
             title += f"    {fraction:.1%} of the image above the threshold" if threshold else ""
+            title += f"    {columns['warnings']}" if columns.get("warnings") else ""
         if settings["save_panel"]:
             file_name = "".join(c if c.isprintable() else "\ufffd" for c in path.name)
             save_png(draw(title=f"{file_name}    {title}"), self.path / f"{name}.png")

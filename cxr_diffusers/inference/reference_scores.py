@@ -1,12 +1,13 @@
-"""Scores of healthy images for comparison with an image's score: stored with a model, or measured on other data."""
+"""Anomaly scores of healthy images, stored with a model or measured on one's own data, to compare a score with."""
 
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
+from datasets import Dataset
+from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from ..files import as_json, cache_folder, write_file
@@ -14,65 +15,50 @@ from ..fingerprints import fingerprint, image_digest, weights_digest
 from ..hub.loading import hub_file, is_hub_name
 from ..processes import quiet
 
-KEPT = "healthy_scores.json"  # in a model's folder
+SCORES_FILE = "healthy_scores.json"  # in a model's folder
 
 
 @dataclass
 class ReferenceScores:
-    """Scores of healthy images.
+    """Scores of images that are known to be healthy.
 
-    data: description of the images. call: all settings of the pipeline's calls. scores: sorted, one for each image.
-    weights: `weights_digest` of the model.
+    data: a description of the images. call: all settings of the calls that gave the scores. scores: one an image,
+    sorted. weights: `weights_digest` of the model. by_view: {view: sorted scores} of the images whose view is known.
     """
 
     data: str
     call: dict
     scores: list[float]
     weights: str = ""
+    by_view: dict[str, list[float]] = field(default_factory=dict)
 
-    def fits(self, pipeline: Any, call_kwargs: Mapping) -> bool:
-        """Whether a call of `pipeline` with `call_kwargs` has the weights and settings of the reference's calls."""
+    def fits(self, pipeline: DiffusionPipeline, call_kwargs: Mapping) -> bool:
+        """True if a call of `pipeline` with `call_kwargs` has the settings and weights of the calls measured here."""
         call = as_json(pipeline.current_settings(self.call))
         return call == as_json(pipeline.settings(**call_kwargs)) and self.weights == weights_digest(pipeline)
 
-    def share_below(self, score: float) -> tuple[int, int]:
-        """(number of healthy images with a lower score, number of healthy images)."""
-        return sum(s < score for s in self.scores), len(self.scores)
+    def share_below(self, score: float, view: str | None = None) -> tuple[int, int]:
+        """(number of healthy images with a lower score, number of healthy images).
 
-    def p_value(self, score: float) -> float:
+        Args:
+            view: compare with the images of this view only; all of them if it is None, or if none has this view.
+        """
+        scores = self.by_view.get(view or "", self.scores)
+        return sum(s < score for s in scores), len(scores)
+
+    def p_value(self, score: float, view: str | None = None) -> float:
         """Conformal p-value (1 + number of healthy scores >= `score`) / (n + 1): the image itself counts as one."""
-        below, count = self.share_below(score)
+        below, count = self.share_below(score, view)
         return (1 + count - below) / (count + 1)
 
-    def headline(self, score: float) -> str:
+    def headline(self, score: float, view: str | None = None) -> str:
         """Rank of a score among healthy images, such as "higher than 31 of 37 healthy images (p = .18)"."""
-        below, count = self.share_below(score)
-        return f"higher than {below} of {count} healthy images (p = {self.p_value(score):.2g})".replace("0.", ".")
+        below, count = self.share_below(score, view)
+        return f"higher than {below} of {count} healthy images (p = {self.p_value(score, view):.2g})".replace("0.", ".")
 
 
-def measure_scores(
-    pipeline: Any,
-    dataset: Any,
-    data: str,
-    *,
-    call_kwargs: Mapping | None = None,
-    batch_size: int = 8,
-    progress: Callable[[int, int], Any] | None = None,
-) -> ReferenceScores:
-    """Run a pipeline over healthy images.
-
-    Args:
-        dataset: a `datasets.Dataset` with the column "image".
-        data: description of the images, for the caption of a figure.
-        call_kwargs: arguments of the call that differ from the model's own settings.
-        progress: `progress(images done, images)` after each batch; None: a bar on the terminal.
-
-    Returns:
-        `ReferenceScores`.
-
-    Raises:
-        ValueError: no image, or an image with another label than the first one (healthy).
-    """
+def check_healthy(dataset: Dataset, data: str) -> None:
+    """Raise ValueError if there is no image, or an image with another label than healthy (0)."""
     if len(dataset) == 0:
         raise ValueError(f"expected at least one healthy image, got none in {data}")
     labels = dataset["label"] if "label" in dataset.column_names else []
@@ -80,6 +66,41 @@ def measure_scores(
         names = dataset.features["label"].names
         others = sum(label != 0 for label in labels)
         raise ValueError(f"expected healthy images alone in {data}, got {others} that are {' or '.join(names[1:])}")
+
+
+def reference_scores(
+    pipeline: DiffusionPipeline, dataset: Dataset, data: str, scores: list[float], call_kwargs: dict | None = None
+) -> ReferenceScores:
+    """`ReferenceScores` of the images of `dataset`, given their `scores` in the order of its rows."""
+    scores, by_view = [round(float(score), 6) for score in scores], {}
+    views = dataset["view"] if "view" in dataset.column_names else []
+    for view in sorted({view for view in views if view}):
+        by_view[view] = sorted(score for score, other in zip(scores, views, strict=True) if other == view)
+    settings = as_json(pipeline.settings(**(call_kwargs or {})))
+    return ReferenceScores(data, settings, sorted(scores), weights_digest(pipeline), by_view)
+
+
+def measure_scores(
+    pipeline: DiffusionPipeline,
+    dataset: Dataset,
+    data: str,
+    *,
+    call_kwargs: dict | None = None,
+    batch_size: int = 8,
+    progress: Callable[[int, int], object] | None = None,
+) -> ReferenceScores:
+    """Run a pipeline over healthy images.
+
+    Args:
+        dataset: rows with an "image".
+        data: a description of the images, for the reader of a figure.
+        call_kwargs: arguments of the call that differ from the model's own settings.
+        progress: `progress(done, total)` after each batch; None: a bar on the terminal.
+
+    Raises:
+        ValueError: no image, or an image with another label than healthy (0).
+    """
+    check_healthy(dataset, data)
     call, scores = dict(call_kwargs or {}), []
     with quiet(pipeline), tqdm(total=len(dataset), desc="healthy images", disable=progress is not None) as bar:
         for first in range(0, len(dataset), batch_size):
@@ -88,35 +109,40 @@ def measure_scores(
             bar.update(len(batch))
             if progress is not None:
                 progress(len(scores), len(dataset))
-    settings, weights = as_json(pipeline.settings(**call)), weights_digest(pipeline)
-    return ReferenceScores(data, settings, sorted(round(s, 6) for s in scores), weights)
+    return reference_scores(pipeline, dataset, data, scores, call)
 
 
 def keep_scores(reference: ReferenceScores, folder: Path | str) -> None:
     """Write the scores into a model's folder."""
-    write_file(Path(folder) / KEPT, (json.dumps(asdict(reference), indent=1) + "\n").encode())
+    write_file(Path(folder) / SCORES_FILE, (json.dumps(asdict(reference), indent=1) + "\n").encode())
 
 
 def kept_scores(model: Path | str) -> ReferenceScores | None:
-    """The scores that `keep_scores` wrote into a model's folder, local or on the Hub; None if there are none."""
-    path = Path(model) / KEPT
+    """The scores that `keep_scores` wrote into a model's folder, here or on the Hub; None if there are none."""
+    path = model_file(model, SCORES_FILE)
+    return None if path is None else ReferenceScores(**json.loads(path.read_text()))
+
+
+def model_file(model: Path | str, name: str) -> Path | None:
+    """The path of a file in a model's folder, here or on the Hub; None if it does not exist or cannot be fetched."""
+    path = Path(model) / name
     if is_hub_name(model):
         try:
-            path = hub_file(model, KEPT)
+            path = hub_file(model, name)
         except (OSError, ValueError):  # no such file, or no connection
             return None
-    return ReferenceScores(**json.loads(path.read_text())) if path.is_file() else None
+    return path if path.is_file() else None
 
 
 def cached_scores(
-    pipeline: Any,
-    dataset: Any,
+    pipeline: DiffusionPipeline,
+    dataset: Dataset,
     data: str,
     *,
     cache_dir: Path | str | None = None,
-    progress: Callable[[int, int], Any] | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> ReferenceScores:
-    """As `measure_scores`, but only once for the same model, settings and images; the cache holds scores only.
+    """`measure_scores`, once for a model, its settings and these images. The scores are stored, the images are not.
 
     Args:
         cache_dir: None: `healthy_scores` in the cache, see `files.cache_folder`.

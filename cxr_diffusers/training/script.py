@@ -103,10 +103,29 @@ def write_card(folder: str | Path, recipe: AnyRecipe, size: int, num_images: int
     write_model_card(folder, training=training, name=recipe.train.hub_model_id, datasets=sources)
 
 
-def finish(output_dir: Path, config: RunConfig, *hints: str) -> None:
-    """Publish the model if `config` says so, and print where everything is; only in the main process."""
+def calibrate_on_validation(output_dir: Path, recipe: Any) -> None:
+    """Calibrate a trained model on the healthy validation images that its recipe names, if it names any."""
+    from ..inference.calibration import calibrate_trained
+
+    if not recipe.validation:
+        return
+    try:
+        dataset = build_dataset(**{**recipe.data, **recipe.validation})
+        for folder in calibrate_trained(output_dir, dataset, recipe.data["name"]):
+            print(f"calibrated: {folder}")
+    except (ValueError, OSError) as error:  # the model itself is complete
+        print(f"not calibrated: {error}; try cxr-diffusers calibrate {output_dir} --healthy DATA", file=sys.stderr)
+
+
+def finish(output_dir: Path, config: RunConfig, *hints: str, recipe: Any = None) -> None:
+    """Calibrate the model of `recipe`, publish it if `config` says so, and print where everything is.
+
+    Only in the main process.
+    """
     if not process_state().is_main_process:
         return
+    if recipe is not None:
+        calibrate_on_validation(output_dir, recipe)
     if config.push_to_hub:
         print("published at", publish(output_dir, config.hub_model_id or output_dir.name, private=config.hub_private))
     print(f"model:   {output_dir}\nimage:   {sorted((output_dir / 'validation').glob('*.png'))[-1]}")

@@ -1,0 +1,64 @@
+"""cxr-diffusers calibrate: threshold, healthy scores and error range of a model, from validation images."""
+
+import argparse
+
+from .options import SETTINGS, add_command, open_pipeline
+
+CALIBRATE = """\
+DATA is a folder of images, or NAME:key=value,... as for `cxr-diffusers evaluate`. Take validation images: neither
+training images nor the images you want to report results on. 100 healthy images or more are a good number.
+
+Written into the folder MODEL: `map_threshold` (model_index.json), healthy_scores.json and, for a diffusion model,
+denoising_errors.json. docs/calibrate.md explains them. Run the same command again after an interruption.
+
+examples:
+  cxr-diffusers calibrate runs/mine --healthy /data/validation/healthy
+  cxr-diffusers calibrate runs/mine --healthy /data/validation/healthy --diseased /data/validation/diseased
+  cxr-diffusers calibrate runs/chexpert_cfg_256 --healthy chexpert:root=/data/CheXpert-v1.0,split=valid,classes=[]
+"""
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    text = "threshold and healthy scores of a model, from validation images"
+    calibrate = add_command(commands, "calibrate", run, text, CALIBRATE)
+    calibrate.add_argument("model", metavar="MODEL", help="the folder of your model")
+    calibrate.add_argument("--healthy", metavar="DATA", required=True, help="healthy validation images")
+    text = "diseased validation images, which must not be taken for images of another kind"
+    calibrate.add_argument("--diseased", metavar="DATA", help=text)
+    text = "of the pixels of healthy maps; the threshold is the value that this share of them is below (default: 0.95)"
+    calibrate.add_argument("--quantile", type=float, default=0.95, help=text)
+    calibrate.add_argument("--named", help="description of the healthy images, for figures (default: DATA)")
+    calibrate.add_argument("--batch-size", type=int, default=8, help="images at once (default: 8)")
+    calibrate.add_argument("--device", help="cuda, mps, cpu (default: the best there is)")
+    # a model is calibrated with its own settings
+    calibrate.set_defaults(trust_remote_code=False, backend=None, as_original=False, dtype="auto")
+    calibrate.set_defaults(**dict.fromkeys(SETTINGS))
+
+
+def run(options: argparse.Namespace) -> None:
+    from ..data import open_dataset
+    from ..inference.calibration import calibrate_model, check_own_folder
+    from ..processes import process_state
+
+    if not process_state().is_main_process:
+        return
+    folder = check_own_folder(options.model)
+    healthy = open_dataset(options.healthy)
+    diseased = open_dataset(options.diseased) if options.diseased else None
+    result = calibrate_model(
+        folder,
+        healthy,
+        options.named or options.healthy,
+        diseased=diseased,
+        quantile=options.quantile,
+        batch_size=options.batch_size,
+        pipeline=open_pipeline(options),
+    )
+    scores = result.scores.scores
+    share = f"{result.quantile:.0%} of the pixels of {len(scores)} healthy images"
+    print(f"map_threshold: {result.map_threshold:g} ({share} are below it)")
+    print(f"healthy scores: {scores[0]:.4g} to {scores[-1]:.4g}, median {scores[len(scores) // 2]:.4g}")
+    for view, of_view in result.scores.by_view.items():
+        print(f"  {view}: {len(of_view)} images, {of_view[0]:.4g} to {of_view[-1]:.4g}")
+    if result.errors is not None:
+        print(result.errors.describe())

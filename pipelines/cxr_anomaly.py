@@ -152,6 +152,10 @@ def _to_pil(array):
 class ContractMixin:
     """Put before `DiffusionPipeline` among the bases of a pipeline class that returns an `AnomalyOutput`.
 
+    Such a class describes its method to readers of model cards and of the page: `title`, a name; `summary`, one or two
+    sentences; `score_meaning`, what its `anomaly_score` measures (a class whose score depends on the settings
+    overrides `describe_score`).
+
     Such a class has `ORIGINAL_SETTINGS = default_settings(__call__)`: the settings of the original procedure, which
     hold where neither the caller nor the checkpoint chooses. A call with `**pipeline.ORIGINAL_SETTINGS` leaves the
     checkpoint's own out.
@@ -159,6 +163,10 @@ class ContractMixin:
     `from_pipe(pipeline)` shares the components and keeps class names, settings and threshold; components alone,
     `TheClass(**pipeline.components)`, carry none of them: pass them as well.
     """
+
+    title: str = "A method of your own"
+    summary: str = "A model of anomalies in chest X-rays."
+    score_meaning: str = "mean of the highest 5 % of the anomaly map's pixels"
 
     ORIGINAL_SETTINGS = {}
     _interrupt = False
@@ -231,6 +239,10 @@ class ContractMixin:
         """
         given = {name: v for name, v in given.items() if v is not None or self.ORIGINAL_SETTINGS.get(name) is None}
         return {**self.ORIGINAL_SETTINGS, **(self.config.settings or {}), **given}
+
+    def describe_score(self):
+        """What the `anomaly_score` measures under the checkpoint's own settings."""
+        return self.score_meaning
 
     def current_settings(self, settings):
         """The settings of an older version's call in terms of today's: retired ones that changed nothing are dropped.

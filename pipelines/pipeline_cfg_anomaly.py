@@ -64,6 +64,12 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
             `region="lungs"` only.
     """
 
+    title = "Classifier-free guidance"
+    summary = (
+        "A class-conditional diffusion model turns a radiograph into the same chest as if healthy, by classifier-free "
+        "guidance; the anomaly map is what had to change."
+    )
+
     model_cpu_offload_seq = "unet"
     _optional_components = ["lung_segmenter"]
     _callback_tensor_inputs = ["latents"]
@@ -228,6 +234,12 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         return self.finish(image, counterfactual, anomaly_map, data_range, region, output_type, return_dict, ratio)
 
     ORIGINAL_SETTINGS = default_settings(__call__)
+
+    def describe_score(self):
+        """What the `anomaly_score` measures under the checkpoint's own settings."""
+        if self.settings()["score"] == "evidence":
+            return "how much better the disease explains the image than health does; 0: neither, 0.01: by 1 %"
+        return self.score_meaning
 
     def label_id(self, label, name="label"):
         """Class id of a class id, a class name or "null" (the number of classes)."""

@@ -57,6 +57,12 @@ class ClassifierGuidedPipeline(ContractMixin, ViewsMixin, PortableMixin, Diffusi
         ValueError: the number of names differs from the number of classes.
     """
 
+    title = "Classifier guidance"
+    summary = (
+        "A diffusion model turns a radiograph into the same chest as if healthy, along the gradient of a classifier; "
+        "the anomaly map is what had to change."
+    )
+
     model_cpu_offload_seq = "classifier->unet"
     _optional_components = ["feature_extractor", "lung_segmenter"]
     _callback_tensor_inputs = ["latents"]

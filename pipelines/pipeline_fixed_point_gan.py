@@ -40,6 +40,12 @@ class FixedPointGANPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         lung_segmenter: as of `CFGAnomalyPipeline`.
     """
 
+    title = "Fixed-Point GAN"
+    summary = (
+        "A Fixed-Point GAN translates a radiograph to the same chest as if healthy in one pass; the anomaly map is what "
+        "had to change."
+    )
+
     model_cpu_offload_seq = "generator"
     _optional_components = ["lung_segmenter"]
 

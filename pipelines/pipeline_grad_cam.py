@@ -52,6 +52,13 @@ class GradCAMPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         TypeError: not a classifier of `transformers`. ValueError: the size of the image is not given anywhere.
     """
 
+    title = "Grad-CAM"
+    summary = (
+        "The anomaly map shows where an image classifier finds evidence of disease (Grad-CAM). The method makes no "
+        "counterfactual; it is a baseline for methods that do."
+    )
+    score_meaning = "the classifier's probability of not healthy"
+
     model_cpu_offload_seq = "classifier"
     _optional_components = ["feature_extractor", "lung_segmenter"]
 

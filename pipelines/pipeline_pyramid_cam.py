@@ -38,6 +38,13 @@ class PyramidCAMPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         lung_segmenter: as of `CFGAnomalyPipeline`.
     """
 
+    title = "Pyramid CAM"
+    summary = (
+        "The anomaly map shows where a classifier with a feature pyramid finds disease (after PYLON). The method makes "
+        "no counterfactual; it is a baseline for methods that do."
+    )
+    score_meaning = "the classifier's probability of not healthy"
+
     model_cpu_offload_seq = "classifier"
     _optional_components = ["lung_segmenter"]
 

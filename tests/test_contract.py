@@ -336,6 +336,17 @@ def test_detect_and_evaluate_take_it(pipeline, tmp_path):
     assert 0 < found["method"]["pixel_ap"]["value"] < 1 and np.isfinite(found["method"]["image_auroc"]["value"])
 
 
+def test_the_class_describes_its_method(pipeline, tmp_path):
+    """The page and the model card take a name, a summary and the meaning of the score from the class."""
+    described = [name for name in ("title", "summary") if name in vars(type(pipeline))]
+    assert described == ["title", "summary"] and len(pipeline.summary) > 60 and pipeline.describe_score()
+    titles = {make().title for make in PIPELINES.values()}
+    assert len(titles) == len({type(make()) for make in PIPELINES.values()}), "two classes have one title"
+    pipeline.save_pretrained(tmp_path)
+    write_model_card(tmp_path, training="Random weights.")
+    assert pipeline.summary in " ".join((tmp_path / "README.md").read_text().split())
+
+
 def test_a_wrong_setting_of_a_checkpoint_is_named(pipeline):
     options = {**pipeline.components, "settings": {"guidance": 4}}
     options |= {"sample_size": 16} if "sample_size" in pipeline.config else {}

@@ -2,6 +2,7 @@
 
 import json
 import re
+import textwrap
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -96,21 +97,6 @@ pipeline(Image.open("chest.png"), kernel=kernel).restored[0].save("restored.png"
 """
 
 
-# what a pipeline does, for the reader of its card
-METHODS = {
-    "CFGAnomalyPipeline": "A class-conditional diffusion model turns a radiograph into the same chest as if healthy,\n"
-    "by classifier-free guidance; the anomaly map is what had to change.",
-    "ClassifierGuidedPipeline": "A diffusion model turns a radiograph into the same chest as if healthy, along the\n"
-    "gradient of a classifier; the anomaly map is what had to change.",
-    "FixedPointGANPipeline": "A Fixed-Point GAN translates a radiograph to the same chest as if healthy in one\n"
-    "pass; the anomaly map is what had to change.",
-    "GradCAMPipeline": "The map is where an image classifier finds its evidence against healthy (Grad-CAM). There is\n"
-    "no counterfactual in it: a comparison partner for methods that make one.",
-    "PyramidCAMPipeline": "The map is where a classifier with a feature pyramid finds disease (after PYLON). There is\n"
-    "no counterfactual in it: a comparison partner for methods that make one.",
-}
-
-
 def write_model_card(
     folder,
     *,
@@ -140,6 +126,8 @@ def write_model_card(
         FileNotFoundError: no `model_index.json`, no summary.json, or no such picture. ValueError: the evaluation has
             no row of this model, or several.
     """
+    from .. import pipelines
+
     folder = Path(folder)
     index = read_index(folder)
     if picture and not (folder / picture).is_file():
@@ -150,22 +138,23 @@ def write_model_card(
     results, text = None, "Not evaluated yet."
     if evaluation is not None:
         results, text = evaluation_section(load_pipeline(folder), read_summaries(evaluation, evaluated_on))
-    kind = class_named(index)
+    class_name = class_named(index)
+    pipeline_class = getattr(pipelines, class_name, pipelines.cxr_anomaly.ContractMixin)
     metadata = ModelCardData(
         language="en",
         license=license,
         library_name="diffusers",
         pipeline_tag="image-to-image",
-        tags=["chest-x-ray", "radiology", *TAGS.get(kind, TAGS[None]), "cxr_diffusers"],
+        tags=["chest-x-ray", "radiology", *TAGS.get(class_name, TAGS[None]), "cxr_diffusers"],
         datasets=list(datasets) or None,
         metrics=list(dict.fromkeys(result.metric_type for result in results or ())) or None,
         model_name=name.split("/")[-1] if results else None,
         eval_results=results or None,
     )
-    card = (DEBLUR_CARD if kind == "DiffPIRDeblurPipeline" else CARD).format(
+    card = (DEBLUR_CARD if class_name == "DiffPIRDeblurPipeline" else CARD).format(
         metadata=metadata.to_yaml(),
         title=name.split("/")[-1],
-        method=METHODS.get(kind, "A model of anomalies in chest X-rays."),
+        method=textwrap.fill(getattr(pipeline_class, "summary", ""), 118),
         picture=f"![input, counterfactual, anomaly map]({picture})\n" if picture else "",
         name=name,
         classes=", ".join((index.get("class_names") or {}).values()) or "not named",

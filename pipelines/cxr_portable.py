@@ -92,16 +92,26 @@ def named(card, repo_id):
     return re.sub(r'(DiffusionPipeline\.from_pretrained\(")[^"]*', rf"\g<1>{repo_id}", card)
 
 
+PACKAGE = __name__.rpartition(".pipelines.")[0]  # "" where this file is a copy in a model's folder
+
+
 def installed(library, class_name):
     """[library, class] of a component -> the same, or [this package, class] where it is installed and has the class."""
-    package = __name__.rpartition(".pipelines.")[0]  # "" in a process that knows this file from a model's folder only
-    if library in ("diffusers", "transformers") or not package:
-        return [library, class_name]
-    if not hasattr(importlib.import_module(package), class_name):
-        return [library, class_name]
-    LOADABLE_CLASSES.setdefault(package, {})[class_name] = ["save_pretrained", "from_pretrained"]
-    ALL_IMPORTABLE_CLASSES[class_name] = LOADABLE_CLASSES[package][class_name]
-    return [package, class_name]
+    if library not in ("diffusers", "transformers") and class_name in LOADABLE_CLASSES.get(PACKAGE, {}):
+        return [PACKAGE, class_name]
+    return [library, class_name]
+
+
+def register_components():
+    """Let diffusers open the models of this package as components, wherever `model_index.json` names the package."""
+    homes = vars(importlib.import_module(PACKAGE))["_HOME"]
+    models = [name for name, home in homes.items() if home.startswith("models.")]
+    LOADABLE_CLASSES[PACKAGE] = {name: ["save_pretrained", "from_pretrained"] for name in models}
+    ALL_IMPORTABLE_CLASSES.update(LOADABLE_CLASSES[PACKAGE])
+
+
+if PACKAGE:
+    register_components()
 
 
 def is_ours(component):

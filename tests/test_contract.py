@@ -3,11 +3,13 @@
 import functools
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers.utils import dynamic_modules_utils
 
 from cxr_diffusers import (
     CFGAnomalyPipeline,
@@ -17,6 +19,7 @@ from cxr_diffusers import (
     GradCAMPipeline,
     LungSegmenter,
     PyramidCAMPipeline,
+    default_checkpoint,
     detect,
     evaluate,
     load_phantom,
@@ -322,6 +325,27 @@ def test_all_of_them_run_where_this_package_is_not_each_by_its_own_code(images, 
             )
             first, second = ({p.name for p in (tmp_path / at / name).rglob("*.py")} for at in (".", "again"))
             assert first == second and len(first) > 2
+
+
+SHIPPED = ["cxr_cfg_64", "cxr_cfg_128", "cxr_fixed_point_gan_64", "cxr_grad_cam_128"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_diffusers_opens_a_shipped_folder_with_the_installed_class(name, tmp_path, monkeypatch):
+    """As the model's card promises: the folder carries no copy of the code, only an import of the package."""
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = default_checkpoint(name)
+    card = " ".join(Path(folder, "README.md").read_text().split())
+    assert f'`DiffusionPipeline.from_pretrained(default_checkpoint("{name}"), trust_remote_code=True)`' in card
+    opened = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    expected = load_pipeline(name)
+    assert type(opened) is type(expected) and opened.config.settings == expected.config.settings
+    assert {n: type(part) for n, part in opened.components.items()} == {
+        n: type(part) for n, part in expected.components.items()
+    }
+    opened.save_pretrained(tmp_path / "saved")
+    assert list((tmp_path / "saved").glob("pipeline_*.py")), "a saved copy carries its own code"
 
 
 def test_detect_and_evaluate_take_it(pipeline, tmp_path):

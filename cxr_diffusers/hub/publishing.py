@@ -30,7 +30,8 @@ def publish(folder, repo_id, *, private=None, token=None, create_pr=False):
 
     folder = Path(folder)
     index = read_index(folder)
-    if index["_class_name"] in pipelines.__all__:
+    class_name = index["_class_name"]
+    if class_name in pipelines.__all__ or class_name[0] == "installed_pipelines":
         raise ValueError(
             f"expected a folder with its code beside it, got {folder}: open it and use pipeline.push_to_hub"
         )

@@ -26,7 +26,7 @@ def publish(folder, repo_id, *, private=None, token=None, create_pr=False):
             the shipped model's, which has no code beside it, or an export.
     """
     from .. import pipelines
-    from ..pipelines.cxr_portable import named
+    from ..pipelines.cxr_portable import rename_card
 
     folder = Path(folder)
     index = read_index(folder)
@@ -43,8 +43,8 @@ def publish(folder, repo_id, *, private=None, token=None, create_pr=False):
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     card = (folder / "README.md").read_text()
-    if named(card, repo_id) != card:
-        write_file(folder / "README.md", named(card, repo_id).encode())
+    if rename_card(card, repo_id) != card:
+        write_file(folder / "README.md", rename_card(card, repo_id).encode())
     return api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,

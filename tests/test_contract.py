@@ -76,6 +76,7 @@ def test_pil_np_pt_and_a_tuple_are_the_same_answer(pipeline, images):
     np.testing.assert_array_equal(array.counterfactual[..., 0], pt.counterfactual[:, 0])
     np.testing.assert_array_equal(array.anomaly_map, pt.anomaly_map)
     np.testing.assert_allclose(np.stack(pil.anomaly_map) / 65535, pt.anomaly_map, atol=1 / 65535)
+    np.testing.assert_allclose(np.stack(pil.counterfactual) / 255, pt.counterfactual[:, 0], atol=0.6 / 255)
     np.testing.assert_allclose(pil.anomaly_score, pt.anomaly_score, rtol=1e-6)
     for a, b in zip(pipeline(images, output_type="pt", return_dict=False), pt.to_tuple(), strict=True):
         torch.testing.assert_close(a, b)

@@ -25,27 +25,6 @@ from helpers import toy_unet
 FAST = dict(num_inference_steps=10, noise_level=300)
 
 
-def test_shapes_and_ranges_are_those_of_the_documentation(pipeline, images):
-    output = pipeline(images, output_type="pt", **FAST)
-    assert output.image.shape == output.counterfactual.shape == (2, 1, 16, 16)
-    assert output.anomaly_map.shape == (2, 16, 16) and output.anomaly_score.shape == (2,)
-    for x in (output.image, output.counterfactual, output.anomaly_map):
-        assert 0 <= x.min() and x.max() <= 1
-    torch.testing.assert_close(output.image, images)
-    assert output.anomaly_map.max() > 0.01
-
-
-def test_pil_np_and_pt_are_the_same_answer(pipeline, images):
-    pt = pipeline(images, output_type="pt", **FAST)
-    array = pipeline(images, output_type="np", **FAST)
-    pil = pipeline(images, output_type="pil", **FAST)
-    np.testing.assert_array_equal(array.image[..., 0], pt.image[:, 0])
-    np.testing.assert_array_equal(array.anomaly_map, pt.anomaly_map)
-    np.testing.assert_allclose(np.stack(pil.anomaly_map) / 65535, pt.anomaly_map, atol=1 / 65535)
-    np.testing.assert_allclose(np.stack(pil.counterfactual) / 255, pt.counterfactual[:, 0], atol=0.6 / 255)
-    assert pil.image[0].mode == "L" and pil.anomaly_map[0].mode == "I;16"
-
-
 def test_a_tuple_is_the_output_in_order(pipeline, images):
     output = pipeline(images, output_type="pt", **FAST)
     for a, b in zip(output.to_tuple(), pipeline(images, output_type="pt", return_dict=False, **FAST), strict=True):

@@ -21,12 +21,12 @@ HOMES = {"cxr_diffusers": "cxr_diffusers", "pipelines": "cxr_diffusers.pipelines
 @cache
 def modules():
     """{dotted name: file} of everything that is ours."""
-    found = {}
+    paths = {}
     for folder, prefix in HOMES.items():
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = [p for p in path.relative_to(ROOT / folder).with_suffix("").parts if p != "__init__"]
-            found[".".join([prefix, *parts])] = path
-    return found
+            paths[".".join([prefix, *parts])] = path
+    return paths
 
 
 def imports(name, path):
@@ -74,7 +74,7 @@ def test_the_packages_form_no_circle():
         rooms = {(a, b) for a, b in rooms if b not in ends}
 
 
-def test_what_is_copied_beside_a_checkpoint_is_one_level_deep():
+def test_siblings_of_a_pipeline_import_no_siblings():
     """A pipeline imports siblings `cxr_*.py`, and these import none: diffusers copies one level."""
     files = {n: p for n, p in modules().items() if n.startswith("cxr_diffusers.pipelines.")}
     assert len(files) >= 4
@@ -159,7 +159,7 @@ IMPORTS = """if True:
 def build_wheel(folder):
     """A wheel of this checkout without the weights' content, built from a copy.
 
-    setuptools leaves a build folder behind and packs what it finds in an old one.
+    setuptools would leave a build folder behind, and pack the files of an old one.
     """
 
     def copy_file(source, target):

@@ -1,4 +1,4 @@
-"""The output of the anomaly pipelines, their maps, and what their calls have in common."""
+"""The output and the maps of the anomaly pipelines, and the parts that their calls share."""
 
 import functools
 import inspect
@@ -6,7 +6,9 @@ import itertools
 import math
 import numbers
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -14,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.utils import BaseOutput
 
-# arguments of a call that no checkpoint chooses; all others are settings
+# arguments of a call that are not settings of a checkpoint
 CALL_ONLY = (
     "self",
     "image",
@@ -27,8 +29,8 @@ CALL_ONLY = (
     "callback_on_step_end_tensor_inputs",
 )
 
-# settings of older checkpoints that no call has any more, each with the value that means what calls do today
-RETIRED = {
+# settings of older checkpoints that no call has any more, each with the value that changed nothing
+RETIRED: dict[str, Any] = {
     "combine": "mean",
     "compare_with": "image",
     "guidance_interval": None,
@@ -43,14 +45,14 @@ class AnomalyOutput(BaseOutput):
 
     With `output_type` "pil" | "np" | "pt":
 
-    image: the input as the model saw it (scaled, resized, square), values in [0, 1].
+    image: the model's input (scaled, resized, square), values in [0, 1].
         list of PIL images (mode L) | (B, H, W, C) array | (B, C, H, W) tensor
     counterfactual: the same chest as if healthy, in the same scale and format as `image`.
-    anomaly_map: how much each pixel had to change, in [0, 1]: 0 nothing, 1 from black to white; changed by the settings
-        of the map (see the call of the pipeline).
+    anomaly_map: the change of each pixel, in [0, 1]: 0 none, 1 from black to white; it depends on the settings of the
+        map (see the call of the pipeline).
         list of PIL images (mode I;16, value / 65535) | (B, H, W) array | (B, H, W) tensor
-    anomaly_score: one number an image, higher is more abnormal: the mean of the map's highest 5 % of pixels, unless the
-        pipeline has another one (see its call).
+    anomaly_score: one number for each image, higher is more abnormal: the mean of the map's highest 5 % of pixels,
+        unless the pipeline defines another one (see its call).
         (B,) array | (B,) array | (B,) tensor
     """
 
@@ -60,14 +62,16 @@ class AnomalyOutput(BaseOutput):
     anomaly_score: np.ndarray | torch.Tensor
 
 
-def with_checkpoint_settings(call):
-    """Decorator of `__call__`: an argument left out takes the checkpoint's own value, or else the signature's default.
+def anomaly_call(call: Callable) -> Callable:
+    """Decorator of `__call__`: without gradients; omitted arguments take the checkpoint's own values.
 
-    `help()` and `inspect.signature` show the signature that is written.
+    Where the checkpoint has none, the signature's default holds. `help()` and `inspect.signature` show the signature
+    of `call`.
     """
     signature = inspect.signature(call)
 
     @functools.wraps(call)
+    @torch.no_grad()
     def call_with_settings(self, *args, **kwargs):
         given = signature.bind_partial(self, *args, **kwargs).arguments
         given.pop("self")
@@ -77,20 +81,26 @@ def with_checkpoint_settings(call):
     return call_with_settings
 
 
-def default_settings(call):
-    """{name: default} of the arguments of a call that a checkpoint may choose."""
+def default_settings(call: Callable) -> dict[str, Any]:
+    """{name: default} of the arguments of a call that can be settings of a checkpoint."""
     parameters = inspect.signature(call).parameters
     return {name: parameter.default for name, parameter in parameters.items() if name not in CALL_ONLY}
 
 
-def difference_map(reference, counterfactual, data_range=(-1.0, 1.0), direction="both", highpass=0.0):
+def difference_map(
+    reference: torch.Tensor,
+    counterfactual: torch.Tensor,
+    data_range: Sequence[float] = (-1.0, 1.0),
+    direction: str = "both",
+    highpass: float = 0.0,
+) -> torch.Tensor:
     """(B, C, H, W) x (B, C, H, W) in `data_range` -> (B, H, W) in [0, 1]: the change, averaged over channels.
 
-    Neither image is normalised on its own before the subtraction.
+    The images are not normalised before the subtraction.
 
     Args:
-        direction: "both" takes |reference - counterfactual|. "bright" counts only where the reference is the brighter:
-            fluid, consolidation, masses. "dark" only where it is the darker: air where there should be none.
+        direction: "both": |reference - counterfactual|. "bright": only where the reference is brighter (fluid,
+            consolidation, masses). "dark": only where it is darker (air where there should be none).
         highpass: sigma in pixels of a Gaussian; the difference blurred by it is subtracted from the difference before
             `direction` applies, so that changes of overall brightness do not count. 0 leaves the difference as it is.
     """
@@ -102,7 +112,7 @@ def difference_map(reference, counterfactual, data_range=(-1.0, 1.0), direction=
     return change[direction].mean(dim=1) / (data_range[1] - data_range[0])
 
 
-def smooth_map(anomaly_map, sigma):
+def smooth_map(anomaly_map: torch.Tensor, sigma: float) -> torch.Tensor:
     """(B, H, W) -> (B, H, W): Gaussian smoothing, `sigma` in pixels of the map; 0 leaves it as it is."""
     if not sigma:
         return anomaly_map
@@ -114,13 +124,20 @@ def smooth_map(anomaly_map, sigma):
     return F.conv2d(F.conv2d(maps, kernel[None, None, None]), kernel[None, None, :, None])[:, 0]
 
 
-def score_map(anomaly_map, fraction=0.05):
+def score_map(anomaly_map: torch.Tensor, fraction: float = 0.05) -> torch.Tensor:
     """(B, H, W) -> (B,): the mean of each map's highest `fraction` of pixels."""
     flat = anomaly_map.flatten(1)
     return flat.topk(max(1, round(fraction * flat.shape[1])), dim=1).values.mean(dim=1)
 
 
-def anomaly_output(image, counterfactual, anomaly_map, data_range, output_type, score=None):
+def anomaly_output(
+    image: torch.Tensor,
+    counterfactual: torch.Tensor,
+    anomaly_map: torch.Tensor,
+    data_range: Sequence[float],
+    output_type: str,
+    score: torch.Tensor | None = None,
+) -> AnomalyOutput:
     """Tensors in the model's range -> `AnomalyOutput` in the documented range and `output_type`.
 
     `score` is a (B,) tensor; None: `score_map` of the map.
@@ -152,21 +169,32 @@ def _to_pil(array):
 class ContractMixin:
     """Put before `DiffusionPipeline` among the bases of a pipeline class that returns an `AnomalyOutput`.
 
+    Such a class describes its method to readers of model cards and of the page: `title`, a name; `summary`, one or two
+    sentences; `score_meaning`, what its `anomaly_score` measures (a class whose score depends on the settings
+    overrides `describe_score`).
+
     Such a class has `ORIGINAL_SETTINGS = default_settings(__call__)`: the settings of the original procedure, which
-    hold where neither the caller nor the checkpoint chooses. A call with `**pipeline.ORIGINAL_SETTINGS` leaves the
-    checkpoint's own out.
+    hold where neither the caller nor the checkpoint gives a value. A call with `**pipeline.ORIGINAL_SETTINGS` ignores
+    the checkpoint's own settings.
 
     `from_pipe(pipeline)` shares the components and keeps class names, settings and threshold; components alone,
     `TheClass(**pipeline.components)`, carry none of them: pass them as well.
+
+    `num_classes` is set by `register_contract`.
     """
 
-    ORIGINAL_SETTINGS = {}
+    title: str = "A method of your own"
+    summary: str = "A model of anomalies in chest X-rays."
+    score_meaning: str = "mean of the highest 5 % of the anomaly map's pixels"
+
+    ORIGINAL_SETTINGS: dict[str, Any] = {}
+    num_classes: int
     _interrupt = False
-    _num_timesteps = None
+    _num_timesteps: int | None = None
 
     @classmethod
-    def from_pipe(cls, pipeline, **kwargs):
-        """As in diffusers; of another class's settings those that the call has are kept, its threshold is not."""
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """As in diffusers. From a pipeline of another class, settings that the call has are kept, the threshold not."""
         if type(pipeline) is not cls:
             settings = pipeline.config.get("settings") or {}
             kwargs.setdefault("settings", {k: v for k, v in settings.items() if k in cls.ORIGINAL_SETTINGS})
@@ -174,27 +202,37 @@ class ContractMixin:
         return super().from_pipe(pipeline, **kwargs)
 
     @property
-    def interrupt(self):
-        """True from the moment a callback sets `pipeline._interrupt = True`: the call leaves its other steps out."""
+    def interrupt(self) -> bool:
+        """True once a callback has set `pipeline._interrupt = True`: the call then skips the remaining steps."""
         return self._interrupt
 
     @property
-    def num_timesteps(self):
-        """Steps of the last call, inversion and decoding together; None before the first."""
+    def num_timesteps(self) -> int | None:
+        """Number of steps of the last call, inversion and decoding together; None before the first call."""
         return self._num_timesteps
 
-    def count_timesteps(self, *timesteps):
-        """Set `num_timesteps` of a call to the number of all its timesteps."""
+    def count_timesteps(self, *timesteps: torch.Tensor) -> None:
+        """Set `num_timesteps` to the number of all timesteps of a call."""
         self._num_timesteps = sum(len(t) for t in timesteps)
 
-    def register_contract(self, num_classes, class_names, data_range, scaling, aspect, settings, map_threshold):
+    def register_contract(
+        self,
+        num_classes: int,
+        class_names: Sequence[str] | dict[str, str] | None,
+        data_range: Sequence[float] | None,
+        scaling: str,
+        aspect: str,
+        settings: dict[str, Any] | None,
+        map_threshold: float | None,
+    ) -> None:
         """Write the preparation of images, the classes and the defaults of the call into the pipeline's config.
 
-        `data_range` None: the class has no choice of it.
+        `data_range` None: the class has a fixed one.
 
         Raises:
             ValueError: the number of names differs from the number of classes, or the call has no such setting.
         """
+        self.num_classes = num_classes
         if retired := sorted(set(settings or {}) & set(RETIRED)):
             warnings.warn(
                 f"these settings of the checkpoint have been retired and are ignored: "
@@ -220,11 +258,11 @@ class ContractMixin:
         )
 
     @property
-    def class_names(self):
-        """The classes' names in the order of their ids, or [] where none were given."""
+    def class_names(self) -> list[str]:
+        """The names of the classes in the order of their ids, [] without names."""
         return list((self.config.class_names or {}).values())
 
-    def settings(self, **given):
+    def settings(self, **given: Any) -> dict[str, Any]:
         """The settings of a call: those given, else the checkpoint's own, else the original procedure's.
 
         None counts as not given, unless it is the original procedure's value.
@@ -232,15 +270,19 @@ class ContractMixin:
         given = {name: v for name, v in given.items() if v is not None or self.ORIGINAL_SETTINGS.get(name) is None}
         return {**self.ORIGINAL_SETTINGS, **(self.config.settings or {}), **given}
 
-    def current_settings(self, settings):
-        """The settings of an older version's call in terms of today's: retired ones that changed nothing are dropped.
+    def describe_score(self) -> str:
+        """The meaning of the `anomaly_score` under the checkpoint's own settings."""
+        return self.score_meaning
 
-        Settings that did not exist yet get today's default.
+    def current_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The settings of an older version's call as settings of today's: retired ones without effect are dropped.
+
+        Newer settings get their defaults.
         """
         kept = {name: v for name, v in settings.items() if name not in RETIRED or v != RETIRED[name]}
         return {**self.ORIGINAL_SETTINGS, **kept}
 
-    def image_format(self, model):
+    def image_format(self, model: Any) -> dict[str, Any]:
         """The arguments of `prepare_image` for a model with `sample_size` and `in_channels` in its config."""
         return {
             "size": model.config.sample_size,
@@ -250,7 +292,14 @@ class ContractMixin:
             "num_channels": model.config.in_channels,
         }
 
-    def map_change(self, image, counterfactual, direction, highpass, smoothing):
+    def map_change(
+        self,
+        image: torch.Tensor,
+        counterfactual: torch.Tensor,
+        direction: str,
+        highpass: float,
+        smoothing: float,
+    ) -> torch.Tensor:
         """(B, C, H, W) x (B, C, H, W) in the model's range -> (B, H, W) map in [0, 1] of the change.
 
         `highpass` is in pixels of an image of 64 pixels, `smoothing` in pixels of this one.
@@ -260,23 +309,37 @@ class ContractMixin:
         change = difference_map(image, counterfactual.clamp(low, high), (low, high), direction, highpass)
         return smooth_map(change, smoothing)
 
-    def finish(self, image, counterfactual, anomaly_map, data_range, region, output_type, return_dict, score=None):
-        """The last step of a call: the map inside `region`, the output, and the models back where offloading has them.
+    def finish(
+        self,
+        image: torch.Tensor,
+        counterfactual: torch.Tensor,
+        anomaly_map: torch.Tensor,
+        data_range: Sequence[float],
+        region: str,
+        output_type: str,
+        return_dict: bool,
+        score: torch.Tensor | None = None,
+    ) -> AnomalyOutput | tuple:
+        """The last step of a call: restrict the map to `region`, offload the models, and convert the output.
 
         Returns:
             `AnomalyOutput`, or its tuple with `return_dict` False.
         """
         if region == "lungs":
             segmenter = self.lung_segmenter
-            images = image.mean(dim=1, keepdim=True).to(segmenter.device)  # offloading leaves it where it is
+            images = image.mean(dim=1, keepdim=True).to(segmenter.device)  # offloading does not move the segmenter
             anomaly_map = anomaly_map * segmenter.field(images).to(anomaly_map.device)
         output = anomaly_output(image, counterfactual, anomaly_map, data_range, output_type, score)
         self.maybe_free_model_hooks()
-        self._interrupt = False  # `invert` and `decode` may be called next, by themselves
+        self._interrupt = False  # for `invert` and `decode` called on their own
         return output if return_dict else output.to_tuple()
 
-    def find_label(self, label, name, count, null=None):
-        """A class id below `count`, a class name or "null" -> the id; `null` is that of the null label, if any."""
+    def find_label(self, label: Any, name: str, count: int, null: int | None = None) -> int:
+        """A class id below `count`, a class name or "null" -> the id; `null` is the id of the null label, if any.
+
+        Raises:
+            ValueError: an unknown label; `name` is the argument that the message names.
+        """
         names = self.class_names
         if isinstance(label, str) and label in names:
             return names.index(label)
@@ -287,7 +350,9 @@ class ContractMixin:
         labels = [f"0..{count - 1}", *map(repr, names), *(["'null'"] if null is not None else [])]
         raise ValueError(f"expected `{name}` among {', '.join(labels)}, got {label!r}")
 
-    def check_map(self, output_type, *, smoothing, region, direction="both", highpass=0.0):
+    def check_map(
+        self, output_type: str, *, smoothing: float, region: str, direction: str = "both", highpass: float = 0.0
+    ) -> None:
         """Raise ValueError for invalid settings of the map, or an invalid `output_type`."""
         if direction not in ("both", "bright", "dark"):
             raise ValueError(f"expected `direction` both, bright or dark, got {direction!r}")
@@ -300,8 +365,8 @@ class ContractMixin:
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"expected `output_type` pil, np or pt, got {output_type!r}")
 
-    def check_steps(self, noise_level, num_inference_steps, tensor_inputs):
-        """Raise ValueError for an invalid noise level or number of steps, or tensors that the callback cannot get."""
+    def check_steps(self, noise_level: Any, num_inference_steps: Any, tensor_inputs: Sequence[str]) -> None:
+        """Raise ValueError for an invalid noise level, number of steps, or name of a callback's tensor."""
         chain = self.scheduler.config.num_train_timesteps
         for name, value, limits in (
             ("noise_level", noise_level, f"to be a timestep, 1..{chain}"),
@@ -316,12 +381,12 @@ class ContractMixin:
                 f"expected `callback_on_step_end_tensor_inputs` among {self._callback_tensor_inputs}, got {unknown}"
             )
 
-    def on_step(self, callback, tensor_inputs):
+    def on_step(self, callback: Callable | None, tensor_inputs: Sequence[str]) -> Callable | None:
         """diffusers' step callback as `on_step(i, t, latents) -> latents`, or None."""
         if callback is None:
             return None
 
-        steps = itertools.count()  # of the whole call, over inversion and all decodings
+        steps = itertools.count()  # over the inversion and all decodings of the call
 
         def call(_, t, latents):
             kwargs = {}
@@ -332,8 +397,8 @@ class ContractMixin:
         return call
 
 
-def check_number(name, value, low=0.0, high=math.inf):
-    """ValueError unless `value` is a finite number from `low` to `high`."""
+def check_number(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> None:
+    """Raise ValueError unless `value` is a finite number from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"expected `{name}` to be a number, got {value!r}")
     if not math.isfinite(value) or not low <= value <= high:

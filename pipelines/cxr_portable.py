@@ -1,4 +1,4 @@
-"""A pipeline folder that carries its own code: it opens where only diffusers is installed."""
+"""Pipeline folders that carry their own code, so that they open with diffusers alone."""
 
 import hashlib
 import importlib
@@ -7,6 +7,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
@@ -16,20 +17,20 @@ from diffusers.utils.torch_utils import is_compiled_module
 class PortableMixin:
     """Put before `DiffusionPipeline` among the bases of a pipeline class.
 
-    Whatever way it is saved (`save_pretrained`, `push_to_hub`), the folder holds the pipeline's file and the siblings
-    it imports, and opens with
+    However it is saved (`save_pretrained`, `push_to_hub`), the folder contains the pipeline's file and the siblings
+    that it imports, and opens with
 
         DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)    where this package is not installed
         TheClass.from_pretrained(folder)                                     where it is: the installed code runs
 
-    So do components of ours (a classifier, a generator): their file lies in the component's folder.
+    The code of components of this package (a classifier, a generator) is written into the component's folder.
 
-    It leans on two hooks of diffusers, `save_config` and `_dict_from_json_file`, and on its table of loadable classes;
-    tests hold them in place.
+    The class relies on two hooks of diffusers, `save_config` and `_dict_from_json_file`, and on its table of loadable
+    classes; tests check that they are there.
     """
 
-    def save_config(self, save_directory, push_to_hub=False, **kwargs):
-        """Write `model_index.json` and, beside it, the code; the last thing that `save_pretrained` does."""
+    def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write `model_index.json` and the code beside it: the last step of `save_pretrained`."""
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
         folder = Path(save_directory)
         index = json.loads((folder / "model_index.json").read_text())
@@ -41,15 +42,15 @@ class PortableMixin:
         write_atomically(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
 
     @classmethod
-    def from_pipe(cls, pipeline, **kwargs):
-        """As in diffusers, and with components of any class: those that only stand in for the annotated type, too."""
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """As in diffusers, also with components whose class differs from the annotated type."""
         names = inspect.signature(cls.__init__).parameters
         components = {name: part for name, part in pipeline.components.items() if name in names and part is not None}
         return super().from_pipe(pipeline, **{**components, **kwargs})
 
     @classmethod
     def _dict_from_json_file(cls, json_file):
-        """Asked for by its class, a folder opens with that class and our installed ones, without its own code."""
+        """`TheClass.from_pretrained` uses that class and the installed components, not the code in the folder."""
         config = super()._dict_from_json_file(json_file)
         if isinstance(config.get("_class_name"), list):
             config["_class_name"] = cls.__name__
@@ -58,22 +59,22 @@ class PortableMixin:
                 config[name] = installed(*value)
         return config
 
-    def push_to_hub(self, repo_id, **kwargs):
-        """As in diffusers, together with the card of the model that this pipeline was loaded from."""
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """As in diffusers, together with the model card of the folder or repository it was loaded from."""
         from huggingface_hub import HfApi
 
         files = card_files(str(self.config.get("_name_or_path") or ""), kwargs.get("token"))
-        if files and not kwargs.get("create_pr"):  # which must touch nothing but its own branch
+        if files and not kwargs.get("create_pr"):  # a pull request changes nothing on the main branch
             api = HfApi(token=kwargs.get("token"))
             repo_id = api.create_repo(repo_id, private=kwargs.get("private"), exist_ok=True).repo_id
             for name, content in files.items():
-                content = named(content.decode(), repo_id).encode() if name == "README.md" else content
+                content = rename_card(content.decode(), repo_id).encode() if name == "README.md" else content
                 api.upload_file(path_or_fileobj=content, path_in_repo=name, repo_id=repo_id)
         return super().push_to_hub(repo_id, **kwargs)
 
 
-def card_files(source, token=None):
-    """{name: bytes} of the card of a model, a folder or a name on the Hub, and of the images it shows."""
+def card_files(source: str, token: str | None = None) -> dict[str, bytes]:
+    """{name: content} of the model card of a folder or Hub name, and of the images in it; {} without a card."""
     from huggingface_hub import hf_hub_download
 
     def read(name):
@@ -83,40 +84,49 @@ def card_files(source, token=None):
     try:
         card = read("README.md")
         return {"README.md": card, **{name: read(name) for name in re.findall(r"\(([^/()]+\.png)\)", card.decode())}}
-    except (OSError, ValueError):  # no card, no connection, or no name
+    except (OSError, ValueError):  # no card, no connection, or an invalid name
         return {}
 
 
-def named(card, repo_id):
-    """A card whose example opens `repo_id`, whatever name it was written for."""
+def rename_card(card: str, repo_id: str) -> str:
+    """Replace the model's name in the example of a model card by `repo_id`."""
     return re.sub(r'(DiffusionPipeline\.from_pretrained\(")[^"]*', rf"\g<1>{repo_id}", card)
 
 
-def installed(library, class_name):
-    """[library, class] of a component -> the same, or [this package, class] where it is installed and has the class."""
-    package = __name__.rpartition(".pipelines.")[0]  # "" in a process that knows this file from a model's folder only
-    if library in ("diffusers", "transformers") or not package:
-        return [library, class_name]
-    if not hasattr(importlib.import_module(package), class_name):
-        return [library, class_name]
-    LOADABLE_CLASSES.setdefault(package, {})[class_name] = ["save_pretrained", "from_pretrained"]
-    ALL_IMPORTABLE_CLASSES[class_name] = LOADABLE_CLASSES[package][class_name]
-    return [package, class_name]
+PACKAGE = __name__.rpartition(".pipelines.")[0]  # "" if this file is a copy in a model's folder
 
 
-def is_ours(component):
-    """A component whose class no library on the other machine knows."""
+def installed(library: Any, class_name: str) -> list[Any]:
+    """[library, class] of a component -> [this package, class] if it is one of the package's models, else unchanged."""
+    if library not in ("diffusers", "transformers") and class_name in LOADABLE_CLASSES.get(PACKAGE, {}):
+        return [PACKAGE, class_name]
+    return [library, class_name]
+
+
+def register_components() -> None:
+    """Let diffusers open components whose library in `model_index.json` is this package."""
+    homes = vars(importlib.import_module(PACKAGE))["_HOME"]
+    models = [name for name, home in homes.items() if home.startswith("models.")]
+    LOADABLE_CLASSES[PACKAGE] = {name: ["save_pretrained", "from_pretrained"] for name in models}
+    ALL_IMPORTABLE_CLASSES.update(LOADABLE_CLASSES[PACKAGE])
+
+
+if PACKAGE:
+    register_components()
+
+
+def is_ours(component: Any) -> bool:
+    """Whether a component's class is neither of diffusers nor of transformers, so that its code must be saved."""
     return type(component).__module__.split(".")[0] not in ("diffusers", "transformers")
 
 
-def copy_code(cls, folder):
+def copy_code(cls: type, folder: str | Path) -> str:
     """Copy the file that defines `cls`, and the siblings it imports, into `folder`; return the module's name.
 
-    diffusers loads all such files into one flat package, and a process that has loaded a file keeps it or, where it
-    comes again, runs the new one in the old one's namespace. So each copy is named after its content: two versions
-    never meet under one name.
+    diffusers loads the files of all folders into one flat package, and a second file of the same name would reuse the
+    first one's namespace. So the name of each copy contains a digest of its content.
     """
-    source = Path(inspect.getsourcefile(cls))
+    source = Path(inspect.getsourcefile(cls) or "")
     code = source.read_text()
     for name in get_relative_imports(source):
         stamped = write_stamped(name, source.with_name(f"{name}.py").read_text(), folder)
@@ -124,14 +134,15 @@ def copy_code(cls, folder):
     return write_stamped(source.stem, code, folder)
 
 
-def write_stamped(name, code, folder):
-    """Write `folder`/NAME_STAMP.py and return NAME_STAMP; `name` has one already when it comes from such a folder."""
+def write_stamped(name: str, code: str, folder: str | Path) -> str:
+    """Write `folder`/NAME_DIGEST.py and return NAME_DIGEST; a digest that `name` already has is replaced."""
     stamped = f"{re.sub(r'_[0-9a-f]{8}$', '', name)}_{hashlib.sha256(code.encode()).hexdigest()[:8]}"
     write_atomically(Path(folder) / f"{stamped}.py", code)
     return stamped
 
 
-def write_atomically(path, text):
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file under a temporary name, then rename it."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)

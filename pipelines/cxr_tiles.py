@@ -1,14 +1,15 @@
-"""A picture seen through overlapping tiles, and put together again without seams."""
+"""Overlapping tiles of an image, blended without seams."""
 
 import math
+from collections.abc import Callable
 
 import torch
 
 
-def blend(x, tile_size, function, tiles_at_once=16):
-    """`function` of overlapping square tiles of (B, C, H, W), put together again, each tile fading towards its edges.
+def blend(x: torch.Tensor, tile_size: int, function: Callable, tiles_at_once: int = 16) -> torch.Tensor:
+    """Apply `function` to overlapping square tiles of (B, C, H, W); blend its results, faded towards a tile's edges.
 
-    Neighbours share at least a quarter of a tile; a picture smaller than a tile is one.
+    Neighbours overlap by at least a quarter of a tile; an image smaller than a tile is one tile.
     """
     height, width = x.shape[-2:]
     tops, lefts = (_starts(side, tile_size) for side in (height, width))
@@ -17,11 +18,11 @@ def blend(x, tile_size, function, tiles_at_once=16):
     window = (_fade(h)[:, None] * _fade(w)[None]).to(x)
     total, weight = torch.zeros_like(x), torch.zeros_like(x[:1, :1])
     for first in range(0, len(places), tiles_at_once):
-        some = places[first : first + tiles_at_once]
-        tiles = torch.cat([x[..., top : top + h, left : left + w] for top, left in some])
-        answers = function(tiles).split(len(x))
-        for (top, left), answer in zip(some, answers, strict=True):
-            total[..., top : top + h, left : left + w] += window * answer
+        group = places[first : first + tiles_at_once]
+        tiles = torch.cat([x[..., top : top + h, left : left + w] for top, left in group])
+        outputs = function(tiles).split(len(x))
+        for (top, left), output in zip(group, outputs, strict=True):
+            total[..., top : top + h, left : left + w] += window * output
             weight[..., top : top + h, left : left + w] += window
     return total / weight
 

@@ -1,21 +1,23 @@
 """Healthy counterfactuals by DDIM inversion and classifier-free guidance (after Sanchez et al. 2022)."""
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin
-from diffusers.utils import replace_example_docstring
+from diffusers.image_processor import PipelineImageInput
 
 from .cxr_anomaly import (
     AnomalyOutput,
     ContractMixin,
+    anomaly_call,
     check_number,
     default_settings,
     difference_map,
     smooth_map,
-    with_checkpoint_settings,
 )
-from .cxr_conditions import Conditions, ViewsMixin
+from .cxr_conditions import ViewsMixin
 from .cxr_images import prepare_image
 from .cxr_inversion import (
     check_scheduler,
@@ -26,18 +28,6 @@ from .cxr_inversion import (
 )
 from .cxr_portable import PortableMixin
 
-EXAMPLE_DOC_STRING = """
-    Examples:
-        ```py
-        >>> from PIL import Image
-        >>> from cxr_diffusers import CFGAnomalyPipeline, default_checkpoint
-
-        >>> pipeline = CFGAnomalyPipeline.from_pretrained(default_checkpoint())
-        >>> output = pipeline(Image.open("chest.png"), guidance_scale=4, noise_level=500)
-        >>> output.anomaly_map[0].save("map.png")
-        ```
-"""
-
 
 class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipeline):
     """Take an image back to a noise level, decode it guided to the healthy class, and compare.
@@ -46,12 +36,12 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
     (https://arxiv.org/abs/2010.02502) and the guidance of Ho & Salimans 2022 (https://arxiv.org/abs/2207.12598).
 
     Args:
-        unet: class-conditional; its last class embedding is the null label. Learned variance is allowed and not read.
+        unet: class-conditional; its last class embedding is the null label. A learned variance is ignored.
         scheduler: DDIM, or a deterministic solver with the same latents (DPM-Solver++, UniPC, DEIS). `clip_sample`
-            should be false: clipping breaks the inversion.
-        class_names: one name a label, e.g. `["healthy", "pleural effusion"]` (kept in the config as a dict from id to
-            name: diffusers takes a list in a pipeline's config for a component).
-        data_range: the darkest and the brightest value the UNet knows.
+            must be false: clipping breaks the inversion.
+        class_names: one name for each class, e.g. `["healthy", "pleural effusion"]`; kept in the config as a dict from
+            id to name, since diffusers takes a list in a pipeline's config for a component.
+        data_range: the UNet's values for black and white.
         scaling: "minmax" or "dtype", see `prepare_image`.
         aspect: "pad", "crop", "squash" or "keep", see `prepare_image`.
         settings: the checkpoint's own defaults of the call, any of `CFGAnomalyPipeline.ORIGINAL_SETTINGS`.
@@ -60,9 +50,18 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
             embeddings are classes.
         views: names of the views that the UNet is conditioned on besides the class, e.g. `["PA", "AP"]`; its class
             embeddings are then those of `Conditions`. None: the UNet is not conditioned on the view.
-        lung_segmenter: a `LungSegmenter`, or any module with `field(images)` -> (B, H, W) in [0, 1]; needed for
-            `region="lungs"` only.
+        lung_segmenter: a `LungSegmenter`, or any module with `field(images)` -> (B, H, W) in [0, 1]; needed only for
+            `region="lungs"`.
+
+    Attributes:
+        null_label: the label for "no class given": the number of classes. None for a model without one.
     """
+
+    title = "Classifier-free guidance"
+    summary = (
+        "A class-conditional diffusion model turns a radiograph into the same chest as if healthy, by classifier-free "
+        "guidance; the anomaly map is what had to change."
+    )
 
     model_cpu_offload_seq = "unet"
     _optional_components = ["lung_segmenter"]
@@ -73,39 +72,31 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         unet: ModelMixin,  # a UNet2DModel, or what stands in for one
         scheduler: DDIMScheduler,
         class_names: list[str] | dict[str, str] | None = None,
-        data_range: list[float] = (-1.0, 1.0),
+        data_range: list[float] | tuple[float, ...] = (-1.0, 1.0),
         scaling: str = "minmax",
         aspect: str = "pad",
-        settings: dict | None = None,
+        settings: dict[str, Any] | None = None,
         map_threshold: float | None = None,
         has_null_label: bool = True,
         views: list[str] | dict[str, str] | None = None,
         lung_segmenter: ModelMixin | None = None,
-    ):
+    ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, lung_segmenter=lung_segmenter)
-        views = list(views.values()) if isinstance(views, dict) else views
-        num_classes = Conditions.of_table(unet.config.num_class_embeds, views, has_null_label).num_classes
-        if num_classes < 1:
+        self.register_views(views, has_null_label, unet.config.num_class_embeds)
+        if self.conditions is None or self.conditions.num_classes < 1:
             raise ValueError(
                 f"expected a UNet with class embeddings{' and one for the null label' if has_null_label else ''}, got "
                 f"`num_class_embeds={unet.config.num_class_embeds}`"
             )
+        num_classes = self.conditions.num_classes
         self.register_contract(num_classes, class_names, data_range, scaling, aspect, settings, map_threshold)
-        self.register_to_config(has_null_label=has_null_label)
-        self.register_views(views)
+        self.null_label = num_classes if has_null_label else None
 
-    @property
-    def null_label(self):
-        """The label that means "no class named": the number of classes. None for a model without one."""
-        return self.conditions.num_classes if self.config.has_null_label else None
-
-    @with_checkpoint_settings
-    @torch.no_grad()
-    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    @anomaly_call
     def __call__(
         self,
-        image,
+        image: PipelineImageInput,
         guidance_scale: float = 4.0,
         noise_level: int | list[int] = 500,
         num_inference_steps: int = 1000,
@@ -122,22 +113,22 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         generator: torch.Generator | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end=None,
-        callback_on_step_end_tensor_inputs: list[str] = ("latents",),
-    ):
-        """Where would this chest have to change to be healthy?
+        callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> AnomalyOutput | tuple:
+        """Compute the healthy counterfactual of a chest radiograph, and the map of the changes.
 
-        An argument left out takes the checkpoint's own value (`pipeline.config.settings`), or else the default of the
-        signature, which is the original procedure's; `**CFGAnomalyPipeline.ORIGINAL_SETTINGS` asks for that whole.
+        An omitted argument takes the checkpoint's own value (`pipeline.config.settings`), or else the default of the
+        signature, which is the original procedure's; `**CFGAnomalyPipeline.ORIGINAL_SETTINGS` gives all of these.
 
         Args:
             image: a PIL image, an array, a tensor or a list of them, any size and bit depth; see `prepare_image`.
-            guidance_scale: w of Ho & Salimans: eps = (1 + w) eps(target) - w eps(negative). -1 means no target at all,
-                0 the plain conditional model. The `guidance_scale` of other diffusers pipelines is s = 1 + w: their 5
+            guidance_scale: w of Ho & Salimans: eps = (1 + w) eps(target) - w eps(negative). -1: no target, 0: the
+                plain conditional model. The `guidance_scale` of other diffusers pipelines is s = 1 + w: their 5
                 is 4 here.
             noise_level: the timestep of the training chain (1..1000) where inversion stops and decoding starts,
-                whatever the number of steps. More may change more. Several levels are decoded one after the other from
-                one inversion and their maps averaged; the counterfactual is that of the highest.
+                whatever the number of steps. Higher levels allow larger changes. Several levels are decoded from one
+                inversion and their maps averaged; the counterfactual is that of the highest level.
             num_inference_steps: steps of the whole chain, of which `noise_level / 1000` are taken, once each way.
             target_label: the class to decode to, as an id or a name; 0 is healthy.
             negative_label: the class that guidance pushes away from: an id, a name, or "null" for the null label.
@@ -150,27 +141,35 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
             region: "image", or "lungs": the map is multiplied by the soft lung mask of the pipeline's `lung_segmenter`.
             evidence: weight of the class evidence in the map: where the UNet, given the image under noise, predicts
                 more (in the sense of `direction`) for `negative_label` than for `target_label`; see `class_evidence`.
-                14 evaluations an image, shared with the score; 0 leaves it out.
+                14 evaluations of the UNet for each image, shared with the score; 0: none.
             score: "map": the mean of the map's highest 5 % of pixels. "evidence": how much better the UNet predicts the
                 noise for `negative_label` than for `target_label`, as the log of the ratio of the errors: 0 equally
                 well, 0.01 one percent better.
             view: "PA" or "AP", or a list with one for each image, for a model that is conditioned on the view; None
-                or "" where it is unknown: then the view that explains the image better is used, six more evaluations.
+                or "" if it is unknown: then the view that explains the image best is used (six more evaluations).
             generator: of the noise of the class evidence. None: fixed noise, the same in every call and on any device.
             output_type: "pil", "np" or "pt"; see `AnomalyOutput` for shapes and ranges.
             return_dict: False returns the plain tuple.
             callback_on_step_end: `callback(pipeline, i, t, {"latents": ...})`, called after every step of the inversion
                 (t rising) and then of the decoding (t falling); a dict it returns replaces the latents.
-            callback_on_step_end_tensor_inputs: only "latents" can be asked for.
+            callback_on_step_end_tensor_inputs: the tensors that the callback gets; only "latents" exist.
 
         Returns:
             `AnomalyOutput`, or the tuple (image, counterfactual, anomaly_map, anomaly_score).
 
         Raises:
             TypeError: `image` is not an image. ValueError: an argument out of its range, or a scheduler that cannot
-            decode the latents of DDIM inversion; each says what was expected.
+            decode the latents of DDIM inversion.
 
         Examples:
+            ```py
+            >>> from PIL import Image
+            >>> from cxr_diffusers import CFGAnomalyPipeline, default_checkpoint
+
+            >>> pipeline = CFGAnomalyPipeline.from_pretrained(default_checkpoint())
+            >>> output = pipeline(Image.open("chest.png"), guidance_scale=4, noise_level=500)
+            >>> output.anomaly_map[0].save("map.png")
+            ```
         """
         # 1. check the arguments
         levels = noise_levels(noise_level)
@@ -185,7 +184,7 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         self.check_map(output_type, direction=direction, smoothing=smoothing, highpass=highpass, region=region)
         target = self.label_id(target_label, "target_label")
         source = self.label_id(source_label, "source_label")
-        # without guidance and evidence the negative label is not used, and need not exist
+        # without guidance and evidence the negative label is not used and may be missing
         needs_evidence = evidence != 0 or score == "evidence"
         uses_negative = guidance_scale != 0 or needs_evidence
         negative = self.label_id(negative_label, "negative_label") if uses_negative else target
@@ -216,7 +215,7 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
             maps.append(self.map_change(image, counterfactual, direction, highpass, smoothing))
         anomaly_map, ratio = torch.stack(maps).mean(dim=0), None
 
-        # 5. class evidence: which of the two labels explains the image better, and where
+        # 5. class evidence: the comparison of the two labels
         if needs_evidence:
             as_target, as_negative, ratio = self.compute_class_evidence(image, target, negative, views, generator)
             difference = difference_map(as_negative, as_target, self.config.data_range, direction)
@@ -229,13 +228,27 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
 
     ORIGINAL_SETTINGS = default_settings(__call__)
 
-    def label_id(self, label, name="label"):
+    def describe_score(self) -> str:
+        """The meaning of the `anomaly_score` under the checkpoint's own settings."""
+        if self.settings()["score"] == "evidence":
+            return "how much better the disease explains the image than health does; 0: neither, 0.01: by 1 %"
+        return self.score_meaning
+
+    def label_id(self, label: int | str, name: str = "label") -> int:
         """Class id of a class id, a class name or "null" (the number of classes)."""
-        count = self.conditions.num_classes + self.config.has_null_label
+        count = self.num_classes + self.config.has_null_label
         return self.find_label(label, name, count, self.null_label)
 
-    def check_inputs(self, levels, num_inference_steps, guidance_scale, evidence, score, tensor_inputs=()):
-        """Raise ValueError for a scheduler or settings that inversion, guidance and evidence cannot use."""
+    def check_inputs(
+        self,
+        levels: list[int],
+        num_inference_steps: int,
+        guidance_scale: float,
+        evidence: float,
+        score: str,
+        tensor_inputs: Sequence[str] = (),
+    ) -> None:
+        """Raise ValueError for an invalid scheduler, noise level, number of steps, scale, evidence or score."""
         check_scheduler(self.scheduler)
         if not levels:
             raise ValueError("expected at least one `noise_level`, got none")
@@ -246,12 +259,18 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         if score not in ("map", "evidence"):
             raise ValueError(f"expected `score` map or evidence, got {score!r}")
 
-    def predict(self, x, t, labels):
+    def predict(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) latents, a timestep, (B,) labels -> (B, C, H, W) float32; a learned variance is split off."""
         output = self.unet(x.to(self.unet.dtype), t, class_labels=labels).sample
         return output[:, : x.shape[1]].float()
 
-    def label_tensor(self, labels, batch, device, views=None):
+    def label_tensor(
+        self,
+        labels: Sequence[int | str] | dict[int | str, float],
+        batch: int,
+        device: torch.device,
+        views: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """[label, ...] -> (len(labels) * batch,) ids of embeddings, each label `batch` times, in the images' views."""
         if views is None:
             views = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -259,15 +278,31 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         return torch.cat(ids)
 
     def invert(
-        self, x, source_label="null", *, noise_level, num_inference_steps, num_refinements=0, views=None, on_step=None
-    ):
+        self,
+        x: torch.Tensor,
+        source_label: int | str = "null",
+        *,
+        noise_level: int,
+        num_inference_steps: int,
+        num_refinements: int = 0,
+        views: torch.Tensor | None = None,
+        on_step: Callable | None = None,
+    ) -> torch.Tensor:
         """(B, C, H, W) image in the model's range -> (B, C, H, W) latents at `noise_level`."""
         span = dict(num_inference_steps=num_inference_steps, num_refinements=num_refinements, views=views)
         return self.encode(x, source_label, [noise_level], on_step=on_step, **span)[noise_level]
 
     def encode(
-        self, x, source_label, noise_levels, *, num_inference_steps, num_refinements=0, views=None, on_step=None
-    ):
+        self,
+        x: torch.Tensor,
+        source_label: int | str,
+        noise_levels: list[int],
+        *,
+        num_inference_steps: int,
+        num_refinements: int = 0,
+        views: torch.Tensor | None = None,
+        on_step: Callable | None = None,
+    ) -> dict[int, torch.Tensor]:
         """(B, C, H, W) image in the model's range -> {noise level: (B, C, H, W) latents}, by one inversion."""
         # the last step on the way to each level
         last = {n: int(timesteps_below(self.scheduler, n, num_inference_steps)[0]) for n in noise_levels}
@@ -279,7 +314,7 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
             def step(i, t, x):
                 bar.update()
                 x = x if on_step is None else on_step(i, t, x)
-                if int(t) in last.values():  # not of every step: hundreds of them fill a GPU
+                if int(t) in last.values():  # keeping every step would fill a GPU's memory
                     latents[int(t)] = x
                 return x
 
@@ -287,9 +322,16 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
                 return self.predict(x, t, labels)
 
             last_x = invert(predict, x, timesteps, self.scheduler, num_refinements, step, lambda: self.interrupt)
-        return {n: latents.get(t, last_x) for n, t in last.items()}  # an interrupted inversion has not reached all
+        return {n: latents.get(t, last_x) for n, t in last.items()}  # an interrupted inversion misses some
 
-    def compute_class_evidence(self, image, target_label=0, negative_label="null", views=None, generator=None):
+    def compute_class_evidence(
+        self,
+        image: torch.Tensor,
+        target_label: int | str = 0,
+        negative_label: int | str = "null",
+        views: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(B, C, H, W) image in the model's range -> `class_evidence` of the target and the negative label."""
         labels = self.label_tensor([target_label, negative_label], len(image), image.device, views)
 
@@ -300,16 +342,16 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
 
     def decode(
         self,
-        x,
-        target_label=0,
+        x: torch.Tensor,
+        target_label: int | str = 0,
         *,
-        noise_level,
-        num_inference_steps,
-        guidance_scale,
-        negative_label="null",
-        views=None,
-        on_step=None,
-    ):
+        noise_level: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        negative_label: int | str = "null",
+        views: torch.Tensor | None = None,
+        on_step: Callable | None = None,
+    ) -> torch.Tensor:
         """(B, C, H, W) latents at `noise_level` -> (B, C, H, W) counterfactual."""
         timesteps = timesteps_below(self.scheduler, noise_level, num_inference_steps, x.device)
         weights = guidance_weights(target_label, negative_label, guidance_scale)
@@ -325,12 +367,12 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         return x
 
 
-def noise_levels(noise_level):
-    """One noise level, or several -> a list, ascending."""
+def noise_levels(noise_level: int | Sequence[int]) -> list[int]:
+    """One noise level or several -> a list, ascending."""
     return sorted(set(noise_level)) if isinstance(noise_level, (list, tuple)) else [noise_level]
 
 
-def guidance_weights(target, negative, w):
+def guidance_weights(target: int | str, negative: int | str, w: float) -> dict[int | str, float]:
     """{label: weight} of (1 + w) eps(target) - w eps(negative), without weights of zero."""
     weights = {target: 1 + w}
     weights[negative] = weights.get(negative, 0.0) - w

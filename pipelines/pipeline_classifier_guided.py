@@ -1,11 +1,14 @@
 """Healthy counterfactuals by DDIM inversion and the gradient of a classifier (after Wolleb et al. 2022)."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin, UNet2DModel
-from diffusers.utils import replace_example_docstring
+from diffusers.image_processor import PipelineImageInput
 
-from .cxr_anomaly import AnomalyOutput, ContractMixin, check_number, default_settings, with_checkpoint_settings
-from .cxr_classifier import ask, is_image_classifier, names_of_classes, number_of_classes
+from .cxr_anomaly import AnomalyOutput, ContractMixin, anomaly_call, check_number, default_settings
+from .cxr_classifier import classify, is_image_classifier, names_of_classes, number_of_classes
 from .cxr_conditions import ViewsMixin
 from .cxr_images import prepare_image
 from .cxr_inversion import (
@@ -18,18 +21,6 @@ from .cxr_inversion import (
 )
 from .cxr_portable import PortableMixin
 
-EXAMPLE_DOC_STRING = """
-    Examples:
-        ```py
-        >>> from PIL import Image
-        >>> from cxr_diffusers import ClassifierGuidedPipeline
-
-        >>> pipeline = ClassifierGuidedPipeline.from_pretrained("runs/phantom_classifier_32")
-        >>> output = pipeline(Image.open("chest.png"), classifier_scale=100, noise_level=500)
-        >>> output.anomaly_map[0].save("map.png")
-        ```
-"""
-
 
 class ClassifierGuidedPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipeline):
     """Take an image back to a noise level, decode it along a classifier's gradient to "healthy", and compare.
@@ -39,23 +30,29 @@ class ClassifierGuidedPipeline(ContractMixin, ViewsMixin, PortableMixin, Diffusi
 
     Args:
         unet: a diffusion model, with or without classes.
-        classifier: any module `classifier(x_t, t)` -> (B, K) logits that knows noised pictures (`NoisyClassifier`), in
-            the UNet's range; or an image classifier of `transformers`, which never saw noise: it is asked about the
-            clean image that the UNet predicts, and the gradient goes through both (Augustin et al. 2022,
-            https://arxiv.org/abs/2210.11841, section 3), at the cost of a backward pass of the UNet a step.
+        classifier: any module `classifier(x_t, t)` -> (B, K) logits of noised images (`NoisyClassifier`), in the UNet's
+            range; or an image classifier of `transformers`, trained without noise: it gets the clean image that the
+            UNet predicts, and the gradient goes through both (Augustin et al. 2022, https://arxiv.org/abs/2210.11841,
+            section 3), at the cost of a backward pass of the UNet in each step.
         scheduler: as of `CFGAnomalyPipeline`.
         feature_extractor: the image processor of a `transformers` classifier, for its mean, deviation and size.
-        class_names: of the classifier's classes; None: those of a `transformers` classifier's own config.
+        class_names: the classifier's classes; None: those in the config of a `transformers` classifier.
         data_range, scaling, aspect, map_threshold: as of `CFGAnomalyPipeline`.
         settings: the checkpoint's own defaults of the call, any of `ClassifierGuidedPipeline.ORIGINAL_SETTINGS`.
-        has_null_label: the last class embedding of the UNet means "no class named". False for models trained without
-            dropping labels (Wolleb's, OpenAI's), and ignored for one without classes.
+        has_null_label: the last class embedding of the UNet means "no class given". False for models trained without
+            dropping labels (Wolleb's, OpenAI's); ignored for a UNet without classes.
         views: as of `CFGAnomalyPipeline`; the label of the UNet is then that of each image's view.
         lung_segmenter: as of `CFGAnomalyPipeline`.
 
     Raises:
         ValueError: the number of names differs from the number of classes.
     """
+
+    title = "Classifier guidance"
+    summary = (
+        "A diffusion model turns a radiograph into the same chest as if healthy, along the gradient of a classifier; "
+        "the anomaly map is what had to change."
+    )
 
     model_cpu_offload_seq = "classifier->unet"
     _optional_components = ["feature_extractor", "lung_segmenter"]
@@ -66,17 +63,17 @@ class ClassifierGuidedPipeline(ContractMixin, ViewsMixin, PortableMixin, Diffusi
         unet: UNet2DModel,
         classifier: torch.nn.Module,
         scheduler: DDIMScheduler,
-        feature_extractor=None,
+        feature_extractor: Any = None,
         class_names: list[str] | dict[str, str] | None = None,
-        data_range: list[float] = (-1.0, 1.0),
+        data_range: list[float] | tuple[float, ...] = (-1.0, 1.0),
         scaling: str = "minmax",
         aspect: str = "pad",
-        settings: dict | None = None,
+        settings: dict[str, Any] | None = None,
         map_threshold: float | None = None,
         has_null_label: bool = True,
         views: list[str] | dict[str, str] | None = None,
         lung_segmenter: ModelMixin | None = None,
-    ):
+    ) -> None:
         super().__init__()
         self.register_modules(
             unet=unet,
@@ -86,17 +83,14 @@ class ClassifierGuidedPipeline(ContractMixin, ViewsMixin, PortableMixin, Diffusi
             lung_segmenter=lung_segmenter,
         )
         class_names = class_names or names_of_classes(classifier)
-        self.num_classes = number_of_classes(classifier, class_names)
-        self.register_contract(self.num_classes, class_names, data_range, scaling, aspect, settings, map_threshold)
-        self.register_to_config(has_null_label=has_null_label)
-        self.register_views(views)
+        num_classes = number_of_classes(classifier, class_names)
+        self.register_contract(num_classes, class_names, data_range, scaling, aspect, settings, map_threshold)
+        self.register_views(views, has_null_label, unet.config.num_class_embeds)
 
-    @with_checkpoint_settings
-    @torch.no_grad()
-    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    @anomaly_call
     def __call__(
         self,
-        image,
+        image: PipelineImageInput,
         classifier_scale: float = 100.0,
         noise_level: int = 500,
         num_inference_steps: int = 1000,
@@ -109,45 +103,39 @@ class ClassifierGuidedPipeline(ContractMixin, ViewsMixin, PortableMixin, Diffusi
         view: str | list[str | None] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end=None,
-        callback_on_step_end_tensor_inputs: list[str] = ("latents",),
-    ):
-        """Where would this chest have to change for the classifier to call it healthy?
+        callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> AnomalyOutput | tuple:
+        """Compute the counterfactual that the classifier calls healthy, and the map of the changes.
 
-        An argument left out takes the checkpoint's own value (`pipeline.config.settings`), or else the default of the
+        An omitted argument takes the checkpoint's own value (`pipeline.config.settings`), or else the default of the
         signature, which is that of the paper.
 
         Args:
             image: a PIL image, an array, a tensor or a list of them, any size and bit depth; see `prepare_image`.
-            classifier_scale: s, the factor of the gradient; 0 leaves the classifier out.
-            noise_level: the timestep of the training chain (1..1000) where inversion stops and decoding starts,
-                whatever the number of steps.
-            num_inference_steps: steps of the whole chain, of which `noise_level / 1000` are taken, once each way.
+            classifier_scale: s, the factor of the gradient; 0: without the classifier.
+            noise_level: one timestep of the training chain (1..1000), see `CFGAnomalyPipeline`.
             target_label: the class to decode to, as an id or a name of the classifier; 0 is healthy.
-            unet_label: the class given to a UNet with classes, both ways: an id, a name, "null", or "target" (as Wolleb
-                et al. do). None: "null" if the UNet has a null label, else "target".
-            direction: "both": the map is the absolute difference. "bright": only where the image is brighter than its
-                counterfactual (fluid, consolidation, masses); "dark": only where it is darker (air).
-            smoothing: sigma of a Gaussian applied to the map, in pixels of the model's resolution.
-            highpass: sigma of a Gaussian, in pixels of an image of 64 pixels (scaled with the model's resolution); the
-                difference of image and counterfactual blurred by it is subtracted before `direction` applies. 0: off.
-            region: "image", or "lungs": the map is multiplied by the soft lung mask of the pipeline's `lung_segmenter`.
-            view: "PA" or "AP", or a list with one for each image, for a UNet that is conditioned on the view; None
-                or "" where it is unknown: then the view that explains the image better is used, six evaluations.
-            output_type: "pil", "np" or "pt"; see `AnomalyOutput` for shapes and ranges.
-            return_dict: False returns the plain tuple.
-            callback_on_step_end: `callback(pipeline, i, t, {"latents": ...})`, called after every step of the inversion
-                (t rising) and then of the decoding (t falling); a dict it returns replaces the latents.
-            callback_on_step_end_tensor_inputs: only "latents" can be asked for.
+            unet_label: the class given to a UNet with classes, in inversion and decoding: an id, a name, "null", or
+                "target" (as Wolleb et al. do). None: "null" if the UNet has a null label, else "target".
+            num_inference_steps, direction, smoothing, highpass, region, view, output_type, return_dict,
+            callback_on_step_end, callback_on_step_end_tensor_inputs: see the call of `CFGAnomalyPipeline`.
 
         Returns:
             `AnomalyOutput`, or the tuple (image, counterfactual, anomaly_map, anomaly_score).
 
         Raises:
-            TypeError: `image` is not an image. ValueError: an argument out of its range, or a scheduler that cannot
-            decode the latents of DDIM inversion; each says what was expected.
+            TypeError, ValueError: as of `CFGAnomalyPipeline`.
 
         Examples:
+            ```py
+            >>> from PIL import Image
+            >>> from cxr_diffusers import ClassifierGuidedPipeline
+
+            >>> pipeline = ClassifierGuidedPipeline.from_pretrained("runs/phantom_classifier_32")
+            >>> output = pipeline(Image.open("chest.png"), classifier_scale=100, noise_level=500)
+            >>> output.anomaly_map[0].save("map.png")
+            ```
         """
         # 1. check the arguments
         check_scheduler(self.scheduler)
@@ -181,7 +169,7 @@ class ClassifierGuidedPipeline(ContractMixin, ViewsMixin, PortableMixin, Diffusi
 
     ORIGINAL_SETTINGS = default_settings(__call__)
 
-    def unet_class(self, label, target):
+    def unet_class(self, label: int | str | None, target: int) -> int | None:
         """`unet_label` of a call -> the id of the UNet's class, whatever the view; None for a UNet without classes."""
         if not self.unet.config.num_class_embeds:
             if label not in (None, "null", "target"):
@@ -193,13 +181,22 @@ class ClassifierGuidedPipeline(ContractMixin, ViewsMixin, PortableMixin, Diffusi
             label = target
         return self.find_label("null" if label is None else label, "unet_label", count, null)
 
-    def predict(self, x, t, label):
+    def predict(self, x: torch.Tensor, t: torch.Tensor, label: int | torch.Tensor | None) -> torch.Tensor:
         """(B, C, H, W) latents, a timestep, None or an id or (B,) ids of embeddings -> (B, C, H, W) float32."""
         if label is not None:
             label = torch.as_tensor(label, device=x.device).expand(len(x))
         return self.unet(x.to(self.unet.dtype), t, class_labels=label).sample[:, : x.shape[1]].float()
 
-    def invert(self, x, label=None, *, noise_level, num_inference_steps, num_refinements=0, on_step=None):
+    def invert(
+        self,
+        x: torch.Tensor,
+        label: int | torch.Tensor | None = None,
+        *,
+        noise_level: int,
+        num_inference_steps: int,
+        num_refinements: int = 0,
+        on_step: Callable | None = None,
+    ) -> torch.Tensor:
         """(B, C, H, W) image in the model's range -> (B, C, H, W) latents at `noise_level`; `label` as of `predict`."""
         timesteps = timesteps_below(self.scheduler, noise_level, num_inference_steps, x.device)
         with self.progress_bar(total=len(timesteps)) as bar:
@@ -219,21 +216,30 @@ class ClassifierGuidedPipeline(ContractMixin, ViewsMixin, PortableMixin, Diffusi
             )
 
     def decode(
-        self, x, target_label=0, label=None, *, noise_level, num_inference_steps, classifier_scale, on_step=None
-    ):
+        self,
+        x: torch.Tensor,
+        target_label: int | str = 0,
+        label: int | torch.Tensor | None = None,
+        *,
+        noise_level: int,
+        num_inference_steps: int,
+        classifier_scale: float,
+        on_step: Callable | None = None,
+    ) -> torch.Tensor:
         """(B, C, H, W) latents at `noise_level` -> (B, C, H, W) counterfactual; `label` as of `predict`."""
         timesteps = timesteps_below(self.scheduler, noise_level, num_inference_steps, x.device)
         target = self.find_label(target_label, "target_label", self.num_classes)
         alphas = self.scheduler.alphas_cumprod.to(x.device, torch.float32)
-        kind = self.scheduler.config.prediction_type
+        prediction_type = self.scheduler.config.prediction_type
         for i, t in enumerate(self.progress_bar(timesteps)):
             if self.interrupt:
                 break
             alpha = alphas[t.long()]
             if classifier_scale:
                 output, gradient = self.predict_with_gradient(x, t, target, label)
-                noise = noise_from_output(output, x, alpha, kind) - (1 - alpha) ** 0.5 * classifier_scale * gradient
-                output = output_from_noise(noise, x, alpha, kind)
+                noise = noise_from_output(output, x, alpha, prediction_type)
+                noise = noise - (1 - alpha) ** 0.5 * classifier_scale * gradient
+                output = output_from_noise(noise, x, alpha, prediction_type)
             else:
                 output = self.predict(x, t, label)
             x = self.scheduler.step(output, t, x).prev_sample
@@ -241,27 +247,29 @@ class ClassifierGuidedPipeline(ContractMixin, ViewsMixin, PortableMixin, Diffusi
                 x = on_step(len(timesteps) + i, t, x)
         return x
 
-    def predict_with_gradient(self, x, t, target, label=None):
+    def predict_with_gradient(
+        self, x: torch.Tensor, t: torch.Tensor, target: int, label: int | torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The UNet's output, and the gradient of log p(target | x_t, t) with respect to x_t: (B, C, H, W) float32 each.
 
-        Each image's gradient is its own, whatever else is in the batch. Under autocast the classifier stays in its
-        own precision: half precision would lose gradients of this size.
+        Each image's gradient is independent of the rest of the batch. Under autocast the classifier keeps its own
+        precision: in half precision gradients of this size would be lost.
         """
-        noised = not is_image_classifier(self.classifier)
-        output = self.predict(x, t, label) if noised else None
+        takes_noise = not is_image_classifier(self.classifier)
+        output = self.predict(x, t, label) if takes_noise else None
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             x = x.detach().float().requires_grad_()
-            if noised:
+            if takes_noise:
                 logits = self.classifier(x.to(getattr(self.classifier, "dtype", x.dtype)), t)
             else:
                 output = self.predict(x, t, label)
-                logits = ask(self.classifier, self.clean_image(output, x, t), self.feature_extractor).logits
+                logits = classify(self.classifier, self.clean_image(output, x, t), self.feature_extractor).logits
             log_p = logits.float().log_softmax(dim=1)[:, target]
             (gradient,) = torch.autograd.grad(log_p.sum(), x)
         return output.detach(), gradient
 
-    def clean_image(self, output, x, t):
-        """The UNet's output at x_t -> the clean image that it means, scaled to [0, 1] but not clamped."""
+    def clean_image(self, output: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The UNet's output at x_t -> the clean image that it predicts, scaled to [0, 1] but not clamped."""
         alpha = self.scheduler.alphas_cumprod.to(x.device, torch.float32)[t.long()]
         noise = noise_from_output(output, x, alpha, self.scheduler.config.prediction_type)
         low, high = self.config.data_range

@@ -20,7 +20,7 @@ from .cxr_deconvolution import (
     middle,
     transfer_function,
 )
-from .cxr_images import read_pictures
+from .cxr_images import read_images
 from .cxr_inversion import noise_from_output
 from .cxr_portable import PortableMixin
 from .cxr_tiles import blend
@@ -155,7 +155,7 @@ class DiffPIRDeblurPipeline(PortableMixin, DiffusionPipeline):
         Examples:
         """
         # 1. what was asked for
-        pictures, deep = zip(*read_pictures(image, self.unet.config.in_channels), strict=True)
+        pictures, deep = zip(*read_images(image, self.unet.config.in_channels), strict=True)
         kernel = check_kernel(kernel)
         self.check_inputs(
             pictures,

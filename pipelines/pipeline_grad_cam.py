@@ -1,13 +1,15 @@
-"""Where a plain classifier looks (Grad-CAM, Selvaraju et al. 2017): what every counterfactual is compared with."""
+"""Class evidence of a plain image classifier (Grad-CAM, Selvaraju et al. 2017): a baseline for counterfactuals."""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ModelMixin
-from diffusers.utils import replace_example_docstring
+from diffusers.image_processor import PipelineImageInput
 
-from .cxr_anomaly import AnomalyOutput, ContractMixin, default_settings, smooth_map, with_checkpoint_settings
+from .cxr_anomaly import AnomalyOutput, ContractMixin, anomaly_call, default_settings, smooth_map
 from .cxr_classifier import (
-    ask,
+    classify,
     edge_lengths,
     is_image_classifier,
     log_odds_against,
@@ -16,19 +18,6 @@ from .cxr_classifier import (
 )
 from .cxr_images import prepare_image
 from .cxr_portable import PortableMixin
-
-EXAMPLE_DOC_STRING = """
-    Examples:
-        ```py
-        >>> from PIL import Image
-        >>> from transformers import AutoModelForImageClassification
-        >>> from cxr_diffusers import GradCAMPipeline
-
-        >>> classifier = AutoModelForImageClassification.from_pretrained("USER/CHEST-CLASSIFIER")
-        >>> output = GradCAMPipeline(classifier, sample_size=224)(Image.open("chest.png"))
-        >>> output.anomaly_map[0].save("map.png")
-        ```
-"""
 
 
 class GradCAMPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
@@ -49,8 +38,16 @@ class GradCAMPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         lung_segmenter: as of `CFGAnomalyPipeline`.
 
     Raises:
-        TypeError: not a classifier of `transformers`. ValueError: the size of the image is not given anywhere.
+        TypeError: not a classifier of `transformers`. ValueError: no `sample_size`, neither given nor in the
+            image processor or the classifier's config.
     """
+
+    title = "Grad-CAM"
+    summary = (
+        "The anomaly map shows where an image classifier finds evidence of disease (Grad-CAM). The method makes no "
+        "counterfactual; it is a baseline for methods that do."
+    )
+    score_meaning = "the classifier's probability of not healthy"
 
     model_cpu_offload_seq = "classifier"
     _optional_components = ["feature_extractor", "lung_segmenter"]
@@ -58,15 +55,15 @@ class GradCAMPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
     def __init__(
         self,
         classifier: torch.nn.Module,
-        feature_extractor=None,
+        feature_extractor: Any = None,
         class_names: list[str] | dict[str, str] | None = None,
         sample_size: int | None = None,
         scaling: str = "minmax",
         aspect: str = "pad",
-        settings: dict | None = None,
+        settings: dict[str, Any] | None = None,
         map_threshold: float | None = None,
         lung_segmenter: ModelMixin | None = None,
-    ):
+    ) -> None:
         super().__init__()
         if not is_image_classifier(classifier):
             raise TypeError(f"expected an image classifier of `transformers`, got {type(classifier).__name__}")
@@ -74,32 +71,32 @@ class GradCAMPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         size = edge_lengths(feature_extractor) or (getattr(classifier.config, "image_size", None),)
         sample_size = sample_size or size[0]
         if not sample_size:
-            raise ValueError("expected `sample_size`: neither an image processor nor the classifier's config says it")
+            raise ValueError("expected `sample_size`, got none, also from the image processor and the classifier")
         class_names = class_names or names_of_classes(classifier)
-        self.num_classes = number_of_classes(classifier, class_names)
-        self.register_contract(self.num_classes, class_names, None, scaling, aspect, settings, map_threshold)
+        num_classes = number_of_classes(classifier, class_names)
+        self.register_contract(num_classes, class_names, None, scaling, aspect, settings, map_threshold)
         self.register_to_config(sample_size=sample_size)
 
-    @with_checkpoint_settings
-    @torch.no_grad()
-    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    @anomaly_call
     def __call__(
         self,
-        image,
+        image: PipelineImageInput,
         target_label: int | str = 0,
         explained_label: int | str | None = None,
         smoothing: float = 0.0,
         region: str = "image",
         output_type: str = "pil",
         return_dict: bool = True,
-    ):
-        """Where does the classifier see evidence against this chest being healthy?
+    ) -> AnomalyOutput | tuple:
+        """Map the classifier's evidence of disease in a chest radiograph.
+
+        An omitted argument takes the checkpoint's own value (`pipeline.config.settings`), or else the default.
 
         Args:
             image: a PIL image, an array, a tensor or a list of them, any size and bit depth; see `prepare_image`.
-            target_label: the class that the evidence is against, as an id or a name; 0 is healthy. What is explained is
-                the log-odds of all other classes together.
-            explained_label: instead, a class whose logit is explained (the method as published).
+            target_label: the class that the evidence is against, as an id or a name; 0 is healthy. The map explains the
+                log-odds of all other classes together.
+            explained_label: instead, a class whose logit the map explains (the method as published).
             smoothing: sigma of a Gaussian applied to the map, in pixels of the model's resolution.
             region: "image", or "lungs": the map is multiplied by the soft lung mask of the pipeline's `lung_segmenter`;
                 the score stays as it is.
@@ -108,20 +105,28 @@ class GradCAMPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
 
         Returns:
             `AnomalyOutput`, or the tuple (image, counterfactual, anomaly_map, anomaly_score). The map is tanh(s / 2) of
-            the local evidence s >= 0 in units of log-odds: what s alone would add to a probability of one half, doubled
-            to reach 1. It is on one scale for all images; none is stretched to its own maximum.
+            the local evidence s >= 0 in units of log-odds: the change of a probability of one half by s alone, doubled
+            to reach 1. All images have the same scale; none is stretched to its own maximum.
 
         Raises:
-            TypeError: `image` is not an image. ValueError: an argument out of its range; each says what was expected.
+            TypeError: `image` is not an image. ValueError: an argument out of its range.
 
         Examples:
+            ```py
+            >>> from PIL import Image
+            >>> from transformers import AutoModelForImageClassification
+            >>> from cxr_diffusers import GradCAMPipeline
+
+            >>> classifier = AutoModelForImageClassification.from_pretrained("USER/CHEST-CLASSIFIER")
+            >>> output = GradCAMPipeline(classifier, sample_size=224)(Image.open("chest.png"))
+            >>> output.anomaly_map[0].save("map.png")
+            ```
         """
         # 1. check the arguments
         self.check_map(output_type, smoothing=smoothing, region=region)
         target = self.find_label(target_label, "target_label", self.num_classes)
-        explained = explained_label
-        if explained is not None:
-            explained = self.find_label(explained, "explained_label", self.num_classes)
+        if explained_label is not None:
+            explained_label = self.find_label(explained_label, "explained_label", self.num_classes)
 
         # 2. image -> x
         size, config = self.config.sample_size, self.config
@@ -129,7 +134,7 @@ class GradCAMPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         image = image.to(self._execution_device)
 
         # 3. x -> evidence at the last feature map
-        evidence, probability = self.explain(image, target, explained)
+        evidence, probability = self.explain(image, target, explained_label)
 
         # 4. evidence -> map
         evidence = F.interpolate(evidence[:, None], (size, size), mode="bilinear", align_corners=False)[:, 0]
@@ -138,15 +143,17 @@ class GradCAMPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
 
     ORIGINAL_SETTINGS = default_settings(__call__)
 
-    def explain(self, x, target_label=0, explained_label=None):
+    def explain(
+        self, x: torch.Tensor, target_label: int | str = 0, explained_label: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, 1, H, W) in [0, 1] -> (B, h, w) evidence of 0 and more, and (B,) probability of not `target_label`.
 
-        With a linear layer on the mean of the feature map, the evidence without its negative part has the log-odds (but
-        for their constant) as its mean over the map.
+        For a linear layer on the mean of the feature map, the mean of the evidence before clamping is the log-odds
+        without their constant.
         """
         target = self.find_label(target_label, "target_label", self.num_classes)
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-            output = ask(self.classifier, x, self.feature_extractor, output_hidden_states=True)
+            output = classify(self.classifier, x, self.feature_extractor, output_hidden_states=True)
             features, logits = output.hidden_states[-1], output.logits.float()
             odds = log_odds_against(logits, target)
             explained = odds if explained_label is None else logits[:, explained_label]
@@ -158,8 +165,8 @@ class GradCAMPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         return (weights * features).sum(dim=1).clamp(min=0), odds.detach().sigmoid()
 
 
-def feature_map(features):
-    """(B, C, h, w), or tokens (B, n, C) of a square grid and what stands before them -> (B, C, h, w)."""
+def feature_map(features: torch.Tensor) -> torch.Tensor:
+    """(B, C, h, w), or tokens (B, n, C) that end in a square grid (after a class token, say) -> (B, C, h, w)."""
     if features.ndim == 4:
         return features
     side = int(features.shape[1] ** 0.5)

@@ -105,8 +105,8 @@ def chexpert_row(path, view="AP", **findings):
 
 
 def chexpert_rows(name):
-    """Four patients a kind: healthy, effusion, edema, uncertain effusion, nothing known."""
-    kinds = [
+    """Four patients for each: healthy, effusion, edema, uncertain effusion, uncertain edema, healthy with a device."""
+    findings = [
         {"No Finding": 1.0},
         {"Pleural Effusion": 1.0, "Edema": 1.0},
         {"Edema": 1.0},
@@ -117,8 +117,8 @@ def chexpert_rows(name):
     rows = []
     for patient in range(24):
         folder = f"{name}/train/patient{patient:05d}/study1"
-        rows.append(chexpert_row(f"{folder}/view1_frontal.jpg", ["AP", "PA", ""][patient % 3], **kinds[patient % 6]))
-        rows.append(chexpert_row(f"{folder}/view2_lateral.jpg", **kinds[patient % 6]))
+        rows.append(chexpert_row(f"{folder}/view1_frontal.jpg", ["AP", "PA", ""][patient % 3], **findings[patient % 6]))
+        rows.append(chexpert_row(f"{folder}/view2_lateral.jpg", **findings[patient % 6]))
     return rows
 
 
@@ -158,7 +158,7 @@ def write_source(path, seed=0, **tags):
     values = np.random.default_rng(seed).integers(0, 4096, (8, 6)).astype(np.uint16)
     values = np.kron(values, np.ones((3, 3), np.uint16))
     uid = f"1.2.826.0.1.3680043.8.498.{seed + 1}"
-    known = {
+    header = {
         "SOPClassUID": ComputedRadiographyImageStorage,
         "SOPInstanceUID": f"{uid}.3",
         "StudyInstanceUID": f"{uid}.1",
@@ -177,7 +177,7 @@ def write_source(path, seed=0, **tags):
         "InstanceNumber": 2,
         "ImagerPixelSpacing": [0.2, 0.2],
     }
-    return write_dicom(path, values, 12, **{**known, **tags})
+    return write_dicom(path, values, 12, **{**header, **tags})
 
 
 FEW_STEPS = {"num_inference_steps": 20, "noise_level": 300}
@@ -194,38 +194,38 @@ class BrightSpots:
         self.inverted = inverted
 
     def __call__(self, image, output_type="np"):
-        seen = prepare_image(image, 32, scaling="dtype", data_range=(0, 1))
-        found = 1 - seen[:, 0] if self.inverted else seen[:, 0]
-        picture = seen.permute(0, 2, 3, 1).numpy()
-        return AnomalyOutput(picture, picture, found.numpy(), score_map(found).numpy())
+        prepared = prepare_image(image, 32, scaling="dtype", data_range=(0, 1))
+        anomaly_map = 1 - prepared[:, 0] if self.inverted else prepared[:, 0]
+        image = prepared.permute(0, 2, 3, 1).numpy()
+        return AnomalyOutput(image, image, anomaly_map.numpy(), score_map(anomaly_map).numpy())
 
 
 def spot_chest(i, spot=True, height=32, width=32, dark=60):
-    """A noisy grey picture, with a bright spot in it or not, and the spot's mask."""
+    """A noisy grey image with or without a bright spot, and the spot's mask."""
     rng = np.random.default_rng(i)
-    picture = rng.integers(dark - 20, dark, (height, width)).astype(np.uint8)
+    image = rng.integers(dark - 20, dark, (height, width)).astype(np.uint8)
     mask = np.zeros((height, width), np.uint8)
     if spot:
         y, x = rng.integers(2, height - 10), rng.integers(2, width - 10)
-        picture[y : y + 6, x : x + 8] += 100
+        image[y : y + 6, x : x + 8] += 100
         mask[y : y + 6, x : x + 8] = 255
-    return Image.fromarray(picture), Image.fromarray(mask)
+    return Image.fromarray(image), Image.fromarray(mask)
 
 
 def spot_rows(n=6, spot=True, view=lambda i: "PA", **size):
-    found = []
+    rows = []
     for i in range(n):
         image, mask = spot_chest(i + (0 if spot else 100), spot, **size)
         row = {"image": image, "label": int(spot), "patient": f"p{i // 2}" if spot else f"h{i}", "view": view(i)}
-        found.append({**row, "path": f"{'spot' if spot else 'healthy'}/{i}.png", "mask": mask if spot else None})
-    return found
+        rows.append({**row, "path": f"{'spot' if spot else 'healthy'}/{i}.png", "mask": mask if spot else None})
+    return rows
 
 
 TEN_STEPS = {"num_inference_steps": 10, "noise_level": 300}
 
 
 def chest(height=60, width=50, kind=np.uint8):
-    """Something with greys: a ramp with a bright disc."""
+    """(height, width) array of a type: a ramp with a bright disc."""
     y, x = np.mgrid[0:height, 0:width] / max(height, width)
     values = 0.2 + 0.5 * x + 0.3 * ((x - 0.4) ** 2 + (y - 0.5) ** 2 < 0.05)
     return (values / values.max() * np.iinfo(kind).max).astype(kind)

@@ -37,11 +37,11 @@ def quiet(pipeline):
 
 
 def evaluations(pipeline, images, **kwargs):
-    """(the answer, how many images the UNet was shown)."""
-    shown = []
-    handle = pipeline.unet.register_forward_pre_hook(lambda module, args: shown.append(len(args[0])))
+    """(the output, the number of images that the UNet evaluated)."""
+    counts = []
+    handle = pipeline.unet.register_forward_pre_hook(lambda module, args: counts.append(len(args[0])))
     try:
-        return pipeline(images, **kwargs), sum(shown)
+        return pipeline(images, **kwargs), sum(counts)
     finally:
         handle.remove()
 
@@ -66,8 +66,8 @@ def test_original_settings_of_classifier_guidance_replace_those_of_the_checkpoin
 
 def test_the_original_procedure_evaluates_the_unet_three_times_a_step(images):
     own = with_settings(num_inference_steps=20, guidance_scale=0.0)
-    _, shown = evaluations(own, images[:1], **{**own.ORIGINAL_SETTINGS, "num_inference_steps": 100, "noise_level": 50})
-    assert shown == 5 + 2 * 5
+    _, count = evaluations(own, images[:1], **{**own.ORIGINAL_SETTINGS, "num_inference_steps": 100, "noise_level": 50})
+    assert count == 5 + 2 * 5
 
 
 @pytest.mark.parametrize("solver", [DDIMScheduler, DPMSolverMultistepScheduler])
@@ -76,12 +76,12 @@ def test_several_noise_levels_share_one_inversion_and_their_maps_are_averaged(pi
     levels = [500, 200, 300]
     call = {**FAST, "smoothing": 1.0}
     each = {level: pipeline(images, **{**call, "noise_level": level}) for level in levels}
-    together, shown = evaluations(pipeline, images, **{**call, "noise_level": levels})
+    together, count = evaluations(pipeline, images, **{**call, "noise_level": levels})
     mean = torch.stack([answer.anomaly_map for answer in each.values()]).mean(dim=0)
     torch.testing.assert_close(together.anomaly_map, mean, atol=1e-5, rtol=0)
     torch.testing.assert_close(together.counterfactual, each[500].counterfactual, atol=1e-5, rtol=0)
     if solver is DDIMScheduler:  # others take other steps
-        assert shown == len(images) * (5 + 2 * (5 + 2 + 3))
+        assert count == len(images) * (5 + 2 * (5 + 2 + 3))
 
 
 def test_levels_with_the_same_steps_are_two_levels(pipeline, images):
@@ -89,7 +89,7 @@ def test_levels_with_the_same_steps_are_two_levels(pipeline, images):
     torch.testing.assert_close(pipeline(images, **{**FAST, "noise_level": [300, 290]}).anomaly_map, one)
 
 
-def test_latents_of_other_steps_are_let_go(pipeline, images):
+def test_latents_of_other_steps_are_freed(pipeline, images):
     seen, alive = [], []
 
     def callback(_, i, t, kwargs):
@@ -116,13 +116,13 @@ def test_steps_are_counted_through_all_noise_levels(pipeline, images):
 def test_a_longer_chain_is_guided_to_its_end(images):
     pipeline = quiet(CFGAnomalyPipeline(toy_unet(), DDIMScheduler(clip_sample=False, num_train_timesteps=4000)))
     call = {"num_inference_steps": 20, "noise_level": 2000, "output_type": "pt"}
-    _, shown = evaluations(pipeline, images[:1], **call)
-    assert shown == 10 + 2 * 10
+    _, count = evaluations(pipeline, images[:1], **call)
+    assert count == 10 + 2 * 10
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_the_label_that_predicts_the_image_better_has_the_evidence(prediction_type):
-    """Of two networks that are certain of one picture each, the errors and their ratio are known in closed form."""
+    """Of two networks that are certain of one image each, the errors and their ratio have a closed form."""
     scheduler = DDIMScheduler(prediction_type=prediction_type)
     first, second = torch.full((1, 4, 4), -0.5), torch.full((1, 4, 4), 0.5)
     x = torch.stack([first, torch.full((1, 4, 4), 0.4)])
@@ -141,9 +141,9 @@ def test_the_label_that_predicts_the_image_better_has_the_evidence(prediction_ty
 
 def test_evidence_is_added_to_the_map_and_costs_two_evaluations_a_level(pipeline, images):
     call = {**FAST, "negative_label": 1, "direction": "bright", "smoothing": 1.0}
-    plain, shown = evaluations(pipeline, images, **call)
+    plain, count = evaluations(pipeline, images, **call)
     added, with_evidence = evaluations(pipeline, images, **call, evidence=3.0)
-    assert with_evidence - shown == len(images) * 2 * 7
+    assert with_evidence - count == len(images) * 2 * 7
     x = plain.image * 2 - 1
     healthy, diseased, ratio = pipeline.compute_class_evidence(x, 0, 1)
     painted = smooth_map(difference_map(diseased, healthy, direction="bright"), 1.0)
@@ -157,7 +157,7 @@ def test_evidence_is_added_to_the_map_and_costs_two_evaluations_a_level(pipeline
     torch.testing.assert_close(other_way, -ratio, atol=1e-5, rtol=0)
 
 
-def test_evidence_of_an_image_is_its_own_in_any_batch(pipeline, images):
+def test_evidence_of_an_image_does_not_depend_on_its_batch(pipeline, images):
     call = {**FAST, "negative_label": 1, "evidence": 2.0, "score": "evidence"}
     together = pipeline(images, **call)
     for i, image in enumerate(images):
@@ -166,13 +166,13 @@ def test_evidence_of_an_image_is_its_own_in_any_batch(pipeline, images):
         torch.testing.assert_close(alone.anomaly_score[0], together.anomaly_score[i], atol=1e-5, rtol=0)
 
 
-def test_between_labels_that_mean_the_same_there_is_no_evidence(pipeline, images):
+def test_identical_labels_give_no_evidence(pipeline, images):
     weight = pipeline.unet.class_embedding.weight
     weight.data[1] = weight.data[0]
     call = {**FAST, "negative_label": 1}
-    found = pipeline(images, **call, evidence=5.0, score="evidence")
-    torch.testing.assert_close(found.anomaly_score, torch.zeros(len(images)), atol=1e-5, rtol=0)
-    torch.testing.assert_close(found.anomaly_map, pipeline(images, **call).anomaly_map, atol=1e-5, rtol=0)
+    output = pipeline(images, **call, evidence=5.0, score="evidence")
+    torch.testing.assert_close(output.anomaly_score, torch.zeros(len(images)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(output.anomaly_map, pipeline(images, **call).anomaly_map, atol=1e-5, rtol=0)
 
 
 def test_the_levels_of_evidence_are_shares_of_the_chain():
@@ -199,7 +199,7 @@ def test_invalid_settings_are_refused(pipeline, images, wrong, message):
         pipeline(images, **{**FAST, **wrong})
 
 
-def test_its_own_settings_may_name_several_levels(images, tmp_path):
+def test_a_checkpoints_settings_can_have_several_levels(images, tmp_path):
     own = with_settings(noise_level=[200, 300], num_inference_steps=10)
     own.save_pretrained(tmp_path)
     again = quiet(CFGAnomalyPipeline.from_pretrained(tmp_path))
@@ -207,7 +207,7 @@ def test_its_own_settings_may_name_several_levels(images, tmp_path):
     torch.testing.assert_close(again(images, output_type="pt").anomaly_map, expected)
 
 
-def test_help_shows_the_defaults_that_hold():
+def test_help_shows_the_defaults():
     parameters = inspect.signature(CFGAnomalyPipeline.__call__).parameters
     assert parameters["noise_level"].default == 500 and parameters["image"].default is inspect.Parameter.empty
     assert {
@@ -215,7 +215,7 @@ def test_help_shows_the_defaults_that_hold():
     } == with_settings().settings()
 
 
-def test_settings_may_be_given_by_position(images):
+def test_settings_can_be_positional(images):
     own = with_settings(guidance_scale=0.0, noise_level=500, num_inference_steps=10)
     by_name = own(images, guidance_scale=2.0, noise_level=300, output_type="pt").anomaly_map
     torch.testing.assert_close(own(images, 2.0, 300, output_type="pt").anomaly_map, by_name)

@@ -23,7 +23,7 @@ def guided(classifier=None, unet=None, scheduler=None, **options):
 
 
 class Linear(torch.nn.Module):
-    """log p is known in closed form: the logits are a . x and 0."""
+    """log p has a closed form: the logits are a . x and 0."""
 
     def __init__(self, weights):
         super().__init__()
@@ -41,7 +41,7 @@ def test_a_decoding_step_is_the_formula_of_the_paper(prediction_type):
     a, x = torch.randn(1, 1, 16, 16) / 16, torch.randn(2, 1, 16, 16)
     scheduler = DDIMScheduler(clip_sample=False, prediction_type=prediction_type)
     pipeline = guided(Linear(a), scheduler=scheduler, class_names=["healthy", "diseased"])
-    found = pipeline.decode(x, 0, 2, noise_level=300, num_inference_steps=4, classifier_scale=7.0)
+    decoded = pipeline.decode(x, 0, 2, noise_level=300, num_inference_steps=4, classifier_scale=7.0)
 
     steps = timesteps_below(scheduler, 300, 4)
     for t, s in zip(steps, [*steps[1:].tolist(), -1], strict=True):
@@ -53,19 +53,19 @@ def test_a_decoding_step_is_the_formula_of_the_paper(prediction_type):
         eps = noise_from_output(output, x, abar, prediction_type) - (1 - abar).sqrt() * 7.0 * gradient
         x0 = (x - (1 - abar).sqrt() * eps) / abar.sqrt()
         x = previous.sqrt() * x0 + (1 - previous).sqrt() * eps
-    torch.testing.assert_close(found, x.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(decoded, x.detach(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_noise_and_output_are_two_ways_to_say_the_same(prediction_type):
+def test_noise_and_output_convert_into_each_other(prediction_type):
     x, output = torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4)
     noise = noise_from_output(output, x, torch.tensor(0.4), prediction_type)
     torch.testing.assert_close(output_from_noise(noise, x, torch.tensor(0.4), prediction_type), output)
 
 
-def test_without_a_scale_the_image_comes_back_and_the_classifier_is_not_asked(images):
+def test_without_a_scale_the_image_comes_back_without_a_call_of_the_classifier(images):
     def refuse(*args):
-        raise AssertionError("it was asked")
+        raise AssertionError("the classifier was called")
 
     pipeline = guided()
     pipeline.classifier.forward = refuse
@@ -73,16 +73,16 @@ def test_without_a_scale_the_image_comes_back_and_the_classifier_is_not_asked(im
     assert some.anomaly_map.mean() < 0.01
 
 
-def test_guidance_makes_the_classifier_surer_of_the_target(images):
+def test_guidance_raises_the_probability_of_the_target(images):
     pipeline = guided()
     x = images * 2 - 1
-    found = []
+    log_p = []
     for scale in (0.0, 20.0):
         latents = pipeline.invert(x, 2, noise_level=300, num_inference_steps=10)
         with torch.no_grad():
             y = pipeline.decode(latents, 1, 2, noise_level=300, num_inference_steps=10, classifier_scale=scale)
-            found.append(pipeline.classifier(y, 0).log_softmax(dim=1)[:, 1])
-    assert (found[1] > found[0]).all()
+            log_p.append(pipeline.classifier(y, 0).log_softmax(dim=1)[:, 1])
+    assert (log_p[1] > log_p[0]).all()
 
 
 @pytest.mark.parametrize("classifier", [toy_classifier, toy_resnet], ids=["noised", "predicted"])
@@ -96,8 +96,8 @@ def test_the_gradient_is_that_of_log_p_by_finite_differences(classifier):
         with torch.no_grad():
             if classifier is toy_classifier:
                 return pipeline.classifier(x.double(), t).log_softmax(dim=1)[0, 1]
-            picture = pipeline.clean_image(pipeline.predict(x, t, 2), x.double(), t)
-            return pipeline.classifier(2 * picture - 1).logits.log_softmax(dim=1)[0, 1]
+            clean = pipeline.clean_image(pipeline.predict(x, t, 2), x.double(), t)
+            return pipeline.classifier(2 * clean - 1).logits.log_softmax(dim=1)[0, 1]
 
     _, gradient = pipeline.predict_with_gradient(x, t, 1, 2)
     step = 1e-5 * direction.double()  # small, for the kinks of the ReLUs
@@ -110,12 +110,12 @@ def test_under_autocast_the_gradient_stays_in_float32():
     pipeline, x, t = guided(), torch.randn(1, 1, 16, 16), torch.tensor(200)
     expected = pipeline.predict_with_gradient(x, t, 0, 2)[1]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = pipeline.predict_with_gradient(x, t, 0, 2)[1]
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected)
+        gradient = pipeline.predict_with_gradient(x, t, 0, 2)[1]
+    assert gradient.dtype == torch.float32
+    torch.testing.assert_close(gradient, expected)
 
 
-def test_a_classifier_that_never_saw_noise_guides_through_the_predicted_picture(images):
+def test_a_classifier_trained_without_noise_guides_through_the_predicted_image(images):
     """Three channels, its own size, mean and deviation: as its image processor says."""
     processor = ViTImageProcessor(size={"height": 24, "width": 24}, image_mean=[0.4] * 3, image_std=[0.2] * 3)
     pipeline = guided(toy_resnet(3, num_channels=3), feature_extractor=processor)
@@ -127,11 +127,11 @@ def test_a_classifier_that_never_saw_noise_guides_through_the_predicted_picture(
     without = pipeline(images, classifier_scale=0.0, **FAST)
     assert len(seen) == 3 and seen[0].shape == (2, 3, 24, 24)
     assert (with_it.counterfactual - without.counterfactual).abs().max() > 1e-3
-    picture = (seen[-1][0, 0] * 0.2 + 0.4).mean()
-    assert 0 < picture < 1, "scaled back, it is a picture again"
+    mean = (seen[-1][0, 0] * 0.2 + 0.4).mean()
+    assert 0 < mean < 1, "the scaled input is an image again"
 
 
-def test_a_unet_without_classes_needs_no_label_and_one_without_null_is_told_the_target(images):
+def test_a_unet_without_classes_needs_no_label_and_one_without_null_label_gets_the_target(images):
     plain = guided(unet=toy_unet(num_class_embeds=None))
     assert plain(images, **FAST).anomaly_map.shape == (2, 16, 16)
     with pytest.raises(ValueError, match="unet_label"):
@@ -158,7 +158,7 @@ def test_a_wrong_argument_says_what_was_expected(images, wrong, message):
         guided()(images, **{**FAST, **wrong})
 
 
-def test_names_must_be_as_many_as_classes():
+def test_the_number_of_names_must_equal_that_of_classes():
     with pytest.raises(ValueError, match="2 class names"):
         guided(class_names=["healthy"])
     with pytest.raises(ValueError, match="class_names"):
@@ -225,7 +225,7 @@ def test_tokens_of_a_vision_transformer_are_a_map_too(images):
     assert pipeline.explain(images)[0].shape == (2, 4, 4)
 
 
-def test_only_a_classifier_of_pictures_can_be_looked_into():
+def test_grad_cam_needs_an_image_classifier():
     with pytest.raises(TypeError, match="NoisyClassifier"):
         cam(toy_classifier())
     with pytest.raises(ValueError, match="sample_size"):
@@ -255,7 +255,7 @@ def test_the_unet_is_given_the_null_label_of_each_images_view(images):
     torch.testing.assert_close(unknown.anomaly_map, named.anomaly_map)
 
 
-def test_views_must_fit_the_unet_and_be_known(images):
+def test_unknown_views_are_refused(images):
     with pytest.raises(ValueError, match="class embeddings for the views"):
         guided(unet=toy_unet(num_class_embeds=6), views=["PA", "AP"])
     with pytest.raises(ValueError, match="expected `view` among PA, AP, got 'LL'"):

@@ -1,13 +1,15 @@
-"""The contract that every anomaly pipeline keeps: one answer, however it is asked, saved, opened and sent away."""
+"""The contract of all anomaly pipelines: the same output for every way of calling, saving, opening and publishing."""
 
 import functools
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers.utils import dynamic_modules_utils
 
 from cxr_diffusers import (
     CFGAnomalyPipeline,
@@ -17,6 +19,7 @@ from cxr_diffusers import (
     GradCAMPipeline,
     LungSegmenter,
     PyramidCAMPipeline,
+    default_checkpoint,
     detect,
     evaluate,
     load_phantom,
@@ -69,10 +72,12 @@ def test_shapes_and_ranges_are_those_of_the_documentation(pipeline, images):
 
 def test_pil_np_pt_and_a_tuple_are_the_same_answer(pipeline, images):
     pt = pipeline(images, output_type="pt")
-    array, pil = (pipeline(images, output_type=kind) for kind in ("np", "pil"))
+    array, pil = (pipeline(images, output_type=name) for name in ("np", "pil"))
     np.testing.assert_array_equal(array.counterfactual[..., 0], pt.counterfactual[:, 0])
     np.testing.assert_array_equal(array.anomaly_map, pt.anomaly_map)
     np.testing.assert_allclose(np.stack(pil.anomaly_map) / 65535, pt.anomaly_map, atol=1 / 65535)
+    assert pil.image[0].mode == "L" and pil.anomaly_map[0].mode == "I;16"
+    np.testing.assert_allclose(np.stack(pil.counterfactual) / 255, pt.counterfactual[:, 0], atol=0.6 / 255)
     np.testing.assert_allclose(pil.anomaly_score, pt.anomaly_score, rtol=1e-6)
     for a, b in zip(pipeline(images, output_type="pt", return_dict=False), pt.to_tuple(), strict=True):
         torch.testing.assert_close(a, b)
@@ -85,8 +90,7 @@ def test_a_batch_is_its_images_one_by_one(pipeline, images):
     torch.testing.assert_close(both.anomaly_score, torch.cat([x.anomaly_score for x in single]), atol=2e-5, rtol=0)
 
 
-def test_nobody_trains_by_detecting(pipeline, images):
-    """No gradient is left behind, and no running statistic moves."""
+def test_a_call_leaves_no_gradient_and_changes_no_statistic(pipeline, images):
     before = [tensor.clone() for part in pipeline.components.values() for tensor in state(part)]
     output = pipeline(images, output_type="pt")
     after = [tensor for part in pipeline.components.values() for tensor in state(part)]
@@ -100,7 +104,7 @@ def state(part):
     return part.state_dict().values() if isinstance(part, torch.nn.Module) else []
 
 
-def test_it_comes_back_from_its_folder_by_its_class_by_its_name_and_after_a_second_save(pipeline, images, tmp_path):
+def test_a_saved_folder_opens_by_class_and_by_name_and_can_be_saved_again(pipeline, images, tmp_path):
     pipeline.save_pretrained(tmp_path / "a")
     by_class = type(pipeline).from_pretrained(tmp_path / "a")
     by_class.save_pretrained(tmp_path / "b")
@@ -115,8 +119,8 @@ def test_it_comes_back_from_its_folder_by_its_class_by_its_name_and_after_a_seco
     assert not [p for p in (tmp_path / "a").rglob("*") if p.suffix in (".bin", ".pt", ".pkl")]
 
 
-def test_a_folder_without_code_opens_too(pipeline, images, tmp_path):
-    """So do the models that come with the package: nothing but a class's name stands in their index."""
+def test_a_folder_without_code_opens(pipeline, images, tmp_path):
+    """Its index has only the name of the class."""
     pipeline.save_pretrained(tmp_path)
     for code in tmp_path.rglob("*.py"):
         code.unlink()
@@ -138,7 +142,7 @@ def with_segmenter(pipeline):
     return pipeline
 
 
-def test_in_the_lungs_a_map_is_the_map_of_the_image_times_the_soft_mask(pipeline, images):
+def test_region_lungs_multiplies_the_map_by_the_soft_mask(pipeline, images):
     plain = pipeline(images, output_type="pt")
     with pytest.raises(ValueError, match="expected a pipeline with a `lung_segmenter` for `region='lungs'`"):
         pipeline(images, region="lungs")
@@ -172,7 +176,7 @@ def test_from_pipe_shares_the_components_and_keeps_the_configuration(pipeline, i
     torch.testing.assert_close(shared(images, output_type="pt").anomaly_map, expected)
 
 
-def test_from_pipe_takes_what_another_method_can_use():
+def test_from_pipe_of_another_method_keeps_shared_settings():
     guided = ClassifierGuidedPipeline(
         toy_unet(), toy_classifier(), ddim(), settings={**SHORT, "classifier_scale": 3.0}, map_threshold=0.1
     )
@@ -180,7 +184,7 @@ def test_from_pipe_takes_what_another_method_can_use():
     assert free.unet is guided.unet and free.config.settings == SHORT and free.config.map_threshold is None
 
 
-def test_components_alone_carry_the_networks_and_the_documentation_says_so(pipeline):
+def test_components_alone_carry_no_settings_as_documented(pipeline):
     options = {"sample_size": 16} if "sample_size" in pipeline.config else {}
     bare = type(pipeline)(**pipeline.components, **options)
     assert bare.settings() == bare.ORIGINAL_SETTINGS and bare.config.map_threshold is None
@@ -231,8 +235,8 @@ def test_class_evidence_draws_from_the_generator_and_is_fixed_without_one(images
     assert (score(0) - score(1)).abs().min() > 1e-4 and (score(0) - score()).abs().min() > 1e-4
 
 
-# what travels is these, and the prior for deblurring, whose call is another
-TRAVELLERS = {
+# portable pipelines: these, and the one for deblurring, which is called differently
+PORTABLE = {
     **PIPELINES,
     "cfg_with_segmenter": lambda: with_segmenter(PIPELINES["cfg"]()),
     "deblur": lambda: DiffPIRDeblurPipeline(toy_unet(num_class_embeds=None), ddim()),
@@ -245,7 +249,7 @@ CALLS = {
 
 
 def another_version(folder, other):
-    """A copy of a pipeline's folder whose every file of code says so, under names as saving would give."""
+    """Copy a pipeline's folder; every code file declares another version, under names as saving would give."""
     shutil.copytree(folder, other)
     for code in sorted(other.rglob("*.py")):
         code.write_text(code.read_text() + 'VERSION = "another"\n')
@@ -254,56 +258,65 @@ def another_version(folder, other):
             file.write_text(file.read_text().replace(code.stem, renamed.stem))
 
 
-HERE = """if True:
-    import torch
-    from cxr_diffusers import publish
-    from cxr_diffusers.hub.loading import load_pipeline
-    torch.set_num_threads(1)
-    image, expected = torch.load("expected.pt")
-    for name, (call, found) in expected.items():
-        publish(name, "me/" + name)
-        pipeline = load_pipeline("me/" + name)
-        assert type(pipeline).__module__.startswith("cxr_diffusers."), type(pipeline)
-        torch.manual_seed(0)
-        torch.testing.assert_close(pipeline(image, **call), found)
-        pipeline.push_to_hub("me/pushed_" + name)
-    print("all the same")
-"""
-AWAY = """if True:
-    import sys, torch
-    torch.set_num_threads(1)
-    sys.modules["cxr_diffusers"] = None  # importing it fails, installed or not
+# one process imports the libraries; its child may import this package, the process itself may not
+SCRIPT = """if True:
+    import os, sys, torch, transformers
     from diffusers import DiffusionPipeline
+    torch.set_num_threads(1)
+    image, expected, on_hub = torch.load("expected.pt")
+
+    def check(pipeline, call, answer):
+        pipeline.set_progress_bar_config(disable=True)
+        torch.manual_seed(0)
+        torch.testing.assert_close(pipeline(image, **call), answer)
+
+    def publish_and_push():
+        from cxr_diffusers import publish
+        from cxr_diffusers.hub.loading import load_pipeline
+        for name in on_hub:
+            publish(name, "me/" + name)
+            pipeline = load_pipeline("me/" + name)
+            assert type(pipeline).__module__.startswith("cxr_diffusers."), type(pipeline)
+            check(pipeline, *expected[name])
+            pipeline.push_to_hub("me/pushed_" + name)
+
+    if not (child := os.fork()):
+        publish_and_push()
+        sys.stdout.flush()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, "publishing failed"
+    sys.modules["cxr_diffusers"] = None  # importing it fails, installed or not
 
     def versions(pipeline):
-        # {module: the version that it says it is}, of the pipeline, of the siblings that it imports, of its parts
+        # {module: the version that it declares}, of the pipeline, of the siblings that it imports, of its components
         module = type(pipeline).__module__
         names = {module} | {str(getattr(value, "__module__", "")) for value in vars(sys.modules[module]).values()}
         names |= {type(part).__module__ for part in pipeline.components.values()}
         return {name: getattr(sys.modules[name], "VERSION", None) for name in names if "diffusers_modules" in name}
 
-    image, expected = torch.load("expected.pt")
-    for name, (call, found) in expected.items():
-        # the other version in between: what a process has loaded of one must not serve the other
-        for place in (name, "other/" + name, "me/" + name, "me/pushed_" + name, "again/" + name):
+    for name, (call, answer) in expected.items():
+        # the other version in between: the loaded code of one must not serve the other
+        places = [name, "other/" + name, *(["me/" + name, "me/pushed_" + name] if name in on_hub else [])]
+        for place in [*places, "again/" + name]:
             pipeline = DiffusionPipeline.from_pretrained(place, trust_remote_code=True)
-            pipeline.set_progress_bar_config(disable=True)
-            said = versions(pipeline)
-            assert len(said) > 2 and set(said.values()) == {"another" if "other/" in place else None}, (place, said)
-            torch.manual_seed(0)
-            torch.testing.assert_close(pipeline(image, **call), found)
+            loaded = versions(pipeline)
+            expected_version = "another" if "other/" in place else None
+            assert len(loaded) > 2 and set(loaded.values()) == {expected_version}, (place, loaded)
+            check(pipeline, call, answer)
             if place == name:
                 first = pipeline
                 pipeline.save_pretrained("again/" + name)
-        assert set(versions(first).values()) == {None}, "what is open stays what it was"
+        assert set(versions(first).values()) == {None}, "an open pipeline keeps its code"
     print("all the same")
 """
+# publishing does not depend on the class; these cover components with code, an optional component, another call
+ON_HUB = ["classifier_guided", "cfg_with_segmenter", "deblur"]
 
 
-def test_all_of_them_run_where_this_package_is_not_each_by_its_own_code(images, tmp_path):
+def test_saved_and_published_folders_run_with_their_own_code_without_this_package(images, tmp_path):
     """From folders, from the Hub by both ways of publishing, saved a second time, and beside another version."""
     expected = {}
-    for name, make in TRAVELLERS.items():
+    for name, make in PORTABLE.items():
         pipeline, call = make(), CALLS.get(name, CALL)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.save_pretrained(tmp_path / name)
@@ -311,20 +324,42 @@ def test_all_of_them_run_where_this_package_is_not_each_by_its_own_code(images, 
         another_version(tmp_path / name, tmp_path / "other" / name)
         torch.manual_seed(0)
         expected[name] = call, pipeline(images[:1], **call)
-    torch.save((images[:1], expected), tmp_path / "expected.pt")
+    torch.save((images[:1], expected, ON_HUB), tmp_path / "expected.pt")
     with local_hub() as hub:
-        assert run_script(hub, HERE, tmp_path) == run_script(hub, AWAY, tmp_path) == "all the same"
-        for name in TRAVELLERS:
+        assert run_script(hub, SCRIPT, tmp_path) == "all the same"
+        for name in ON_HUB:
             published, pushed = hub.files(f"me/{name}"), hub.files(f"me/pushed_{name}")
             assert set(published) <= set(pushed)
             assert (
                 b"Random weights." in pushed["README.md"] and f'("me/pushed_{name}", '.encode() in pushed["README.md"]
             )
-            first, second = ({p.name for p in (tmp_path / at / name).rglob("*.py")} for at in (".", "again"))
-            assert first == second and len(first) > 2
+    for name in PORTABLE:
+        first, second = ({p.name for p in (tmp_path / at / name).rglob("*.py")} for at in (".", "again"))
+        assert first == second and len(first) > 2
 
 
-def test_detect_and_evaluate_take_it(pipeline, tmp_path):
+SHIPPED = ["cxr_cfg_64", "cxr_cfg_128", "cxr_fixed_point_gan_64", "cxr_grad_cam_128"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_diffusers_opens_a_shipped_folder_with_the_installed_class(name, tmp_path, monkeypatch):
+    """As the model's card promises: the folder carries no copy of the code, only an import of the package."""
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = default_checkpoint(name)
+    card = " ".join(Path(folder, "README.md").read_text().split())
+    assert f'`DiffusionPipeline.from_pretrained(default_checkpoint("{name}"), trust_remote_code=True)`' in card
+    opened = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    expected = load_pipeline(name)
+    assert type(opened) is type(expected) and opened.config.settings == expected.config.settings
+    assert {n: type(part) for n, part in opened.components.items()} == {
+        n: type(part) for n, part in expected.components.items()
+    }
+    opened.save_pretrained(tmp_path / "saved")
+    assert list((tmp_path / "saved").glob("pipeline_*.py")), "a saved copy carries its own code"
+
+
+def test_detect_and_evaluate_accept_every_pipeline(pipeline, tmp_path):
     data = load_phantom(n=6, seed=3)
     paths = []
     for i, image in enumerate(data["image"][:2]):
@@ -332,11 +367,22 @@ def test_detect_and_evaluate_take_it(pipeline, tmp_path):
         image.save(paths[-1])
     assert detect(pipeline, paths, tmp_path / "maps", progress=False)["computed"] == 2
     assert len(list((tmp_path / "maps").glob("*.png"))) == 2
-    found = evaluate(pipeline, data, n_bootstrap=10, progress=False).summary
-    assert 0 < found["method"]["pixel_ap"]["value"] < 1 and np.isfinite(found["method"]["image_auroc"]["value"])
+    summary = evaluate(pipeline, data, n_bootstrap=10, progress=False).summary
+    assert 0 < summary["method"]["pixel_ap"]["value"] < 1 and np.isfinite(summary["method"]["image_auroc"]["value"])
 
 
-def test_a_wrong_setting_of_a_checkpoint_is_named(pipeline):
+def test_the_class_describes_its_method(pipeline, tmp_path):
+    """The page and the model card take a name, a summary and the meaning of the score from the class."""
+    described = [name for name in ("title", "summary") if name in vars(type(pipeline))]
+    assert described == ["title", "summary"] and len(pipeline.summary) > 60 and pipeline.describe_score()
+    titles = {make().title for make in PIPELINES.values()}
+    assert len(titles) == len({type(make()) for make in PIPELINES.values()}), "two classes have one title"
+    pipeline.save_pretrained(tmp_path)
+    write_model_card(tmp_path, training="Random weights.")
+    assert pipeline.summary in " ".join((tmp_path / "README.md").read_text().split())
+
+
+def test_an_unknown_setting_of_a_checkpoint_is_named(pipeline):
     options = {**pipeline.components, "settings": {"guidance": 4}}
     options |= {"sample_size": 16} if "sample_size" in pipeline.config else {}
     with pytest.raises(ValueError, match="expected `settings` among .* got .*guidance"):

@@ -1,4 +1,4 @@
-"""Fixed-Point GAN: its two players, its pipeline, and what its conditioning can and cannot reach."""
+"""Fixed-Point GAN: generator, discriminator, pipeline, and the reach of its conditioning."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def count(model):
 # the players
 
 
-def test_the_seeds_players_have_the_originals_weights():
+def test_generator_and_discriminator_have_as_many_weights_as_the_original():
     with torch.device("meta"):
         generator = FixedPointGenerator(256, 3, 2, base_channels=128, num_res_blocks=14, conditioning="concatenate")
         assert count(generator) == 71_384_576
@@ -86,7 +86,7 @@ def test_a_clipping_generator_starts_as_the_identity(x):
     assert changed.min() == -1 and changed.max() == 1
 
 
-def test_each_image_is_normalised_by_itself_unless_running_statistics_are_asked_for(x):
+def test_each_image_is_normalised_by_itself_without_running_statistics(x):
     labels = torch.tensor([0, 1])
     for wanted in (False, True):
         generator = toy_generator(use_running_statistics=wanted)
@@ -95,7 +95,7 @@ def test_each_image_is_normalised_by_itself_unless_running_statistics_are_asked_
         assert same is not wanted
 
 
-def test_the_critic_scores_patches_and_names_the_class(x):
+def test_the_critic_scores_patches_and_classifies_the_image(x):
     output = FixedPointDiscriminator(16, 1, 3, base_channels=4, num_layers=2)(x)
     assert output.score.shape == (2, 1, 4, 4) and output.logits.shape == (2, 3)
 
@@ -111,7 +111,7 @@ def test_the_critic_scores_patches_and_names_the_class(x):
         (lambda: toy_generator()(torch.zeros(2, 1, 16, 16), torch.zeros(2, 3)), r"\(2, 3\)"),
     ],
 )
-def test_what_cannot_be_built_says_why(build, message):
+def test_an_invalid_configuration_is_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
 
@@ -124,13 +124,13 @@ def test_the_map_is_the_difference(pipeline, images):
     torch.testing.assert_close(output.anomaly_map, (output.image - output.counterfactual).abs()[:, 0])
 
 
-def test_labels_may_be_named_and_make_a_difference(pipeline, images):
+def test_labels_can_be_names_and_have_an_effect(pipeline, images):
     healthy, ill = (pipeline(images, target_label=name, **FAST) for name in ("healthy", "pleural effusion"))
     assert torch.equal(healthy.counterfactual, pipeline(images, target_label=0, **FAST).counterfactual)
     assert not torch.allclose(healthy.counterfactual, ill.counterfactual)
 
 
-def test_bright_and_dark_are_the_two_halves_and_the_checkpoints_settings_are_overruled_by_the_caller(images):
+def test_bright_and_dark_are_the_two_halves_and_the_caller_overrides_the_checkpoints_settings(images):
     pipeline = FixedPointGANPipeline(toy_generator(), settings={"direction": "bright", "smoothing": 1.0})
     maps = {d: pipeline(images, direction=d, smoothing=0.0, **FAST).anomaly_map for d in ("bright", "dark", "both")}
     torch.testing.assert_close(maps["bright"] + maps["dark"], maps["both"])
@@ -147,7 +147,9 @@ def test_four_channels_make_one_map(x):
 
 
 def test_half_precision_gives_nearly_the_same_map(images):
-    maps = [FixedPointGANPipeline(toy_generator().to(kind))(images, **FAST).anomaly_map for kind in (None, torch.half)]
+    maps = [
+        FixedPointGANPipeline(toy_generator().to(dtype))(images, **FAST).anomaly_map for dtype in (None, torch.half)
+    ]
     torch.testing.assert_close(maps[0], maps[1], atol=5e-3, rtol=0)
     assert maps[1].dtype == torch.float32
 
@@ -175,6 +177,6 @@ def test_a_wrong_argument_says_what_was_expected(pipeline, images, wrong, messag
         (dict(settings={"noise_level": 500}), "direction.*smoothing.*noise_level"),
     ],
 )
-def test_a_pipeline_that_cannot_be_meant_is_refused(wrong, message):
+def test_an_invalid_pipeline_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         FixedPointGANPipeline(toy_generator(), **wrong)

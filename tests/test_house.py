@@ -1,6 +1,7 @@
 """The house stands: no circle of imports, one package name, and every way of installing gives the same imports."""
 
 import ast
+import inspect
 import os
 import re
 import shutil
@@ -20,12 +21,12 @@ HOMES = {"cxr_diffusers": "cxr_diffusers", "pipelines": "cxr_diffusers.pipelines
 @cache
 def modules():
     """{dotted name: file} of everything that is ours."""
-    found = {}
+    paths = {}
     for folder, prefix in HOMES.items():
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = [p for p in path.relative_to(ROOT / folder).with_suffix("").parts if p != "__init__"]
-            found[".".join([prefix, *parts])] = path
-    return found
+            paths[".".join([prefix, *parts])] = path
+    return paths
 
 
 def imports(name, path):
@@ -73,7 +74,7 @@ def test_the_packages_form_no_circle():
         rooms = {(a, b) for a, b in rooms if b not in ends}
 
 
-def test_what_is_copied_beside_a_checkpoint_is_one_level_deep():
+def test_siblings_of_a_pipeline_import_no_siblings():
     """A pipeline imports siblings `cxr_*.py`, and these import none: diffusers copies one level."""
     files = {n: p for n, p in modules().items() if n.startswith("cxr_diffusers.pipelines.")}
     assert len(files) >= 4
@@ -93,6 +94,39 @@ def test_every_public_name_is_there():
         getattr(cxr_diffusers, "nothing")  # noqa: B009
 
 
+def missing_annotations(name, function):
+    """Parameters of a function, or its return, that have no annotation: ["name(parameter)", "name ->"]."""
+    signature = inspect.signature(function)
+    parameters = [p for p in signature.parameters.values() if p.name not in ("self", "cls")]
+    missing = [f"{name}({p.name})" for p in parameters if p.annotation is p.empty]
+    return missing + [f"{name} ->"] * (signature.return_annotation is signature.empty)
+
+
+def public_functions(name, value):
+    """A function itself, or the public methods that a class of ours defines or inherits from ours, and its call."""
+    if inspect.isfunction(value):
+        yield name, value
+    for cls in inspect.getmro(value) if inspect.isclass(value) else ():
+        if not cls.__module__.startswith("cxr_diffusers"):
+            continue
+        for key, member in vars(cls).items():
+            member = getattr(member, "fget", None) or getattr(member, "__func__", member)
+            generated = "<string>" in str(getattr(getattr(member, "__code__", None), "co_filename", ""))
+            if inspect.isfunction(member) and not generated and (key[0] != "_" or key in ("__init__", "__call__")):
+                yield f"{name}.{key}", member
+
+
+@pytest.mark.xfail(strict=True, reason="types of the other packages are being added")
+def test_every_public_name_is_annotated():
+    import cxr_diffusers
+
+    names = {name: getattr(cxr_diffusers, name) for name in cxr_diffusers._HOME}
+    functions = [function for name, value in names.items() for function in public_functions(name, value)]
+    assert len(functions) > 100, "the walk did not walk"
+    missing = [text for name, function in functions for text in missing_annotations(name, function)]
+    assert not missing, f"{len(missing)} without a type: {', '.join(sorted(set(missing)))}"
+
+
 def run_python(code, cwd, path=""):
     environment = {**os.environ, "PYTHONPATH": str(path)}
     done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
@@ -106,28 +140,49 @@ def test_importing_the_package_is_cheap(tmp_path):
     assert run_python(code, tmp_path, ROOT) == "[]"
 
 
-IMPORTS = (
-    "import cxr_diffusers, cxr_diffusers.pipelines as p; from cxr_diffusers import CFGAnomalyPipeline as C; "
-    "assert C is p.CFGAnomalyPipeline; assert C.__module__ == 'cxr_diffusers.pipelines.pipeline_cfg_anomaly'; "
-    "print(p.__file__)"
-)
+# torch and diffusers are imported once; each place is then tried in a process of its own
+IMPORTS = """if True:
+    import os, sys, diffusers.pipelines.ddim, torch
+    for place in {places}:
+        if not (child := os.fork()):
+            sys.path.insert(1, place)  # after the working folder, as PYTHONPATH
+            import cxr_diffusers, cxr_diffusers.pipelines as p
+            from cxr_diffusers import CFGAnomalyPipeline
+            assert CFGAnomalyPipeline is p.CFGAnomalyPipeline
+            assert CFGAnomalyPipeline.__module__ == "cxr_diffusers.pipelines.pipeline_cfg_anomaly"
+            print(p.__file__, flush=True)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def build_wheel(folder):
+    """A wheel of this checkout without the weights' content, built from a copy.
+
+    setuptools would leave a build folder behind, and pack the files of an old one.
+    """
+
+    def copy_file(source, target):
+        return Path(target).touch() if source.endswith(".safetensors") else shutil.copy2(source, target)
+
+    copy = folder / "copy"
+    for name in ("configs", "cxr_diffusers", "pipelines", "training"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, copy / name, ignore=ignored, copy_function=copy_file)
+    for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy / name)
+    run_python(f"import setuptools.build_meta as b; b.build_wheel({str(folder)!r})", copy)
+    return next(folder.glob("*.whl"))
 
 
 def test_a_bare_checkout_a_wheel_and_a_foreign_folder_called_pipelines_get_along(tmp_path):
     (tmp_path / "pipelines").mkdir()
-    (tmp_path / "pipelines" / "__init__.py").write_text("raise RuntimeError('the folder of somebody else')")
-    assert run_python(IMPORTS, tmp_path, ROOT) == str(ROOT / "pipelines" / "__init__.py")
+    (tmp_path / "pipelines" / "__init__.py").write_text("raise RuntimeError('another project has this name, too')")
+    wheel, site = build_wheel(tmp_path), tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    files = run_python(IMPORTS.format(places=[str(ROOT), str(site)]), tmp_path).splitlines()
+    assert files == [str(ROOT / "pipelines" / "__init__.py"), str(site / "cxr_diffusers" / "pipelines" / "__init__.py")]
 
-    # built from a copy: setuptools leaves a build folder behind and packs what it finds in an old one
-    copy = tmp_path / "copy"
-    for name in ("configs", "cxr_diffusers", "pipelines", "training"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy / name)
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, copy]
-    done = subprocess.run(build, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    wheel = next(tmp_path.glob("*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {t for t in tops if not t.endswith(".dist-info")} == {"cxr_diffusers"}
@@ -142,14 +197,11 @@ def test_a_bare_checkout_a_wheel_and_a_foreign_folder_called_pipelines_get_along
     assert not ours - packed, "setup.cfg does not list a package"
     assert any(n.endswith("samples/sample_1.png") for n in names)
     assert {f"cxr_diffusers/demo/{n}" for n in ("page.css", "viewer.html", "viewer.js")} < set(names)
-    assert any(n.endswith("cxr_cfg_64/unet/diffusion_pytorch_model.safetensors") for n in names)
-    assert any(n.endswith("cxr_fixed_point_gan_64/generator/diffusion_pytorch_model.safetensors") for n in names)
+    assert any(n.endswith("cxr_cfg_128/unet/diffusion_pytorch_model.safetensors") for n in names)
+    assert any(n.endswith("cxr_fixed_point_gan_128/generator/diffusion_pytorch_model.safetensors") for n in names)
     recipes = {p.relative_to(ROOT).as_posix() for p in (ROOT / "configs").rglob("*.yaml")}
     programs = {f"training_programs/{p.name}" for p in (ROOT / "training").glob("*.py")}
     assert {f"cxr_diffusers/{n}" for n in recipes | programs} <= set(names)
-    site = tmp_path / "site"
-    zipfile.ZipFile(wheel).extractall(site)
-    assert run_python(IMPORTS, tmp_path, site) == str(site / "cxr_diffusers" / "pipelines" / "__init__.py")
     # a recipe and a plan are found by name, and the recipe's program trains, without the repository
     values = ["data.n=8", "train.batch_size=4", "train.max_steps=1", "train.validation_images=1"]
     code = f"""

@@ -10,7 +10,7 @@ from helpers import TOY_CLASSIFIER, toy_classifier
 
 
 @pytest.mark.parametrize("pool", ["attention", "adaptive"])
-def test_it_answers_with_logits_for_one_timestep_or_one_a_picture(pool):
+def test_logits_for_one_timestep_or_one_for_each_image(pool):
     classifier, x = toy_classifier(pool=pool, num_classes=3), torch.randn(2, 1, 16, 16)
     logits = classifier(x, 500)
     assert logits.shape == (2, 3)
@@ -18,14 +18,14 @@ def test_it_answers_with_logits_for_one_timestep_or_one_a_picture(pool):
     assert (classifier(x, torch.tensor([500, 100]))[1] - logits[1]).abs().max() > 1e-4, "it knows the noise level"
 
 
-def test_each_picture_is_classified_by_itself():
+def test_an_image_is_classified_independently_of_its_batch():
     classifier, x = toy_classifier(), torch.randn(3, 1, 16, 16)
     t = torch.tensor([10, 500, 900])
     single = torch.cat([classifier(x[i : i + 1], t[i]) for i in range(3)])
     torch.testing.assert_close(classifier(x, t), single, atol=1e-5, rtol=1e-5)
 
 
-def test_the_attention_pool_knows_where_and_the_mean_does_not():
+def test_the_attention_pool_depends_on_the_position_and_the_mean_does_not():
     x = torch.randn(1, 16, 8, 8)
     for pool, moved in (("attention", True), ("adaptive", False)):
         head = toy_classifier(pool=pool).head
@@ -40,7 +40,7 @@ def test_the_recipe_of_wolleb_et_al_has_as_many_parameters_as_theirs():
     assert sum(p.numel() for p in classifier.parameters()) == 5_452_098
 
 
-def test_it_comes_back_from_a_folder(tmp_path):
+def test_a_saved_classifier_is_the_same_when_loaded(tmp_path):
     classifier, x = toy_classifier(num_classes=3), torch.randn(1, 1, 16, 16)
     classifier.save_pretrained(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
@@ -48,12 +48,12 @@ def test_it_comes_back_from_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize(("wrong", "message"), [(dict(pool="spatial"), "spatial"), (dict(sample_size=15), "15")])
-def test_what_cannot_be_built_is_refused(wrong, message):
+def test_an_invalid_configuration_is_refused(wrong, message):
     with pytest.raises(ValueError, match=f"expected .*got '?{message}"):
         NoisyClassifier(**{**TOY_CLASSIFIER, **wrong})
 
 
-def test_the_loss_is_cross_entropy_on_noised_pictures_and_counts_right_answers_by_quarter():
+def test_the_loss_is_cross_entropy_on_noised_images_and_accuracy_is_counted_by_quarter():
     seen = []
 
     def oracle(x, t):
@@ -68,7 +68,7 @@ def test_the_loss_is_cross_entropy_on_noised_pictures_and_counts_right_answers_b
     assert [accuracy[f"accuracy_q{q}"].item() for q in (1, 2, 3, 4)] == [1, 1, 0, 0]
     x, t = seen[0]
     expected = (1 - scheduler.alphas_cumprod[t]) ** 0.5
-    assert ((x.flatten(1).std(dim=1) / expected - 1).abs() < 0.35).all(), "noise of each picture's own level"
+    assert ((x.flatten(1).std(dim=1) / expected - 1).abs() < 0.35).all(), "noise of each image's own level"
 
 
 def test_spread_timesteps_are_uniform_and_leave_no_part_of_the_chain_out():
@@ -79,7 +79,7 @@ def test_spread_timesteps_are_uniform_and_leave_no_part_of_the_chain_out():
     assert (t.float().mean(dim=0) - 499.5).abs().max() < 25, "each place of the batch sees the whole chain"
 
 
-def test_it_learns_to_tell_two_kinds_of_noised_pictures_apart():
+def test_training_separates_two_classes_of_noised_images():
     torch.manual_seed(0)
     classifier = toy_classifier().train()
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-3)

@@ -25,27 +25,6 @@ from helpers import toy_unet
 FAST = dict(num_inference_steps=10, noise_level=300)
 
 
-def test_shapes_and_ranges_are_those_of_the_documentation(pipeline, images):
-    output = pipeline(images, output_type="pt", **FAST)
-    assert output.image.shape == output.counterfactual.shape == (2, 1, 16, 16)
-    assert output.anomaly_map.shape == (2, 16, 16) and output.anomaly_score.shape == (2,)
-    for x in (output.image, output.counterfactual, output.anomaly_map):
-        assert 0 <= x.min() and x.max() <= 1
-    torch.testing.assert_close(output.image, images)
-    assert output.anomaly_map.max() > 0.01
-
-
-def test_pil_np_and_pt_are_the_same_answer(pipeline, images):
-    pt = pipeline(images, output_type="pt", **FAST)
-    array = pipeline(images, output_type="np", **FAST)
-    pil = pipeline(images, output_type="pil", **FAST)
-    np.testing.assert_array_equal(array.image[..., 0], pt.image[:, 0])
-    np.testing.assert_array_equal(array.anomaly_map, pt.anomaly_map)
-    np.testing.assert_allclose(np.stack(pil.anomaly_map) / 65535, pt.anomaly_map, atol=1 / 65535)
-    np.testing.assert_allclose(np.stack(pil.counterfactual) / 255, pt.counterfactual[:, 0], atol=0.6 / 255)
-    assert pil.image[0].mode == "L" and pil.anomaly_map[0].mode == "I;16"
-
-
 def test_a_tuple_is_the_output_in_order(pipeline, images):
     output = pipeline(images, output_type="pt", **FAST)
     for a, b in zip(output.to_tuple(), pipeline(images, output_type="pt", return_dict=False, **FAST), strict=True):
@@ -73,7 +52,7 @@ def test_a_folder_with_code_is_not_run_without_consent(pipeline, tmp_path):
         DiffusionPipeline.from_pretrained(tmp_path)
 
 
-def test_no_entry_of_the_index_looks_like_a_component_that_is_none(pipeline, tmp_path):
+def test_the_index_has_lists_for_components_only(pipeline, tmp_path):
     """diffusers takes a list that begins with a string for [library, class] and refuses to download what it lacks."""
     pipeline.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
@@ -108,16 +87,16 @@ def test_inversion_is_exact_when_the_noise_does_not_depend_on_the_image(schedule
     torch.testing.assert_close(x, images, atol=1e-5, rtol=0)
 
 
-def test_whatever_a_network_predicts_it_is_the_same_noise(images):
+def test_all_prediction_types_give_the_same_noise(images):
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
     alpha = 0.3
     x = alpha**0.5 * images + (1 - alpha) ** 0.5 * noise
     velocity = alpha**0.5 * noise - (1 - alpha) ** 0.5 * images
-    for kind, output in (("epsilon", noise), ("v_prediction", velocity), ("sample", images)):
-        torch.testing.assert_close(noise_from_output(output, x, alpha, kind), noise, atol=1e-5, rtol=0)
+    for prediction_type, output in (("epsilon", noise), ("v_prediction", velocity), ("sample", images)):
+        torch.testing.assert_close(noise_from_output(output, x, alpha, prediction_type), noise, atol=1e-5, rtol=0)
 
 
-def test_our_update_is_the_schedulers_own(scheduler, images):
+def test_the_ddim_update_equals_the_schedulers(scheduler, images):
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
     scheduler.set_timesteps(50)
     alphas = scheduler.alphas_cumprod
@@ -131,7 +110,7 @@ def test_noise_level_is_a_timestep_whatever_the_number_of_steps(scheduler):
         assert len(timesteps) == steps // 2 and timesteps[0] < 500 <= timesteps[0] + 1000 // steps
 
 
-def test_guidance_is_that_of_ho_and_salimans(unet, scheduler, images):
+def test_guidance_follows_ho_and_salimans(unet, scheduler, images):
     """One step by hand: (1 + w) cond - w null."""
     pipeline = CFGAnomalyPipeline(unet, scheduler)
     pipeline.set_progress_bar_config(disable=True)
@@ -144,7 +123,7 @@ def test_guidance_is_that_of_ho_and_salimans(unet, scheduler, images):
     torch.testing.assert_close(decoded, by_hand, atol=1e-5, rtol=0)
 
 
-def test_guidance_minus_one_names_no_target(pipeline, images):
+def test_guidance_of_minus_one_ignores_the_target(pipeline, images):
     a, b = (
         pipeline(images, guidance_scale=-1, target_label=k, output_type="pt", **FAST).counterfactual for k in (0, 1)
     )
@@ -153,14 +132,14 @@ def test_guidance_minus_one_names_no_target(pipeline, images):
     assert (a - c).abs().max() > 1e-3
 
 
-def test_labels_may_be_named(pipeline, images):
+def test_labels_can_be_names(pipeline, images):
     kwargs = dict(output_type="pt", **FAST)
     by_name = pipeline(images, target_label="healthy", negative_label="pleural effusion", source_label="null", **kwargs)
     by_id = pipeline(images, target_label=0, negative_label=1, source_label=2, **kwargs)
     torch.testing.assert_close(by_name.anomaly_map, by_id.anomaly_map)
 
 
-def test_the_checkpoint_brings_its_own_settings_and_the_caller_overrules_them(unet, scheduler, images):
+def test_the_checkpoints_settings_hold_unless_the_caller_overrides_them(unet, scheduler, images):
     own = CFGAnomalyPipeline(unet, scheduler, settings=dict(guidance_scale=0.5, **FAST))
     plain = CFGAnomalyPipeline(unet, scheduler)
     for p in (own, plain):
@@ -209,15 +188,15 @@ def test_a_scheduler_that_cannot_decode_these_latents_is_refused(pipeline, image
 
 
 def test_the_callback_sees_every_step_and_may_change_the_latents(pipeline, images):
-    seen = []
+    steps = []
 
     def watch(pipe, i, t, kwargs):
-        seen.append((i, int(t)))
+        steps.append((i, int(t)))
         return {"latents": kwargs["latents"] * 0} if i == 5 else {}
 
     output = pipeline(images, callback_on_step_end=watch, output_type="pt", **FAST)
-    assert [i for i, _ in seen] == list(range(6))
-    assert [t for _, t in seen] == [0, 100, 200, 200, 100, 0]
+    assert [i for i, _ in steps] == list(range(6))
+    assert [t for _, t in steps] == [0, 100, 200, 200, 100, 0]
     assert (output.counterfactual == 0.5).all()
 
 
@@ -253,7 +232,7 @@ def test_a_wrong_argument_says_what_was_expected(pipeline, images, wrong, messag
         pipeline(images, **{**FAST, **wrong})
 
 
-def test_a_path_is_no_image(pipeline):
+def test_a_path_is_refused_as_an_image(pipeline):
     with pytest.raises(TypeError, match="got str"):
         pipeline("chest.png")
 
@@ -285,15 +264,15 @@ def test_a_model_without_classes_is_refused(scheduler):
 
 @pytest.mark.parametrize("aspect", ["pad", "crop", "squash", "keep"])
 @pytest.mark.parametrize("shape", [(40, 60), (60, 40), (16, 16), (9, 23)])
-def test_a_map_comes_back_to_where_the_picture_was(aspect, shape):
+def test_a_restored_map_lies_on_the_image(aspect, shape):
     ramp = np.add.outer(np.linspace(0, 1, shape[0]), np.linspace(0, 1, shape[1])).astype(np.float32) / 2
     x = prepare_image(ramp, 32, scaling="dtype", aspect=aspect, data_range=(0, 1))
     assert x.shape == (1, 1, 32, 32)
     back = restore_map(x[0, 0], *shape, aspect)
     assert back.shape == shape
-    seen = back > 0 if aspect in ("crop", "keep") else np.ones(shape, bool)
-    assert seen.mean() > 0.39
-    assert np.abs(back - ramp)[seen].max() < 0.06
+    visible = back > 0 if aspect in ("crop", "keep") else np.ones(shape, bool)
+    assert visible.mean() > 0.39
+    assert np.abs(back - ramp)[visible].max() < 0.06
 
 
 def test_a_circle_stays_a_circle_unless_it_is_squashed():
@@ -301,8 +280,8 @@ def test_a_circle_stays_a_circle_unless_it_is_squashed():
     disc = ((y - 30) ** 2 + (x - 45) ** 2 < 15**2).astype(np.uint8) * 255
 
     def sides(aspect):
-        found = prepare_image(disc, 30, aspect=aspect)[0, 0] > 0
-        return int(found.any(dim=1).sum()), int(found.any(dim=0).sum())
+        bright = prepare_image(disc, 30, aspect=aspect)[0, 0] > 0
+        return int(bright.any(dim=1).sum()), int(bright.any(dim=0).sum())
 
     assert sides("pad") == (10, 10) and sides("crop") == (14, 14)
     assert sides("squash") == (14, 10)
@@ -322,7 +301,7 @@ def test_shrinking_is_the_mean_of_the_area():
     np.testing.assert_allclose(x[0, 0], expected, atol=1e-6)
 
 
-def test_one_picture_in_many_types_is_one_picture():
+def test_an_image_is_the_same_in_all_types():
     eight = np.random.default_rng(0).integers(0, 256, (32, 32)).astype(np.uint8)
     eight[0, 0], eight[0, 1] = 0, 255
     sixteen = eight.astype(np.uint16) * 257
@@ -346,7 +325,7 @@ def test_one_picture_in_many_types_is_one_picture():
         assert (x - x[:1]).abs().max() < 1e-5
 
 
-def test_minmax_forgets_the_exposure_and_dtype_keeps_it():
+def test_minmax_removes_the_exposure_and_dtype_keeps_it():
     dark = (np.random.default_rng(0).random((16, 16)) * 0.3 + 0.2).astype(np.float32)
     assert prepare_image(dark, 16).min() == -1 and prepare_image(dark, 16).max() == 1
     np.testing.assert_allclose(prepare_image(dark, 16, "dtype", data_range=(0, 1))[0, 0], dark, atol=1e-6)
@@ -356,17 +335,17 @@ def test_minmax_forgets_the_exposure_and_dtype_keeps_it():
     "wrong",
     [np.zeros((2, 3, 4, 5, 6)), torch.zeros(5, 4, 4), np.full((4, 4), np.nan), [], np.zeros((4, 4, 7), np.uint8)],
 )
-def test_what_is_no_picture_is_refused(wrong):
+def test_invalid_images_are_refused(wrong):
     with pytest.raises(ValueError, match="expected"):
         prepare_image(wrong, 16)
 
 
-def test_float_pictures_out_of_range_are_refused_when_exposure_counts():
+def test_float_images_out_of_range_are_refused_with_dtype_scaling():
     with pytest.raises(ValueError, match="from 0 to 255"):
         prepare_image(np.array([[0.0, 255.0]]), 16, scaling="dtype")
 
 
-def test_maps_are_differences_of_one_scale():
+def test_maps_have_one_scale():
     a, b = torch.full((1, 1, 4, 4), -1.0), torch.full((1, 1, 4, 4), 1.0)
     assert (difference_map(a, b) == 1).all() and (difference_map(a, a) == 0).all()
     assert (difference_map(a * 0, b, (0.0, 1.0)) == 1).all()

@@ -23,7 +23,7 @@ def script():
     return module
 
 
-def test_maps_are_a_quarter_of_the_picture_and_those_of_healthy_are_zero(images):
+def test_maps_are_a_quarter_of_the_image_and_those_of_healthy_are_zero(images):
     for levels in ((8, 8), (8, 8, 16), (8, 8, 16, 16)):
         output = toy_pyramid(3, block_out_channels=levels)(images)
         assert output.maps.shape == (2, 3, 4, 4) and output.logits.shape == (2, 3)
@@ -40,7 +40,7 @@ def test_the_pool_lies_between_the_mean_and_the_maximum_and_sharpness_leads_from
     torch.testing.assert_close(pooled[2], highest, atol=1e-2, rtol=0)
 
 
-def test_a_place_of_the_map_is_that_of_the_picture():
+def test_map_and_image_are_aligned():
     """Of a change in one corner, the map changes most in that corner."""
     model = toy_pyramid(sample_size=64)
     x = torch.zeros(1, 1, 64, 64)
@@ -60,7 +60,7 @@ def test_every_weight_has_a_gradient_and_nothing_is_a_running_statistic(images):
     assert not list(model.buffers())
 
 
-def test_under_bfloat16_the_answer_is_float32_and_nearly_the_same(images):
+def test_under_bfloat16_the_output_is_float32_and_nearly_the_same(images):
     model = toy_pyramid(3)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(images)
@@ -81,7 +81,7 @@ def test_the_map_is_the_probability_of_each_place_and_the_score_the_classifiers(
     assert low <= answer.anomaly_map.min() and answer.anomaly_map.max() <= high, "enlarged, not stretched"
 
 
-def test_one_class_can_be_shown_instead_of_all_that_is_not_healthy(images):
+def test_one_class_can_be_mapped_instead_of_all_that_is_not_healthy(images):
     pipeline = PyramidCAMPipeline(toy_pyramid(3), CLASSES)
     maps = [pipeline(images, explained_label=k, output_type="pt").anomaly_map for k in (None, "effusion", 2)]
     assert all((a - b).abs().max() > 1e-5 for a, b in ((maps[0], maps[1]), (maps[1], maps[2])))
@@ -101,7 +101,7 @@ def test_one_class_can_be_shown_instead_of_all_that_is_not_healthy(images):
         ({"sharpness": 0.0}, "expected a `sharpness` above 0"),
     ],
 )
-def test_what_cannot_be_built_says_why(wrong, message):
+def test_an_invalid_configuration_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         toy_pyramid(**wrong)
 
@@ -181,6 +181,6 @@ def test_classes_weigh_the_same_in_a_balanced_loss(script, tmp_path):
         ("images.size=null", "expected images.size"),
     ],
 )
-def test_a_recipe_that_cannot_work_says_why(script, tmp_path, change, message):
+def test_an_invalid_recipe_is_refused(script, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         script.main([write_recipe(tmp_path), *SHORT, change])

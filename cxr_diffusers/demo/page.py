@@ -190,7 +190,7 @@ def listen_to_start(state, left, right, choices, models, reference_of):
             say(*upload.warnings, *unlike, kind="warning"),
             answers.viewer_data(answer),
             caption(answer),
-            answers.score_card(answer, reference, fits, score_words(pipeline)),
+            answers.score_card(answer, reference, fits, pipeline.describe_score()),
             answers.film_card(answer),
             gr.update(interactive=answer.trajectory is not None),
             threshold_span(answer, times),
@@ -266,41 +266,14 @@ def forget(path):
 
 def name_choices(models):
     """{what the page calls it: name}: by the method, and by the name too where several do the same."""
-    titles = [METHODS.get(type(p).__name__, (type(p).__name__,))[0] for p in models.values()]
+    titles = [pipeline.title for pipeline in models.values()]
     named = zip(titles, models, strict=True)
     return {title if titles.count(title) == 1 else f"{title}: {name}": name for title, name in named}
 
 
 def about_method(pipeline):
-    what = METHODS.get(type(pipeline).__name__, ("", "A model of your own."))[1]
     name = answers.escape(Path(str(pipeline.config.get("_name_or_path") or "")).name)
-    return f'<p class="hint">{what}{f" Model: <code>{name}</code>." if name else ""}</p>'
-
-
-METHODS = {  # class: (name on the page, what it does)
-    "CFGAnomalyPipeline": (
-        "Classifier-free guidance",
-        "A diffusion model takes the picture back to noise, and brings it back as if healthy.",
-    ),
-    "ClassifierGuidedPipeline": (
-        "Classifier guidance",
-        "A diffusion model takes the picture back to noise; a classifier leads it back to healthy.",
-    ),
-    "FixedPointGANPipeline": ("Fixed-Point GAN", "A generator makes a healthy picture of it, in one step."),
-    "GradCAMPipeline": ("Grad-CAM", "Where a plain classifier finds its evidence. It makes no healthy picture."),
-    "PyramidCAMPipeline": (
-        "Pyramid CAM",
-        "Where a classifier with a feature pyramid finds disease. It makes no healthy picture.",
-    ),
-}
-
-
-def score_words(pipeline):
-    if type(pipeline).__name__ in ("GradCAMPipeline", "PyramidCAMPipeline"):
-        return "the classifier's probability of not healthy"
-    if pipeline.settings().get("score") == "evidence":
-        return "how much better the disease explains the picture than health does; 0: neither, 0.01: by 1 %"
-    return "mean of the map's highest 5 % of pixels"
+    return f'<p class="hint">{pipeline.summary}{f" Model: <code>{name}</code>." if name else ""}</p>'
 
 
 def threshold_span(answer, times):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -98,21 +99,6 @@ pipeline(Image.open("chest.png"), kernel=kernel).restored[0].save("restored.png"
 """
 
 
-# one sentence about each pipeline
-METHODS = {
-    "CFGAnomalyPipeline": "A class-conditional diffusion model turns a radiograph into the same chest as if healthy,\n"
-    "by classifier-free guidance; the anomaly map is the change.",
-    "ClassifierGuidedPipeline": "A diffusion model turns a radiograph into the same chest as if healthy, along the\n"
-    "gradient of a classifier; the anomaly map is the change.",
-    "FixedPointGANPipeline": "A Fixed-Point GAN translates a radiograph to the same chest as if healthy in one\n"
-    "pass; the anomaly map is the change.",
-    "GradCAMPipeline": "The map shows the evidence of an image classifier against healthy (Grad-CAM). It involves no\n"
-    "counterfactual: a baseline for methods that compute one.",
-    "PyramidCAMPipeline": "The map shows where a classifier with a feature pyramid detects disease (after PYLON). It\n"
-    "involves no counterfactual: a baseline for methods that compute one.",
-}
-
-
 def write_model_card(
     folder: Path | str,
     *,
@@ -142,6 +128,8 @@ def write_model_card(
         FileNotFoundError: no `model_index.json`, no summary.json, or no such image. ValueError: the evaluation has
             no row of this model, or several.
     """
+    from .. import pipelines
+
     folder = Path(folder)
     index = read_index(folder)
     if image and not (folder / image).is_file():
@@ -153,6 +141,7 @@ def write_model_card(
     if evaluation is not None:
         results, text = evaluation_section(load_pipeline(folder), read_summaries(evaluation, evaluated_on))
     class_name = class_named(index)
+    pipeline_class = getattr(pipelines, class_name, pipelines.cxr_anomaly.ContractMixin)
     metadata = ModelCardData(
         language="en",
         license=license,
@@ -167,7 +156,7 @@ def write_model_card(
     card = (DEBLUR_CARD if class_name == "DiffPIRDeblurPipeline" else CARD).format(
         metadata=metadata.to_yaml(),
         title=name.split("/")[-1],
-        method=METHODS.get(class_name, "A model of anomalies in chest X-rays."),
+        method=textwrap.fill(getattr(pipeline_class, "summary", ""), 118),
         image=f"![input, counterfactual, anomaly map]({image})\n" if image else "",
         name=name,
         classes=", ".join((index.get("class_names") or {}).values()) or "not named",

@@ -33,11 +33,12 @@ def publish(
         ValueError: the folder of a shipped model, which has no code in it, or an export.
     """
     from .. import pipelines
-    from ..pipelines.cxr_portable import named
+    from ..pipelines.cxr_portable import rename_card
 
     folder = Path(folder)
     index = read_index(folder)
-    if index["_class_name"] in pipelines.__all__:
+    class_name = index["_class_name"]
+    if class_name in pipelines.__all__ or class_name[0] == "installed_pipelines":
         raise ValueError(
             f"expected a folder with its code beside it, got {folder}: open it and use pipeline.push_to_hub"
         )
@@ -49,8 +50,8 @@ def publish(
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     card = (folder / "README.md").read_text()
-    if named(card, repo_id) != card:
-        write_file(folder / "README.md", named(card, repo_id).encode())
+    if rename_card(card, repo_id) != card:
+        write_file(folder / "README.md", rename_card(card, repo_id).encode())
     return api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,

@@ -1,15 +1,17 @@
-"""A UNet whose attention sees the class: version 2 of the CFG fork of guided-diffusion."""
+"""A UNet with the class in its attention: version 2 of the CFG fork of guided-diffusion."""
 
 import inspect
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
 
 class ClassMatrixUNet(UNet2DModel):
-    """`UNet2DModel`, and in each of its attentions keys and values made of the class come before those of the picture.
+    """`UNet2DModel` whose attentions have keys and values of the class before those of the image.
 
     The class vector c (the row of the class embedding, which is also added to the time embedding) becomes the matrix
     c c^T, whose rows are as many tokens; a linear layer of each attention makes their keys and values. Arguments,
@@ -19,28 +21,36 @@ class ClassMatrixUNet(UNet2DModel):
         ValueError: no `num_class_embeds`; a call without labels.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.config.num_class_embeds is None:
-            raise ValueError("expected `num_class_embeds`: this UNet's attention is about classes, got None")
+            raise ValueError("expected `num_class_embeds`, which the attention of this UNet needs, got None")
         for attention in self.attentions():
             attention.set_processor(
                 ClassMatrixAttention(self.class_embedding.embedding_dim, attention.to_q.in_features)
             )
 
-    # diffusers reads the names of a configuration's entries off this signature
-    __init__.__signature__ = inspect.signature(UNet2DModel.__init__)  # type: ignore[attr-defined]
+    # diffusers takes the names of a configuration's entries from this signature
+    __init__.__signature__ = inspect.signature(UNet2DModel.__init__).replace(  # type: ignore[attr-defined]
+        return_annotation=None
+    )
 
-    def attentions(self):
-        """Every attention: those of the levels, and of the middle."""
+    def attentions(self) -> list[nn.Module]:
+        """The attentions of all levels and of the middle."""
         return [module for module in self.modules() if type(module).__name__ == "Attention"]
 
-    def forward(self, sample, timestep, class_labels=None, return_dict=True):
-        """As `UNet2DModel`'s."""
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        class_labels: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DOutput | tuple:
+        """As in `UNet2DModel`; ValueError without class labels."""
         if class_labels is None:
             raise ValueError("expected `class_labels`, got None")
         vectors = self.class_embedding(class_labels).to(sample.dtype)
-        for attention in self.attentions():  # diffusers hands an attention inside a UNet nothing but the picture
+        for attention in self.attentions():  # diffusers passes only the image to an attention inside a UNet
             attention.processor.vectors = vectors
         return super().forward(sample, timestep, class_labels, return_dict)
 
@@ -48,11 +58,11 @@ class ClassMatrixUNet(UNet2DModel):
 class ClassMatrixAttention(nn.Module):
     """An attention processor: softmax(q [k_c, k]^T / sqrt(d)) [v_c, v], with k_c and v_c of the class matrix."""
 
-    def __init__(self, class_channels, channels):
+    def __init__(self, class_channels: int, channels: int) -> None:
         super().__init__()
         self.to_k = nn.Linear(class_channels, channels)
         self.to_v = nn.Linear(class_channels, channels)
-        self.vectors = None  # (B, class_channels), of the call under way
+        self.vectors: torch.Tensor | None = None  # (B, class_channels), of the current call
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
         x = hidden_states  # (B, C, H, W)
@@ -61,9 +71,9 @@ class ClassMatrixAttention(nn.Module):
         key = torch.cat([self.of_matrix(self.to_k), attn.to_k(tokens)], dim=1)
         value = torch.cat([self.of_matrix(self.to_v), attn.to_v(tokens)], dim=1)
         query, key, value = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in (query, key, value))
-        found = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        found = attn.to_out[0](found).transpose(1, 2).reshape(x.shape)
-        return (x + found) / attn.rescale_output_factor
+        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        attended = attn.to_out[0](attended).transpose(1, 2).reshape(x.shape)
+        return (x + attended) / attn.rescale_output_factor
 
     def of_matrix(self, linear):
         """`linear` of each row c_i c of the matrix: c_i (W c) + b, without the matrix. (B, rows, channels)"""

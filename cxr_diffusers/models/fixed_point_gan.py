@@ -1,4 +1,4 @@
-"""The two players of Fixed-Point GAN (Siddiquee et al. 2019, https://arxiv.org/abs/1908.06965)."""
+"""Generator and discriminator of Fixed-Point GAN (Siddiquee et al. 2019, https://arxiv.org/abs/1908.06965)."""
 
 from dataclasses import dataclass
 
@@ -13,8 +13,8 @@ from torch import nn
 @dataclass
 class FixedPointGeneratorOutput(BaseOutput):
     """
-    sample: (B, C, H, W) in [-1, 1], the image as it would be with the labels asked for.
-    residual: (B, C, H, W), what the network adds to the image before that is brought back into [-1, 1].
+    sample: (B, C, H, W) in [-1, 1], the image translated to the given labels.
+    residual: (B, C, H, W), the change that is added to the image before the sum is mapped back into [-1, 1].
     """
 
     sample: torch.Tensor
@@ -24,15 +24,15 @@ class FixedPointGeneratorOutput(BaseOutput):
 @dataclass
 class FixedPointDiscriminatorOutput(BaseOutput):
     """
-    score: (B, 1, h, w), of each patch: the higher, the more real.
-    logits: (B, num_classes), which class the image is of.
+    score: (B, 1, h, w), for each patch; higher is more real.
+    logits: (B, num_classes), of the image's class.
     """
 
     score: torch.Tensor
     logits: torch.Tensor | None = None
 
 
-def class_vectors(class_labels, num_classes, like):
+def class_vectors(class_labels: torch.Tensor, num_classes: int, like: torch.Tensor) -> torch.Tensor:
     """(B,) class ids or (B, num_classes) vectors -> (B, num_classes) in the type and on the device of `like`."""
     if class_labels.ndim == 1:
         class_labels = F.one_hot(class_labels.long(), num_classes)
@@ -47,14 +47,14 @@ def class_vectors(class_labels, num_classes, like):
 class ConditionalInstanceNorm2d(nn.InstanceNorm2d):
     """Instance norm whose scale and shift also depend on the class (Dumoulin et al. 2017, arXiv 1610.07629).
 
-    With `num_classes=0` it is plain affine instance norm and what it is told of the class goes unread.
+    With `num_classes=0` it is plain affine instance norm and ignores the class.
     """
 
-    def __init__(self, channels, num_classes=0, track_running_stats=False):
+    def __init__(self, channels: int, num_classes: int = 0, track_running_stats: bool = False) -> None:
         super().__init__(channels, affine=True, track_running_stats=track_running_stats)
         self.of_class = nn.Linear(num_classes, 2 * channels, bias=False) if num_classes else None
-        if num_classes:
-            nn.init.normal_(self.of_class.weight, std=0.1)  # apart from the start, or no class would differ
+        if self.of_class is not None:
+            nn.init.normal_(self.of_class.weight, std=0.1)  # with zeros all classes would start alike
 
     def forward(self, x, vectors):
         x = super().forward(x)
@@ -78,9 +78,9 @@ class FixedPointResBlock(nn.Module):
 
 
 class FixedPointGenerator(ModelMixin, ConfigMixin):
-    """An image and the labels it shall have -> that image, changed no more than need be, in one pass.
+    """Translates an image to given labels in one pass, changing as little as possible.
 
-    The network answers with a difference; what comes out is tanh(image + difference). Two stride-2 convolutions down,
+    The network computes a difference; its output is tanh(image + difference). Two stride-2 convolutions down,
     residual blocks, two up, instance norm throughout.
 
     Args:
@@ -89,15 +89,15 @@ class FixedPointGenerator(ModelMixin, ConfigMixin):
         num_classes: length of the class vector.
         base_channels: of the first convolution; doubled twice on the way down.
         num_res_blocks: residual blocks at a quarter of the resolution.
-        conditioning: how the labels get in. "concatenate", the original: as constant maps beside the image. Instance
-            norm takes a constant away again, so that such a map acts near the border only (its zero padding). "norm":
-            as a scale and a shift for each class in every norm, which act everywhere.
-        squash: how image + difference comes back into [-1, 1]. "tanh", the original: to leave an image as it is, the
-            difference must be atanh(x) - x everywhere. "clip": a difference of zero leaves it as it is, and the
-            last convolution starts at zero, so that training starts from the identity.
+        conditioning: the input of the labels. "concatenate", the original: as constant maps beside the image. Instance
+            norm removes a constant, so such a map has an effect only near the border (zero padding). "norm": as a scale
+            and a shift for each class in every norm, which have an effect everywhere.
+        squash: the function that maps image + difference into [-1, 1]. "tanh", the original: to keep an image, the
+            difference must be atanh(x) - x everywhere. "clip": a difference of zero keeps the image, and the last
+            convolution starts at zero, so that training starts from the identity.
         use_running_statistics: keep running means and variances while training and normalise with them in eval mode.
-            False: always each image's own, as the original in effect does at test time (its generator is never put into
-            eval mode). Then a batch is its images one by one.
+            False: always each image's own, as the original does at test time (its generator is never put into eval
+            mode); then the result of an image does not depend on its batch.
     """
 
     @register_to_config
@@ -111,7 +111,7 @@ class FixedPointGenerator(ModelMixin, ConfigMixin):
         conditioning: str = "norm",
         squash: str = "tanh",
         use_running_statistics: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         if conditioning not in ("concatenate", "norm"):
             raise ValueError(f"expected `conditioning` concatenate or norm, got {conditioning!r}")
@@ -140,7 +140,9 @@ class FixedPointGenerator(ModelMixin, ConfigMixin):
         if squash == "clip":
             nn.init.zeros_(self.conv_out.weight)
 
-    def forward(self, sample: torch.Tensor, class_labels: torch.Tensor, return_dict: bool = True):
+    def forward(
+        self, sample: torch.Tensor, class_labels: torch.Tensor, return_dict: bool = True
+    ) -> FixedPointGeneratorOutput | tuple:
         """(B, C, H, W) in [-1, 1]; (B,) class ids or (B, num_classes) vectors -> `FixedPointGeneratorOutput`."""
         vectors = class_vectors(class_labels, self.config.num_classes, sample)
         h = sample
@@ -160,12 +162,12 @@ class FixedPointGenerator(ModelMixin, ConfigMixin):
 
 
 class FixedPointDiscriminator(ModelMixin, ConfigMixin):
-    """An image -> how real each patch of it looks (a critic, unbounded) and which class it is of.
+    """An image -> a score of realism for each of its patches (a critic, unbounded) and logits of its class.
 
     Args:
         sample_size: side of the image in pixels; 2 ** num_layers divides it.
         in_channels: of the image.
-        num_classes: logits.
+        num_classes: number of logits.
         base_channels: of the first convolution; each further one doubles them.
         num_layers: stride-2 convolutions.
     """
@@ -178,7 +180,7 @@ class FixedPointDiscriminator(ModelMixin, ConfigMixin):
         num_classes: int = 2,
         base_channels: int = 64,
         num_layers: int = 6,
-    ):
+    ) -> None:
         super().__init__()
         if num_layers < 1 or sample_size % 2**num_layers:
             raise ValueError(f"expected a `sample_size` that 2 ** {num_layers} layers divide, got {sample_size}")
@@ -187,7 +189,7 @@ class FixedPointDiscriminator(ModelMixin, ConfigMixin):
         self.conv_score = nn.Conv2d(channels[-1], 1, 3, padding=1, bias=False)
         self.conv_class = nn.Conv2d(channels[-1], num_classes, sample_size // 2**num_layers, bias=False)
 
-    def forward(self, sample: torch.Tensor, return_dict: bool = True):
+    def forward(self, sample: torch.Tensor, return_dict: bool = True) -> FixedPointDiscriminatorOutput | tuple:
         """(B, C, H, W) in [-1, 1] -> `FixedPointDiscriminatorOutput`."""
         h = sample
         for conv in self.convs:

@@ -1,4 +1,4 @@
-"""Where the lungs are in a chest radiograph: a small U-Net and the soft gate made of its answer."""
+"""Lung segmentation in chest radiographs: a small U-Net and the soft gate from its output."""
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +11,12 @@ class LungSegmenter(ModelMixin, ConfigMixin):
     """A U-Net (Ronneberger et al. 2015, https://arxiv.org/abs/1505.04597) that segments the right and the left lung.
 
     The right lung is on the left of the image, as radiographs are displayed. Images of any size are resized to
-    `sample_size` inside, and each is stretched to its own darkest and brightest value there, so brightness, contrast
-    and the caller's data range (any finite one) do not matter. Sizes that are not square are squashed.
+    `sample_size` inside, and each is stretched from its own darkest to its own brightest value, so brightness, contrast
+    and data range (any finite one) have no effect. Sizes that are not square are squashed.
 
     Args:
-        sample_size: side of the image that the network sees, in pixels. 64 is enough for a gate that is dilated and
-            smoothed by 2 of 64 pixels, and costs milliseconds an image on a CPU.
+        sample_size: side of the network's input, in pixels. 64 is enough for a gate that is dilated and
+            smoothed by 2 of 64 pixels, and takes milliseconds for each image on a CPU.
         block_out_channels: channels of each level; every level but the first halves the image.
         norm_num_groups: groups of every group norm, a divisor of each level's channels.
 
@@ -30,7 +30,7 @@ class LungSegmenter(ModelMixin, ConfigMixin):
         sample_size: int = 64,
         block_out_channels: tuple[int, ...] = (12, 24, 40, 56),
         norm_num_groups: int = 4,
-    ):
+    ) -> None:
         super().__init__()
         channels, reduction = tuple(block_out_channels), 2 ** (len(block_out_channels) - 1)
         if sample_size % reduction:
@@ -47,7 +47,7 @@ class LungSegmenter(ModelMixin, ConfigMixin):
         )
         self.conv_out = nn.Conv2d(channels[0], 2, 1)
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 1, H, W) images -> (B, 2, H, W) logits of the right and of the left lung.
 
         Raises:
@@ -56,15 +56,15 @@ class LungSegmenter(ModelMixin, ConfigMixin):
         return resize(self._logits(images), images.shape[-2:])
 
     @torch.no_grad()
-    def field(self, images, dilation=2.0, sigma=1.5):
+    def field(self, images: torch.Tensor, dilation: float = 2.0, sigma: float = 1.5) -> torch.Tensor:
         """(B, 1, H, W) images -> (B, H, W) float32 lung gate in [0, 1]: 1 in the lungs, 0 far from them.
 
-        The probability of lung is united with its own mirror image (where fluid hides
-        one lung, the other one shows where it is), dilated and smoothed, all at the network's own resolution.
+        The probability of lung is combined with its own mirror image by the maximum (if fluid hides one lung, the other
+        one gives its place), dilated and smoothed, all at the network's own resolution.
 
         Args:
             dilation: in pixels of 64, whatever `sample_size` is.
-            sigma: of the Gaussian, in pixels of 64; 0 for none.
+            sigma: of the Gaussian, in pixels of 64; 0: none.
         """
         probability = self._logits(images).float().sigmoid().amax(dim=1, keepdim=True)
         gate = torch.maximum(probability, probability.flip(-1))
@@ -75,7 +75,7 @@ class LungSegmenter(ModelMixin, ConfigMixin):
         return resize(gate, images.shape[-2:]).clamp(0, 1)[:, 0]
 
     @torch.no_grad()
-    def zones(self, images):
+    def zones(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """(B, 1, H, W) images -> {name: (B, H, W) booleans} of the lungs and of their thirds.
 
         "right" and "left": the lungs, without the mirror image and the dilation of `field`; no pixel is in both.
@@ -101,29 +101,29 @@ class LungSegmenter(ModelMixin, ConfigMixin):
         return self.conv_out(x)
 
 
-def convolutions(c_in, c_out, groups):
+def convolutions(c_in: int, c_out: int, groups: int) -> nn.Sequential:
     """Two 3 x 3 convolutions, each with a group norm and SiLU."""
-    layers = []
+    layers: list[nn.Module] = []
     for channels in (c_in, c_out):
         layers += [nn.Conv2d(channels, c_out, 3, padding=1, bias=False), nn.GroupNorm(groups, c_out), nn.SiLU()]
     return nn.Sequential(*layers)
 
 
-def resize(images, size):
+def resize(images: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
     """(B, C, H, W) -> (B, C, *size), bilinear, with an antialiasing filter along sides that shrink."""
     if tuple(images.shape[-2:]) == tuple(size):
         return images
     return F.interpolate(images.float(), size=tuple(size), mode="bilinear", antialias=True, align_corners=False)
 
 
-def stretch(images):
-    """(B, 1, H, W) -> the same with each image's darkest value at -1 and its brightest at 1; one grey becomes -1."""
+def stretch(images: torch.Tensor) -> torch.Tensor:
+    """(B, 1, H, W) -> each image scaled so that its darkest value is -1 and its brightest 1; a constant becomes -1."""
     low, high = images.amin(dim=(1, 2, 3), keepdim=True), images.amax(dim=(1, 2, 3), keepdim=True)
     return (images - low) / (high - low).clamp_min(1e-6) * 2 - 1
 
 
-def gaussian_blur(images, sigma):
-    """(B, 1, H, W) -> the same, blurred; `sigma` in pixels, edges repeated."""
+def gaussian_blur(images: torch.Tensor, sigma: float) -> torch.Tensor:
+    """(B, 1, H, W) -> the blurred images; `sigma` in pixels, edges repeated."""
     if sigma <= 0:
         return images
     radius = max(1, round(3 * sigma))
@@ -134,7 +134,7 @@ def gaussian_blur(images, sigma):
     return F.conv2d(F.conv2d(padded, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))
 
 
-def thirds(mask):
+def thirds(mask: torch.Tensor) -> torch.Tensor:
     """(B, H, W) booleans -> (B, H, 1) integers: 0, 1 or 2, the third of the mask's height that a row lies in."""
     rows = mask.any(dim=2)
     index = torch.arange(mask.shape[1], device=mask.device)

@@ -10,12 +10,12 @@ from torch import nn
 class NoisyClassifier(ModelMixin, ConfigMixin):
     """The encoder of a diffusion UNet with a head: the classifier of Dhariwal & Nichol 2021 (section 4).
 
-    https://arxiv.org/abs/2105.05233. It is made of `UNet2DModel`'s own parts, under their own names, so the arguments
-    that are not listed mean what they mean there.
+    https://arxiv.org/abs/2105.05233. It consists of `UNet2DModel`'s modules, under their names; arguments
+    that are not listed have the same meaning as there.
 
     Args:
-        sample_size: side of the picture, in pixels.
-        num_classes: logits.
+        sample_size: side of the image, in pixels.
+        num_classes: number of logits.
         attention_head_dim: channels of a head of every attention, that of the head's pool too; None: one head.
         pool: "attention": a learned query over the last feature map, its mean as the query and positions learned (the
             pool of Radford et al. 2021, https://arxiv.org/abs/2103.00020, section 2.4). "adaptive": the mean of the
@@ -41,7 +41,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         norm_eps: float = 1e-5,
         resnet_time_scale_shift: str = "scale_shift",
         pool: str = "attention",
-    ):
+    ) -> None:
         super().__init__()
         last, reduction = block_out_channels[-1], 2 ** (len(block_out_channels) - 1)
         if pool not in ("attention", "adaptive"):
@@ -72,8 +72,8 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         else:
             self.head = MeanPool(last, num_classes)
 
-    def forward(self, sample, timestep):
-        """(B, C, H, W) noised pictures, their timestep (a number, or (B,)) -> (B, num_classes) logits."""
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor | float | int) -> torch.Tensor:
+        """(B, C, H, W) noisy images, their timestep (a number, or (B,)) -> (B, num_classes) logits."""
         timestep = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
         emb = self.time_embedding(self.time_proj(timestep).to(sample.dtype))
         x = self.conv_in(sample)
@@ -83,16 +83,16 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
 
 
 class AttentionPool(nn.Module):
-    """(B, C, H, W) -> (B, num_outputs): what the map's mean finds when it attends to the mean and to every position."""
+    """(B, C, H, W) -> (B, num_outputs): the mean of the map attends to itself and to all positions."""
 
-    def __init__(self, num_positions, channels, num_outputs, num_heads):
+    def __init__(self, num_positions: int, channels: int, num_outputs: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.positional_embedding = nn.Parameter(torch.randn(num_positions + 1, channels) / channels**0.5)
         self.to_qkv = nn.Linear(channels, 3 * channels)
         self.to_out = nn.Linear(channels, num_outputs)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens = x.flatten(2).transpose(1, 2)
         tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1) + self.positional_embedding
         q, k, v = (
@@ -104,9 +104,9 @@ class AttentionPool(nn.Module):
 class MeanPool(nn.Module):
     """(B, C, H, W) -> (B, num_outputs): a linear layer of the map's mean."""
 
-    def __init__(self, channels, num_outputs):
+    def __init__(self, channels: int, num_outputs: int) -> None:
         super().__init__()
         self.to_out = nn.Linear(channels, num_outputs)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.to_out(x.mean(dim=(2, 3)))

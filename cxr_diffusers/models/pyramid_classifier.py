@@ -1,4 +1,4 @@
-"""Which class a picture is of, and where: a classifier whose answer is pooled from maps of high resolution."""
+"""A classifier that pools its logits from class maps of high resolution."""
 
 import math
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from torch import nn
 class PyramidClassifierOutput(BaseOutput):
     """
     logits: (B, num_classes) float32; that of class 0 is 0.
-    maps: (B, num_classes, H / 4, W / 4) float32, the same of each place: log-odds of the class against class 0.
+    maps: (B, num_classes, H / 4, W / 4) float32, the log-odds of the class against class 0 at each place.
     """
 
     logits: torch.Tensor
@@ -28,17 +28,17 @@ class PyramidClassifier(ModelMixin, ConfigMixin):
     """An encoder, a feature pyramid on top of it, and class maps at a quarter of the resolution, pooled to logits.
 
     After the idea of PYLON (Preechakul et al. 2022, https://arxiv.org/abs/2010.11475): the map of an image-level
-    classifier is as fine as its last features, so these are brought back up, with the finer levels added, before
-    anything is pooled. Differences: residual blocks with group norm (no running statistics), self-attention on the
-    coarsest level for what the whole picture says, and the log of the mean of exponentials for a pool, so that a small
-    finding counts (Pinheiro & Collobert 2015, https://arxiv.org/abs/1411.6228, eq. 6).
+    classifier is as fine as its last features, so these are upsampled and the finer levels added before the
+    pool. Differences: residual blocks with group norm (no running statistics), self-attention on the coarsest level for
+    the context of the whole image, and the log of the mean of exponentials for a pool, so that a small finding counts
+    (Pinheiro & Collobert 2015, https://arxiv.org/abs/1411.6228, eq. 6).
 
     Class 0 (healthy) is the absence of all others at every place: its map is 0, the others are relative to it.
 
     Args:
-        sample_size: side of the picture in pixels, a multiple of 2 ** len(block_out_channels).
-        in_channels: of the picture, whose values are in [-1, 1].
-        num_classes: logits, class 0 included.
+        sample_size: side of the image in pixels, a multiple of 2 ** len(block_out_channels).
+        in_channels: of the image, whose values are in [-1, 1].
+        num_classes: number of logits, class 0 included.
         block_out_channels: of the encoder's levels, the first at half the resolution, each further one at half of that.
         layers_per_block: residual blocks of a level.
         decoder_channels: of the pyramid.
@@ -64,7 +64,7 @@ class PyramidClassifier(ModelMixin, ConfigMixin):
         norm_num_groups: int = 8,
         dropout: float = 0.0,
         sharpness: float = 4.0,
-    ):
+    ) -> None:
         super().__init__()
         reduction = 2 ** len(block_out_channels)
         if reduction < 4 or sample_size % reduction:
@@ -96,7 +96,7 @@ class PyramidClassifier(ModelMixin, ConfigMixin):
             attention_head_dim=attention_head_dim,
             resnet_groups=norm_num_groups,
         )
-        # of the levels from a quarter of the resolution down; the coarsest has none finer to be merged with
+        # of the levels from a quarter of the resolution down; the coarsest is merged with none
         self.laterals = nn.ModuleList(nn.Conv2d(n, decoder_channels, 1) for n in block_out_channels[1:])
         merges = (block(decoder_channels, decoder_channels) for _ in block_out_channels[2:])
         self.merges = nn.ModuleList(Unconditional(merge) for merge in merges)
@@ -104,8 +104,8 @@ class PyramidClassifier(ModelMixin, ConfigMixin):
         self.drop = nn.Dropout(dropout)
         self.conv_out = nn.Conv2d(decoder_channels, num_classes - 1, 1)
 
-    def forward(self, sample, return_dict: bool = True):
-        """(B, C, H, W) pictures in [-1, 1] -> `PyramidClassifierOutput`, or the tuple (logits, maps)."""
+    def forward(self, sample: torch.Tensor, return_dict: bool = True) -> PyramidClassifierOutput | tuple:
+        """(B, C, H, W) images in [-1, 1] -> `PyramidClassifierOutput`, or the tuple (logits, maps)."""
         x, features = self.conv_in(sample), []
         for down, level in zip(self.downsamplers, self.levels, strict=True):
             x = level(down(x))
@@ -119,18 +119,18 @@ class PyramidClassifier(ModelMixin, ConfigMixin):
         logits = self.pool(maps)
         return PyramidClassifierOutput(logits, maps) if return_dict else (logits, maps)
 
-    def pool(self, maps):
+    def pool(self, maps: torch.Tensor) -> torch.Tensor:
         """(B, K, h, w) -> (B, K): the log of the mean of exponentials, of the config's sharpness."""
         r, places = self.config.sharpness, maps.shape[-2] * maps.shape[-1]
         return ((r * maps).logsumexp(dim=(2, 3)) - math.log(places)) / r
 
 
 class Unconditional(nn.Module):
-    """A residual block of diffusers that is told no time."""
+    """A residual block of diffusers without a time embedding."""
 
-    def __init__(self, block):
+    def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.block = block
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.block(x, None)

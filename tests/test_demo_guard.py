@@ -1,4 +1,4 @@
-"""The page's server against raw requests: other web sites, half-sent uploads, bombs."""
+"""Raw requests to the server of the page: other web sites, incomplete uploads, decompression bombs."""
 
 import socket
 import time
@@ -18,7 +18,7 @@ UPLOAD = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"
 
 @pytest.fixture
 def port(pipeline, monkeypatch):
-    """The port of a page that gives an upload up after a pause of half a second, and its temporary folder."""
+    """The port of a page that refuses an upload after a pause of half a second, and its temporary folder."""
     from cxr_diffusers.demo import guard, serve
     from cxr_diffusers.demo.page import build_page
 
@@ -32,7 +32,7 @@ def port(pipeline, monkeypatch):
 
 
 def answer(port, *lines, body=b"", length=None):
-    """(status, all that the server says until it closes, seconds) to a request of raw lines."""
+    """(status, whole response, seconds) of a request given as raw lines."""
     start = time.monotonic()
     head = [*lines, f"Content-Length: {len(body) if length is None else length}", "Connection: close", "", ""]
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
@@ -44,7 +44,7 @@ def answer(port, *lines, body=b"", length=None):
     return int(text.split()[1]), text, time.monotonic() - start
 
 
-def test_the_page_is_not_answered_under_a_foreign_name(port):
+def test_the_page_is_refused_under_a_foreign_host_name(port):
     port, _ = port
     for host in (f"127.0.0.1:{port}", "localhost", f"LOCALHOST:{port}", f"[::1]:{port}", "xray.example.org"):
         assert answer(port, "GET / HTTP/1.1", f"Host: {host}")[0] == 200, host
@@ -53,7 +53,7 @@ def test_the_page_is_not_answered_under_a_foreign_name(port):
         assert status in (400, 403) and b"evil" not in text and b"radiograph" not in text.lower(), host
 
 
-def test_uploads_and_runs_of_other_sites_are_refused(port):
+def test_uploads_and_runs_from_other_sites_are_refused(port):
     port, folder = port
     body = UPLOAD + b"content\r\n--x--\r\n"
     request = [
@@ -65,14 +65,16 @@ def test_uploads_and_runs_of_other_sites_are_refused(port):
         assert answer(port, *request, f"Origin: {origin}", body=body)[0] == 403, origin
         assert answer(port, "POST /gradio_api/queue/join HTTP/1.1", request[1], f"Origin: {origin}")[0] == 403
         forwarded = f"X-Forwarded-Host: {origin.split('/')[-1]}"
-        assert answer(port, *request, f"Origin: {origin}", forwarded, body=body)[0] == 403, "a site can set this, too"
+        assert answer(port, *request, f"Origin: {origin}", forwarded, body=body)[0] == 403, (
+            "a site can set this header as well"
+        )
     assert not [path for path in folder.rglob("*") if path.is_file()]
     assert answer(port, *request, f"Origin: http://127.0.0.1:{port}", body=body)[0] == 200
     proxied = [request[0], "Host: xray.example.org", request[2], "X-Forwarded-Host: xray.example.org:8443"]
     assert answer(port, *proxied, "Origin: https://xray.example.org:8443", body=body)[0] == 200
 
 
-def test_a_half_sent_upload_is_given_up_and_leaves_no_file(port):
+def test_an_incomplete_upload_times_out_and_leaves_no_file(port):
     port, folder = port
     request = [
         "POST /gradio_api/upload HTTP/1.1",
@@ -92,6 +94,6 @@ def test_a_jpeg_of_too_many_scans_is_refused_before_it_is_decoded(tmp_path):
     last = content.rindex(b"\xff\xda")
     (tmp_path / "scans.jpg").write_bytes(content[:-2] + content[last:-2] * 90 + content[-2:])
     start = time.monotonic()
-    with pytest.raises(ValueError, match="scans.jpg cannot be read as a picture: expected at most 83 scans"):
+    with pytest.raises(ValueError, match="scans.jpg cannot be read as an image: expected at most 83 scans"):
         read_upload(tmp_path / "scans.jpg")
     assert time.monotonic() - start < 2

@@ -126,9 +126,13 @@ class Trajectory:
                     page.paste(panel, (x, y))
                 y += panel_size + GAP
         y = page.height - (text + GAP)
-        note = "latents" + (" above, the clean picture that each step means below" if both else "")
+        note = "noisy image" + (" above, predicted clean image below" if both else "")
         write_words(draw, (GAP, y), note, text, DIM, width - 2 * GAP)
         return page
+
+    def last_panels(self, panel_size=256, index=0):
+        """[noisy image, predicted clean image where known] of the latest frame, square RGB PIL images."""
+        return [panel for panel in self._panels(self.last, index, panel_size, True) if panel is not None]
 
     def save(self, path, index=0, panel_size=256):
         """Write .webp or .gif (the film) or .png (the strip), under its name only when complete.
@@ -233,11 +237,11 @@ def _film_frame(panels, frame, done):
     draw = ImageDraw.Draw(page)
     for k, panel in enumerate(panels):
         x = GAP + k * (size + GAP)
-        write_words(draw, (x, GAP), ("latents", "predicted clean picture")[k], text, DIM, size)
+        write_words(draw, (x, GAP), ("noisy image", "predicted clean image")[k], text, DIM, size)
         if panel is not None:
             page.paste(panel, (x, text + 2 * GAP))
     y = page.height - text - 2 * GAP
-    arrow = "picture \u2192 noise" if frame.going == "inversion" else "noise \u2192 picture"
+    arrow = "image \u2192 noise" if frame.going == "inversion" else "noise \u2192 image"
     words = f"{frame.going} ({arrow})    noise level {frame.level}"
     write_words(draw, (GAP, y), words, text, BRIGHT, page.width - 2 * GAP)
     draw.rectangle([GAP, page.height - 4, GAP + round(done * (page.width - 2 * GAP)), page.height - 3], fill=LINE)

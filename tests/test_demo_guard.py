@@ -2,13 +2,16 @@
 
 import socket
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from diffusers import DDIMScheduler
 from PIL import Image
 
+from cxr_diffusers import CFGAnomalyPipeline
 from cxr_diffusers.demo.uploads import read_upload
-from helpers import TEN_STEPS
+from helpers import TEN_STEPS, toy_unet
 
 pytest.importorskip("gradio", reason="pip install 'cxr_diffusers[demo]'")
 
@@ -16,19 +19,28 @@ MULTIPART = "Content-Type: multipart/form-data; boundary=x"
 UPLOAD = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
 
 
-@pytest.fixture
-def port(pipeline, monkeypatch):
-    """The port of a page that refuses an upload after a pause of half a second, and its temporary folder."""
+@pytest.fixture(scope="module")
+def server():
+    """A page that refuses an upload after a pause of half a second: its port and its temporary folder."""
     from cxr_diffusers.demo import guard, serve
     from cxr_diffusers.demo.page import build_page
 
-    pipeline.register_to_config(settings=TEN_STEPS)
-    monkeypatch.setattr(guard.Guard.__init__, "__defaults__", ((), 0.5, 2, "localhost"))
-    with serve.temporary_folder() as folder:
-        page = build_page({"toy": pipeline}, lambda name, progress: None)
+    toy = CFGAnomalyPipeline(toy_unet(), DDIMScheduler(clip_sample=False), ["healthy", "effusion"], settings=TEN_STEPS)
+    with pytest.MonkeyPatch.context() as patch, serve.temporary_folder() as folder:
+        patch.setattr(guard.Guard.__init__, "__defaults__", ((), 0.5, 2, "localhost"))
+        page = build_page({"toy": toy}, lambda name, progress: None)
         serve.launch(page, allow_hosts=["xray.example.org"], wait=False)
-        yield page.server_port, folder
+        yield SimpleNamespace(port=page.server_port, folder=folder)
         page.close(verbose=False)
+
+
+@pytest.fixture
+def port(server):
+    """The port of the server, with an empty temporary folder."""
+    yield server.port, server.folder
+    for path in server.folder.rglob("*"):
+        if path.is_file():
+            path.unlink()
 
 
 def answer(port, *lines, body=b"", length=None):

@@ -43,12 +43,12 @@ def read_upload(path: Path | str, max_megapixels: float = MAX_MEGAPIXELS) -> Upl
         check_size(*(dicom_size(path) if dicom else header_size(path)), max_megapixels)
         warnings = dicom_warnings(path) if dicom else colour_warnings(path)
         image = read_image(path)
-        check_has_contrast(image, path)
     except Refused as error:
         raise ValueError(f"{path.name}: {error}") from None
     except Exception as error:  # a broken file can make its decoder raise anything
         reason = str(error).removeprefix(f"{path}: ").replace(str(path), path.name)
         raise ValueError(f"{path.name} cannot be read as an image: {reason[:200]}") from None
+    check_has_contrast(image, path.name)
     if is_blank(image):
         raise ValueError(f"{path.name} is blank: nearly all pixels have the same value.")
     return Upload(image, path.name, warnings)

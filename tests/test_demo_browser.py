@@ -75,7 +75,7 @@ def toy():
 
 @pytest.fixture(scope="module")
 def server(toy, tmp_path_factory):
-    """A server with two models: "toy", of six steps, and "slow", which takes minutes."""
+    """A server with two models: "toy", of six steps, and "slow", which takes five minutes."""
     folder = tmp_path_factory.mktemp("server")
     toy.save_pretrained(folder / "toy")
     keep_scores(ReferenceScores("2 toys", as_json(toy.settings()), [0.0, 0.9], weights_digest(toy)), folder / "toy")
@@ -274,7 +274,7 @@ def test_the_steps_of_a_run_are_shown_live_and_stop_ends_it(open_page, tmp_path)
     upload_chest(page, tmp_path)
     choose_method(page, "toy")
     page.click("#start")
-    page.wait_for_selector("#score", timeout=30_000)  # the slow run would have taken minutes
+    page.wait_for_selector("#score", timeout=120_000)  # the slow run takes five minutes
 
 
 def test_closing_the_browser_ends_its_run(open_page, tmp_path):
@@ -287,7 +287,7 @@ def test_closing_the_browser_ends_its_run(open_page, tmp_path):
     page = open_page()
     upload_chest(page, tmp_path)
     page.click("#start")
-    page.wait_for_selector("#score", timeout=45_000)
+    page.wait_for_selector("#score", timeout=120_000)  # the slow run takes five minutes
 
 
 @pytest.mark.slow

@@ -52,6 +52,7 @@ TARGETS = """() => [...document.querySelectorAll("button, a, input, [role=option
   .map((e) => [e.id || e.ariaLabel || e.className, e.getBoundingClientRect()])
   .filter(([_, r]) => r.width < 44 || r.height < 44 || r.left < 0 || r.right > innerWidth)
   .map(([name, r]) => `${name}: ${r.width} x ${r.height}, ${r.left} to ${r.right}`)"""
+UPLOADS = 200  # of the soak test
 WIDTH = "document.documentElement.scrollWidth"
 JARGON = ("latent", "inversion", "decoding", "guidance", "counterfactual", "cxr_cfg", "w:", "classifier")
 
@@ -90,7 +91,7 @@ def server(toy, tmp_path_factory):
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
-        end = time.monotonic() + 180
+        end = time.monotonic() + 600  # a busy machine
         while process.poll() is None and time.monotonic() < end and "Ctrl-C" not in (folder / "log").read_text():
             time.sleep(0.2)
         assert "Ctrl-C" in (folder / "log").read_text(), (folder / "log").read_text()[-3000:]
@@ -295,7 +296,7 @@ def test_two_hundred_uploads_each_get_an_answer_or_a_reason_in_flat_memory(open_
     page = open_page()
     rng = np.random.default_rng(0)
     memory, seconds = [], []
-    for i in range(200):
+    for i in range(UPLOADS):
         path, readable = write_soak_file(tmp_path, i, rng)
         start = time.monotonic()
         page.set_input_files("#drop input[type=file]", path)
@@ -308,8 +309,10 @@ def test_two_hundred_uploads_each_get_an_answer_or_a_reason_in_flat_memory(open_
         seconds.append(time.monotonic() - start)
         path.unlink()
         memory.append(resident_megabytes(server.process.pid))
-    print(f"slowest {max(seconds):.1f} s, memory {memory[49]:.0f} MB after 50, {memory[-1]:.0f} MB after 200")
-    assert memory[-1] < memory[49] + 60, memory[::10]
+    print(
+        f"slowest {max(seconds):.1f} s, memory {memory[UPLOADS // 4]:.0f} MB at a quarter, {memory[-1]:.0f} MB at the end"
+    )
+    assert memory[-1] < memory[UPLOADS // 4] + 60, memory[::10]
     assert [path for path in server.tmp.rglob("*") if path.is_file() and path.stat().st_size] == []
 
 

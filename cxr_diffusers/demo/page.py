@@ -38,6 +38,7 @@ START = "Find what is abnormal"
 NO_UPLOAD = "Choose a radiograph first: drop a file, or click a sample."
 EXPIRED = "The answer is no longer in the server's memory: run it again."
 FAILED = "The run failed, or too many are waiting. Try again; the server's terminal has the details."
+LIVE_FOLLOWS = '<p class="hint">The steps of the model appear here.</p>'
 FILM_FOLLOWS = '<p class="hint">The film follows in a moment.</p>'
 FILES = {  # downloads: name -> (label, description)
     "map": ("Map", "16-bit PNG, value / 65535"),
@@ -189,7 +190,7 @@ def build_right() -> SimpleNamespace:
             )
         with gr.Row(visible=False) as side.downloads:
             side.buttons = {
-                name: gr.Button(f"\u2193 {label}", size="sm", elem_id=f"get-{name}", min_width=100)
+                name: gr.Button(f"\u2193 {label}", size="sm", elem_id=f"get-{name}", min_width=70)
                 for name, (label, _) in FILES.items()
             }
         side.hint = gr.HTML(f'<p class="hint">{describe_files()}</p>', visible=False)
@@ -279,7 +280,7 @@ def handle_run(
             left.stop: gr.update(visible=True),
             left.status: gr.update(visible=False),
             right.live_card: gr.update(visible=True),
-            right.live: "",
+            right.live: LIVE_FOLLOWS,
             right.answer: gr.update(visible=False),
             right.viewer: None,
             **{part: gr.update(visible=False) for part in answer_parts},

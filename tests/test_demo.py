@@ -183,7 +183,7 @@ def test_the_live_view_is_the_noisy_image_and_the_estimate_of_each_step(toy, upl
     steps.clear()
     analyse(toy, "toy", upload, {"num_inference_steps": 200, "noise_level": 300}, steps.append)
     with_panels = [step.number for step in steps if step.panels]
-    assert len(steps) == 120 and with_panels == [*range(1, 121, 6), 120], "one in six, and the last one"
+    assert len(steps) == 120 and with_panels == [*range(1, 121, 5), 120], "one in five, and the last one"
 
 
 def test_closing_the_stream_stops_the_pipeline_and_the_next_run_waits_for_it(toy, upload):

@@ -76,18 +76,20 @@ def toy():
 
 @pytest.fixture(scope="module")
 def server(toy, tmp_path_factory):
-    """A server with two models: "toy", of six steps, and "slow", which takes five minutes."""
+    """A server with three models: "toy", of six steps; "slow", which takes five minutes; "broken", which fails."""
     folder = tmp_path_factory.mktemp("server")
     toy.save_pretrained(folder / "toy")
     keep_scores(ReferenceScores("2 toys", as_json(toy.settings()), [0.0, 0.9], weights_digest(toy)), folder / "toy")
     toy_pipeline({"num_inference_steps": 1000, "noise_level": 900}, sample_size=128).save_pretrained(folder / "slow")
+    toy.save_pretrained(folder / "broken")
+    (folder / "broken" / "healthy_scores.json").write_text('{"unexpected": 1}')
     (folder / "tmp").mkdir()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder / "tmp")}
     command = [sys.executable, "-c", SERVER, "demo", "--port", str(port), "--device", "cpu"]
-    command += ["--model", str(folder / "toy"), str(folder / "slow")]
+    command += ["--model", *(str(folder / name) for name in ("toy", "slow", "broken"))]
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
@@ -276,6 +278,19 @@ def test_the_steps_of_a_run_are_shown_live_and_stop_ends_it(open_page, tmp_path)
     choose_method(page, "toy")
     page.click("#start")
     page.wait_for_selector("#score", timeout=120_000)  # the slow run takes five minutes
+
+
+def test_a_failed_run_says_so_and_the_button_works_again(open_page, tmp_path):
+    page = open_page()
+    choose_method(page, "broken")
+    upload_chest(page, tmp_path)
+    page.click("#start")
+    page.wait_for_selector("#status [role=alert] >> text=The run failed")
+    assert page.inner_text("#start") == "Find what is abnormal" and page.locator("#start").is_enabled()
+    assert not page.locator("#live").is_visible() and page.locator("#score").count() == 0
+    choose_method(page, "toy")
+    page.click("#start")
+    page.wait_for_selector("#score")
 
 
 def test_closing_the_browser_ends_its_run(open_page, tmp_path):

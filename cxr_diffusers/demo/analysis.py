@@ -17,7 +17,7 @@ from ..visualization import common_vmax
 from .uploads import Upload
 
 DISPLAY_SIZE = 640  # longer side of the images on the page, in pixels
-LIVE_IMAGES = 20  # of a run, in the live view; every step moves the progress
+LIVE_IMAGES, LIVE_EVERY = 20, 5  # the live view has about 20 images a run, or one in 5 steps of a long run
 Result = TypeVar("Result")
 
 
@@ -57,8 +57,8 @@ class Analysis:
 class Step:
     """The end of one step of a run. number: from 1 to `total`. stage: "inversion" or "decoding".
 
-    panels: the noisy image and, where the scheduler allows it, the model's estimate of the clean image; [] for most
-        steps, see `LIVE_IMAGES`.
+    panels: the noisy image and, where the scheduler allows it, the model's estimate of the clean image; [] for
+        the steps in between, see `LIVE_EVERY`.
     """
 
     number: int
@@ -94,7 +94,7 @@ def analyse(
     trajectory, call = None, dict(call_kwargs)
     if has_steps(pipeline):
         trajectory, total = Trajectory(), count_steps(pipeline, call_kwargs)
-        every = max(1, total // LIVE_IMAGES)
+        every = max(1, min(LIVE_EVERY, total // LIVE_IMAGES))
 
         def step_end(pipeline: Any, i: int, t: int, kwargs: dict[str, Any]) -> dict[str, Any]:
             changed = trajectory(pipeline, i, t, kwargs)

@@ -271,6 +271,12 @@ def handle_run(
             right.answer: gr.update(visible=True),
         }
 
+    def stop() -> dict[Any, Any]:
+        # wait for the last step of the run: its update must not arrive after this one. Another run may hold the lock
+        if lock.acquire(timeout=3):
+            lock.release()
+        return idle("Stopped.", level="warning")
+
     def prepare(upload: Upload | None) -> dict[Any, Any]:
         if upload is None:
             return {left.status: message(NO_UPLOAD)}
@@ -337,7 +343,7 @@ def handle_run(
     inputs = [state.upload, left.method, right.factor, *left.sliders]
     started = prepared.success(run, inputs, outputs, concurrency_limit=1, **HIDDEN)
     started.failure(lambda: idle(FAILED), None, outputs, queue=False, **HIDDEN)
-    left.stop.click(lambda: idle("Stopped.", level="warning"), None, outputs, cancels=[started], queue=False, **HIDDEN)
+    left.stop.click(stop, None, outputs, cancels=[started], queue=False, **HIDDEN)
     started.success(None, None, None, js=SCROLL % "#headline", **PRIVATE)
     # not postprocessed: the slider's own way of handling images writes them to disk
     started.success(compare, state.analysis, right.compare, postprocess=False, **HIDDEN)

@@ -1,4 +1,4 @@
-"""The web page: what may be handed in, what is shown, and what stands beside a score."""
+"""The web page: reading of uploads, analysis, rendering and comparison with healthy images."""
 
 import base64
 import json
@@ -6,6 +6,7 @@ import re
 import socket
 import struct
 import sys
+import threading
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,8 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from cxr_diffusers import FixedPointGANPipeline, GradCAMPipeline, load_phantom, read_image
 from cxr_diffusers.cli import main
-from cxr_diffusers.demo import answers
+from cxr_diffusers.demo import rendering
+from cxr_diffusers.demo.analysis import Step, Stopped, analyse, stream
 from cxr_diffusers.demo.serve import open_models
 from cxr_diffusers.demo.uploads import Upload, read_upload
 from cxr_diffusers.files import as_json
@@ -47,7 +49,7 @@ def upload():
     return Upload(Image.fromarray(chest()), "chest <1>.png", [])
 
 
-# --- what may be handed in
+# --- uploads
 
 
 def test_radiographs_are_read_as_they_are(tmp_path):
@@ -56,23 +58,23 @@ def test_radiographs_are_read_as_they_are(tmp_path):
     write_dicom(tmp_path / "1.2.840.1", chest(kind=np.uint16) >> 4, 12)
     for name, mode in (("deep.png", "I;16"), ("grey.jpg", "L"), ("1.2.840.1", "I;16")):
         upload = read_upload(tmp_path / name)
-        assert (upload.picture.mode, upload.picture.size, upload.name) == (mode, (50, 60), name)
+        assert (upload.image.mode, upload.image.size, upload.name) == (mode, (50, 60), name)
         assert not upload.warnings
-    np.testing.assert_array_equal(read_upload(tmp_path / "deep.png").picture, chest(kind=np.uint16))
+    np.testing.assert_array_equal(read_upload(tmp_path / "deep.png").image, chest(kind=np.uint16))
 
 
 def png_header(width, height):
-    """A PNG that claims a size and has next to nothing in it: a bomb, if somebody decodes it."""
+    """A PNG whose header claims a size, with nearly no data: a decompression bomb."""
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)), (b"IDAT", zlib.compress(b"\0" * 9))]
-    chunks = [(kind + content, content) for kind, content in (*chunks, (b"IEND", b""))]
+    chunks = [(name + content, content) for name, content in (*chunks, (b"IEND", b""))]
     packed = (struct.pack(">I", len(rest)) + whole + struct.pack(">I", zlib.crc32(whole)) for whole, rest in chunks)
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
 def write_refused(folder):
-    """{file name: what is said of it}; writes the files."""
+    """Write files that the page refuses; returns {file name: part of the reason}."""
     rng = np.random.default_rng(0)
-    (folder / "text.png").write_text("no picture at all")
+    (folder / "text.png").write_text("no image at all")
     (folder / "script.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\nshowpage\n")
     (folder / "page.html").write_text("<p>")
     (folder / "bomb.png").write_bytes(png_header(9000, 9000))
@@ -86,31 +88,31 @@ def write_refused(folder):
     write_dicom(folder / "deflated.dcm", chest(kind=np.uint16), 16, syntax=DeflatedExplicitVRLittleEndian)
     (folder / "nothing.dcm").write_bytes(b"\0" * 400)
     return {
-        "text.png": "cannot be read as a picture",
-        "script.png": "cannot be read as a picture",
+        "text.png": "cannot be read as an image",
+        "script.png": "cannot be read as an image",
         "page.html": "Expected a radiograph as png",
-        "bomb.png": "9000 \u00d7 9000 pixels are more than the 40 megapixels",
-        "cut.png": "cannot be read as a picture",
-        "photo.png": "a colour picture",
-        "blank.png": "is blank",
+        "bomb.png": "9000 \u00d7 9000 pixels are more than the limit of 40 megapixels",
+        "cut.png": "cannot be read as an image",
+        "photo.png": "a colour image",
+        "blank.png": "all 8,100 pixels have one value",
         "dust.png": "is blank",
         "small.png": "are too few",
-        "long.png": "no radiograph of a chest",
-        "large.dcm": "more than the 40 megapixels",
+        "long.png": "too long for a chest",
+        "large.dcm": "more than the limit of 40 megapixels",
         "deflated.dcm": "compressed as a whole",
-        "nothing.dcm": "without a picture",
+        "nothing.dcm": "without an image",
     }
 
 
-def test_what_is_no_radiograph_is_refused_in_a_sentence_that_names_the_file_and_no_folder(tmp_path):
+def test_other_files_are_refused_with_a_reason_that_names_the_file_but_no_folder(tmp_path):
     for name, message in write_refused(tmp_path).items():
         with pytest.raises(ValueError, match=re.escape(message)) as refused:
             read_upload(tmp_path / name)
-        said = str(refused.value)
-        assert said.startswith(name) and str(tmp_path) not in said and len(said) < 300, said
+        reason = str(refused.value)
+        assert reason.startswith(name) and str(tmp_path) not in reason and len(reason) < 300, reason
 
 
-def test_what_may_mislead_is_warned_of(tmp_path):
+def test_tinted_images_and_other_views_and_body_parts_get_a_warning(tmp_path):
     tinted = np.stack([chest(), chest() * 0.9, chest() * 0.8], -1).astype(np.uint8)
     Image.fromarray(tinted).save(tmp_path / "tint.png")
     assert "some colour" in read_upload(tmp_path / "tint.png").warnings[0]
@@ -121,72 +123,119 @@ def test_what_may_mislead_is_warned_of(tmp_path):
     assert {"MR", "KNEE"} <= set(re.findall(r"[A-Z]{2,}", " ".join(read_upload(tmp_path / "knee.dcm").warnings)))
 
 
-def test_the_limit_of_pixels_can_be_set(tmp_path):
+def test_the_pixel_limit_can_be_set(tmp_path):
     Image.fromarray(chest()).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="more than the 0.002 megapixels"):
+    with pytest.raises(ValueError, match="more than the limit of 0.002 megapixels"):
         read_upload(tmp_path / "a.png", max_megapixels=0.002)
 
 
-# --- what is shown
+# --- analysis and rendering
 
 
-def test_the_viewer_gets_the_pictures_and_the_map_to_the_last_bit(toy, upload):
-    answer = answers.ask(toy, "toy", upload, {})
-    data = json.loads(answers.viewer_data(answer))
-    two = np.asarray(picture_of(base64.b64decode(data["map"].split(",")[1])), int)
-    np.testing.assert_allclose((256 * two[..., 0] + two[..., 1]) / 65535, answer.small, atol=1 / 65535)
-    shown = np.asarray(picture_of(base64.b64decode(data["input"].split(",")[1])))
-    assert shown.shape == answer.small.shape == (640, 533) and (data["threshold"], data["vmax"]) == (0.02, 0.06)
+def test_the_viewer_receives_the_images_and_the_map_in_16_bits(toy, upload):
+    analysis = analyse(toy, "toy", upload, {})
+    data = json.loads(rendering.viewer_data(analysis))
+    two_bytes = np.asarray(picture_of(base64.b64decode(data["map"].split(",")[1])), int)
+    values = (256 * two_bytes[..., 0] + two_bytes[..., 1]) / 65535
+    np.testing.assert_allclose(values, analysis.display_map, atol=1 / 65535)
+    image = np.asarray(picture_of(base64.b64decode(data["input"].split(",")[1])))
+    assert image.shape == analysis.display_map.shape == (640, 533) and (data["threshold"], data["vmax"]) == (0.02, 0.06)
 
 
-def test_downloads_are_the_pipelines_own_at_the_pictures_resolution(toy, upload):
-    answer = answers.ask(toy, "toy", upload, TEN_STEPS)
-    output = toy(upload.picture, output_type="np", **TEN_STEPS)
+def test_downloads_are_the_maps_of_the_pipeline_at_the_resolution_of_the_upload(toy, upload):
+    analysis = analyse(toy, "toy", upload, TEN_STEPS)
+    output = toy(upload.image, output_type="np", **TEN_STEPS)
     own = restore_map(output.anomaly_map[0], 60, 50)
-    name, content = answers.map_file(answer)
+    name, content = rendering.map_file(analysis)
     assert name == "chest__1__map.png"
     np.testing.assert_array_equal(np.asarray(picture_of(content)), (own * 65535).round().astype(np.uint16))
-    name, content = answers.mask_file(answer, 1.5)
+    name, content = rendering.mask_file(analysis, 1.5)
     np.testing.assert_array_equal(np.asarray(picture_of(content)) > 0, own > 0.03)
     assert "0.0300" in name and 0 < np.mean(own > 0.03) < 1
-    assert picture_of(answers.picture_file(answer)[1]).width > 3 * 400
-    assert picture_of(answers.film_file(answer)[1]).n_frames == 6
-    assert answer.score == pytest.approx(float(output.anomaly_score[0]), abs=1e-6)
+    assert picture_of(rendering.panels_file(analysis)[1]).width > 3 * 400
+    assert picture_of(rendering.film_file(analysis)[1]).n_frames == 6
+    assert analysis.score == pytest.approx(float(output.anomaly_score[0]), abs=1e-6)
 
 
 def test_progress_counts_real_steps_to_their_end(toy, upload):
-    seen = []
-    answers.ask(toy, "toy", upload, {"noise_level": 500}, lambda *step: seen.append(step))
-    assert seen == [(i + 1, 10, "inversion" if i < 5 else "decoding") for i in range(10)]
+    steps = []
+    analyse(toy, "toy", upload, {"noise_level": 500}, steps.append)
+    assert [(s.number, s.total, s.stage) for s in steps] == [
+        (i + 1, 10, "inversion" if i < 5 else "decoding") for i in range(10)
+    ]
     toy.register_to_config(settings={**TEN_STEPS, "noise_level": [200, 500]})
-    answers.ask(toy, "toy", upload, {}, lambda *step: seen.append(step))
-    assert seen[-1] == (12, 12, "decoding") and len(seen) == 22
+    analyse(toy, "toy", upload, {}, steps.append)
+    assert (steps[-1].number, steps[-1].total, steps[-1].stage) == (12, 12, "decoding") and len(steps) == 22
+
+
+def test_the_live_view_is_the_noisy_image_and_the_estimate_of_each_step(toy, upload):
+    steps = []
+    analysis = analyse(toy, "toy", upload, {}, steps.append)
+    assert [len(step.panels) for step in steps] == [2] * 6
+    for step, frame in zip(steps, analysis.trajectory.frames, strict=True):
+        grey = frame.predicted[0, 0] if frame.predicted is not None else frame.latents[0, 0]
+        expected = ((grey.clamp(-1, 1) + 1) / 2 * 255).round().numpy().astype(np.uint8)
+        expected = np.asarray(Image.fromarray(expected).resize((320, 320), Image.Resampling.BICUBIC), int)
+        assert np.abs(np.asarray(step.panels[1].convert("L"), int) - expected).max() <= 1
+    page = rendering.live_view(steps[1])
+    assert "Step 2 of 6: adding noise" in page and page.count("data:image/jpeg") == 2 and "width: 33%" in page
+    steps.clear()
+    analyse(toy, "toy", upload, {"num_inference_steps": 200, "noise_level": 300}, steps.append)
+    with_panels = [step.number for step in steps if step.panels]
+    assert len(steps) == 120 and with_panels == [*range(1, 121, 5), 120], "one in five, and the last one"
+
+
+def test_closing_the_stream_stops_the_pipeline_and_the_next_run_waits_for_it(toy, upload):
+    lock, calls, forward = threading.Lock(), [], toy.unet.forward
+    toy.unet.forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
+
+    def work(report, is_stopped, steps=1000):
+        return analyse(toy, "toy", upload, {"num_inference_steps": steps, "noise_level": 900}, report, is_stopped)
+
+    reports = stream(work, lock)
+    assert next(reports).total == 1800
+    reports.close()
+    with lock:  # the thread has ended its step
+        stopped_at = len(calls)
+    assert 0 < stopped_at < 500
+    reports = list(stream(lambda report, is_stopped: work(report, is_stopped, 10), lock))
+    assert isinstance(reports[-2], Step) and reports[-1].score == work(lambda step: None, lambda: False, 10).score
+    with pytest.raises(Stopped):
+        analyse(toy, "toy", upload, {}, is_stopped=lambda: True)
+    with pytest.raises(ValueError, match="noise_level"):
+        list(stream(lambda report, is_stopped: analyse(toy, "toy", upload, {"noise_level": 0}), lock))
+    assert not lock.locked()
 
 
 def test_methods_of_one_step_have_no_film_and_grad_cam_no_counterfactual(upload):
-    gan = answers.ask(FixedPointGANPipeline(toy_generator()), "gan", upload, {})
-    cam = answers.ask(GradCAMPipeline(toy_resnet(), sample_size=32), "cam", upload, {})
-    assert gan.counterfactual is not None and cam.counterfactual is None and answers.compared(cam) is None
-    assert json.loads(answers.viewer_data(cam))["counterfactual"] is None
-    for answer in (gan, cam):
-        assert answer.trajectory is None and "one step" in answers.film_card(answer)
+    gan = analyse(FixedPointGANPipeline(toy_generator()), "gan", upload, {})
+    cam = analyse(GradCAMPipeline(toy_resnet(), sample_size=32), "cam", upload, {})
+    assert gan.counterfactual is not None and cam.counterfactual is None and rendering.before_and_after(cam) is None
+    assert json.loads(rendering.viewer_data(cam))["counterfactual"] is None
+    for analysis in (gan, cam):
+        assert analysis.trajectory is None and "one step" in rendering.film_card(analysis)
         with pytest.raises(ValueError, match="one step"):
-            answers.film_file(answer)
-    assert picture_of(answers.picture_file(cam)[1]).width < picture_of(answers.picture_file(gan)[1]).width
+            rendering.film_file(analysis)
+    assert picture_of(rendering.panels_file(cam)[1]).width < picture_of(rendering.panels_file(gan)[1]).width
 
 
-def test_a_score_is_compared_with_its_like_alone(toy, upload, tmp_path):
-    answer = answers.ask(toy, "toy", upload, {})
-    scores = [answer.score - 0.01, answer.score - 0.005, answer.score + 0.01]
+def test_a_score_is_compared_only_with_scores_of_the_same_model_and_settings(toy, upload, tmp_path):
+    analysis = analyse(toy, "toy", upload, {})
+    scores = [analysis.score - 0.01, analysis.score - 0.005, analysis.score + 0.01]
     reference = ReferenceScores("3 <healthy> chests", as_json(toy.settings()), scores, weights_digest(toy))
-    card = answers.score_card(answer, reference, reference.fits(toy, {}), "a mean")
-    assert "<b>2 of 3</b>" in card and "3 &lt;healthy&gt; chests" in card and "svg+xml" in card
+    headline = rendering.headline(analysis, reference, reference.fits(toy, {}), "a mean", ["An <odd> view."])
+    assert "Higher than <b>2 of 3</b> healthy images (p = .5)" in headline and "An &lt;odd&gt; view." in headline
+    assert headline.index("Higher than") < headline.index(f"{analysis.score:.3f}") < headline.index("a mean")
+    assert "chest &lt;1&gt;.png" in headline
+    card = rendering.comparison_card(analysis, reference, True)
+    assert "3 &lt;healthy&gt; chests" in card and "svg+xml" in card
     assert reference.fits(toy, {"noise_level": 300}) and not reference.fits(toy, {"noise_level": 200})
-    below, of = reference.share_below(answer.score)
-    assert f"p = {(1 + of - below) / (1 + of):.2g}." in card and card.index("Higher than") < card.index('id="score"')
-    other = answers.score_card(answer, reference, reference.fits(toy, {"noise_level": 200}), "a mean")
-    assert "cannot be compared" in other and "2 of 3" not in other and "svg" not in other
-    assert "--healthy" in answers.score_card(answer, None, False, "a mean")
+    headline = rendering.headline(analysis, reference, reference.fits(toy, {"noise_level": 200}), "a mean", [])
+    other = rendering.comparison_card(analysis, reference, False)
+    assert "no comparison" in headline and "2 of 3" not in headline and "cannot be compared" in other
+    assert "svg" not in other and "--healthy" in rendering.comparison_card(analysis, None, False)
+    assert "No healthy images" in rendering.headline(analysis, None, False, "a mean", [])
+    assert [rendering.short_number(p) for p in (1 / 38, 0.19, 1, 0.5)] == [".026", ".19", "1", ".5"]
     half = type(toy).from_pretrained(toy.save_pretrained(tmp_path) or tmp_path, dtype=torch.float64)
     assert reference.fits(half, {}), "precision is not another model"
     half.unet.conv_out.bias.data += 1e-3
@@ -195,17 +244,17 @@ def test_a_score_is_compared_with_its_like_alone(toy, upload, tmp_path):
 
 
 def test_scores_below_zero_have_a_place_in_the_figure(toy, upload):
-    answer = answers.ask(toy, "toy", upload, {"score": "evidence"})
-    reference = ReferenceScores("3 chests", {}, [answer.score - 0.5, -0.2, 0.1])
-    svg = base64.b64decode(answers.score_figure(answer.score, reference).partition(",")[2]).decode()
+    analysis = analyse(toy, "toy", upload, {"score": "evidence"})
+    reference = ReferenceScores("3 chests", {}, [analysis.score - 0.5, -0.2, 0.1])
+    svg = base64.b64decode(rendering.score_figure(analysis.score, reference).partition(",")[2]).decode()
     dots = re.findall(r'<use xlink:href="#[^"]+" x="([\d.]+)"', svg)
     assert len(set(dots)) >= 3 and all(0 < float(x) < 360 for x in dots)
 
 
-def test_a_file_name_is_text_and_nothing_else(toy):
+def test_a_file_name_is_escaped_on_the_page_and_safe_in_downloads(toy):
     evil = Upload(Image.fromarray(chest()), "<img src=x onerror=alert(1)>.png", [])
-    assert "<img src=x" not in answers.upload_card(evil)
-    name, _ = answers.map_file(SimpleNamespace(name="../../etc/a b.png", own=lambda: np.zeros((2, 2))))
+    assert "<img src=x" not in rendering.upload_card(evil)
+    name, _ = rendering.map_file(SimpleNamespace(name="../../etc/a b.png", full_map=lambda: np.zeros((2, 2))))
     assert name == "_.._etc_a_b_map.png"
 
 
@@ -225,27 +274,28 @@ def test_healthy_scores_are_measured_once_for_a_model_its_settings_and_the_image
     assert first.scores == pytest.approx(sorted(alone), abs=1e-5) and first.share_below(1) == (len(alone),) * 2
     toy.register_to_config(settings={**TEN_STEPS, "noise_level": 200})
     assert cached_scores(toy, dataset, "phantoms", cache_dir=tmp_path).call["noise_level"] == 200
-    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".png", ".npz")], "no picture is kept"
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".png", ".npz")], "no image is stored"
 
 
-def test_the_page_measures_the_healthy_images_it_is_given_and_else_takes_those_kept(toy, tmp_path, monkeypatch):
+def test_the_page_measures_given_healthy_images_or_loads_stored_scores(toy, tmp_path, monkeypatch):
     from cxr_diffusers.demo.serve import references
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     dataset = load_phantom(n=6, size=16, seed=1)
     healthy = dataset.select([i for i, label in enumerate(dataset["label"]) if label == 0])
-    seen = []
-    found = references({"toy": toy}, healthy, "phantoms")("toy", lambda i, n: seen.append((i, n)))
-    assert found.data == "phantoms" and len(found.scores) == len(healthy) and seen[-1] == (len(healthy),) * 2
+    progress = []
+    measured = references({"toy": toy}, healthy, "phantoms")("toy", lambda i, n: progress.append((i, n)))
+    assert measured.data == "phantoms" and len(measured.scores) == len(healthy)
+    assert progress[-1] == (len(healthy),) * 2
     assert list((tmp_path / "cache" / "cxr_diffusers" / "healthy_scores").iterdir())
     toy.save_pretrained(tmp_path / "toy")
     toy.register_to_config(_name_or_path=str(tmp_path / "toy"))
     assert references({"toy": toy})("toy") is None
-    keep_scores(found, tmp_path / "toy")
-    assert references({"toy": toy})("toy").scores == found.scores
+    keep_scores(measured, tmp_path / "toy")
+    assert references({"toy": toy})("toy").scores == measured.scores
 
 
-def test_healthy_scores_are_of_healthy_images(toy):
+def test_healthy_scores_refuse_diseased_images(toy):
     with pytest.raises(ValueError, match="healthy images alone in phantoms, got [1-9]"):
         measure_scores(toy, load_phantom(n=8, size=16, seed=0), "phantoms")
     with pytest.raises(ValueError, match="at least one healthy image"):
@@ -253,7 +303,7 @@ def test_healthy_scores_are_of_healthy_images(toy):
 
 
 def test_the_shipped_models_carry_the_scores_of_37_healthy_radiographs():
-    """Of their present settings and weights, as far as the radiographs are at hand."""
+    """Scores of the present settings and weights; the first one is measured again where the radiographs are here."""
     from cxr_diffusers.demo.serve import open_models
 
     models = open_models()
@@ -263,12 +313,12 @@ def test_the_shipped_models_carry_the_scores_of_37_healthy_radiographs():
         kept = kept_scores(pipeline.config["_name_or_path"])
         assert len(kept.scores) == 37 and kept.fits(pipeline, {}), "measure again: benchmarks/healthy_scores.py"
         if sources.is_dir():
-            picture = read_image(sorted(sources.iterdir())[0])
-            score = float(pipeline(picture).anomaly_score[0])
-            assert min(abs(score - known) for known in kept.scores) < 1e-4
+            image = read_image(sorted(sources.iterdir())[0])
+            score = float(pipeline(image).anomaly_score[0])
+            assert min(abs(score - stored) for stored in kept.scores) < 1e-4
 
 
-def test_the_script_that_keeps_them(toy, tmp_path, capsys, monkeypatch):
+def test_the_script_that_stores_healthy_scores(toy, tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import healthy_scores
 
@@ -288,30 +338,35 @@ def test_the_script_that_keeps_them(toy, tmp_path, capsys, monkeypatch):
 # --- the page
 
 
-def test_a_method_brings_its_own_settings_and_no_others(toy):
+def test_a_method_has_only_its_own_settings(toy):
     page = pytest.importorskip("cxr_diffusers.demo.page")
-    looks = {look["label"]: look for look in page.slider_looks(toy)}
-    assert [name for name, look in looks.items() if look["visible"]] == ["Guidance scale", "Noise level", "Steps"]
-    assert looks["Noise level"]["value"] == 300 and looks["Steps"]["minimum"] <= 10 <= looks["Steps"]["maximum"]
-    assert page.call_of(toy, [2, 50, 400.0, 20.0]) == {
+    sliders = {options["label"]: options for options in page.slider_options(toy)}
+    assert [name for name, options in sliders.items() if options["visible"]] == [
+        "Guidance scale",
+        "Noise level",
+        "Steps",
+    ]
+    assert sliders["Noise level"]["value"] == 300
+    assert sliders["Steps"]["minimum"] <= 10 <= sliders["Steps"]["maximum"]
+    assert page.call_arguments(toy, [2, 50, 400.0, 20.0]) == {
         "guidance_scale": 2.0,
         "noise_level": 400,
         "num_inference_steps": 20,
     }
     toy.register_to_config(settings={"num_inference_steps": 1000})
-    assert [look["maximum"] for look in page.slider_looks(toy)][3] == 1000, "a checkpoint's own value is on its slider"
+    assert page.slider_options(toy)[3]["maximum"] == 1000, "the slider reaches the value of the checkpoint"
     toy.register_to_config(settings={"noise_level": [300, 500]})
-    assert [look["visible"] for look in page.slider_looks(toy)] == [True, False, False, True]
-    assert "noise_level" not in page.call_of(toy, [2, 50, 400, 20]), "several levels at once are left as they are"
+    assert [options["visible"] for options in page.slider_options(toy)] == [True, False, False, True]
+    assert "noise_level" not in page.call_arguments(toy, [2, 50, 400, 20]), "several levels at once have no slider"
     toy.register_to_config(settings={"guidance_scale": 4})
-    assert page.call_of(toy, [4.5, 50, 400, 20])["guidance_scale"] == 4.5, "half a step is not cut off a whole number"
+    assert page.call_arguments(toy, [4.5, 50, 400, 20])["guidance_scale"] == 4.5, "a whole number may become a fraction"
     gan = FixedPointGANPipeline(toy_generator())
-    assert not page.has_sliders(gan) and page.call_of(gan, [1, 2, 3, 4]) == {}
+    assert not page.has_sliders(gan) and page.call_arguments(gan, [1, 2, 3, 4]) == {}
     assert page.name_choices({"a": toy, "b": gan}) == {"Classifier-free guidance": "a", "Fixed-Point GAN": "b"}
     assert list(page.name_choices({"a": toy, "b": toy})) == [f"Classifier-free guidance: {x}" for x in "ab"]
 
 
-def test_one_picture_runs_at_a_time_and_no_endpoint_is_offered_to_programs(toy):
+def test_one_image_runs_at_a_time_and_no_endpoint_is_offered_to_programs(toy):
     page = pytest.importorskip("cxr_diffusers.demo.page").build_page({"toy": toy}, lambda name, progress: None)
     events = list(page.fns.values())
     model = [event for event in events if event.fn is not None and event.fn.__name__ == "run"]
@@ -327,28 +382,28 @@ def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys):
     assert "pip install 'cxr_diffusers[demo]'" in capsys.readouterr().err
 
 
-def test_the_threshold_goes_as_far_as_the_colours_and_says_whose_it_is(toy, upload):
+def test_the_threshold_slider_ends_with_the_colour_scale_and_says_what_1_is(toy, upload):
     page = pytest.importorskip("cxr_diffusers.demo.page")
-    answer = SimpleNamespace(vmax=0.06, threshold=0.02, own_threshold=True)
-    assert page.threshold_span(answer, 2.5)["maximum"] == 3.0 and page.threshold_span(answer, 2.5)["value"] == 2.5
-    answer = SimpleNamespace(vmax=1.0, threshold=0.82, own_threshold=True)
-    assert (page.threshold_span(answer, 2.5)["maximum"], page.threshold_span(answer, 2.5)["value"]) == (1.2, 1)
-    assert "model's own" in page.threshold_span(answer, 1)["info"]
+    analysis = SimpleNamespace(vmax=0.06, threshold=0.02, has_own_threshold=True)
+    assert page.factor_range(analysis, 2.5)["maximum"] == 3.0 and page.factor_range(analysis, 2.5)["value"] == 2.5
+    analysis = SimpleNamespace(vmax=1.0, threshold=0.82, has_own_threshold=True)
+    assert (page.factor_range(analysis, 2.5)["maximum"], page.factor_range(analysis, 2.5)["value"]) == (1.2, 1)
+    assert "model's own" in page.factor_range(analysis, 1)["info"]
     toy.register_to_config(map_threshold=None)
-    answer = answers.ask(toy, "toy", upload, {})
-    assert "has none" in page.threshold_span(answer, 1)["info"] and page.threshold_span(answer, 3)["maximum"] >= 2.95
-    assert answer.vmax == pytest.approx(np.quantile(answer.square, 0.995), rel=1e-5)
+    analysis = analyse(toy, "toy", upload, {})
+    assert "has none" in page.factor_range(analysis, 1)["info"] and page.factor_range(analysis, 3)["maximum"] >= 2.95
+    assert analysis.vmax == pytest.approx(np.quantile(analysis.square_map, 0.995), rel=1e-5)
 
 
-def test_a_model_of_the_same_name_as_another_is_not_left_out_without_a_word(toy, tmp_path):
+def test_two_models_of_the_same_name_are_refused(toy, tmp_path):
     for run in ("one", "two"):
         toy.save_pretrained(tmp_path / run / "final")
     with pytest.raises(ValueError, match="different names, got final twice"):
         open_models([tmp_path / "one" / "final", tmp_path / "two" / "final"], "cpu")
-    assert list(open_models(["cxr_cfg_64", "default"], "cpu"))[0] == "cxr_cfg_64", "one model by two names is one"
+    assert list(open_models(["cxr_cfg_64", "default"], "cpu"))[0] == "cxr_cfg_64", "the same model under two names"
 
 
-def test_a_port_that_is_taken_is_said_before_any_model_is_opened(capsys):
+def test_a_taken_port_is_reported_before_a_model_is_opened(capsys):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -1,23 +1,28 @@
-"""Open the page on a port, and leave nothing behind."""
+"""Serves the page on a port, and leaves no file behind."""
 
 import os
 import shutil
 import socket
 import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..hub.loading import CHECKPOINTS, DEFAULT, default_checkpoint, load_pipeline
-from ..inference.reference_scores import cached_scores, kept_scores
+from ..inference.reference_scores import ReferenceScores, cached_scores, kept_scores
 from ..precision import use_dtype
 
-WAITING = 16  # runs that may wait for the model; further ones are told to come back
+if TYPE_CHECKING:
+    import gradio as gr
+
+MAX_WAITING = 16  # runs in the queue; further ones are refused
 
 
 @contextmanager
-def temporary_folder():
-    """Where Gradio puts uploads for the moment until they are read; gone with the page."""
+def temporary_folder() -> Iterator[Path]:
+    """A folder for Gradio's temporary copies of uploads; deleted with the page."""
     folder = tempfile.mkdtemp(prefix="cxr_diffusers_demo_")  # readable by its owner alone
     before = os.environ.get("GRADIO_TEMP_DIR")
     os.environ["GRADIO_TEMP_DIR"] = folder
@@ -31,12 +36,14 @@ def temporary_folder():
             os.environ["GRADIO_TEMP_DIR"] = before
 
 
-def open_models(names=(), device=None, trust_remote_code=False, dtype="auto"):
+def open_models(
+    names: Sequence[str | Path] = (), device: str | None = None, trust_remote_code: bool = False, dtype: str = "auto"
+) -> dict[str, Any]:
     """{name: pipeline}: those of `names` first, then the shipped ones, the default one before the others.
 
     Raises:
-        ValueError: a model for pictures of several channels, one that does not answer with an anomaly map, or two of
-            `names` with one last part.
+        ValueError: a model for images of several channels, one that returns no anomaly map, or two of `names` with
+            the same last part.
     """
     from ..inference.detection import model_channels
     from ..processes import process_state
@@ -51,35 +58,37 @@ def open_models(names=(), device=None, trust_remote_code=False, dtype="auto"):
             raise ValueError(f"expected models of different names, got {short} twice: {', '.join(map(str, names))}")
         pipeline = load_pipeline(name, trust_remote_code)
         if model_channels(pipeline) not in (1, 3) or not hasattr(pipeline, "settings"):
-            raise ValueError(f"{name}: expected a model of anomalies in radiographs, got a {type(pipeline).__name__}")
+            raise ValueError(
+                f"{name}: expected a model that returns anomaly maps of radiographs, got a {type(pipeline).__name__}"
+            )
         pipeline.set_progress_bar_config(disable=True)
         models[short] = use_dtype(pipeline.to(device or process_state().device), dtype)
     return models
 
 
-def references(models, healthy=None, data=""):
-    """`reference_of(name, progress)` for `build_page`: measured on the data set `healthy` when first asked for, or
-    those that are kept with the model."""
-    known = {}
+def references(models: Mapping[str, Any], healthy: Any = None, data: str = "") -> Callable[..., ReferenceScores | None]:
+    """`reference_of(name, progress)` for `build_page`: measured on the data set `healthy` on first use, or those stored
+    with the model."""
+    references: dict[str, ReferenceScores | None] = {}
 
-    def reference_of(name, progress=None):
-        if name not in known:
+    def reference_of(name: str, progress: Callable[[int, int], None] | None = None) -> ReferenceScores | None:
+        if name not in references:
             if healthy is not None:
-                known[name] = cached_scores(models[name], healthy, data, progress=progress)
+                references[name] = cached_scores(models[name], healthy, data, progress=progress)
             else:
-                known[name] = kept_scores(source_of(models[name]))
-        return known[name]
+                references[name] = kept_scores(source_of(models[name]))
+        return references[name]
 
     return reference_of
 
 
-def source_of(pipeline):
-    """The folder or the Hub name that a pipeline was opened from."""
+def source_of(pipeline: Any) -> str:
+    """The folder or the Hub name that a pipeline was loaded from."""
     return str(pipeline.config.get("_name_or_path") or default_checkpoint())
 
 
-def check_port(host, port):
-    """Raise ValueError where nobody can listen: the port is taken, or may not be had. None is always free."""
+def check_port(host: str, port: int | None) -> None:
+    """Raise ValueError if the port is taken or not permitted. None, the first free port, is always possible."""
     if port is None:
         return
     try:
@@ -91,23 +100,31 @@ def check_port(host, port):
 
 
 def launch(
-    page, *, host="127.0.0.1", port=None, share=False, root_path=None, max_megabytes=64, allow_hosts=(), wait=True
-):
-    """Serve a page of `build_page`; -> (address, page) when `wait` is False, else when it is stopped.
+    page: "gr.Blocks",
+    *,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    share: bool = False,
+    root_path: str | None = None,
+    max_megabytes: int = 64,
+    allow_hosts: Sequence[str] = (),
+    wait: bool = True,
+) -> tuple[str, "gr.Blocks"]:
+    """Serve a page of `build_page`; returns (address, page) at once when `wait` is False, else when it is stopped.
 
-    Nothing is sent anywhere, nothing is recorded, no other file can be asked for, and requests of other web sites are
-    refused (`guard.Guard`).
+    Nothing is sent to other machines, nothing is recorded, no other file can be requested, and requests of other web
+    sites are refused (`guard.Guard`).
 
     Args:
-        allow_hosts: names, besides IP addresses and this machine's, under which the page may be asked for.
+        allow_hosts: names, besides IP addresses and the name of this machine, under which the page may be requested.
     """
     from starlette.middleware import Middleware
 
     from .guard import Guard
-    from .page import DARK, look
+    from .page import ON_LOAD, page_theme
 
     names = (*allow_hosts, *([".gradio.live"] if share else []))
-    page.queue(max_size=WAITING, default_concurrency_limit=4, api_open=False)
+    page.queue(max_size=MAX_WAITING, default_concurrency_limit=4, api_open=False)
     _, local, public = page.launch(
         server_name=host,
         server_port=port,
@@ -118,7 +135,7 @@ def launch(
         inbrowser=False,
         quiet=True,
         footer_links=[],
-        run_history=False,  # which would keep pictures in the browser
+        run_history=False,  # would store images in the browser
         ssr_mode=False,
         enable_monitoring=False,
         pwa=False,
@@ -126,8 +143,8 @@ def launch(
         mcp_server=False,
         app_kwargs={"middleware": [Middleware(Guard, hosts=names, address=host)]},
         state_session_capacity=64,
-        theme=look(),
+        theme=page_theme(),
         css=(files(__package__) / "page.css").read_text(),
-        js=DARK,
+        js=ON_LOAD,
     )
     return public or local, page

@@ -1,4 +1,4 @@
-"""A file that somebody hands in -> a radiograph, or a sentence that says why not."""
+"""Reads an uploaded file as a radiograph, or refuses it with a reason."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,67 +8,69 @@ import PIL.Image
 
 from ..data.colour import COLOURED, TINTED, colour_level
 from ..data.dicom_checks import warnings_of
-from ..data.images import DICOM_SUFFIXES, PIL_SUFFIXES, is_dicom, read_header, read_image
+from ..data.images import DICOM_SUFFIXES, PIL_SUFFIXES, check_has_contrast, is_dicom, read_header, read_image
 from ..data.limits import check_scans
 
-FORMATS = ("PNG", "JPEG", "TIFF", "BMP")  # by content: PIL knows others, some of which start programs
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP")  # by content: PIL reads others with external programs
 MAX_MEGAPIXELS = 40  # a chest radiograph has about 10
 SMALLEST = 32  # pixels, of the shorter side
-LONGEST = 4  # times the shorter side
+MAX_ASPECT_RATIO = 4  # longer side / shorter side
 
 
 @dataclass
 class Upload:
-    """A radiograph that was handed in. name: its file's, without folders. warnings: sentences for the reader."""
+    """An uploaded radiograph. name: of the file, without folders. warnings: sentences for the user of the page."""
 
-    picture: PIL.Image.Image
+    image: PIL.Image.Image
     name: str
     warnings: list[str]
 
 
-def read_upload(path, max_megapixels=MAX_MEGAPIXELS):
-    """Read a png, jpg, bmp, tif or DICOM file that may be anything.
+def read_upload(path: Path | str, max_megapixels: float = MAX_MEGAPIXELS) -> Upload:
+    """Read a png, jpg, bmp, tif or DICOM file of unknown origin.
 
-    The size is read from the header before any pixel is decoded; the type of the file from its content.
+    The size is read from the header before any pixel is decoded; the file format is detected from the content.
 
     Raises:
-        ValueError: no such picture, too large, too small, empty, or in colour; the message is for the page's reader.
+        ValueError: not a readable image, too large, too small, of one value, or in colour; the message is for the
+            user of the page.
     """
     path = Path(path)
     dicom = path.suffix.lower() not in PIL_SUFFIXES and is_dicom(path)
     if not dicom and path.suffix.lower() not in PIL_SUFFIXES:
-        kinds = ", ".join(suffix[1:] for suffix in (*PIL_SUFFIXES, *DICOM_SUFFIXES[:1]))
-        raise ValueError(f"{path.name} is no picture that this page reads. Expected a radiograph as {kinds}.")
+        formats = ", ".join(suffix[1:] for suffix in (*PIL_SUFFIXES, *DICOM_SUFFIXES[:1]))
+        raise ValueError(f"{path.name} is not an image file. Expected a radiograph as {formats}.")
     try:
         check_size(*(dicom_size(path) if dicom else header_size(path)), max_megapixels)
         warnings = dicom_warnings(path) if dicom else colour_warnings(path)
-        picture = read_image(path)
+        image = read_image(path)
     except Refused as error:
         raise ValueError(f"{path.name}: {error}") from None
-    except Exception as error:  # whatever a broken file makes of its reader
+    except Exception as error:  # a broken file can make its decoder raise anything
         reason = str(error).removeprefix(f"{path}: ").replace(str(path), path.name)
-        raise ValueError(f"{path.name} cannot be read as a picture: {reason[:200]}") from None
-    if is_blank(picture):
-        raise ValueError(f"{path.name} is blank: it has next to no greys that differ.")
-    return Upload(picture, path.name, warnings)
+        raise ValueError(f"{path.name} cannot be read as an image: {reason[:200]}") from None
+    check_has_contrast(image, path.name)
+    if is_blank(image):
+        raise ValueError(f"{path.name} is blank: nearly all pixels have the same value.")
+    return Upload(image, path.name, warnings)
 
 
 class Refused(ValueError):
-    """A picture, but none for this page."""
+    """An image, but not one for this page."""
 
 
-def check_size(width, height, max_megapixels=MAX_MEGAPIXELS):
-    """Raise `Refused` for what is too large to decode here, too small, or too long to be a chest."""
+def check_size(width: int, height: int, max_megapixels: float = MAX_MEGAPIXELS) -> None:
+    """Raise `Refused` for an image that is too large to decode here, too small, or too long for a chest."""
     size = f"{width} \u00d7 {height} pixels"
     if width * height > max_megapixels * 1e6:
-        raise Refused(f"{size} are more than the {max_megapixels:g} megapixels that this page takes.")
+        raise Refused(f"{size} are more than the limit of {max_megapixels:g} megapixels.")
     if min(width, height) < SMALLEST:
-        raise Refused(f"{size} are too few: expected {SMALLEST} or more each way.")
-    if max(width, height) > LONGEST * min(width, height):
-        raise Refused(f"{size} are no radiograph of a chest: one side is over {LONGEST} times as long as the other.")
+        raise Refused(f"{size} are too few: expected at least {SMALLEST} in both directions.")
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise Refused(f"{size} are too long for a chest: one side is over {MAX_ASPECT_RATIO} times the other.")
 
 
-def header_size(path):
+def header_size(path: Path) -> tuple[int, int]:
     """(width, height) of a png, jpg, bmp or tif file, from its header."""
     with PIL.Image.open(path, formats=FORMATS) as image:
         if image.format in ("JPEG", "MPO"):
@@ -76,8 +78,8 @@ def header_size(path):
         return image.size
 
 
-def dicom_size(path):
-    """(width, height) of a DICOM file, from its header; a compressed header is not opened, it may be endless."""
+def dicom_size(path: Path) -> tuple[int, int]:
+    """(width, height) of a DICOM file, from its header; a deflated data set is refused, its size is unknown."""
     import pydicom
     from pydicom.filereader import read_file_meta_info
 
@@ -86,35 +88,35 @@ def dicom_size(path):
     except pydicom.errors.InvalidDicomError:  # no preamble, as some old exports
         syntax = None
     if syntax is not None and syntax.is_deflated:
-        raise Refused("its data set is compressed as a whole (deflated), which this page does not open.")
-    try:  # pydicom's own messages quote the header, which is a patient's
+        raise Refused("its data set is compressed as a whole (deflated), which this page does not read.")
+    try:  # pydicom's own messages quote the header, which holds the patient's data
         header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=["Rows", "Columns"])
         return int(header.Columns), int(header.Rows)
     except AttributeError:
-        raise Refused("a DICOM file without a picture (a report, or no DICOM file at all).") from None
+        raise Refused("a DICOM file without an image (a report, or no DICOM file at all).") from None
     except Exception:
         raise Refused("a DICOM file whose header is damaged.") from None
 
 
-def dicom_warnings(path):
-    """Sentences about a DICOM file whose header does not speak of a frontal radiograph of a chest; [] for one that does
-    or is silent."""
-    return [f"Its header speaks against it: {warning}." for warning in warnings_of(read_header(path))]
+def dicom_warnings(path: Path) -> list[str]:
+    """Sentences for a DICOM header that names another modality, view or body part than a frontal chest radiograph."""
+    return [
+        f"The DICOM header does not fit a frontal chest radiograph: {text}." for text in warnings_of(read_header(path))
+    ]
 
 
-def colour_warnings(path):
-    """[] for a grey picture, a sentence for one with some colour; `Refused` where most of it is coloured."""
+def colour_warnings(path: Path) -> list[str]:
+    """[] for a grey image, a sentence for one with some colour; raises `Refused` where most of it is coloured."""
     level = colour_level(path)
     if level == COLOURED:
-        raise Refused("a colour picture. Radiographs are grey: is this a photograph, or a picture of something else?")
+        raise Refused("a colour image. Radiographs are grey: is this a photograph?")
     if level == TINTED:
-        return ["It has some colour, which is read as grey: drawn marks or a tint change the answer."]
+        return ["The image has some colour, which is converted to grey: annotations or a tint change the answer."]
     return []
 
 
-def is_blank(picture):
-    """True where a grey PIL picture shows nothing: hardly any greys, or 98 % of its pixels within 2 % of the range of
-    its values."""
-    array = np.asarray(picture)
+def is_blank(image: PIL.Image.Image) -> bool:
+    """True for a grey PIL image of fewer than 8 values, or with 98 % of its pixels within 2 % of its maximum."""
+    array = np.asarray(image)
     low, high = np.quantile(array[:: max(1, array.shape[0] // 512), :: max(1, array.shape[1] // 512)], [0.01, 0.99])
-    return len(np.unique(array)) < 8 or high - low <= 0.02 * max(float(array.max()), 1)
+    return bool(len(np.unique(array)) < 8 or high - low <= 0.02 * max(float(array.max()), 1))

@@ -1,15 +1,16 @@
-// The three pictures and the map over the input. `element`, `props` and `watch` are Gradio's (gr.HTML, js_on_load).
-// The map comes as a PNG of two bytes a value, so the sliders work here and the server has no part in it.
-const view = (window.cxrView = { opacity: 0.8, times: 1, shown: null, draw: () => {} });
+// The three images, with the map over the input. `element`, `props` and `watch` are Gradio's (gr.HTML, js_on_load).
+// The map is a PNG of two bytes a value, so the sliders work in the browser, without the server.
+// `window.cxrView` outlives the element, which is removed during a run: opacity and factor are those of the sliders.
+const view = (window.cxrView = { opacity: 0.8, factor: 1, ...window.cxrView, layers: null });
 
 async function pixels(uri) {
-  const picture = new Image();
-  picture.src = uri;
-  await picture.decode();
+  const image = new Image();
+  image.src = uri;
+  await image.decode();
   const canvas = document.createElement("canvas");
-  [canvas.width, canvas.height] = [picture.naturalWidth, picture.naturalHeight];
+  [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
   const context = canvas.getContext("2d", { willReadFrequently: true });
-  context.drawImage(picture, 0, 0);
+  context.drawImage(image, 0, 0);
   return context.getImageData(0, 0, canvas.width, canvas.height);
 }
 
@@ -17,30 +18,30 @@ async function load() {
   const data = JSON.parse(props.value || "null");
   const panels = element.querySelector(".panels");
   panels.dataset.state = data ? "answer" : "empty";
-  if (!data) { view.shown = null; return; }
+  if (!data) { view.layers = null; return; }
   const [grey, map] = [await pixels(data.input), await pixels(data.map)];
   const values = new Float32Array(map.width * map.height);
   for (let p = 0; p < values.length; p++) values[p] = (map.data[4 * p] * 256 + map.data[4 * p + 1]) / 65535;
-  view.shown = { grey, values, vmax: data.vmax, unit: data.threshold, colours: data.colours };
+  view.layers = { grey, values, vmax: data.vmax, unit: data.threshold, colours: data.colours };
   element.querySelector(".input img").src = data.input;
-  const other = element.querySelector(".other");
-  other.classList.toggle("none", !data.counterfactual);
-  if (data.counterfactual) other.querySelector("img").src = data.counterfactual;
+  const healthy = element.querySelector(".healthy");
+  healthy.classList.toggle("none", !data.counterfactual);
+  if (data.counterfactual) healthy.querySelector("img").src = data.counterfactual;
   element.querySelector(".bar .high").textContent = "\u2265 " + data.vmax.toPrecision(2);
   element.querySelector(".bar .middle").textContent = (data.vmax / 2).toPrecision(2);
   view.draw();
 }
 
 function outlined(values, width, height, x, y, threshold) {
-  const [r, p] = [Math.max(1, Math.round(width / 300)), y * width + x];  // two pixels on a screen
+  const [r, p] = [Math.max(1, Math.round(width / 300)), y * width + x];  // about two pixels on the screen
   return (x >= r && !(values[p - r] > threshold)) || (x < width - r && !(values[p + r] > threshold))
     || (y >= r && !(values[p - r * width] > threshold)) || (y < height - r && !(values[p + r * width] > threshold));
 }
 
 view.draw = () => {
-  if (!view.shown) return;
-  const { grey, values, vmax, unit, colours } = view.shown;
-  const opacity = view.opacity, threshold = view.times * unit;
+  if (!view.layers) return;
+  const { grey, values, vmax, unit, colours } = view.layers;
+  const opacity = view.opacity, threshold = view.factor * unit;
   const [width, height] = [grey.width, grey.height];
   const canvas = element.querySelector("canvas");
   [canvas.width, canvas.height] = [width, height];
@@ -54,7 +55,7 @@ view.draw = () => {
       above += inside;
       for (let k = 0; k < 3; k++) out.data[q + k] = grey.data[q + k] * (1 - alpha) + colours[c + k] * alpha;
       out.data[q + 3] = 255;
-      // the mask's outline: inside, and not far from where it is not; at the picture's border there is none
+      // the outline of the mask: its pixels next to others outside it; none at the border of the image
       if (inside && outlined(values, width, height, x, y, threshold)) out.data.fill(255, q, q + 3);
     }
   }
@@ -67,7 +68,7 @@ view.draw = () => {
   bar.style.background = `linear-gradient(to right, ${stops})`;
   const share = (100 * above) / values.length;
   element.querySelector(".above").textContent = above
-    ? `${share.toFixed(1)} % of the picture above ${threshold.toFixed(3)}`
+    ? `${share.toFixed(1)} % of the image above ${threshold.toFixed(3)}`
     : `nothing above ${threshold.toFixed(3)}: lower the threshold to see what is weaker`;
   canvas.dataset.above = above;
 };

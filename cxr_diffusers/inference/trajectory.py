@@ -133,9 +133,13 @@ class Trajectory:
                     page.paste(panel, (x, y))
                 y += panel_size + GAP
         y = page.height - (text + GAP)
-        note = "latents" + (" above, predicted clean image of each step below" if both else "")
+        note = "noisy image" + (" above, predicted clean image below" if both else "")
         write_words(draw, (GAP, y), note, text, DIM, width - 2 * GAP)
         return page
+
+    def last_panels(self, panel_size: int = 256, index: int = 0) -> list[Image.Image]:
+        """[noisy image, predicted clean image where known] of the latest frame, square RGB PIL images."""
+        return [panel for panel in self._panels(self.last, index, panel_size, True) if panel is not None]
 
     def save(self, path: Path | str, index: int = 0, panel_size: int = 256) -> None:
         """Write .webp or .gif (the animation) or .png (the strip); `path` never holds half a file.
@@ -244,7 +248,7 @@ def _film_frame(panels, frame, done):
     draw = ImageDraw.Draw(page)
     for k, panel in enumerate(panels):
         x = GAP + k * (size + GAP)
-        write_words(draw, (x, GAP), ("latents", "predicted clean image")[k], text, DIM, size)
+        write_words(draw, (x, GAP), ("noisy image", "predicted clean image")[k], text, DIM, size)
         if panel is not None:
             page.paste(panel, (x, text + 2 * GAP))
     y = page.height - text - 2 * GAP

@@ -1,6 +1,6 @@
 """The scores of healthy images, kept beside models: what the web page puts a picture's score beside.
 
-    python benchmarks/healthy_scores.py --data DATA --named "WHAT THEY ARE" cxr_cfg_64 cxr_classifier_64 ...
+    python benchmarks/healthy_scores.py --data DATA --named "WHAT THEY ARE" cxr_cfg_128 cxr_classifier_128 ...
 
 DATA as in `cxr-diffusers evaluate`; MODEL is a folder or the name of a shipped model. Prints a table and writes
 `healthy_scores.json` into each model's folder.

@@ -71,8 +71,8 @@ def build_classifier(recipe):
         assert recipe.images["size"] and not recipe.diffusion
         return "train_classifier.py", GradCAMPipeline.ORIGINAL_SETTINGS
     guided = recipe.diffusion["model"]
-    # the shipped model, or the run of another recipe
-    size = open_recipe(ROOT / "configs" / f"{'cxr_cfg_64' if guided == 'default' else Path(guided).name}.yaml")
+    # the run of another recipe
+    size = open_recipe(ROOT / "configs" / f"{Path(guided).name}.yaml")
     size = size.unet["sample_size"]
     with torch.device("meta"):
         NoisyClassifier(sample_size=size, **recipe.classifier)

@@ -338,7 +338,7 @@ def test_saved_and_published_folders_run_with_their_own_code_without_this_packag
         assert first == second and len(first) > 2
 
 
-SHIPPED = ["cxr_cfg_64", "cxr_cfg_128", "cxr_fixed_point_gan_64", "cxr_grad_cam_128"]
+SHIPPED = ["cxr_cfg_128", "cxr_fixed_point_gan_128", "cxr_grad_cam_128", "cxr_pyramid_128"]
 
 
 @pytest.mark.parametrize("name", SHIPPED)

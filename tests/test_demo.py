@@ -307,7 +307,7 @@ def test_the_shipped_models_carry_the_scores_of_37_healthy_radiographs():
     from cxr_diffusers.demo.serve import open_models
 
     models = open_models()
-    assert list(models)[0] == "cxr_cfg_64" and len(models) == 5
+    assert list(models)[0] == "cxr_cfg_128" and len(models) == 5
     sources = ROOT.parent / "shared" / "cxr" / "val_implants" / "sources"
     for pipeline in models.values():
         kept = kept_scores(pipeline.config["_name_or_path"])
@@ -400,7 +400,7 @@ def test_two_models_of_the_same_name_are_refused(toy, tmp_path):
         toy.save_pretrained(tmp_path / run / "final")
     with pytest.raises(ValueError, match="different names, got final twice"):
         open_models([tmp_path / "one" / "final", tmp_path / "two" / "final"], "cpu")
-    assert list(open_models(["cxr_cfg_64", "default"], "cpu"))[0] == "cxr_cfg_64", "the same model under two names"
+    assert list(open_models(["cxr_cfg_128", "default"], "cpu"))[0] == "cxr_cfg_128", "the same model under two names"
 
 
 def test_a_taken_port_is_reported_before_a_model_is_opened(capsys):

@@ -40,25 +40,25 @@ def test_a_pipeline_in_bfloat16_gives_the_map_of_float32(name):
 
 
 def test_a_pipeline_in_bfloat16_is_saved_as_it_was(tmp_path):
-    pipeline = use_dtype(load_pipeline("cxr_fixed_point_gan_64"), "bfloat16")
+    pipeline = use_dtype(load_pipeline("cxr_fixed_point_gan_128"), "bfloat16")
     pipeline.save_pretrained(tmp_path / "saved")
-    assert weights_digest(load_pipeline(tmp_path / "saved")) == weights_digest(load_pipeline("cxr_fixed_point_gan_64"))
+    assert weights_digest(load_pipeline(tmp_path / "saved")) == weights_digest(load_pipeline("cxr_fixed_point_gan_128"))
 
 
 @pytest.mark.parametrize(("dtype", "message"), [("int8", "auto, float32"), ("float16", "CUDA device")])
 def test_other_number_formats_are_refused(dtype, message):
     with pytest.raises(ValueError, match=message):
-        use_dtype(load_pipeline("cxr_fixed_point_gan_64"), dtype)
+        use_dtype(load_pipeline("cxr_fixed_point_gan_128"), dtype)
 
 
 def test_auto_is_bfloat16_where_the_cpu_has_it():
-    network = use_dtype(load_pipeline("cxr_fixed_point_gan_64")).generator
+    network = use_dtype(load_pipeline("cxr_fixed_point_gan_128")).generator
     assert (network.forward is not network._plain_forward) == cpu_has_bfloat16()
 
 
 def test_the_command_line_computes_in_the_format_that_it_is_given(tmp_path):
     for dtype in ("float32", "bfloat16"):
-        options = ["--model", "cxr_fixed_point_gan_64", "--dtype", dtype, "--map-format", "npy"]
+        options = ["--model", "cxr_fixed_point_gan_128", "--dtype", dtype, "--map-format", "npy"]
         assert main(["detect", str(SAMPLE), "--out", str(tmp_path / dtype), *options]) == 0
     maps = [np.load(next((tmp_path / dtype / "maps").glob("*.npy"))) for dtype in ("float32", "bfloat16")]
     assert not np.array_equal(*maps)

@@ -34,7 +34,7 @@ def shipped():
 
 def test_the_default_model_is_small_and_its_card_complete():
     folder = Path(default_checkpoint())
-    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 24e6
+    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 34e6
     assert not [p for p in folder.rglob("*") if p.suffix in (".bin", ".pt", ".pkl")]
     card = " ".join((folder / "README.md").read_text().split())
     assert "Research use only" in card and "NIH Clinical Center" in card and "model-index" in card
@@ -44,12 +44,12 @@ def samples(n):
     return [read_image(path) for path in list_images(SAMPLES)[:n]]
 
 
-def test_its_own_settings_cost_at_most_fifty_forwards_an_image(shipped):
+def test_its_own_settings_cost_at_most_seventy_forwards_an_image(shipped):
     count = []
     hook = shipped.unet.register_forward_pre_hook(lambda unet, args: count.append(len(args[0])))
     output = shipped(samples(1), output_type="np")
     hook.remove()
-    assert 0 < sum(count) <= 50
+    assert 0 < sum(count) <= 70
     assert shipped.config.map_threshold < output.anomaly_map.max()
 
 
@@ -58,7 +58,7 @@ FEW_STEPS = {"num_inference_steps": 8, "evidence": 0.0, "score": "map"}
 
 def test_a_call_with_other_settings(shipped):
     output = shipped(samples(1), guidance_scale=4, noise_level=500, **FEW_STEPS)
-    assert output.anomaly_map[0].size == (64, 64)
+    assert output.anomaly_map[0].size == (128, 128)
 
 
 def test_healthy_counterfactuals_have_darker_lung_bases(shipped):
@@ -67,7 +67,7 @@ def test_healthy_counterfactuals_have_darker_lung_bases(shipped):
     images = samples(3)
     healthy = shipped(images, output_type="np", **FEW_STEPS)
     ill = shipped(images, output_type="np", target_label="pleural effusion", negative_label="healthy", **FEW_STEPS)
-    bases = (slice(None), slice(32, 64), slice(12, 52))  # the lung bases; not the arms
+    bases = (slice(None), slice(64, 128), slice(24, 104))  # the lung bases; not the arms
     assert healthy.counterfactual[bases].mean() < ill.counterfactual[bases].mean() - 0.01
 
 
@@ -88,7 +88,7 @@ def test_it_beats_chance_and_its_own_mean_map_intervals_apart(shipped):
     assert method["low"] > rows["mean map"]["pixel_ap"]["high"]
 
 
-@pytest.mark.parametrize("name", ["cxr_classifier_64", "cxr_grad_cam_128"])
+@pytest.mark.parametrize("name", ["cxr_classifier_128", "cxr_grad_cam_128", "cxr_pyramid_128"])
 def test_the_other_models_open_by_their_names_and_have_complete_cards(name):
     folder = Path(default_checkpoint(name))
     assert not [p for p in folder.rglob("*") if p.suffix in (".bin", ".pt", ".pkl")]
@@ -103,7 +103,7 @@ def test_the_other_models_open_by_their_names_and_have_complete_cards(name):
 
 
 def test_a_classifier_guides_the_one_unet_to_higher_probability_of_healthy(shipped):
-    pipeline = load_pipeline("cxr_classifier_64")
+    pipeline = load_pipeline("cxr_classifier_128")
     pipeline.set_progress_bar_config(disable=True)
     for ours, theirs in zip(pipeline.unet.parameters(), shipped.unet.parameters(), strict=True):
         assert torch.equal(ours, theirs)
@@ -120,13 +120,13 @@ def test_all_that_is_shipped_stays_small():
     shipped = Path(default_checkpoint()).parent
     assert {p.parent.name for p in shipped.glob("*/model_index.json")} == {
         "cxr_cfg_128",
-        "cxr_cfg_64",
-        "cxr_classifier_64",
-        "cxr_fixed_point_gan_64",
+        "cxr_classifier_128",
+        "cxr_fixed_point_gan_128",
         "cxr_grad_cam_128",
+        "cxr_pyramid_128",
     }
     assert sum(p.stat().st_size for p in shipped.rglob("*") if p.is_file()) < 60e6
-    with pytest.raises(ValueError, match="cxr_cfg_128, cxr_cfg_64, cxr_classifier_64"):
+    with pytest.raises(ValueError, match="cxr_cfg_128, cxr_classifier_128"):
         default_checkpoint("cxr_cfg_256")
 
 
@@ -161,7 +161,7 @@ def test_a_card_has_the_metadata_of_the_hub_and_its_sections(folder):
 
 
 def test_the_fixed_point_gan_is_small_opens_by_its_name_and_states_its_limits():
-    folder = Path(default_checkpoint("cxr_fixed_point_gan_64"))
+    folder = Path(default_checkpoint("cxr_fixed_point_gan_128"))
     assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 8e6
     assert not [p for p in folder.rglob("*") if p.suffix in (".bin", ".pt", ".pkl")]
     card = " ".join((folder / "README.md").read_text().split())
@@ -176,7 +176,7 @@ def test_the_fixed_point_gan_is_small_opens_by_its_name_and_states_its_limits():
     healthy, ill = (gan(images, target_label=k, output_type="np") for k in (0, 1))
     assert abs(healthy.counterfactual - healthy.image).mean() < 0.05, "the same chest, but for what changed"
     # the classes differ in the interior, not at the border alone
-    assert abs(healthy.counterfactual - ill.counterfactual)[:, 16:48, 16:48].mean() > 0.01
+    assert abs(healthy.counterfactual - ill.counterfactual)[:, 32:96, 32:96].mean() > 0.01
     assert 0 < gan.config.map_threshold < healthy.anomaly_map.max()
 
 

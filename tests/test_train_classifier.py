@@ -105,7 +105,7 @@ def test_it_goes_on_from_the_classifier_of_another_model(script, guided, tmp_pat
     before, after = (ClassifierGuidedPipeline.from_pretrained(tmp_path / name) for name in ("run", "again"))
     for ours, theirs in zip(after.classifier.parameters(), before.classifier.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    for other in (tmp_path / "guided", "cxr_classifier_64"):  # no classifier, and one of another size
+    for other in (tmp_path / "guided", "cxr_classifier_128"):  # no classifier, and one of another size
         with pytest.raises(ValueError, match="train.init_from: expected a classifier of this recipe"):
             script.main([*guided, f"train.init_from={other}", f"train.output_dir={tmp_path / 'third'}"])
 

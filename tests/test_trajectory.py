@@ -198,7 +198,7 @@ def test_a_pipeline_without_steps_has_no_animation(folder, tmp_path, capsys):
         with pytest.raises(ValueError, match=f"with denoising steps .* got a {out.name}"):
             detect(pipeline, [folder], out, progress=False, save_trajectory=True)
         assert not out.exists()
-    command = ["detect", str(folder), "--out", str(out), "--model", "cxr_fixed_point_gan_64", "--save-trajectory"]
+    command = ["detect", str(folder), "--out", str(out), "--model", "cxr_fixed_point_gan_128", "--save-trajectory"]
     assert main(command) == 2 and "with denoising steps" in capsys.readouterr().err
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from .options import SETTINGS, add_command, open_pipeline
+from .options import SETTINGS, add_command, add_device_options, open_pipeline
 
 CALIBRATE = """\
 DATA is a folder of images, or NAME:key=value,... as for `cxr-diffusers evaluate`. Take validation images: neither
@@ -29,9 +29,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     calibrate.add_argument("--quantile", type=float, default=0.95, help=text)
     calibrate.add_argument("--named", help="description of the healthy images, for figures (default: DATA)")
     calibrate.add_argument("--batch-size", type=int, default=8, help="images at once (default: 8)")
-    calibrate.add_argument("--device", help="cuda, mps, cpu (default: the best there is)")
+    add_device_options(calibrate)
     # a model is calibrated with its own settings
-    calibrate.set_defaults(trust_remote_code=False, backend=None, as_original=False, dtype="auto")
+    calibrate.set_defaults(trust_remote_code=False, backend=None, as_original=False)
     calibrate.set_defaults(**dict.fromkeys(SETTINGS))
 
 

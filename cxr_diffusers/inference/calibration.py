@@ -13,8 +13,8 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from ..data.images import picture_size
-from ..evaluation.answers import load_answer, save_answer
 from ..evaluation.masks import healthy_threshold
+from ..evaluation.predictions import load_prediction, save_prediction
 from ..files import write_file
 from ..fingerprints import fingerprint, image_digest
 from ..hub.loading import CHECKPOINTS, is_hub_name, load_pipeline, read_index, shipped_folder
@@ -135,9 +135,9 @@ def compute_once(
         for start in range(0, len(missing), batch_size):
             batch = missing[start : start + batch_size]
             for i, result in zip(batch, compute(pipeline, [dataset[i]["image"] for i in batch]), strict=True):
-                save_answer(result, files[i])
+                save_prediction(result, files[i])
             bar.update(len(batch))
-    return [load_answer(file) for file in files]
+    return [load_prediction(file) for file in files]
 
 
 def measure_errors(

@@ -26,7 +26,7 @@ from cxr_diffusers.precision import use_dtype
 from cxr_diffusers.visualization import side_by_side
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
-CREDIT = "Radiographs: NIH Clinical Center, ChestX-ray14. Boxes: radiologists (NIH; RSNA). Never used for training."
+CREDIT = "Radiograph: NIH Clinical Center, ChestX-ray14; boxes: radiologists. Not used for training."
 
 
 def stamp(path: Path, models: list[str]) -> None:
@@ -56,7 +56,9 @@ def panel(pipeline, row: dict, title: str | None = None) -> Image.Image:
     size, aspect = (image.height, image.width), pipeline.config.aspect
     counterfactual = restore_map(output.counterfactual[0].mean(-1), *size, aspect)
     anomaly_map = restore_map(output.anomaly_map[0], *size, aspect)
-    return side_by_side(image, counterfactual, anomaly_map, boxes=row["boxes"], title=title, panel_size=300)
+    vmax = 3 * pipeline.config.map_threshold  # as in `cxr-diffusers detect`
+    boxes = row["boxes"]
+    return side_by_side(image, counterfactual, anomaly_map, boxes=boxes, vmax=vmax, title=title, panel_size=300)
 
 
 def takes_view(pipeline, row: dict) -> bool:

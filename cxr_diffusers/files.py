@@ -111,7 +111,7 @@ def copy_file(source: Path | str, target: Path | str) -> None:
 
 
 def remove_dead(folder: Path | str) -> None:
-    """Delete temporary files below a folder whose process on this machine has ended, or which are older than an hour."""
+    """Delete temporary files below a folder that are older than an hour or whose process has ended."""
     for place, _, names in os.walk(folder):
         for name in names:
             match = TEMPORARY.fullmatch(name)

@@ -88,7 +88,9 @@ def test_a_shard_takes_every_nth_image_of_all_also_when_others_are_done(pipeline
     run_detect(pipeline, [folder], tmp_path / "out", shard=Shard(0, 4), save_panel=False)
     first = {path.stem for path in (tmp_path / "out" / "rows").iterdir()}
     run_detect(pipeline, [folder], tmp_path / "out", shard=shard, save_panel=False)
-    names = sorted(path.relative_to(folder).with_suffix("").as_posix().replace("/", "__") for path in folder.rglob("*.png"))
+    names = sorted(
+        path.relative_to(folder).with_suffix("").as_posix().replace("/", "__") for path in folder.rglob("*.png")
+    )
     assert first == set(names[::4]) - {"diseased__broken"} and shard.items == len(names[1::4])
     second = {path.stem for path in (tmp_path / "out" / "rows").iterdir()} - first
     assert second == set(names[1::4]) - {"diseased__broken"}
@@ -126,7 +128,9 @@ def test_shards_of_deblur_and_a_collecting_run_equal_one_run(folder, tmp_path, s
 def test_shards_of_evaluate_and_a_collecting_run_equal_one_run(pipeline, folder, tmp_path):
     (folder / "diseased" / "broken.png").unlink()
     dataset = load_folder(folder)
-    options = dict(batch_size=1, n_bootstrap=5, progress=False, call_kwargs={"num_inference_steps": 4, "noise_level": 500})
+    options = dict(
+        batch_size=1, n_bootstrap=5, progress=False, call_kwargs={"num_inference_steps": 4, "noise_level": 500}
+    )
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     compare({"method": pipeline}, dataset, output_dir=whole, **options)
     for index in ORDER:

@@ -78,7 +78,9 @@ def run(options: Any) -> int:
         print_file_notes(summary)
     for error in failed.values():
         print(f"failed: {' '.join(error.split())}", file=sys.stderr)
-    if not shard.is_all:  # failed images are no reason to start a shard again: the run for the tables tries them once more
+    if (
+        not shard.is_all
+    ):  # failed images are no reason to start a shard again: the run for the tables tries them once more
         print_shard(options, shard, len(failed))
         return 0
     return 1 if failed else 0

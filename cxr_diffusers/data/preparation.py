@@ -74,21 +74,21 @@ def prepare(
 
     Raises:
         NotADirectoryError: no such source.
-        ValueError: an unknown option, `overwrite` in a shard, another setting than the output folder was made with, no images, or a copy
-            into the source itself; see also `plan_copy`.
+        ValueError: an unknown option, `overwrite` in a shard, another setting than the output folder was made with, no
+            images, or a copy into the source itself; see also `plan_copy`.
         OSError: a file cannot be written, or workers were killed again and again; the same call goes on later.
     """
     source_root, output_root = Path(source_root), Path(output_root)
     settings = {"size": size, "aspect": aspect, "equalize": equalize, "image_format": image_format}
     settings |= {"frontal_only": frontal_only, "fast_jpeg": fast_jpeg}
     _check(source_root, output_root, settings)
-    if overwrite and shard is not None and not shard.is_all:
-        raise ValueError(f"expected `overwrite` without a shard, got {shard}: it deletes the copies of all shards")
+    part = None if shard is None or shard.is_all else shard
+    if overwrite and part:
+        raise ValueError(f"expected `overwrite` without a shard, got {part}: it deletes the copies of all shards")
     plan = plan_copy(source_root, output_root, settings)
-    whole = shard is None or shard.is_all
     jobs = plan.jobs if shard is None else shard.of(plan.jobs)
     output_root.mkdir(parents=True, exist_ok=True)
-    if whole:
+    if not part:
         remove_dead(output_root)
     if overwrite:  # first of all, so that a run stopped half-way does not mix two settings
         stale = output_root.glob(f"{Path(STAMPS).stem}*.jsonl")
@@ -98,12 +98,12 @@ def prepare(
     keep_settings(output_root / SETTINGS, settings, defaults={"fast_jpeg": False}, advice=advice)
 
     begin = time.monotonic()
-    journal = STAMPS if whole else STAMPS.replace(".", f".{shard.index}-of-{shard.count}.")
+    journal = STAMPS if part is None else f"{Path(STAMPS).stem}.{part.index}-of-{part.count}.jsonl"
     results = _run(jobs, output_root, settings, num_workers, output_root / journal)
     reasons = {job[0]: error for job, (_, error) in zip(jobs, results, strict=True) if error}
     done = {job[0] for job in jobs} - reasons.keys()
     skipped = [(str(source), reason) for source, reason in reasons.items()]
-    if whole:
+    if not part:
         plan.finish(done)
         skipped = plan.skipped + skipped
     summary = {
@@ -116,13 +116,13 @@ def prepare(
         "seconds": round(time.monotonic() - begin, 1),
         "settings": settings,
     }
-    if whole:
+    if not part:
         write_csv(output_root / SKIPPED, pd.DataFrame(skipped, columns=["file", "reason"], dtype=object))
         write_text(output_root / SUMMARY, json.dumps(summary, indent=2))
     print(f"{output_root}: {summary['images']} images ({summary['kept']} were there), {summary['skipped']} skipped")
     for reason, count in summary["reasons"].items():
         print(f"  {count} x {reason}")
-    if skipped and whole:
+    if skipped and not part:
         print(f"  see {output_root / SKIPPED}")
     return summary
 

@@ -85,8 +85,8 @@ def deblur(
 
     Returns:
         the summary {"images", "computed", "kept", "skipped", "reasons", "seconds_per_image" (of one process; None if
-        nothing was computed), "processes", "settings"} on the main process, None on the others. A shard's summary is that
-        of its own images.
+        nothing was computed), "processes", "settings"} on the main process, None on the others. A shard's summary is
+        that of its own images.
 
     Raises:
         NotADirectoryError: no such source.

@@ -184,7 +184,7 @@ class Comparison:
     folder: Path | None
 
     def predict(self, batch_size: int, shard: Shard) -> None:
-        """Run every method on the shard's images, which takes nearly all of the time; predictions are kept in `folder`."""
+        """Run every method on the shard's images, nearly all of the work; predictions are kept in `folder`."""
         run: dict[str, Any] = dict(folder=self.folder, batch_size=batch_size, seed=self.seed, progress=self.progress)
         run |= dict(shard=shard)
         for method in self.methods:

@@ -102,7 +102,7 @@ def predict(
         batch_size: images a call.
         seed: part of the files' names.
         progress, desc: show a bar of this description.
-        shard: the share of the images to compute. The predictions of the others cannot be read before they are computed.
+        shard: the share of the images to compute. Those of other shards may not exist yet.
     """
     state = process_state()
     # every process uses the main process's fingerprint: that of a pipeline without weights is random

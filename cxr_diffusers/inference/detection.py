@@ -97,8 +97,8 @@ def detect(
 
     Returns:
         {"images", "computed", "failed": {path: error}, "seconds_per_image" (None if nothing was computed), "skipped":
-        {path: reason}, "warnings": {path: text} (none for a shard), "without_dicom": [path]} on the main process, None on the others. A shard's summary
-        is that of its own images.
+        {path: reason}, "warnings": {path: text} (none for a shard), "without_dicom": [path]} on the main process, None
+        on the others. A shard's summary is that of its own images.
 
     Raises:
         FileNotFoundError: no such file or folder, or no image in it.

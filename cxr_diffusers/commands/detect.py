@@ -70,9 +70,10 @@ def run(options: Any) -> int:
         return 0
     computed, failed, seconds = summary["computed"], summary["failed"], summary["seconds_per_image"]
     earlier = summary["images"] - computed - len(failed)
+    result = options.out / "results.csv" if shard.is_all else options.out
     print(
         f"{summary['images']} images: {computed} computed{f' ({seconds:.2g} s each)' if computed else ''}, "
-        f"{earlier} were there, {len(failed)} failed. See {options.out / 'results.csv' if shard.is_all else options.out}"
+        f"{earlier} were there, {len(failed)} failed. See {result}"
     )
     if shard.is_all:
         print_file_notes(summary)

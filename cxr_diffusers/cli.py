@@ -16,6 +16,7 @@ def main(arguments=None):
     """Run a command; the exit code: 0 done, 1 done except for some files, 2 not done."""
     parser = build_parser()
     options = parser.parse_args(arguments)
+    options.arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not hasattr(options, "run"):
         parser.print_help()
         return 2

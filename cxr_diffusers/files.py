@@ -4,18 +4,22 @@ import hashlib
 import io
 import json
 import os
+import platform
 import re
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")  # of `new_file`; the number is the process id
+# names of `new_file`, with the machine, and of others, without; the number is the process id
+TEMPORARY = re.compile(r"\..+?\.(?:([0-9a-f]{8})-[0-9a-f]{8}\.)?(\d+)\.tmp")
 
 
 def cache_folder(name: str) -> Path:
@@ -64,7 +68,8 @@ def new_file(path: Path | str) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     # a digest, because the file's own name with an ending added may be too long
     name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
-    temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
+    # random, because processes of other machines, or of other containers, may have the same id
+    temporary = path.with_name(f".{name}.{this_machine()}-{secrets.token_hex(4)}.{os.getpid()}.tmp")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -106,13 +111,26 @@ def copy_file(source: Path | str, target: Path | str) -> None:
 
 
 def remove_dead(folder: Path | str) -> None:
-    """Delete temporary files below a folder if their process has ended or they are older than an hour."""
+    """Delete temporary files below a folder that are older than an hour or whose process has ended."""
     for place, _, names in os.walk(folder):
         for name in names:
             match = TEMPORARY.fullmatch(name)
             path = Path(place, name)
-            if match and (not _runs(int(match.group(1))) or time.time() - path.lstat().st_mtime > 3600):
-                path.unlink(missing_ok=True)
+            if match:
+                machine, process = match.groups()
+                dead = machine in (None, this_machine()) and not _runs(int(process))
+                with suppress(FileNotFoundError):  # its process has just renamed it
+                    if dead or time.time() - path.lstat().st_mtime > 3600:
+                        path.unlink()
+
+
+@lru_cache
+def this_machine() -> str:
+    """Eight hexadecimal digits, the same for processes that see each other's ids: of one container or machine."""
+    name = platform.node()
+    with suppress(OSError):  # Linux; containers may share their host's name
+        name += Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
+    return hashlib.sha256(name.encode()).hexdigest()[:8]
 
 
 def _runs(process):

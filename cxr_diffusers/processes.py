@@ -1,11 +1,13 @@
-"""This process among those of `accelerate launch` or `torchrun`, and progress bars."""
+"""Sharing work among the processes of one machine and the shards of several; progress bars."""
 
 import atexit
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed.distributed_c10d as c10d
@@ -14,6 +16,8 @@ from accelerate.utils import parse_flag_from_env
 
 RENDEZVOUS = timedelta(minutes=5)  # for all processes to start
 BARRIER = timedelta(days=7)  # for a process that has finished early to wait for the others
+TASK_NUMBERS = ("SLURM_ARRAY_TASK_ID", "JOB_COMPLETION_INDEX")
+Item = TypeVar("Item")
 
 
 def process_state() -> PartialState:
@@ -38,6 +42,102 @@ def leave() -> None:
     """End the process group before Python exits: a thread of it that outlives its data would abort the process."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@dataclass
+class Shard:
+    """One of `count` shares of a list of items: every `count`-th item, from number `index` on.
+
+    Shards do not communicate. They share the output folder, which must hold one file of results an item: a shard
+    writes those of its own items, and a run without a shard computes the missing items and writes the tables. So each
+    shard can run at any time, on any machine, and more than once.
+
+    Attributes:
+        index: from 0.
+        count: number of shards; 1 for all items.
+        items: how many items `of` has given out so far.
+
+    Raises:
+        ValueError: `index` is not in [0, count).
+    """
+
+    index: int = 0
+    count: int = 1
+    items: int = field(default=0, init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise ValueError(f"expected --shard i/n with 0 <= i < n, got {self}")
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+    @property
+    def is_all(self) -> bool:
+        """Whether it is the only shard, which also writes the tables."""
+        return self.count == 1
+
+    @classmethod
+    def parse(cls, text: str | None = None, environment: Mapping[str, str] | None = None) -> "Shard":
+        """The shard of `--shard`, or that of a job array.
+
+        Args:
+            text: "i/n"; "/n" takes i from the scheduler's variable, whose numbers must begin at 0; None takes both
+                from the scheduler.
+            environment: None: `os.environ`. Slurm sets SLURM_ARRAY_TASK_ID, _COUNT, _MIN and _STEP. Kubernetes sets
+                JOB_COMPLETION_INDEX, to which the job must add JOB_COMPLETIONS.
+
+        Returns:
+            `Shard()`, all items, without a text and outside of a job array.
+
+        Raises:
+            ValueError: not such a text, an index outside [0, n), or a job array of unknown length.
+        """
+        environment = os.environ if environment is None else environment
+        if text is None:
+            return cls(*array_task(environment))
+        match = re.fullmatch(r"(\d*)/(\d+)", text)
+        index = match and (match[1] or next((environment[k] for k in TASK_NUMBERS if k in environment), ""))
+        if not match or not index:
+            raise ValueError(f"expected --shard i/n with 0 <= i < n, got {text}")
+        return cls(int(index), int(match[2]))
+
+    def of(self, items: Sequence[Item]) -> Sequence[Item]:
+        """This shard's share of all items, which every shard must list in the same order."""
+        own = items[self.index :: self.count]
+        self.items += len(own)
+        return own
+
+
+def split_pending(items: Sequence[Item], is_done: Callable[[Item], bool]) -> tuple[list[Item], list[Item]]:
+    """Share work among the processes of one launch: (the items that are not done, those of them for this process).
+
+    Every process must call it, before it writes anything.
+    """
+    state = process_state()
+    pending = [item for item in items if not is_done(item)]
+    state.wait_for_everyone()  # barrier: every process lists the pending items before any of them is done
+    return pending, pending[state.process_index :: state.num_processes]
+
+
+def array_task(environment: Mapping[str, str]) -> tuple[int, int]:
+    """(index from 0, count) of this task of a job array of Slurm or Kubernetes; (0, 1) outside of one.
+
+    Raises:
+        ValueError: a task of an array whose length is not in the environment.
+    """
+    slurm, kubernetes = TASK_NUMBERS
+    if slurm in environment:
+        name, task = "SLURM_ARRAY_TASK_COUNT", int(environment[slurm])
+        task -= int(environment.get("SLURM_ARRAY_TASK_MIN", 0))
+        task //= int(environment.get("SLURM_ARRAY_TASK_STEP", 1))
+    elif kubernetes in environment:
+        name, task = "JOB_COMPLETIONS", int(environment[kubernetes])
+    else:
+        return 0, 1
+    if name not in environment:
+        raise ValueError(f"expected the number of shards in {name}, got none: set it, or give --shard /n")
+    return task, int(environment[name])
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .evaluate import open_methods
-from .options import PROCESSES, add_command, add_pipeline_options, call_kwargs
+from .options import PROCESSES, add_command, add_pipeline_options, add_shard_option, call_kwargs, print_shard, shard_of
 
 CHEXLOCALIZE = f"""\
 Downloads: CheXpert's images and CheXlocalize's gt_segmentations_{{val,test}}.json, both from Stanford AIMI. The images
@@ -38,13 +38,16 @@ def add(commands: Any) -> None:
     )
     command.add_argument("--out", type=Path, required=True, help="folder for tables, maps and predictions")
     command.add_argument("--bootstrap", type=int, default=1000, help="replicates over images (default: 1000)")
+    add_shard_option(command)
     add_pipeline_options(command, several=True)
 
 
 def run(options: argparse.Namespace) -> None:
     """Run the command; prints the tables and the name of the file that holds them."""
     from ..evaluation.chexlocalize import chexlocalize_table, evaluate_chexlocalize, open_split
+    from ..processes import process_state
 
+    shard = shard_of(options)
     test = open_split(options.images, options.segmentations, options.frontal_only)
     validation = None
     if options.validation:
@@ -58,7 +61,10 @@ def run(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         n_bootstrap=options.bootstrap,
         call_kwargs=call_kwargs(options),
+        shard=shard,
     )
+    if not shard.is_all and process_state().is_main_process:
+        print_shard(options, shard, noun="maps")
     if summary is not None:  # the main process
         print(chexlocalize_table(summary))
         print(f"See {options.out / 'summary.md'}")

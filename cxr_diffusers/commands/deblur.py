@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .options import PROCESSES, add_command, add_device_options
+from .options import PROCESSES, add_command, add_device_options, add_shard_option, print_shard, shard_of
 
 DEBLUR = f"""\
 KERNEL is the blur of the images, in their own pixels:
@@ -33,6 +33,7 @@ def add(commands):
     deblur.add_argument("--batch-size", type=int, default=4, help="images of one size at once (default: 4)")
     deblur.add_argument("--format", choices=["png", "jpg"], default="png")
     deblur.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    add_shard_option(deblur)
     add_device_options(deblur)
     text = "only measure a few images and say how long N of them take (default: all of SOURCE)"
     deblur.add_argument("--plan", type=int, nargs="?", const=0, metavar="N", help=text)
@@ -43,7 +44,7 @@ def run(options):
     from ..precision import use_dtype
     from ..processes import process_state
 
-    state = process_state()
+    state, shard = process_state(), shard_of(options)
     pipeline = load_prior(options.model, options.trust_remote_code).to(options.device or state.device)
     use_dtype(pipeline, options.dtype)
     pipeline.set_progress_bar_config(disable=True)
@@ -55,11 +56,15 @@ def run(options):
         if state.is_main_process:
             print(describe_plan(options.plan or images, seconds, state.num_processes))
         return 0
-    summary = deblur(pipeline, options.source, options.output, image_format=options.format, seed=options.seed, **common)
+    common |= dict(image_format=options.format, seed=options.seed, shard=shard)
+    summary = deblur(pipeline, options.source, options.output, **common)
     if summary is None:  # not the main process
         return 0
     counts = f"{summary['computed']} computed, {summary['kept']} already present, {summary['skipped']} skipped"
     print(f"{summary['images']} images: {counts}. See {options.output}")
     if summary["computed"]:
         print(f"all of them: {describe_plan(summary['images'], summary['seconds_per_image'], state.num_processes)}")
+    if not shard.is_all:
+        print_shard(options, shard, summary["skipped"])
+        return 0
     return 1 if summary["skipped"] else 0

@@ -4,7 +4,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .options import PROCESSES, add_command, add_pipeline_options, call_kwargs, open_pipeline
+from .options import (
+    PROCESSES,
+    add_command,
+    add_pipeline_options,
+    add_shard_option,
+    call_kwargs,
+    open_pipeline,
+    print_shard,
+    shard_of,
+)
 
 DETECT = f"""\
 examples:
@@ -32,12 +41,14 @@ def add(commands: Any) -> None:
     detect.add_argument("--save-boxes", choices=["coco", "yolo"], help=text)
     detect.add_argument("--save-masks", action="store_true", help="the map above the threshold, as a PNG of 0 and 255")
     detect.add_argument("--no-panel", action="store_true", help="no panel NAME.png of each image: less time and space")
+    add_shard_option(detect)
     add_pipeline_options(detect)
 
 
 def run(options: Any) -> int:
     from ..inference.detection import detect
 
+    shard = shard_of(options)
     summary = detect(
         open_pipeline(options),
         options.images,
@@ -53,18 +64,26 @@ def run(options: Any) -> int:
         save_panel=not options.no_panel,
         dicom=options.dicom,
         call_kwargs=call_kwargs(options),
+        shard=shard,
     )
     if summary is None:  # not the main process
         return 0
     computed, failed, seconds = summary["computed"], summary["failed"], summary["seconds_per_image"]
     earlier = summary["images"] - computed - len(failed)
+    result = options.out / "results.csv" if shard.is_all else options.out
     print(
         f"{summary['images']} images: {computed} computed{f' ({seconds:.2g} s each)' if computed else ''}, "
-        f"{earlier} were there, {len(failed)} failed. See {options.out / 'results.csv'}"
+        f"{earlier} were there, {len(failed)} failed. See {result}"
     )
-    print_file_notes(summary)
+    if shard.is_all:
+        print_file_notes(summary)
     for error in failed.values():
         print(f"failed: {' '.join(error.split())}", file=sys.stderr)
+    if (
+        not shard.is_all
+    ):  # failed images are no reason to start a shard again: the run for the tables tries them once more
+        print_shard(options, shard, len(failed))
+        return 0
     return 1 if failed else 0
 
 

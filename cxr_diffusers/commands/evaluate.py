@@ -4,7 +4,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .options import PROCESSES, add_command, add_pipeline_options, call_kwargs, open_pipeline
+from .options import (
+    PROCESSES,
+    add_command,
+    add_pipeline_options,
+    add_shard_option,
+    call_kwargs,
+    open_pipeline,
+    print_shard,
+    shard_of,
+)
 
 EVALUATE = f"""\
 DATA is a folder of images (healthy/ and diseased/, masks or boxes beside them), or NAME:key=value,... where NAME is
@@ -42,6 +51,7 @@ def add(commands: Any) -> None:
     evaluate.add_argument("--judge", metavar="MODEL", help=text)
     text = "adds controls with its lung gate, e.g. cxr_lung_segmenter_64"
     evaluate.add_argument("--lung-segmenter", metavar="MODEL", help=text)
+    add_shard_option(evaluate)
     add_pipeline_options(evaluate, several=True)
 
 
@@ -51,8 +61,10 @@ def run(options: argparse.Namespace) -> None:
     from ..data import open_dataset
     from ..evaluation import compare, load_plan, run_plan
     from ..evaluation.plan import plan_table
+    from ..processes import process_state
 
-    shared: dict[str, Any] = {"batch_size": options.batch_size, "call_kwargs": call_kwargs(options)}
+    shard = shard_of(options)
+    shared: dict[str, Any] = {"batch_size": options.batch_size, "call_kwargs": call_kwargs(options), "shard": shard}
     if options.bootstrap is not None:
         if options.bootstrap < 1:
             raise ValueError(f"expected --bootstrap of 1 or more, got {options.bootstrap}")
@@ -82,6 +94,8 @@ def run(options: argparse.Namespace) -> None:
             **shared,
         )
         results = None if result is None else {options.out.name: result}
+    if not shard.is_all and process_state().is_main_process:
+        print_shard(options, shard, noun="maps")
     if results is not None:  # the main process
         folders = [options.out / name for name in results] if options.config else [options.out]
         print(plan_table(results))

@@ -1,11 +1,17 @@
 """What several commands share: options of a pipeline, and the pipeline they ask for."""
 
 import argparse
+import shlex
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..processes import Shard
 
 PROCESSES = """\
 several GPUs, or several processes on a CPU:
   accelerate launch --multi_gpu --num_processes 2 -m cxr_diffusers.cli {command} ...
+several machines, or a job array: --shard (docs/scale.md)
 """
 # options of the calls of all pipelines; their defaults stand in the signatures, or in a checkpoint
 SETTINGS = {
@@ -87,6 +93,35 @@ def add_device_options(parser):
         default="auto",
         help="in which the networks compute (default: bfloat16 where the device has it in hardware, else float32)",
     )
+
+
+def add_shard_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--shard`."""
+    text = (
+        "compute only share i of n (i from 0) and write no tables; a later run without --shard writes them "
+        "(default: the task of a Slurm array or an indexed Kubernetes job, else all; 0/1 is always all; docs/scale.md)"
+    )
+    parser.add_argument("--shard", metavar="i/n", help=text)
+
+
+def shard_of(options: argparse.Namespace) -> "Shard":
+    """The shard of `--shard` or of the job array."""
+    from ..processes import Shard
+
+    return Shard.parse(options.shard)
+
+
+def print_shard(options: argparse.Namespace, shard: "Shard", failed: int = 0, noun: str = "images") -> None:
+    """Print how many images or maps of a shard are done, and the command that writes the tables."""
+    arguments = list(options.arguments)
+    for i in reversed(range(len(arguments))):
+        if arguments[i].startswith("--shard="):
+            del arguments[i]
+        elif arguments[i] == "--shard":
+            del arguments[i : i + 2]
+    done = f"{shard.items - failed} of its {shard.items} {noun} are done{f', {failed} failed' if failed else ''}"
+    print(f"shard {shard}: {done}. When all shards have ended, write the tables:")
+    print(f"  cxr-diffusers {shlex.join(arguments)}")
 
 
 def call_kwargs(options):

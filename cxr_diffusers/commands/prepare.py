@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .options import add_command
+from .options import add_command, add_shard_option, print_shard, shard_of
 
 
 def add(commands):
@@ -21,6 +21,7 @@ def add(commands):
     prepare.add_argument("--fast-jpeg", action="store_true", help=text)
     prepare.add_argument("--workers", type=int, default=None, help="processes (default: one for each CPU)")
     prepare.add_argument("--overwrite", action="store_true", help="make the copies anew")
+    add_shard_option(prepare)
     pack = prepare.add_argument_group("one file instead of a folder")
     text = "write OUTPUT as one Parquet file of JPEG images and labels, for `data.name=packed data.root=OUTPUT`"
     pack.add_argument("--pack", action="store_true", help=text)
@@ -33,9 +34,12 @@ def add(commands):
 
 def run(options):
     if options.pack:
+        if options.shard:
+            raise ValueError(f"expected --pack without --shard, got {options.shard}: it writes one file")
         return pack(options)
     from ..data.preparation import prepare
 
+    shard = shard_of(options)
     summary = prepare(
         options.source,
         options.output,
@@ -47,7 +51,11 @@ def run(options):
         fast_jpeg=options.fast_jpeg,
         num_workers=options.workers,
         overwrite=options.overwrite,
+        shard=shard,
     )
+    if not shard.is_all:
+        print_shard(options, shard, summary["failed"])
+        return 0
     return 1 if summary["failed"] else 0
 
 

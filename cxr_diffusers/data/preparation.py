@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -25,6 +25,9 @@ from .boxes import PREPARED as SETTINGS
 from .copy_plans import NOT_CARRIED, plan_copy
 from .images import equalize as equalize_image
 from .images import fit_image, fit_mask, read_image
+
+if TYPE_CHECKING:  # imports torch, which takes seconds
+    from ..processes import Shard
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,7 @@ def prepare(
     fast_jpeg: bool = False,
     num_workers: int | None = None,
     overwrite: bool = False,
+    shard: "Shard | None" = None,
 ) -> dict[str, Any]:
     """Copy a data set as grey `size` x `size` images; what the loaders open at `source_root`, they open at the copy.
 
@@ -62,37 +66,46 @@ def prepare(
             may be off by half a pixel of the copy, and `equalize` sees the smaller image.
         num_workers: processes; None: one per CPU that this process may use.
         overwrite: delete the copies and make them anew, also with other settings than the folder's.
+        shard: the share of the images to copy, without the tables; None: all of them, and the tables. See `Shard`.
 
     Returns:
         The summary: {"images", "written", "kept", "skipped", "failed", "reasons", "seconds", "settings"}; `failed`
-        counts the images among the skipped.
+        counts the images among the skipped. A shard's summary is that of its own images.
 
     Raises:
         NotADirectoryError: no such source.
-        ValueError: an unknown option, another setting than the output folder was made with, no images, or a copy
-            into the source itself; see also `plan_copy`.
+        ValueError: an unknown option, `overwrite` in a shard, another setting than the output folder was made with, no
+            images, or a copy into the source itself; see also `plan_copy`.
         OSError: a file cannot be written, or workers were killed again and again; the same call goes on later.
     """
     source_root, output_root = Path(source_root), Path(output_root)
     settings = {"size": size, "aspect": aspect, "equalize": equalize, "image_format": image_format}
     settings |= {"frontal_only": frontal_only, "fast_jpeg": fast_jpeg}
     _check(source_root, output_root, settings)
+    part = None if shard is None or shard.is_all else shard
+    if overwrite and part:
+        raise ValueError(f"expected `overwrite` without a shard, got {part}: it deletes the copies of all shards")
     plan = plan_copy(source_root, output_root, settings)
-    jobs = plan.jobs
+    jobs = plan.jobs if shard is None else shard.of(plan.jobs)
     output_root.mkdir(parents=True, exist_ok=True)
-    remove_dead(output_root)
+    if not part:
+        remove_dead(output_root)
     if overwrite:  # first of all, so that a run stopped half-way does not mix two settings
-        for path in [output_root / SETTINGS, output_root / STAMPS, *(output_root / output for _, output, _ in jobs)]:
+        stale = output_root.glob(f"{Path(STAMPS).stem}*.jsonl")
+        for path in [output_root / SETTINGS, *stale, *(output_root / output for _, output, _ in jobs)]:
             path.unlink(missing_ok=True)
     advice = "give another folder or `overwrite`"
     keep_settings(output_root / SETTINGS, settings, defaults={"fast_jpeg": False}, advice=advice)
 
     begin = time.monotonic()
-    results = _run(jobs, output_root, settings, num_workers)
+    journal = STAMPS if part is None else f"{Path(STAMPS).stem}.{part.index}-of-{part.count}.jsonl"
+    results = _run(jobs, output_root, settings, num_workers, output_root / journal)
     reasons = {job[0]: error for job, (_, error) in zip(jobs, results, strict=True) if error}
     done = {job[0] for job in jobs} - reasons.keys()
-    plan.finish(done)
-    skipped = plan.skipped + [(str(source), reason) for source, reason in reasons.items()]
+    skipped = [(str(source), reason) for source, reason in reasons.items()]
+    if not part:
+        plan.finish(done)
+        skipped = plan.skipped + skipped
     summary = {
         "images": len(done),
         "written": sum(state == "written" for state, _ in results),
@@ -103,22 +116,23 @@ def prepare(
         "seconds": round(time.monotonic() - begin, 1),
         "settings": settings,
     }
-    write_csv(output_root / SKIPPED, pd.DataFrame(skipped, columns=["file", "reason"], dtype=object))
-    write_text(output_root / SUMMARY, json.dumps(summary, indent=2))
+    if not part:
+        write_csv(output_root / SKIPPED, pd.DataFrame(skipped, columns=["file", "reason"], dtype=object))
+        write_text(output_root / SUMMARY, json.dumps(summary, indent=2))
     print(f"{output_root}: {summary['images']} images ({summary['kept']} were there), {summary['skipped']} skipped")
     for reason, count in summary["reasons"].items():
         print(f"  {count} x {reason}")
-    if skipped:
+    if skipped and not part:
         print(f"  see {output_root / SKIPPED}")
     return summary
 
 
-def _run(jobs, output_root, settings, num_workers):
+def _run(jobs, output_root, settings, num_workers, journal_file):
     """(state, reason) for each job: "written", "kept" or "skipped"."""
     if num_workers is None:
         num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    stamps, results = _read_stamps(output_root / STAMPS), {}
-    with open(output_root / STAMPS, "a") as journal:
+    stamps, results = _read_stamps(output_root), {}
+    with open(journal_file, "a") as journal:
         journal.write("\n" * (journal.tell() > 0))  # a line that a crash cut short stays separate
         with tqdm(total=len(jobs), desc="preparing", unit="image", delay=2) as bar:
             for i, state, reason, stamp in _results(jobs, stamps, output_root, settings, num_workers):
@@ -179,10 +193,14 @@ def _end_with_parent():
         threading.Thread(target=target, daemon=True).start()
 
 
-def _read_stamps(path):
-    """{output: [size, time] of the source that it was made of}, without lines that a crash cut short."""
+def _read_stamps(output_root):
+    """{output: [size, time] of the source that it was made of}, without lines that a crash cut short.
+
+    Each shard has a journal of its own: on a network file system two writers could overwrite each other's lines.
+    """
     stamps = {}
-    if path.is_file():
+    journals = output_root.glob(f"{Path(STAMPS).stem}*.jsonl")
+    for path in sorted(journals, key=lambda path: path.stat().st_mtime_ns):  # the latest counts
         for line in path.read_text(errors="replace").splitlines():
             with contextlib.suppress(ValueError, TypeError):
                 output, stamp = json.loads(line)

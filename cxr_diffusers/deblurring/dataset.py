@@ -21,7 +21,7 @@ from ..files import keep_settings, write_file
 from ..fingerprints import fingerprint
 from ..hub.loading import default_checkpoint, load_pipeline
 from ..pipelines import DiffPIRDeblurPipeline
-from ..processes import process_state
+from ..processes import Shard, process_state, split_pending
 from .degradations import make_kernel
 from .kernel_estimation import estimate_kernel
 
@@ -62,6 +62,7 @@ def deblur(
     image_format: str = "png",
     seed: int = 0,
     call_kwargs: dict[str, Any] | None = None,
+    shard: Shard | None = None,
     progress: bool = True,
 ) -> dict[str, Any] | None:
     """Copy a data set with every radiograph deblurred at its own size; the copy is loaded in the same way.
@@ -80,10 +81,12 @@ def deblur(
         batch_size: images of one size at once.
         image_format: "png" (16 bit stay 16 bit) or "jpg" (8 bit, quality 95).
         call_kwargs: arguments of the pipeline's call (num_inference_steps, noise_std, ...).
+        shard: the share of the images to deblur, without the tables; None: all of them, and the tables. See `Shard`.
 
     Returns:
         the summary {"images", "computed", "kept", "skipped", "reasons", "seconds_per_image" (of one process; None if
-        nothing was computed), "processes", "settings"} on the main process, None on the others.
+        nothing was computed), "processes", "settings"} on the main process, None on the others. A shard's summary is
+        that of its own images.
 
     Raises:
         NotADirectoryError: no such source.
@@ -103,16 +106,16 @@ def deblur(
     }
     plan = plan_copy(source_root, output_root, {**SAME_GEOMETRY, "image_format": image_format})
     keep_settings(output_root / SETTINGS, settings, ignore=("model",))
-    todo = [job for job in plan.jobs if not (output_root / job[1]).is_file()]
-    state.wait_for_everyone()  # every process lists the pending images before any is written
+    shard = shard or Shard()
+    jobs = shard.of(plan.jobs)
+    todo, share = split_pending(jobs, lambda job: (output_root / job[1]).is_file())
 
     failed: dict[str, str] = {}
-    share = todo[state.process_index :: state.num_processes]
     worker = Worker(pipeline, output_root, fixed_kernel, batch_size, seed, call_kwargs or {})
     # the bar speaks for all processes: they are about equally fast
     bar = tqdm(
-        total=len(plan.jobs),
-        initial=len(plan.jobs) - len(todo),
+        total=len(jobs),
+        initial=len(jobs) - len(todo),
         desc="deblurring",
         unit="image",
         smoothing=0.05,
@@ -129,31 +132,34 @@ def deblur(
         bar.update((worker.written + len(failed) - seen) * state.num_processes)
         seen = worker.written + len(failed)
     worker.finish()
-    bar.update(len(plan.jobs) - bar.n)
+    bar.update(len(jobs) - bar.n)
     bar.close()
     failed = dict(gather_object(list(failed.items())))
     seconds = gather_object([[worker.computed, worker.seconds]])
     if not state.is_main_process:
         return None
 
-    done = {source for source, output, _ in plan.jobs if (output_root / output).is_file()}
-    plan.finish(done)
-    carry_tables(source_root, output_root, plan)
-    skipped = [item for item in plan.skipped if not item[0].endswith(".csv")] + list(failed.items())
+    done = {source for source, output, _ in jobs if (output_root / output).is_file()}
+    skipped = list(failed.items())
+    if shard.is_all:
+        plan.finish(done)
+        carry_tables(source_root, output_root, plan)
+        skipped = [item for item in plan.skipped if not item[0].endswith(".csv")] + skipped
     computed, spent = (sum(values) for values in zip(*seconds, strict=True))
     summary = {
         "images": len(done),
         "computed": computed,
-        "kept": len(plan.jobs) - len(todo),
+        "kept": len(jobs) - len(todo),
         "skipped": len(skipped),
         "reasons": dict(Counter(reason.split(" (")[0].split(":")[0] for _, reason in skipped)),
         "seconds_per_image": spent / computed if computed else None,
         "processes": state.num_processes,
         "settings": settings,
     }
-    table = pd.DataFrame(skipped, columns=["file", "reason"])
-    write_file(output_root / SKIPPED, table.to_csv(index=False).encode())
-    write_file(output_root / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+    if shard.is_all:
+        table = pd.DataFrame(skipped, columns=["file", "reason"])
+        write_file(output_root / SKIPPED, table.to_csv(index=False).encode())
+        write_file(output_root / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
     return summary
 
 

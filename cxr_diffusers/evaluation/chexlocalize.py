@@ -29,7 +29,7 @@ from ..data.chexlocalize import (
 from ..data.images import picture_size
 from ..data.rows import to_dataset
 from ..files import safe_name, save_png, write_file
-from ..processes import process_state
+from ..processes import Shard, process_state
 from ..version import __version__
 from ..visualization import contact_sheet
 from .comparison import as_method
@@ -90,6 +90,7 @@ def evaluate_chexlocalize(
     seed: int = 0,
     call_kwargs: Mapping[str, Any] | None = None,
     progress: bool = True,
+    shard: Shard | None = None,
 ) -> dict[str, Any] | None:
     """Methods in one table, measured by the protocol of Saporta et al.
 
@@ -115,17 +116,20 @@ def evaluate_chexlocalize(
         n_bootstrap: replicates. Images are drawn, not patients, as in their scripts: intervals are too narrow where
             patients have several images.
         seed: of the bootstrap, whose draws are those of their script.
+        shard: the share of the images to predict, without the tables; None: all of them, and the tables. See `Shard`.
 
     Returns:
         the summary: `rows` {method: {region: {metric: {value, low, high, bootstrap_mean}}}}, `thresholds`, `cutoffs`,
-        counts and settings; None in all processes but the main one.
+        counts and settings; None in a shard, and in all processes but the main one.
 
     Raises:
         ValueError: an image of another size than its segmentation, patients in both splits, a method named like the
-            control, names that do not give each method a folder of its own, or several processes without `output_dir`.
+            control, names that do not give each method a folder of its own, or several processes or a
+            shard without `output_dir`.
     """
+    shard = shard or Shard()
     splits = {"test": test} | ({"validation": validation} if validation else {})
-    check(pipelines, splits, output_dir)
+    check(pipelines, splits, output_dir, shard)
     methods = [as_method(name, pipeline, call_kwargs or {}) for name, pipeline in pipelines.items()]
     folder = None if output_dir is None else Path(output_dir) / "maps"
     predictions = {
@@ -138,12 +142,13 @@ def evaluate_chexlocalize(
                 seed=seed,
                 progress=progress,
                 desc=f"{method.name}, {name}",
+                shard=shard,
             )
             for name, split in splits.items()
         }
         for method in methods
     }
-    if not process_state().is_main_process:
+    if not process_state().is_main_process or not shard.is_all:
         return None
 
     summary: dict[str, Any] = {"rows": {}, "thresholds": {}, "cutoffs": {}, **counts(test)}
@@ -200,15 +205,17 @@ def write(summary: Mapping[str, Any], per_image: pd.DataFrame, folder: Path) -> 
     write_file(folder / "summary.md", chexlocalize_table(summary).encode())
 
 
-def check(pipelines: Mapping[str, Any], splits: Mapping[str, Segmented], output_dir: Path | str | None) -> None:
+def check(
+    pipelines: Mapping[str, Any], splits: Mapping[str, Segmented], output_dir: Path | str | None, shard: Shard
+) -> None:
     """Refuse what can be refused before hours of inference; errors as in `evaluate_chexlocalize`."""
     if not pipelines or CENTRE in pipelines:
         raise ValueError(f"expected at least one method, none of them named {CENTRE!r}, got {list(pipelines)}")
     folders = [safe_name(name) for name in pipelines]
     if len(set(folders)) < len(folders) or {"maps", "", ".", ".."} & set(folders):
         raise ValueError(f"expected methods whose names are folders of their own, got {list(pipelines)}")
-    if process_state().num_processes > 1 and output_dir is None:
-        raise ValueError("expected `output_dir` with several processes, which exchange their results there")
+    if output_dir is None and (process_state().num_processes > 1 or not shard.is_all):
+        raise ValueError("expected `output_dir` with several processes or a shard, which keep their results there")
     patients = [{cxr_id(path).split("_")[0] for path in split.images["path"]} for split in splits.values()]
     both = sorted(set.intersection(*patients)) if len(patients) > 1 else []
     if both:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..processes import process_state
+from ..processes import Shard, process_state
 from ..version import __version__
 from . import metrics, statistics
 from .controls import Maps, controls, image_controls, image_score, is_control, lung_gates
@@ -58,6 +58,7 @@ def compare(
     judge: Any = None,
     maps_dir: Path | str | None = None,
     lung_segmenter: Any = None,
+    shard: Shard | None = None,
 ) -> Evaluation | None:
     """Several methods in one table, with the paired difference of the first to each other one.
 
@@ -120,17 +121,19 @@ def compare(
             None: no such metrics.
         maps_dir: where the predictions are kept; None: maps/ of `output_dir`. Evaluations may share one.
         lung_segmenter: a `LungSegmenter`, which gives the controls with the lung gate; None: without them.
+        shard: the share of the images to predict, without the tables; None: all of them, and the tables. See `Shard`.
 
     Returns:
-        `Evaluation`; None in all processes but the main one.
+        `Evaluation`; None in a shard, and in all processes but the main one.
 
     Raises:
         ValueError: an empty data set, an unknown stratum, rows in `healthy` that are not healthy, a mask of another
             size than its image, no image with contrast, a judge without an image classifier, or several processes
-            without `output_dir`.
+            or a shard without `output_dir`.
     """
     healthy = healthy or []
-    check(pipelines, dataset, healthy, output_dir, strata)
+    shard = shard or Shard()
+    check(pipelines, dataset, healthy, output_dir, strata, shard)
     check_judge(judge)
     if lung_segmenter is not None and not hasattr(lung_segmenter, "field"):
         raise ValueError(f"expected a LungSegmenter as `lung_segmenter`, got {lung_segmenter!r}")
@@ -149,8 +152,8 @@ def compare(
         progress=progress,
         folder=Path(folder) if folder else None,
     )
-    comparison.predict(batch_size)
-    if not process_state().is_main_process:
+    comparison.predict(batch_size, shard)
+    if not process_state().is_main_process or not shard.is_all:
         return None
     result = comparison.evaluate()
     if output_dir is not None:
@@ -180,9 +183,10 @@ class Comparison:
     progress: bool
     folder: Path | None
 
-    def predict(self, batch_size: int) -> None:
-        """Run every method on all images, which takes nearly all of the time; predictions are kept in `folder`."""
+    def predict(self, batch_size: int, shard: Shard) -> None:
+        """Run every method on the shard's images, nearly all of the work; predictions are kept in `folder`."""
         run: dict[str, Any] = dict(folder=self.folder, batch_size=batch_size, seed=self.seed, progress=self.progress)
+        run |= dict(shard=shard)
         for method in self.methods:
             for part, desc in ((self.images, method.name), (self.healthy, f"{method.name}, healthy")):
                 part.predictions[method.name] = predict(method, part.dataset, desc=desc, **run)
@@ -329,6 +333,7 @@ def check(
     healthy: Any,
     output_dir: Path | str | None,
     strata: Sequence[str],
+    shard: Shard,
 ) -> None:
     """Refuse what can be refused before hours of inference; errors as in `compare`."""
     controls = [name for name in pipelines if is_control(name)]
@@ -336,8 +341,8 @@ def check(
         raise ValueError(f"expected at least one method, not named as a control is, got {controls or 'none'}")
     if len(dataset) == 0:
         raise ValueError("expected a data set with at least one row, got none")
-    if process_state().num_processes > 1 and output_dir is None:
-        raise ValueError("expected `output_dir` with several processes, which exchange their results there")
+    if output_dir is None and (process_state().num_processes > 1 or not shard.is_all):
+        raise ValueError("expected `output_dir` with several processes or a shard, which keep their results there")
     unknown = [s for s in strata if s not in dataset[0]]
     if unknown:
         raise ValueError(f"expected `strata` among the columns {sorted(dataset[0])}, got {unknown}")

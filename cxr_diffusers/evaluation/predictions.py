@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..files import safe_name, write_file
 from ..fingerprints import config_of, fingerprint, image_digest
 from ..pipelines.cxr_images import restore_map
-from ..processes import process_state, quiet
+from ..processes import Shard, process_state, quiet, split_pending
 from .lazy import Lazy
 from .masks import smooth_map
 
@@ -89,10 +89,11 @@ def predict(
     seed: int,
     progress: bool,
     desc: str,
+    shard: Shard,
 ) -> Predictions:
     """Run a method over a data set.
 
-    Each process computes its share of the predictions that `folder` lacks; all wait for each other at the end.
+    Each process computes its share of the shard's predictions that `folder` lacks; all wait for each other at the end.
 
     Args:
         method: its `call_kwargs` go to every call.
@@ -101,6 +102,7 @@ def predict(
         batch_size: images a call.
         seed: part of the files' names.
         progress, desc: show a bar of this description.
+        shard: the share of the images to compute. Those of other shards may not exist yet.
     """
     state = process_state()
     # every process uses the main process's fingerprint: that of a pipeline without weights is random
@@ -108,12 +110,10 @@ def predict(
     digests = [image_digest(key_with_view(key, view_of(method, row)), row) for row in dataset]
     computed: dict[int, Prediction] = {}
     files: list[Path] = []
-    missing = list(range(len(digests)))
     if folder is not None:
         files = [folder / f"{stem(row)}-{d[:16]}.npz" for row, d in zip(dataset, digests, strict=True)]
-        missing = [i for i, file in enumerate(files) if not file.exists()]
-    state.wait_for_everyone()  # barrier: every process lists the missing files before any is written
-    with state.split_between_processes(missing) as share, quiet(method.pipeline):
+    _, share = split_pending(shard.of(range(len(digests))), lambda i: folder is not None and files[i].exists())
+    with quiet(method.pipeline):
         show = progress and state.is_main_process and share
         bar = tqdm(total=len(share), desc=desc, disable=not show, unit="image")
         for start in range(0, len(share), batch_size):

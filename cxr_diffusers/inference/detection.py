@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..data.images import is_dicom, picture_size
 from ..fingerprints import fingerprint
-from ..processes import process_state
+from ..processes import Shard, process_state, split_pending
 from .detection_folder import DetectionFolder, Outputs, file_stamp
 from .dicom_output import Algorithm, DicomOutputError, import_highdicom
 from .inputs import Input, find_images, model_channels, read_input
@@ -42,6 +42,7 @@ def detect(
     save_panel: bool = True,
     dicom: bool = False,
     call_kwargs: dict | None = None,
+    shard: Shard | None = None,
     progress: bool = True,
 ) -> dict | None:
     """Run an anomaly pipeline over files and folders.
@@ -92,10 +93,12 @@ def detect(
         threshold: map value in (0, 1) above which a pixel is abnormal. None: the model's, from healthy images.
         dicom: write DICOM objects, too, for those images that are DICOM files.
         call_kwargs: arguments of the pipeline's call.
+        shard: the share of the images to compute, without the tables; None: all of them, and the tables. See `Shard`.
 
     Returns:
         {"images", "computed", "failed": {path: error}, "seconds_per_image" (None if nothing was computed), "skipped":
-        {path: reason}, "warnings": {path: text}, "without_dicom": [path]} on the main process, None on the others.
+        {path: reason}, "warnings": {path: text} (none for a shard), "without_dicom": [path]} on the main process, None
+        on the others. A shard's summary is that of its own images.
 
     Raises:
         FileNotFoundError: no such file or folder, or no image in it.
@@ -120,16 +123,18 @@ def detect(
     outputs.complete(pipeline.config.get("map_threshold"))
     if save_trajectory:
         check_steps(pipeline)
-    call_kwargs, state = dict(call_kwargs or {}), process_state()
+    call_kwargs, state, shard = dict(call_kwargs or {}), process_state(), shard or Shard()
     named_paths, skipped = find_images(images, Path(output_dir), model_channels(pipeline))
     paths = [path for _, path in named_paths]
-    folder = open_folder(pipeline, output_dir, outputs, call_kwargs, paths, state.is_main_process)
+    deletes = state.is_main_process and shard.is_all
+    folder = open_folder(pipeline, output_dir, outputs, call_kwargs, paths, deletes)
     state.wait_for_everyone()  # results of unknown settings are deleted before any process lists the rows
-    files, pending = list_pending(folder, named_paths)
-    state.wait_for_everyone()  # barrier: every process lists the pending files before any is written
+    done = folder.read_rows()
+    files = shard.of(list(folder.name_files(named_paths, done).items()))
+    _, share = split_pending(files, lambda file: is_done(done.get(file[0]), file[1]))
     detection = Detection(pipeline, folder, call_kwargs, state)
-    rows = detection.run(pending, batch_size, progress)
-    return summarise(detection, files, skipped, rows) if state.is_main_process else None
+    rows = detection.run(share, batch_size, progress, tables=shard.is_all)
+    return summarise(detection, dict(files), skipped, rows) if state.is_main_process else None
 
 
 def open_folder(
@@ -139,7 +144,7 @@ def open_folder(
 
     Args:
         paths: of the input images.
-        main: True in the one process that may delete.
+        main: True in the one process that may delete; False in a shard.
     """
     settings = {
         "model": str(pipeline.config.get("_name_or_path") or type(pipeline).__name__),
@@ -155,15 +160,6 @@ def open_folder(
         reference=healthy_reference(pipeline, call_kwargs),
         main=main,
     )
-
-
-def list_pending(
-    folder: DetectionFolder, named_paths: list[tuple[Path, Path]]
-) -> tuple[dict[str, Path], list[tuple[str, Path]]]:
-    """{name: path} of all input files, and [(name, path)] of those without results or with those of an older file."""
-    rows = folder.read_rows()
-    files = folder.name_files(named_paths, rows)
-    return files, [(name, path) for name, path in files.items() if not is_done(rows.get(name), path)]
 
 
 def is_done(row: dict | None, path: Path) -> bool:
@@ -211,16 +207,15 @@ class Detection:
         self.failed: dict[str, str] = {}
         self.seconds: list[float] = []
 
-    def run(self, pending: list[tuple[str, Path]], batch_size: int, progress: bool) -> list[dict]:
-        """Compute this process's share of [(name, path)] and write the tables, which hold what is done after an error.
+    def run(self, share: list[tuple[str, Path]], batch_size: int, progress: bool, tables: bool) -> list[dict]:
+        """Compute [(name, path)], this process's share, and write the tables, also after an error.
 
         Returns:
-            the rows of results.csv on the main process, [] on the others.
+            the rows of results.csv on the main process, if it writes `tables`, else [].
 
         Raises:
             OSError: a result cannot be written.
         """
-        share = pending[self.state.process_index :: self.state.num_processes]
         main, rows = self.state.is_main_process, []
         with tqdm(total=len(share), desc="detect", unit="image", disable=not (progress and main)) as self.bar:
             try:
@@ -228,7 +223,7 @@ class Detection:
                 self.failed = dict(gather_object(list(self.failed.items())))
                 self.seconds = gather_object(self.seconds)
             finally:
-                if main:
+                if main and tables:
                     rows = self.folder.write_tables(self.failed)
         return rows
 

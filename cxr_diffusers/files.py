@@ -1,5 +1,7 @@
 """Files and folders: crash-safe writing, settings of a folder of results, the cache, safe names, maps and PNGs."""
 
+import contextlib
+import glob
 import hashlib
 import io
 import json
@@ -62,9 +64,7 @@ def new_file(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # a digest, because the file's own name with an ending added may be too long
-    name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
-    temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{_digest(path)}.{os.getpid()}.tmp")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -106,13 +106,46 @@ def copy_file(source: Path | str, target: Path | str) -> None:
 
 
 def remove_dead(folder: Path | str) -> None:
-    """Delete temporary files below a folder if their process has ended or they are older than an hour."""
-    for place, _, names in os.walk(folder):
-        for name in names:
-            match = TEMPORARY.fullmatch(name)
-            path = Path(place, name)
-            if match and (not _runs(int(match.group(1))) or time.time() - path.lstat().st_mtime > 3600):
-                path.unlink(missing_ok=True)
+    """Delete temporary files and folders below a folder if their process has ended or they are older than an hour."""
+    for place, folders, names in os.walk(folder):
+        dead = [name for name in [*names, *folders] if _is_dead(Path(place, name))]
+        folders[:] = [name for name in folders if name not in dead]
+        for name in dead:
+            _remove(Path(place, name))
+
+
+def remove_dead_of(path: Path | str) -> None:
+    """Delete the temporary files or folders that processes which have ended left beside `path` when they wrote it.
+
+    A folder that was moved aside to be replaced, and never was, is put back.
+    """
+    path = Path(path).absolute()
+    for old in path.parent.glob(f".{glob.escape(path.name)}.old.*.tmp"):
+        if _is_dead(old) and not path.exists():
+            os.replace(old, path)
+    for stem in (path.name, _digest(path)):
+        for leftover in path.parent.glob(f".{glob.escape(stem)}.*.tmp"):
+            if _is_dead(leftover):
+                _remove(leftover)
+
+
+def _is_dead(path):
+    match = TEMPORARY.fullmatch(path.name)
+    with contextlib.suppress(FileNotFoundError):  # its owner has just renamed it
+        return bool(match) and (not _runs(int(match.group(1))) or time.time() - path.lstat().st_mtime > 3600)
+    return False
+
+
+def _remove(path):
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _digest(path):
+    # the file's own name with an ending added may be too long
+    return hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
 
 
 def _runs(process):
@@ -213,7 +246,8 @@ def new_folder(folder: Path | str) -> Iterator[Path]:
     """
     folder = Path(folder).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{word}") for word in ("tmp", "old.tmp"))
+    remove_dead_of(folder)
+    temporary, old = (folder.with_name(f".{folder.name}{word}.{os.getpid()}.tmp") for word in ("", ".old"))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     before = folder.stat().st_mtime_ns if folder.is_dir() else None

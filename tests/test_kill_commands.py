@@ -39,7 +39,27 @@ COMMANDS = {
     "convert": "convert ../original.pt out --overwrite",
     "export": "export ../small out --format onnx --overwrite",
     "publish": "publish model me/{name}",
+    "train": "train ../recipe.yaml train.output_dir=out",
 }
+RECIPE = """\
+data: {name: phantom, n: 24}
+validation: {n: 4, seed: 1}
+unet:
+  sample_size: 16
+  in_channels: 1
+  out_channels: 1
+  block_out_channels: [8, 8]
+  layers_per_block: 1
+  down_block_types: [DownBlock2D, AttnDownBlock2D]
+  up_block_types: [AttnUpBlock2D, UpBlock2D]
+  norm_num_groups: 4
+  attention_head_dim: 8
+  num_class_embeds: 3
+train: {max_steps: 12, batch_size: 4, save_every: 2, validate_every: 6, validation_images: 2, validation_loss_images: 4}
+pipeline: {num_inference_steps: 2}
+"""
+# of a training: random states, and what holds its seconds
+NOT_COMPARED = (".lock", "random_states", "digests", "validation.jsonl", "ema")
 # numbers that depend on the moment: seconds, and how many results an earlier run had left
 MOMENT = re.compile(rb'"(seconds|seconds_per_image|written|computed|kept|_diffusers_version|process)": [-+.\de]+|null')
 
@@ -113,6 +133,7 @@ def inputs(tmp_path_factory, hub):
         pipeline.register_to_config(settings={"num_inference_steps": 20, "noise_level": 300})
         pipeline.save_pretrained(folder / name)
         (folder / name / "README.md").write_text(CARD)
+    (folder / "recipe.yaml").write_text(RECIPE)
     net = random_original(mult=(1, 2), attention=(1,), classes=2, class_mlp=True)
     torch.save(net.tensors, folder / "original.pt")
     (folder / "flags.json").write_text(json.dumps(flags_of(net)))
@@ -139,7 +160,7 @@ class Case:
         self.renew()
         begin = time.monotonic()
         self.finish()
-        self.seconds, self.undisturbed = time.monotonic() - begin, self.files()
+        self.seconds, self.undisturbed, self.whole = time.monotonic() - begin, self.files(), self.folder
         assert len(self.undisturbed), self.folder
         self.renew()
 
@@ -168,7 +189,11 @@ class Case:
         if self.name == "publish":
             contents = {name: bytes(content) for name, content in self.hub.files(f"me/{self.folder.name}").items()}
         else:
-            paths = [path for path in self.folder.rglob("*") if path.is_file() and path.name != "output.txt"]
+            paths = [
+                path
+                for path in self.folder.rglob("*")
+                if path.is_file() and path.name != "output.txt" and not path.name.startswith(NOT_COMPARED)
+            ]
             contents = {str(path.relative_to(self.folder)): path.read_bytes() for path in paths}
         return {name: hashlib.sha256(self.steady(name, content)).hexdigest() for name, content in contents.items()}
 
@@ -236,3 +261,40 @@ def test_kill_minus_nine_and_ctrl_c_cost_nothing(case, kills):
     case.check()
     case.renew()
     print(f"\n{case.name}: seed {seed}, {killed} kills, {stopped} times Ctrl-C, {whole} runs were ready before")
+
+
+@pytest.fixture
+def small_disk():
+    """`small_disk(folder, size)` mounts a disk of so many bytes there; `small_disk(folder, size)` again enlarges it."""
+    mounted = []
+
+    def mount(folder, size):
+        again = folder in mounted
+        folder.mkdir(exist_ok=True)
+        options = f"size={size}" + (",remount" if again else "")
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, timeout=60)
+        if done.returncode:
+            pytest.skip(f"no disk can be mounted here: {done.stderr.decode()}")
+        mounted.extend([] if again else [folder])
+
+    if not hasattr(os, "geteuid") or os.geteuid() or not shutil.which("mount"):
+        pytest.skip("only root can mount a disk")
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", folder], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("case", ["detect", "prepare", "deblur", "evaluate", "train"], indirect=True)
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(case, small_disk):
+    sizes = [path.stat().st_size for path in (case.whole / "out").rglob("*") if path.is_file()]
+    out = case.folder / "out"
+    small_disk(out, max(8192, sum(-(-size // 4096) for size in sizes) // 2 * 4096))
+    code, output = case.server.run(case.arguments, case.folder)
+    assert code == 2 and "Traceback" not in output, (code, output[-3000:])
+    lines = [line for line in re.split(r"[\r\n]", output) if line.startswith("cxr-diffusers")]
+    assert len(lines) == 1 and "space" in lines[0], output[-3000:]
+    leftovers = [path for path in out.rglob("*") if path.name.endswith((".tmp", ".saving"))]
+    assert not leftovers
+    small_disk(out, 2**28)
+    case.check()
+    case.renew()

@@ -218,3 +218,16 @@ assert main(["evaluate", "--config", "evaluate", "--out", "report"]) == 2  # the
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "phantom_unconditional_32" / "model_index.json").is_file()
     assert f"{site}/cxr_diffusers/configs/plans/evaluate.yaml: give root" in done.stderr
+
+
+def test_every_process_that_a_test_waits_for_has_a_timeout():
+    starting = {"subprocess.run", "subprocess.check_output", "subprocess.check_call", "subprocess.call"}
+    endless = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or any(k.arg == "timeout" for k in node.keywords):
+                continue
+            called = ast.unparse(node.func)
+            if called in starting or (re.search(r"(process|child)\.(wait|communicate)$", called) and not node.args):
+                endless.append(f"{path.name}:{node.lineno}")
+    assert not endless

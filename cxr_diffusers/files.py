@@ -1,7 +1,6 @@
 """Files and folders: crash-safe writing, settings of a folder of results, the cache, safe names, maps and PNGs."""
 
 import contextlib
-import glob
 import hashlib
 import io
 import json
@@ -120,13 +119,13 @@ def remove_dead_of(path: Path | str) -> None:
     A folder that was moved aside to be replaced, and never was, is put back.
     """
     path = Path(path).absolute()
-    for old in path.parent.glob(f".{glob.escape(path.name)}.old.*.tmp"):
-        if _is_dead(old) and not path.exists():
-            os.replace(old, path)
-    for stem in (path.name, _digest(path)):
-        for leftover in path.parent.glob(f".{glob.escape(stem)}.*.tmp"):
-            if _is_dead(leftover):
-                _remove(leftover)
+    names = "|".join(re.escape(name) for name in (path.name, _digest(path)))
+    for other in list(path.parent.iterdir()) if path.parent.is_dir() else ():
+        match = re.fullmatch(rf"\.(?:{names})\.(\d+)(\.old)?\.tmp", other.name)
+        if match and not _runs(int(match.group(1))):
+            if match.group(2) and not path.exists():
+                os.replace(other, path)
+            _remove(other)
 
 
 def _is_dead(path):
@@ -247,7 +246,7 @@ def new_folder(folder: Path | str) -> Iterator[Path]:
     folder = Path(folder).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_dead_of(folder)
-    temporary, old = (folder.with_name(f".{folder.name}{word}.{os.getpid()}.tmp") for word in ("", ".old"))
+    temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{word}") for word in ("tmp", "old.tmp"))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     before = folder.stat().st_mtime_ns if folder.is_dir() else None

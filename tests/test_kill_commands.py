@@ -56,6 +56,7 @@ unet:
   norm_num_groups: 4
   attention_head_dim: 8
   num_class_embeds: 3
+scheduler: {prediction_type: v_prediction, clip_sample: false}
 train: {max_steps: 12, batch_size: 4, save_every: 2, validate_every: 6, validation_images: 2, validation_loss_images: 4}
 pipeline: {num_inference_steps: 2}
 """

@@ -112,30 +112,29 @@ def deblur(
     share = todo[state.process_index :: state.num_processes]
     worker = Worker(pipeline, output_root, fixed_kernel, batch_size, seed, call_kwargs or {})
     # the bar speaks for all processes: they are about equally fast
-    bar = tqdm(
+    with tqdm(
         total=len(plan.jobs),
         initial=len(plan.jobs) - len(todo),
         desc="deblurring",
         unit="image",
         smoothing=0.05,
         disable=not (progress and state.is_main_process),
-    )
-    seen = 0
-    for source, output, is_mask in share:
-        try:  # only what belongs to the source: an error of the run, such as a full disk, stops it
-            image = read_image(source)
-        except (ValueError, OSError) as error:
-            failed[str(source)] = f"broken image: {str(error).removeprefix(f'{source}: ')}"
-        else:
-            try:
-                worker.take(image, output, is_mask)
-            except TooSmall as error:
-                failed[str(source)] = f"smaller than the kernel: {error}"
-        bar.update((worker.written + len(failed) - seen) * state.num_processes)
-        seen = worker.written + len(failed)
-    worker.finish()
-    bar.update(len(plan.jobs) - bar.n)
-    bar.close()
+    ) as bar:
+        seen = 0
+        for source, output, is_mask in share:
+            try:  # only what belongs to the source: an error of the run, such as a full disk, stops it
+                image = read_image(source)
+            except (ValueError, OSError) as error:
+                failed[str(source)] = f"broken image: {str(error).removeprefix(f'{source}: ')}"
+            else:
+                try:
+                    worker.take(image, output, is_mask)
+                except TooSmall as error:
+                    failed[str(source)] = f"smaller than the kernel: {error}"
+            bar.update((worker.written + len(failed) - seen) * state.num_processes)
+            seen = worker.written + len(failed)
+        worker.finish()
+        bar.update(len(plan.jobs) - bar.n)
     failed = dict(gather_object(list(failed.items())))
     seconds = gather_object([[worker.computed, worker.seconds]])
     if not state.is_main_process:

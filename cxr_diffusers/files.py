@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-# names of `new_file`, with the machine, and of others, without; the number is the process id
-TEMPORARY = re.compile(r"\..+?\.(?:([0-9a-f]{8})-[0-9a-f]{8}\.)?(\d+)\.tmp")
+MACHINE = r"(?:([0-9a-f]{8})-[0-9a-f]{8}\.)?"  # in the names of `new_file`, not in those of `new_folder`
+TEMPORARY = re.compile(rf"\..+?\.{MACHINE}(\d+)(?:\.old)?\.tmp")  # the last number is the process id
 
 
 def cache_folder(name: str) -> Path:
@@ -66,10 +66,8 @@ def new_file(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # a digest, because the file's own name with an ending added may be too long
-    name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
     # random, because processes of other machines, or of other containers, may have the same id
-    temporary = path.with_name(f".{name}.{this_machine()}-{secrets.token_hex(4)}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{_digest(path)}.{this_machine()}-{secrets.token_hex(4)}.{os.getpid()}.tmp")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -111,17 +109,27 @@ def copy_file(source: Path | str, target: Path | str) -> None:
 
 
 def remove_dead(folder: Path | str) -> None:
-    """Delete temporary files below a folder that are older than an hour or whose process has ended."""
-    for place, _, names in os.walk(folder):
-        for name in names:
-            match = TEMPORARY.fullmatch(name)
-            path = Path(place, name)
-            if match:
-                machine, process = match.groups()
-                dead = machine in (None, this_machine()) and not _runs(int(process))
-                with suppress(FileNotFoundError):  # its process has just renamed it
-                    if dead or time.time() - path.lstat().st_mtime > 3600:
-                        path.unlink()
+    """Delete temporary files and folders below a folder if their process has ended or they are older than an hour."""
+    for place, folders, names in os.walk(folder):
+        dead = [name for name in [*names, *folders] if _is_dead(Path(place, name))]
+        folders[:] = [name for name in folders if name not in dead]
+        for name in dead:
+            _remove(Path(place, name))
+
+
+def remove_dead_of(path: Path | str) -> None:
+    """Delete the temporary files or folders that processes which have ended left beside `path` when they wrote it.
+
+    A folder that was moved aside to be replaced, and never was, is put back.
+    """
+    path = Path(path).absolute()
+    names = "|".join(re.escape(name) for name in (path.name, _digest(path)))
+    for other in list(path.parent.iterdir()) if path.parent.is_dir() else ():
+        match = re.fullmatch(rf"\.(?:{names})\.{MACHINE}(\d+)(\.old)?\.tmp", other.name)
+        if match and _has_ended(match.group(1), match.group(2)):
+            if match.group(3) and not path.exists():
+                os.replace(other, path)
+            _remove(other)
 
 
 @lru_cache
@@ -131,6 +139,29 @@ def this_machine() -> str:
     with suppress(OSError):  # Linux; containers may share their host's name
         name += Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
     return hashlib.sha256(name.encode()).hexdigest()[:8]
+
+
+def _is_dead(path):
+    match = TEMPORARY.fullmatch(path.name)
+    with suppress(FileNotFoundError):  # its owner has just renamed it
+        return bool(match) and (_has_ended(*match.groups()) or time.time() - path.lstat().st_mtime > 3600)
+    return False
+
+
+def _has_ended(machine, process):
+    return machine in (None, this_machine()) and not _runs(int(process))
+
+
+def _remove(path):
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _digest(path):
+    # the file's own name with an ending added may be too long
+    return hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
 
 
 def _runs(process):
@@ -231,6 +262,7 @@ def new_folder(folder: Path | str) -> Iterator[Path]:
     """
     folder = Path(folder).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
+    remove_dead_of(folder)
     temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{word}") for word in ("tmp", "old.tmp"))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()

@@ -246,7 +246,9 @@ def run_script(hub, script, cwd, lines=1):
     """
     environment = {**os.environ, **hub.environment, "HF_HOME": str(cwd / "cache"), "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
-    done = subprocess.run([sys.executable, "-c", script], cwd=cwd, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     printed = done.stdout.splitlines()[-lines:]
     return printed if lines > 1 else printed[0]

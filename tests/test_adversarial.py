@@ -279,7 +279,9 @@ def test_two_processes_hold_the_same_players(tmp_path):
     (tmp_path / "two_players.py").write_text(code)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29519"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*launch, "two_players.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*launch, "two_players.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+    )
     weights = [line for line in done.stdout.splitlines() if line.startswith("weights")]
     assert len(weights) == 2 and weights[0] == weights[1], done.stderr
     assert [line["step"] for line in log_of(tmp_path / "two")] == [1, 2, 3, 4]

@@ -200,7 +200,9 @@ sys.exit(gpu.main(sys.argv[1:]))
 def test_a_gpu_is_measured_while_time_lasts(tmp_path):
     options = ["--device", "cpu", "--toy", "--seconds", "1e6", "--out", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS.parent)])}
-    subprocess.run([sys.executable, "-c", GPU_PROGRAM, *options], env=environment, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", GPU_PROGRAM, *options], env=environment, check=True, capture_output=True, timeout=600
+    )
     results = json.loads((tmp_path / "results.json").read_text())
     tables = results["tables"]
     assert all(tables.values()) and not results["failed"]

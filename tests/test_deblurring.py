@@ -219,7 +219,9 @@ def test_two_processes_share_the_pictures(prior, folder, tmp_path):
     command = ["-m", "cxr_diffusers.cli", "deblur", str(folder), str(tmp_path / "two"), "--kernel", KERNEL]
     command += ["--model", str(tmp_path / "prior"), "--num-inference-steps", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*launch, *command], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [*launch, *command], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     assert "7 images: 5 computed" in done.stdout and "2 processes" in done.stdout
     deblur(prior, folder, tmp_path / "one", kernel=KERNEL, call_kwargs=FAST, progress=False)

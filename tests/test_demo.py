@@ -87,6 +87,8 @@ def write_refused(folder):
     write_dicom(folder / "large.dcm", chest(kind=np.uint16), 16, Rows=30000, Columns=30000)
     write_dicom(folder / "deflated.dcm", chest(kind=np.uint16), 16, syntax=DeflatedExplicitVRLittleEndian)
     (folder / "nothing.dcm").write_bytes(b"\0" * 400)
+    for name in ("empty.dcm", "empty.png"):
+        (folder / name).touch()
     return {
         "text.png": "cannot be read as an image",
         "script.png": "cannot be read as an image",
@@ -94,13 +96,15 @@ def write_refused(folder):
         "bomb.png": "9000 \u00d7 9000 pixels are more than the limit of 40 megapixels",
         "cut.png": "cannot be read as an image",
         "photo.png": "a colour image",
-        "blank.png": "all 8,100 pixels have one value",
+        "blank.png": "got one value in all 8,100 pixels",
         "dust.png": "is blank",
         "small.png": "are too few",
         "long.png": "too long for a chest",
         "large.dcm": "more than the limit of 40 megapixels",
         "deflated.dcm": "compressed as a whole",
-        "nothing.dcm": "without an image",
+        "nothing.dcm": "no DICOM file",
+        "empty.dcm": "the file is empty",
+        "empty.png": "the file is empty",
     }
 
 

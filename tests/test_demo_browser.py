@@ -100,7 +100,7 @@ def server(toy, tmp_path_factory):
         yield SimpleNamespace(url=f"http://127.0.0.1:{port}", process=process, log=folder / "log", tmp=folder / "tmp")
     finally:
         process.kill()
-        process.wait()
+        process.wait(timeout=60)
 
 
 @pytest.fixture(scope="module")

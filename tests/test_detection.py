@@ -200,7 +200,7 @@ def test_a_killed_run_resumes(pipeline, tmp_path):
     while process.poll() is None and len(list((out / "rows").glob("*.json"))) < 2:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.wait(timeout=60)
     done = times(out)
     assert 2 <= len(done) < 6 and not (out / "results.csv").exists()
     settings = {"num_inference_steps": 150, "noise_level": 400}
@@ -220,7 +220,11 @@ def test_processes_share_the_work_on_a_cpu(pipeline, folder, tmp_path):
     steps = ["--num-inference-steps", "20", "--noise-level", "300"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *launch, *map(str, command), *steps], env=environment, capture_output=True, text=True
+        [sys.executable, *launch, *map(str, command), *steps],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert "6 images: 5 computed" in done.stdout and done.stdout.count("computed") == 1, done.stderr[-3000:]
     assert done.returncode == 1 and "broken.png" in done.stderr  # one file failed

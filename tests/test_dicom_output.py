@@ -155,7 +155,7 @@ def test_dciodvfy_finds_no_error(detected, tmp_path):
     make_presentation_state(header, np.zeros((24, 18), bool), ALGORITHM).save_as(tmp_path / "gsps.dcm")
     objects = [tmp_path / f"{ending}.dcm" for ending in ENDINGS]
     for path in [*(out / "dicom").iterdir(), *objects]:
-        report = subprocess.run(["dciodvfy", "-new", str(path)], capture_output=True, text=True).stderr
+        report = subprocess.run(["dciodvfy", "-new", str(path)], capture_output=True, text=True, timeout=600).stderr
         assert any(name in report for name in ("Segmentation", "SCImage", "GrayscaleSoftcopyPresentationState"))
         assert "Error" not in report, report
 

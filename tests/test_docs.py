@@ -124,7 +124,7 @@ def test_the_files_that_a_notebook_names_are_there(path):
 def test_the_site_builds_without_a_warning_and_has_every_page(tmp_path):
     # not -q: what is not logged is not counted, and --strict passes
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path / "site")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT, timeout=600)
     assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
     for page in ROOT.glob("docs/*.md"):
         assert (tmp_path / "site" / f"{page.stem}.html").is_file()
@@ -176,7 +176,9 @@ def test_the_first_python_block_of_the_readme_runs(tmp_path):
     shutil.copytree(ROOT / "cxr_diffusers" / "samples", tmp_path / "cxr_diffusers" / "samples")
     script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + blocks((ROOT / "README.md").read_text(), "python")[0]
     # the folder of samples must not pass for the package
-    done = subprocess.run([sys.executable, "-P", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "map.png").is_file() and (tmp_path / "as_if_healthy.png").is_file()
 

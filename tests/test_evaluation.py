@@ -310,7 +310,9 @@ def test_two_processes_share_the_images_and_give_the_result_of_one(tmp_path):
     # not `accelerate launch --cpu --num_processes 2`: without MPI that starts one (accelerate 1.15)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([*launch, script, tmp_path / "out"], env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        [*launch, script, tmp_path / "out"], env=environment, capture_output=True, text=True, timeout=600
+    )
     assert run.returncode == 0, run.stderr
     lines = sorted(json.loads(line) for line in run.stdout.splitlines() if line.startswith("["))
     assert [(index, images) for index, images, _ in lines] == [(0, 3), (1, 2)]

@@ -1,10 +1,21 @@
 """Crash-safe writing, the settings of a folder, and names that every file system takes."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
-from cxr_diffusers.files import check_settings, keep_settings, new_file, new_folder, safe_name, write_file
+from cxr_diffusers.files import (
+    check_settings,
+    keep_settings,
+    new_file,
+    new_folder,
+    remove_dead,
+    remove_dead_of,
+    safe_name,
+    write_file,
+)
 
 
 def contents(folder):
@@ -52,3 +63,22 @@ def test_a_folder_of_other_settings_is_refused(tmp_path):
 
 def test_a_safe_name_stays_in_its_folder():
     assert safe_name("../a b:c/ä.png") == ".._a_b_c_ä.png"
+
+
+def test_what_a_killed_process_left_beside_a_folder_is_removed_or_put_back(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait(timeout=60)
+    half, aside = tmp_path / f".model.{ended.pid}.tmp", tmp_path / f".model.{ended.pid}.old.tmp"
+    living, other = tmp_path / f".model.{os.getppid()}.tmp", tmp_path / f".model.x.{ended.pid}.tmp"
+    for folder in (half, aside, living, other):
+        folder.mkdir()
+    (aside / "weights").write_text("1")
+    remove_dead_of(tmp_path / "model")  # killed between the two renames
+    assert (tmp_path / "model" / "weights").read_text() == "1"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([living.name, other.name, "model"])
+    aside.mkdir()
+    with new_folder(tmp_path / "model") as folder:
+        (folder / "weights").write_text("2")
+    assert (tmp_path / "model" / "weights").read_text() == "2" and not aside.exists()
+    remove_dead(tmp_path)  # folders, too
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([living.name, "model"])

@@ -129,7 +129,9 @@ def test_every_public_name_is_annotated():
 
 def run_python(code, cwd, path=""):
     environment = {**os.environ, "PYTHONPATH": str(path)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -210,7 +212,22 @@ assert main(["train", "phantom_unconditional_32", *{values}]) == 0
 assert main(["evaluate", "--config", "evaluate", "--out", "report"]) == 2  # the plan asks for its root
 """
     environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "phantom_unconditional_32" / "model_index.json").is_file()
     assert f"{site}/cxr_diffusers/configs/plans/evaluate.yaml: give root" in done.stderr
+
+
+def test_every_process_that_a_test_waits_for_has_a_timeout():
+    starting = {"subprocess.run", "subprocess.check_output", "subprocess.check_call", "subprocess.call"}
+    endless = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or any(k.arg == "timeout" for k in node.keywords):
+                continue
+            called = ast.unparse(node.func)
+            if called in starting or (re.search(r"(process|child)\.(wait|communicate)$", called) and not node.args):
+                endless.append(f"{path.name}:{node.lineno}")
+    assert not endless

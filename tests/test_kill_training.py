@@ -1,4 +1,4 @@
-"""A training that is killed at random moments ends, after the same command, with the files of an undisturbed one."""
+"""A training that is killed at random moments ends, after the same command, with the files of an undisturbed run."""
 
 import hashlib
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # one kill and one Ctrl-C of a smaller training are in test_kill_commands.py
 ROOT = Path(__file__).parent.parent
 OPTIONS = ["data.n=24", "train.batch_size=4", "train.validation_images=2", "unet.block_out_channels=[8, 16, 16]"]
 OPTIONS += ["unet.attention_head_dim=8", "unet.norm_num_groups=4", "unet.attn_norm_num_groups=4"]
@@ -73,7 +74,7 @@ def interrupt(folder, seed, number, send):
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            process.wait(timeout=60)
 
 
 def kill_tree(process):
@@ -81,17 +82,15 @@ def kill_tree(process):
         os.killpg(process.pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(12, marks=pytest.mark.slow)])
-def test_kill_minus_nine_at_random_moments(undisturbed, tmp_path, kills):
+def test_kill_minus_nine_at_random_moments(undisturbed, tmp_path):
     seed = random.randrange(10**6)
     print("seed", seed)
-    for number in range(kills):
+    for number in range(12):
         interrupt(tmp_path, seed, number, kill_tree)
     assert finish(tmp_path) == undisturbed
     assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "run" / ".saving").exists()
 
 
-@pytest.mark.slow
 def test_ctrl_c_is_a_line_and_costs_nothing(undisturbed, tmp_path):
     seed = random.randrange(10**6)
     print("seed", seed)
@@ -101,13 +100,12 @@ def test_ctrl_c_is_a_line_and_costs_nothing(undisturbed, tmp_path):
     assert finish(tmp_path) == undisturbed
 
 
-@pytest.mark.slow
 def test_the_launcher_killed_alone_leaves_the_folder_to_its_child_until_that_ends(undisturbed, tmp_path):
     process = start(tmp_path, launcher=("-m", "accelerate.commands.launch", "--num_processes", "1"))
     try:
         wait_for_steps(tmp_path, 1)
         process.kill()
-        process.wait()
+        process.wait(timeout=60)
         second = start(tmp_path)
         code = second.wait(timeout=120)
         output = (tmp_path / "output.txt").read_text()

@@ -157,7 +157,7 @@ def test_a_failed_write_stops_the_run_in_one_line_and_leaves_nothing_behind(tmp_
 
 def test_the_temporary_files_of_the_dead_are_removed_and_those_of_the_living_stay(tmp_path):
     gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
+    gone.wait(timeout=60)
     folder = tmp_path / "out" / "sub"
     folder.mkdir(parents=True)
     dead, living, old = (folder / f".a.png.{n}.tmp" for n in (gone.pid, os.getpid(), os.getppid()))
@@ -211,7 +211,7 @@ def test_the_workers_of_a_killed_parent_end(tmp_path, many):
     workers = children(process)
     assert len(workers) == 2
     process.kill()
-    process.wait()
+    process.wait(timeout=60)
     wait_for(lambda: not any(alive(worker) for worker in workers), seconds=10)
     summary = prepare(many, tmp_path / "out", size=16, num_workers=1)
     assert summary["images"] == 80 and not list((tmp_path / "out").rglob("*.tmp"))

@@ -138,6 +138,6 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_one_is_dead(
             run(tmp_path, 2)
     finally:
         process.kill()
-        process.wait()
+        process.wait(timeout=60)
     FolderLock(tmp_path).release()
     assert len(run(tmp_path, 2)[0]) == 2

@@ -86,7 +86,7 @@ def test_kill_minus_nine_in_the_middle_costs_nothing_but_the_steps_since_the_che
     while not list((tmp_path / "killed").glob("checkpoint-0000003")) and time.time() < deadline:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.wait(timeout=60)
     done = checkpoints(tmp_path / "killed")
     assert done, "it was killed before its first checkpoint"
     # whatever the run had reached, take it up from its first checkpoint, half-written ones beside it

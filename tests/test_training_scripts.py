@@ -25,7 +25,9 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 def launch(script, output_dir, *overrides, launcher=("accelerate.commands.launch", "--num_processes", "1"), **extra):
     command = [sys.executable, "-m", *launcher, str(ROOT / "training" / script), *SMALL]
     command += [f"train.output_dir={output_dir}", *overrides]
-    return subprocess.run(command, capture_output=True, text=True, env={**ENVIRONMENT, **extra}, cwd=output_dir.parent)
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**ENVIRONMENT, **extra}, cwd=output_dir.parent, timeout=600
+    )
 
 
 def run_here(script, output_dir, *overrides):

@@ -11,7 +11,7 @@ import pyarrow.parquet
 from datasets import Dataset, Features, Image
 from tqdm.auto import tqdm
 
-from ..files import new_file
+from ..files import new_file, remove_dead_of
 from .images import fit_image, to_grey
 from .rows import check_images
 
@@ -45,6 +45,7 @@ def pack(
     """
     if size < 8 or not 1 <= quality <= 100:
         raise ValueError(f"expected a `size` of 8 pixels or more and a `quality` of 1 to 100, got {size} and {quality}")
+    remove_dead_of(path)
     features = Features({**dataset.select_columns(list(COLUMNS)).features, "image": Image()})
     parts = [(dataset, None), *((more, -1) for more in unlabelled)]
     columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..data.images import read_image
 from ..data.preparation import plan_copy
-from ..files import keep_settings, write_file
+from ..files import keep_settings, remove_dead, write_file
 from ..fingerprints import fingerprint
 from ..hub.loading import default_checkpoint, load_pipeline
 from ..pipelines import DiffPIRDeblurPipeline
@@ -105,6 +105,8 @@ def deblur(
         "call": dict(call_kwargs or {}),
     }
     plan = plan_copy(source_root, output_root, {**SAME_GEOMETRY, "image_format": image_format})
+    if state.is_main_process:
+        remove_dead(output_root)
     keep_settings(output_root / SETTINGS, settings, ignore=("model",))
     shard = shard or Shard()
     jobs = shard.of(plan.jobs)
@@ -113,27 +115,29 @@ def deblur(
     failed: dict[str, str] = {}
     worker = Worker(pipeline, output_root, fixed_kernel, batch_size, seed, call_kwargs or {})
     # the bar speaks for all processes: they are about equally fast
-    bar = tqdm(
+    with tqdm(
         total=len(jobs),
         initial=len(jobs) - len(todo),
         desc="deblurring",
         unit="image",
         smoothing=0.05,
         disable=not (progress and state.is_main_process),
-    )
-    seen = 0
-    for source, output, is_mask in share:
-        try:
-            worker.take(source, output, is_mask)
-        except TooSmall as error:
-            failed[str(source)] = f"smaller than the kernel: {error}"
-        except (ValueError, OSError) as error:
-            failed[str(source)] = f"broken image: {str(error).removeprefix(f'{source}: ')}"
-        bar.update((worker.written + len(failed) - seen) * state.num_processes)
-        seen = worker.written + len(failed)
-    worker.finish()
-    bar.update(len(jobs) - bar.n)
-    bar.close()
+    ) as bar:
+        seen = 0
+        for source, output, is_mask in share:
+            try:  # only what belongs to the source: an error of the run, such as a full disk, stops it
+                image = read_image(source)
+            except (ValueError, OSError) as error:
+                failed[str(source)] = f"broken image: {str(error).removeprefix(f'{source}: ')}"
+            else:
+                try:
+                    worker.take(image, output, is_mask)
+                except TooSmall as error:
+                    failed[str(source)] = f"smaller than the kernel: {error}"
+            bar.update((worker.written + len(failed) - seen) * state.num_processes)
+            seen = worker.written + len(failed)
+        worker.finish()
+        bar.update(len(jobs) - bar.n)
     failed = dict(gather_object(list(failed.items())))
     seconds = gather_object([[worker.computed, worker.seconds]])
     if not state.is_main_process:
@@ -176,13 +180,15 @@ class Worker:
         self.waiting: dict[tuple, list] = {}  # size -> [(image, kernel, output)]
         self.written, self.computed, self.seconds = 0, 0, 0.0
 
-    def take(self, source, output, is_mask):
-        """Raises ValueError or OSError if `source` cannot be read, `TooSmall` if it is smaller than the kernel."""
-        image = read_image(source)
+    def take(self, image, output, is_mask):
+        """Raises `TooSmall` for an image that is smaller than the kernel, OSError if a result cannot be written."""
         if is_mask or len(np.unique(np.asarray(image))) <= 2:
             self.write(image, output)
             return
-        kernel = kernel_of(image, self.kernel)
+        try:
+            kernel = kernel_of(image, self.kernel)
+        except ValueError as error:  # too small to estimate one
+            raise TooSmall(str(error)) from None
         if max(kernel.shape) > min(image.size):
             raise TooSmall(f"{image.width} x {image.height} pixels, kernel {kernel.shape}")
         # kernels of one size are one batch

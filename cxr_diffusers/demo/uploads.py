@@ -9,7 +9,7 @@ import PIL.Image
 from ..data.colour import COLOURED, TINTED, colour_level
 from ..data.dicom_checks import warnings_of
 from ..data.images import DICOM_SUFFIXES, PIL_SUFFIXES, check_has_contrast, is_dicom, read_header, read_image
-from ..data.limits import check_scans
+from ..data.limits import check_byte_count, check_scans
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP")  # by content: PIL reads others with external programs
 MAX_MEGAPIXELS = 40  # a chest radiograph has about 10
@@ -41,6 +41,7 @@ def read_upload(path: Path | str, max_megapixels: float = MAX_MEGAPIXELS) -> Upl
         formats = ", ".join(suffix[1:] for suffix in (*PIL_SUFFIXES, *DICOM_SUFFIXES[:1]))
         raise ValueError(f"{path.name} is not an image file. Expected a radiograph as {formats}.")
     try:
+        check_byte_count(path.stat().st_size)
         check_size(*(dicom_size(path) if dicom else header_size(path)), max_megapixels)
         warnings = dicom_warnings(path) if dicom else colour_warnings(path)
         image = read_image(path)
@@ -78,6 +79,9 @@ def header_size(path: Path) -> tuple[int, int]:
         return image.size
 
 
+TAGS = ["SOPClassUID", "Rows", "Columns"]
+
+
 def dicom_size(path: Path) -> tuple[int, int]:
     """(width, height) of a DICOM file, from its header; a deflated data set is refused, its size is unknown."""
     import pydicom
@@ -90,10 +94,11 @@ def dicom_size(path: Path) -> tuple[int, int]:
     if syntax is not None and syntax.is_deflated:
         raise Refused("its data set is compressed as a whole (deflated), which this page does not read.")
     try:  # pydicom's own messages quote the header, which holds the patient's data
-        header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=["Rows", "Columns"])
+        header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=TAGS)
         return int(header.Columns), int(header.Rows)
     except AttributeError:
-        raise Refused("a DICOM file without an image (a report, or no DICOM file at all).") from None
+        is_object = "SOPClassUID" in header
+        raise Refused("a DICOM file without an image (a report?)." if is_object else "no DICOM file.") from None
     except Exception:
         raise Refused("a DICOM file whose header is damaged.") from None
 

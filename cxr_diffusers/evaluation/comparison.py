@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..files import remove_dead
 from ..processes import Shard, process_state
 from ..version import __version__
 from . import metrics, statistics
@@ -152,6 +153,9 @@ def compare(
         progress=progress,
         folder=Path(folder) if folder else None,
     )
+    for place in (output_dir, folder):
+        if place and process_state().is_main_process:
+            remove_dead(place)
     comparison.predict(batch_size, shard)
     if not process_state().is_main_process or not shard.is_all:
         return None

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from ..files import write_file
+from ..files import remove_dead, write_file
 from .loading import class_named, read_index
 
 
@@ -47,6 +47,7 @@ def publish(
         raise ValueError(f"{folder} is an export, which does not open from the Hub: publish the model it was made from")
     if not (folder / "README.md").is_file():
         raise FileNotFoundError(f"no README.md in {folder}: a model is published with its card, see write_model_card")
+    remove_dead(folder)
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     card = (folder / "README.md").read_text()

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ..data.images import picture_size
 from ..evaluation.masks import healthy_threshold
 from ..evaluation.predictions import load_prediction, save_prediction
-from ..files import write_file
+from ..files import remove_dead, write_file
 from ..fingerprints import fingerprint, image_digest
 from ..hub.loading import CHECKPOINTS, is_hub_name, load_pipeline, read_index, shipped_folder
 from ..pipelines.cxr_images import restore_map
@@ -78,6 +78,7 @@ def calibrate_model(
     if not 0 < quantile < 1:
         raise ValueError(f"expected a quantile between 0 and 1, got {quantile}")
     check_healthy(healthy, data)
+    remove_dead(folder)
     if pipeline is None:
         pipeline = load_pipeline(folder).to(process_state().device)
     run: dict[str, Any] = dict(batch_size=batch_size, progress=progress)

@@ -5,10 +5,11 @@ import json
 import os
 import re
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..files import write_file
@@ -39,18 +40,20 @@ def checkpoint(accelerator, ema, output_dir, step, limit, seconds=0.0):
     if accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
+    with removed_if_incomplete(temporary):
+        accelerator.save_state(str(temporary))
     accelerator.wait_for_everyone()  # the digests cover the random states of all processes
     if accelerator.is_main_process:
         averages = {str(i): p.contiguous() for i, p in enumerate(ema.shadow_params)}
         metadata = {"optimization_step": str(ema.optimization_step), "seconds": str(seconds)}
-        save_file(averages, temporary / "ema.safetensors", metadata=metadata)
-        for name in RECORDS:
-            if (Path(output_dir) / name).is_file():
-                shutil.copyfile(Path(output_dir) / name, temporary / name)
-        digests = {str(p.relative_to(temporary)): sha256(p) for p in sorted(temporary.rglob("*")) if p.is_file()}
-        write_file(temporary / DIGESTS, json.dumps(digests, indent=2).encode())
-        sync_folder(temporary)
+        with removed_if_incomplete(temporary):
+            save_file(averages, temporary / "ema.safetensors", metadata=metadata)
+            for name in RECORDS:
+                if (Path(output_dir) / name).is_file():
+                    shutil.copyfile(Path(output_dir) / name, temporary / name)
+            digests = {str(p.relative_to(temporary)): sha256(p) for p in sorted(temporary.rglob("*")) if p.is_file()}
+            write_file(temporary / DIGESTS, json.dumps(digests, indent=2).encode())
+            sync_folder(temporary)
         if final.exists():
             shutil.rmtree(final)
         os.replace(temporary, final)
@@ -58,6 +61,22 @@ def checkpoint(accelerator, ema, output_dir, step, limit, seconds=0.0):
         for old in checkpoints(output_dir)[:-limit] if limit else ():
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
+
+
+@contextmanager
+def removed_if_incomplete(folder):
+    """Delete `folder` if it cannot be written completely, on a full disk for example.
+
+    Raises:
+        OSError: torch and safetensors have exceptions of their own for it.
+    """
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, (RuntimeError, SafetensorError)):
+            raise OSError(f"cannot write {folder}: {error}") from error
+        raise
 
 
 def sha256(path):
@@ -175,8 +194,9 @@ def replace_into(folder, write):
     """`write(temporary)`, then move what it wrote into `folder`, `model_index.json` last: no half-written model."""
     temporary = Path(folder) / ".saving"
     shutil.rmtree(temporary, ignore_errors=True)
-    write(temporary)
-    sync_folder(temporary)
+    with removed_if_incomplete(temporary):
+        write(temporary)
+        sync_folder(temporary)
     for item in sorted(temporary.iterdir(), key=lambda p: p.name == "model_index.json"):
         target = Path(folder) / item.name
         if item.is_dir() and target.exists():

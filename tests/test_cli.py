@@ -208,7 +208,7 @@ def test_publish_wants_a_card(model, tmp_path, capsys):
     assert main(["publish", str(tmp_path / "nowhere"), "me/model"]) == 2
     assert "model_index.json" in capsys.readouterr().err
     (folder / "README.md").write_text("# a card")
-    assert main(["publish", str(folder), "me/model", "--picture", "x.png"]) == 2
+    assert main(["publish", str(folder), "me/model", "--image", "x.png"]) == 2
     assert "--training" in capsys.readouterr().err and (folder / "README.md").read_text() == "# a card"
 
 

@@ -149,7 +149,7 @@ def test_a_tensor_of_the_wrong_shape_is_named(net):
 
 
 def test_a_tensor_left_over_or_not_finite_is_named(net):
-    with pytest.raises(ValueError, match=r"left over input_blocks\.1\.0\.extra"):
+    with pytest.raises(ValueError, match=r"unexpected input_blocks\.1\.0\.extra"):
         convert_state_dict({**net.tensors, "input_blocks.1.0.extra": torch.zeros(1)}, **flags_of(net))
     net.tensors["out.2.bias"][0] = float("nan")
     with pytest.raises(ValueError, match=r"out\.2\.bias holds NaN"):

@@ -111,7 +111,7 @@ def test_a_tensor_that_is_missing_left_over_or_misshapen_is_named():
         rest = {key: tensor for key, tensor in net.tensors.items() if key != name}
         with pytest.raises(ValueError, match=name.replace(".", r"\.")):
             convert(OriginalClassifier(rest, mult=(1,), attention=()), image_size=16, classifier_depth=1)
-    with pytest.raises(ValueError, match=r"left over out\.2\.extra"):
+    with pytest.raises(ValueError, match=r"unexpected out\.2\.extra"):
         convert(OriginalClassifier({**net.tensors, "out.2.extra": torch.zeros(1)}, mult=(1,), attention=()))
     net.tensors["out.2.c_proj.bias"] = torch.zeros(3)
     with pytest.raises(ValueError, match=r"out\.2\.c_proj\.bias: expected shape \[2\], got \[3\]"):

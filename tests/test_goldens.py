@@ -15,13 +15,13 @@ from goldens.original_unet import OriginalUNet
 from cxr_diffusers import CFGAnomalyPipeline
 from cxr_diffusers.guided_diffusion import convert_state_dict
 from cxr_diffusers.guided_diffusion.original import (
+    ddim_loop,
     ddim_step,
     first_noising,
     guided_predictor,
     noise_predictor,
     respaced_chain,
     run_as_original,
-    travel,
 )
 from cxr_diffusers.training.losses import denoising_terms, variational_bound
 from helpers import HERE, compared, converted, correlation, golden, largest, original_checkpoint, shown
@@ -505,8 +505,8 @@ def procedure(unet, scheduler, x0, noise, steps, level, *, noising=True, first=1
     """
     chain = respaced_chain(scheduler, steps)
     x = first_noising(x0, noise, chain) if noising else x0
-    latents = travel(noise_predictor(unet, 2), x, chain, range(first, level), +1, clip)
-    return travel(guided_predictor(unet, 0, 2, 4.0), latents, chain, range(level - below, -1, -1), -1, clip)
+    latents = ddim_loop(noise_predictor(unet, 2), x, chain, range(first, level), +1, clip)
+    return ddim_loop(guided_predictor(unet, 0, 2, 4.0), latents, chain, range(level - below, -1, -1), -1, clip)
 
 
 VARIANTS = {

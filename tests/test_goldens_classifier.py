@@ -13,13 +13,13 @@ from cxr_diffusers import ClassifierGuidedPipeline, GradCAMPipeline
 from cxr_diffusers.guided_diffusion.original import (
     OriginalProcedure,
     classifier_gradient,
+    ddim_loop,
     ddim_step,
     first_noising,
+    guided_output,
     noise_predictor,
-    output_of,
     respaced_chain,
     run_as_original,
-    travel,
 )
 from cxr_diffusers.guided_diffusion.original_steps import ancestral_distribution, ancestral_step, noised
 from helpers import compared, converted, golden, largest, original_checkpoint, shown
@@ -248,8 +248,8 @@ def procedure(guided, classifier, x0, noise, steps, level, *, noising=True, firs
     x = first_noising(x0, noise, chain) if noising else x0
     steer, predict = classifier_gradient(classifier, 0, 100.0, chain), noise_predictor(unet, 0)
     with torch.no_grad():
-        latents = travel(predict, x, chain, range(first, level), +1, clip)
-        return travel(predict, latents, chain, range(level - below, -1, -1), -1, clip, steer=steer)
+        latents = ddim_loop(predict, x, chain, range(first, level), +1, clip)
+        return ddim_loop(predict, latents, chain, range(level - below, -1, -1), -1, clip, steer=steer)
 
 
 VARIANTS = {
@@ -348,7 +348,7 @@ def test_a_pipeline_without_a_unet_or_a_classifier_that_knows_no_noise_has_no_or
     resnet = ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=2))
     with pytest.raises(ValueError, match="with a UNet.* got GradCAMPipeline"):
         run_as_original(GradCAMPipeline(resnet, sample_size=32), torch.zeros(1, 1, 32, 32))
-    with pytest.raises(ValueError, match="classifier of noised pictures"):
+    with pytest.raises(ValueError, match="classifier of noisy images"):
         run_as_original(guided_pipeline(guided, resnet), torch.zeros(1, 1, 32, 32))
 
 
@@ -362,7 +362,7 @@ def ancestral_errors(shift=0, clip=True, change=lambda output: output):
     chain, errors = respaced_chain(scheduler, 1000), []
     for i, t in enumerate(g["t"].tolist()):
         x, label = g["x_t"][i : i + 1], int(g["y"][i])
-        output = change(output_of(unet, {label: 1.0})(x, t))
+        output = change(guided_output(unet, {label: 1.0})(x, t))
         found = ancestral_distribution(x, output, chain, min(t + shift, 999), clip)
         names = ("pmv_clip_mean", "pmv_clip_log_variance", "pmv_clip_pred_xstart")
         errors.append([largest(a, g[name][i : i + 1]) for a, name in zip(found, names, strict=True)])

@@ -42,7 +42,7 @@ def identity(images, labels):
 
 
 class Slope(torch.nn.Module):
-    """A critic whose patch scores sum to `slope` times the picture's projection on a direction of length one."""
+    """A critic whose patch scores sum to `slope` times the image's projection on a direction of length one."""
 
     def __init__(self, slope):
         super().__init__()
@@ -59,8 +59,8 @@ class Slope(torch.nn.Module):
 
 @pytest.mark.parametrize(("slope", "penalty"), [(1.0, 0.0), (3.0, 4.0), (0.0, 1.0)])
 def test_the_gradient_penalty_is_the_squared_distance_of_the_slope_from_one(slope, penalty):
-    found = gradient_penalty(Slope(slope), IMAGES, -IMAGES)
-    assert found.item() == pytest.approx(penalty, abs=1e-5)
+    result = gradient_penalty(Slope(slope), IMAGES, -IMAGES)
+    assert result.item() == pytest.approx(penalty, abs=1e-5)
 
 
 def test_the_gradient_penalty_can_be_differentiated_once_more():

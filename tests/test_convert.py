@@ -263,8 +263,8 @@ def test_a_v2_network_sees_the_class_in_its_attention_and_travels(tmp_path):
     with torch.no_grad():
         for labels in (torch.tensor([0, 1]), torch.tensor([2, 2])):
             expected = net(x, t, None if labels[0] == 2 else labels)
-            for found in (unet, strange):
-                torch.testing.assert_close(found(x, t, class_labels=labels).sample, expected, atol=2e-5, rtol=0)
+            for network in (unet, strange):
+                torch.testing.assert_close(network(x, t, class_labels=labels).sample, expected, atol=2e-5, rtol=0)
         expected = net(x, t, torch.tensor([0, 1]))
         for attention in unet.attentions():  # what v1 has not: a class of its own for keys and values
             attention.processor.to_v.bias += 0.1

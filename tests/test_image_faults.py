@@ -21,13 +21,13 @@ TYPES = {"u1": (8, 1), "u2": (16, 1), "i2": (16, 2), "u4": (32, 1), "i4": (32, 2
 
 def write_tiff(path, pixels, order="<", white_is_zero=False, bits=None):
     """An uncompressed TIFF of one strip, in either byte order; `bits` 1 or 4: packed."""
-    kind = f"{pixels.dtype.kind}{pixels.itemsize}"
-    depth, sample = (bits, 1) if bits else TYPES[kind]
+    dtype = f"{pixels.dtype.kind}{pixels.itemsize}"
+    depth, sample = (bits, 1) if bits else TYPES[dtype]
     if bits:
         unpacked = np.unpackbits(pixels.astype(np.uint8)[..., None], axis=-1)[..., 8 - bits :]
         content = np.packbits(unpacked.reshape(len(pixels), -1), axis=-1).tobytes()
     else:
-        content = pixels.astype(order + kind).tobytes()
+        content = pixels.astype(order + dtype).tobytes()
     height, width = pixels.shape
     tags = [(256, width), (257, height), (258, depth), (259, 1), (262, int(not white_is_zero)), (273, 8)]
     tags += [(277, 1), (278, height), (279, len(content)), (339, sample)]

@@ -65,8 +65,8 @@ def test_train_unconditional_leaves_a_prior_that_deblurs(tmp_path, capsys):
     prior = DiffPIRDeblurPipeline.from_pretrained(run)
     prior.set_progress_bar_config(disable=True)
     assert prior.unet.config.num_class_embeds is None and prior.config.scaling == "dtype"
-    picture = load_phantom(n=1, seed=3)["image"][:]
-    restored = prior(picture, kernel=torch.full((3, 3), 1 / 9), num_inference_steps=2, output_type="pt").restored
+    image = load_phantom(n=1, seed=3)["image"][:]
+    restored = prior(image, kernel=torch.full((3, 3), 1 / 9), num_inference_steps=2, output_type="pt").restored
     assert restored.shape == (1, 1, 64, 64) and torch.isfinite(restored).all()
 
 

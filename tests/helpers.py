@@ -303,3 +303,14 @@ def toy_pyramid(num_classes=2, seed=0, **changes):
     """The real class, 16 x 16, a few thousand weights."""
     torch.manual_seed(seed)
     return PyramidClassifier(**{**TOY_PYRAMID, "attention_head_dim": 8, **changes}, num_classes=num_classes).eval()
+
+
+# the originals' procedure without some of its offsets, as keywords of the tests' own `procedure`
+OFFSET_VARIANTS = {
+    "no random noise at first": dict(noising=False),
+    "encoding from index 0": dict(first=0),
+    "decoding from one index below the latents": dict(below=1),
+    "decoding from the latents' own index": dict(below=0),
+    "no clamp": dict(clip=False),
+    "all of these": dict(noising=False, first=0, below=0, clip=False),
+}

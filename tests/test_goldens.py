@@ -24,7 +24,17 @@ from cxr_diffusers.guided_diffusion.original import (
     run_as_original,
 )
 from cxr_diffusers.training.losses import denoising_terms, variational_bound
-from helpers import HERE, compared, converted, correlation, golden, largest, original_checkpoint, within
+from helpers import (
+    HERE,
+    OFFSET_VARIANTS,
+    compared,
+    converted,
+    correlation,
+    golden,
+    largest,
+    original_checkpoint,
+    within,
+)
 
 torch.set_num_threads(1)
 SHARED = Path(__file__).parents[2] / "shared" / "goldens"
@@ -509,16 +519,6 @@ def procedure(unet, scheduler, x0, noise, steps, level, *, noising=True, first=1
     return ddim_loop(guided_predictor(unet, 0, 2, 4.0), latents, chain, range(level - below, -1, -1), -1, clip)
 
 
-VARIANTS = {
-    "no random noise at first": dict(noising=False),
-    "encoding from index 0": dict(first=0),
-    "decoding from one index below the latents": dict(below=1),
-    "decoding from the latents' own index": dict(below=0),
-    "no clamp": dict(clip=False),
-    "all of these": dict(noising=False, first=0, below=0, clip=False),
-}
-
-
 @torch.no_grad()
 def measure_variants(unet, scheduler, run, steps, level):
     """Print what each offset changes; {what: (map, the original's map)}."""
@@ -529,7 +529,7 @@ def measure_variants(unet, scheduler, run, steps, level):
 
     theirs = anomaly_map()
     print(f"\n{steps} steps, level {level}: map mean {theirs.mean():.4f}, max {theirs.max():.3f}", end="")
-    for what, change in VARIANTS.items():
+    for what, change in OFFSET_VARIANTS.items():
         maps[what] = (anomaly_map(**change), theirs)
         print(f"\n  {what}: {compared(*maps[what])}", end="")
     return maps

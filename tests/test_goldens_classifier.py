@@ -22,7 +22,7 @@ from cxr_diffusers.guided_diffusion.original import (
     run_as_original,
 )
 from cxr_diffusers.guided_diffusion.original_steps import ancestral_distribution, ancestral_step, noised
-from helpers import compared, converted, golden, largest, original_checkpoint, within
+from helpers import OFFSET_VARIANTS, compared, converted, golden, largest, original_checkpoint, within
 
 torch.set_num_threads(1)
 UNIT, RUN = "g3_classifier_unit", "g3_clfguid_ddim1000_L30_s100"
@@ -251,16 +251,6 @@ def procedure(guided, classifier, x0, noise, steps, level, *, noising=True, firs
         return ddim_loop(predict, latents, chain, range(level - below, -1, -1), -1, clip, steer=steer)
 
 
-VARIANTS = {
-    "no random noise at first": dict(noising=False),
-    "encoding from index 0": dict(first=0),
-    "decoding from one index below the latents": dict(below=1),
-    "decoding from the latents' own index": dict(below=0),
-    "no clamp": dict(clip=False),
-    "all of these": dict(noising=False, first=0, below=0, clip=False),
-}
-
-
 def measure_variants(guided, classifier, steps, level):
     g = golden(RUN)
 
@@ -270,7 +260,7 @@ def measure_variants(guided, classifier, steps, level):
 
     theirs = difference()
     print(f"\n{steps} steps, level {level}: map mean {theirs.mean():.4f}, max {theirs.max():.3f}", end="")
-    for what, change in VARIANTS.items():
+    for what, change in OFFSET_VARIANTS.items():
         ours = difference(**change)
         print(f"\n  {what}: {compared(ours, theirs)}", end="")
         assert largest(ours, theirs) > 1e-4 or what == "no clamp", what

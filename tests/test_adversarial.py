@@ -336,7 +336,7 @@ def test_the_script_trains_resumes_and_leaves_a_pipeline_a_picture_and_a_card(tm
         ("images.data_range=[0, 1]", "data_range"),
     ],
 )
-def test_a_recipe_that_cannot_work_says_why(tmp_path, override, message):
+def test_an_invalid_recipe_is_refused_with_the_reason(tmp_path, override, message):
     with pytest.raises(ValueError, match=message):
         script().main([*SMALL, f"train.output_dir={tmp_path / 'run'}", override])
 

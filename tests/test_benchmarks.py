@@ -87,7 +87,7 @@ def test_backends_are_compared_in_one_table(tmp_path, monkeypatch, capsys):
     assert all(float(row[2]) > 0 and float(row[4]) < 1e-4 for row in rows)
 
 
-def test_what_the_choices_of_the_method_are_worth_and_cost_is_one_table(tmp_path, pipeline, capsys):
+def test_the_method_table_has_pixel_ap_and_cost_of_each_choice(tmp_path, pipeline, capsys):
     import method
     import yaml
 

@@ -370,7 +370,7 @@ def test_no_method_writes_over_another_or_beside_the_output(names):
         evaluate_chexlocalize({name: Bright() for name in names}, None)
 
 
-def test_a_missing_pycocotools_says_what_to_install(monkeypatch):
+def test_without_pycocotools_the_error_names_the_extra_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     with pytest.raises(ImportError, match=r"pip install 'cxr_diffusers\[chexlocalize\]'"):
         encode(np.ones((2, 2), bool))

@@ -144,7 +144,7 @@ def test_detect_hands_the_options_to_the_pipeline(model, folder, tmp_path):
         (["--batch-size", "0"], "--batch-size of 1 or more"),
     ],
 )
-def test_a_wrong_argument_is_one_line_that_says_what_was_expected(model, folder, tmp_path, capsys, arguments, message):
+def test_an_invalid_argument_is_refused_in_one_line(model, folder, tmp_path, capsys, arguments, message):
     assert main(["detect", str(folder), "--out", str(tmp_path / "out"), *model, *arguments]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("cxr-diffusers detect: ") and message in said
@@ -191,7 +191,7 @@ def test_a_table_is_opened_as_in_the_help(tmp_path):
         ("phantom:colour=red", "unknown key 'colour'"),
     ],
 )
-def test_a_data_set_that_cannot_be_opened_says_how_one_is_named(text, message):
+def test_an_invalid_data_set_argument_is_refused_with_the_syntax(text, message):
     with pytest.raises(ValueError, match=message):
         open_dataset(text)
 

@@ -202,13 +202,13 @@ def test_the_flags_it_was_trained_with_are_accepted(net):
     assert info["assumed"] == []
 
 
-def test_what_nobody_said_is_reported_as_assumed(net):
+def test_flags_that_were_not_given_are_reported_as_assumed(net):
     _, _, info = convert_state_dict(net.tensors, image_size=16)
     assert info["assumed"] == ["num_heads", "noise_schedule", "source"]
     assert info["flags"]["num_heads"] == 4
 
 
-def test_the_picture_size_is_told_from_the_usual_channels_or_asked_for():
+def test_the_image_size_is_derived_from_default_channels_or_required():
     usual = random_original(mult=(1, 2, 2, 2), attention=(1,))
     unet, _, _ = convert_state_dict(usual.tensors, num_heads=1)
     assert unet.config.sample_size == 32
@@ -217,7 +217,7 @@ def test_the_picture_size_is_told_from_the_usual_channels_or_asked_for():
         convert_state_dict(unusual.tensors, num_heads=1)
 
 
-def test_what_unet2dmodel_cannot_express_is_refused_by_name(net):
+def test_features_without_equivalent_in_unet2dmodel_are_refused_by_name(net):
     several = random_original(mult=(1, 2), attention=(0, 1), heads=2)
     with pytest.raises(ValueError, match="num_heads 2 with attention at several widths"):
         convert_state_dict(several.tensors, **flags_of(several))

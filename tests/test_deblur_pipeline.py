@@ -109,7 +109,7 @@ def test_timesteps_go_down_from_the_last_and_are_as_many_as_asked_for(deblur):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_what_the_network_predicts_is_read_as_its_scheduler_says(prediction_type):
+def test_the_prediction_type_of_the_scheduler_is_respected(prediction_type):
     """Of a network that knows the clean image, the denoising step finds it, whatever the prediction's kind."""
     scheduler = DDIMScheduler(prediction_type=prediction_type)
     pipeline, alpha = prior(scheduler=scheduler), scheduler.alphas_cumprod[400]

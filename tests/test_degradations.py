@@ -159,7 +159,7 @@ def test_a_kernel_has_a_name(text, kernel):
         ("linear:length=0.5", "1 pixel or more"),
     ],
 )
-def test_a_wrong_name_says_what_is_known(text, match):
+def test_an_invalid_kernel_is_refused_with_the_valid_values(text, match):
     with pytest.raises(ValueError, match=match):
         make_kernel(text)
 
@@ -264,7 +264,7 @@ def test_an_extended_picture_repeats_without_a_seam_and_is_its_own_middle(size):
         (np.ones(3) / 3, r"\(h, w\) or \(B, h, w\)"),
     ],
 )
-def test_what_is_no_kernel_is_refused(kernel, match):
+def test_an_invalid_kernel_array_is_refused(kernel, match):
     with pytest.raises(ValueError, match=match):
         check_kernel(kernel)
 

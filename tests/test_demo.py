@@ -375,14 +375,14 @@ def test_one_image_runs_at_a_time_and_no_endpoint_is_offered_to_programs(toy):
     assert not page.analytics_enabled
 
 
-def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys):
+def test_without_gradio_the_error_names_the_extra_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "cxr_diffusers.demo.page", raising=False)
     assert main(["demo"]) == 2
     assert "pip install 'cxr_diffusers[demo]'" in capsys.readouterr().err
 
 
-def test_the_threshold_slider_ends_with_the_colour_scale_and_says_what_1_is(toy, upload):
+def test_the_threshold_slider_has_the_range_of_the_colour_scale_and_explains_1(toy, upload):
     page = pytest.importorskip("cxr_diffusers.demo.page")
     analysis = SimpleNamespace(vmax=0.06, threshold=0.02, has_own_threshold=True)
     assert page.factor_range(analysis, 2.5)["maximum"] == 3.0 and page.factor_range(analysis, 2.5)["value"] == 2.5

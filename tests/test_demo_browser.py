@@ -280,7 +280,7 @@ def test_the_steps_of_a_run_are_shown_live_and_stop_ends_it(open_page, tmp_path)
     page.wait_for_selector("#score", timeout=120_000)  # the slow run takes five minutes
 
 
-def test_a_failed_run_says_so_and_the_button_works_again(open_page, tmp_path):
+def test_after_a_failed_run_an_error_is_shown_and_the_button_works(open_page, tmp_path):
     page = open_page()
     choose_method(page, "broken")
     upload_chest(page, tmp_path)

@@ -286,7 +286,7 @@ def test_the_hybrid_losss_terms_are_the_originals(trained):
 
 
 @torch.no_grad()
-def test_what_is_left_of_the_losss_difference_is_diffusers_float32_noise_level(trained):
+def test_the_remaining_difference_of_the_loss_is_rounding_of_diffusers_noise_levels(trained):
     """`add_noise` takes 1 - abar from a float32 abar; on the original's own x_t the squared error is the original's."""
     g, (unet, scheduler) = golden("g4_losses"), trained
     prediction = unet(g["x_t"], g["t"], class_labels=g["y"]).sample[:, :1]
@@ -390,7 +390,7 @@ def test_diffusers_own_decoding_step_is_the_originals_if_told_to_derive_the_nois
 
 
 @torch.no_grad()
-def test_the_picture_that_guided_noise_predicts_is_the_originals(trained):
+def test_the_image_predicted_by_guided_noise_equals_the_originals(trained):
     """The golden files keep the noise only in this form: x0 = clamp(x / sqrt(abar) - noise sqrt(1 / abar - 1))."""
     unet, scheduler = trained
     chain, predict = respaced_chain(scheduler, 50), guided_predictor(unet, 0, 2, 4.0)
@@ -403,7 +403,7 @@ def test_the_picture_that_guided_noise_predicts_is_the_originals(trained):
 
 
 @pytest.mark.parametrize("run", CFG_RUNS)
-def test_the_whole_procedure_gives_the_originals_picture_and_maps(trained, run):
+def test_the_whole_procedure_gives_the_originals_counterfactual_and_maps(trained, run):
     unet, scheduler = trained
     g = golden(run)
     output = run_as_original(
@@ -449,7 +449,7 @@ def test_the_network_is_asked_at_the_originals_timesteps_and_labels(trained, run
     assert sum(null for _, null in flat) == g["model_calls_null"].sum()
 
 
-def test_a_batch_is_its_pictures_one_by_one_and_a_pipeline_brings_its_own_preparation(trained):
+def test_a_batch_equals_its_images_one_by_one_and_the_pipelines_preparation_is_used(trained):
     pipeline = CFGAnomalyPipeline(*trained, data_range=(-1.0, 1.0), aspect="pad")
     images = [np.random.RandomState(i).randint(0, 256, (40, 30), dtype=np.uint8) for i in range(2)]
     noise = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))

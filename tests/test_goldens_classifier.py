@@ -187,7 +187,7 @@ def run(guided, classifier):
     return spied(guided, classifier)
 
 
-def test_wollebs_whole_procedure_gives_the_originals_picture_and_maps(guided, run):
+def test_wollebs_whole_procedure_gives_the_originals_counterfactual_and_maps(guided, run):
     g, output = golden(RUN), run[0]
     chain = respaced_chain(guided[1], 1000)
     assert within("first noising", largest(first_noising(g["x0"], g["first_noise"], chain), g["x_noisy"]), 1e-6)
@@ -306,7 +306,7 @@ def test_a_pipeline_with_a_classifier_answers_as_wollebs_code(guided, classifier
     assert largest(other.anomaly_map, output.anomaly_map) > 1e-6
 
 
-def test_a_batch_is_its_pictures_one_by_one_with_a_classifier_too(guided, classifier):
+def test_a_batch_equals_its_images_one_by_one_also_with_a_classifier(guided, classifier):
     x0 = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(1))
     noise = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(2))
     settings = dict(noise_level=4, num_steps=50)

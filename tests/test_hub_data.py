@@ -378,7 +378,7 @@ def test_a_card_describes_its_data_set(folder):
     )
 
 
-def test_sizes_are_said_as_the_hub_says_them():
+def test_size_categories_are_those_of_the_hub():
     assert [size_category(n) for n in (999, 1000, 99_999, 10**7)] == ["n<1K", "1K<n<10K", "10K<n<100K", "n>10M"]
 
 

@@ -166,7 +166,7 @@ def test_a_data_set_keeps_the_mode_and_pixels_of_its_images(tmp_path, mode):
     np.testing.assert_array_equal(np.asarray(image), np.asarray(grey))
 
 
-def test_a_data_set_turns_images_as_their_exif_says_and_is_stored_with_plain_image_columns(tmp_path):
+def test_exif_orientation_is_applied_and_columns_are_stored_as_plain_images(tmp_path):
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
     PIL.Image.fromarray(RAMP[:4].astype(np.uint8) * 4).save(tmp_path / "a.png", exif=exif)
@@ -196,7 +196,7 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path):
             read_image(tmp_path / name)
 
 
-def test_empty_files_say_so_and_an_archive_is_no_array(tmp_path):
+def test_empty_files_and_npz_archives_are_refused(tmp_path):
     for name in ("a.png", "a.jpg", "a.tif", "a.npy", "a.dcm"):
         (tmp_path / name).touch()
         with pytest.raises(ValueError, match=f"{name}: the file is empty"):

@@ -92,12 +92,12 @@ def test_a_classifier_of_pictures_ends_in_grad_cam(script, tmp_path):
         ("classifier.pool=spatial", "expected `pool`"),
     ],
 )
-def test_a_recipe_that_cannot_work_says_why(script, guided, change, message):
+def test_an_invalid_recipe_is_refused_with_the_reason(script, guided, change, message):
     with pytest.raises(ValueError, match=message):
         script.main([*guided, change])
 
 
-def test_it_goes_on_from_the_classifier_of_another_model(script, guided, tmp_path):
+def test_training_starts_from_the_classifier_of_another_model(script, guided, tmp_path):
     script.main(guided)
     still = ["train.learning_rate=0.0", "train.max_steps=1", "train.ema_decay=0.0"]
     again = [f"train.init_from={tmp_path / 'run'}", f"train.output_dir={tmp_path / 'again'}"]

@@ -32,25 +32,25 @@ def main(arguments=None):
     for each in pipelines.values():
         each.set_progress_bar_config(disable=True)
     print(f"{describe_machine()}\n{options.model}, the quickest of {options.repeat} calls\n")
-    pictures = load_phantom(options.batch_size, size=256, diseased_fraction=1.0)["image"][:]
-    rows = [row for n in sorted({1, len(pictures)}) for row in measure(pipelines, pictures[:n], options.repeat)]
+    images = load_phantom(options.batch_size, size=256, diseased_fraction=1.0)["image"][:]
+    rows = [row for n in sorted({1, len(images)}) for row in measure(pipelines, images[:n], options.repeat)]
     print(markdown(HEADER, rows))
 
 
-def measure(pipelines, pictures, repeat):
+def measure(pipelines, images, repeat):
     """The rows of one batch size: every backend after the other, `repeat` times."""
     seconds, maps = {name: [] for name in pipelines}, {}
     for turn in range(repeat + 1):
         for name, pipeline in pipelines.items():
             start = time.perf_counter()
-            maps[name] = pipeline(pictures, output_type="np").anomaly_map
+            maps[name] = pipeline(images, output_type="np").anomaly_map
             if turn:  # the first call warms up
-                seconds[name].append((time.perf_counter() - start) / len(pictures))
+                seconds[name].append((time.perf_counter() - start) / len(images))
     first = next(iter(pipelines))
     return [
         [
             name,
-            str(len(pictures)),
+            str(len(images)),
             f"{min(seconds[name]):.3g}",
             f"{min(seconds[first]) / min(seconds[name]):.2f}",
             f"{np.abs(maps[name] - maps[first]).max():.1e}",

@@ -1,9 +1,9 @@
 """How well is a known blur undone, and by whom? Validation radiographs, blurred by us: PSNR and SSIM with intervals.
 
     python benchmarks/deblurring.py                                        (the shipped prior; a quarter of an hour)
-    python benchmarks/deblurring.py --model runs/cxr_unconditional_64 --images 20 --picture deblurring.png
+    python benchmarks/deblurring.py --model runs/cxr_unconditional_64 --images 20 --figure deblurring.png
 
-All methods get the same pictures and the true kernel. As radiographs are, they are cut out of a blurred scene that goes
+All methods get the same images and the true kernel. As radiographs are, they are cut out of a blurred scene that goes
 on beyond their borders. What Wiener's filter and Richardson-Lucy (scikit-image) need to be told, how much to smooth and
 when to stop, is chosen on training images, anew for each blur; they see a mirrored margin. DiffPIR is told the noise.
 """
@@ -34,8 +34,8 @@ BLURS = {  # name: kernel, noise
 }
 BALANCES = [1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0]  # of Wiener's filter
 ROUNDS = [5, 10, 20, 40, 80]  # of Richardson-Lucy
-BEYOND = 12  # pixels of the scene around a picture
-MARGIN = 24  # mirrored around a picture for the classical methods, so that they do not ring either
+BEYOND = 12  # pixels of the scene around an image
+MARGIN = 24  # mirrored around an image for the classical methods, so that they do not ring either
 
 
 def main(arguments=None):
@@ -46,11 +46,11 @@ def main(arguments=None):
     prior.set_progress_bar_config(disable=True)
     print(f"{describe_machine(options.device)}\nprior: {options.model or 'the shipped model, null label'}\n")
     size = options.size or prior.unet.config.sample_size
-    scenes, patients = open_pictures(options.data, "val", options.images, size)
-    pictures = inside(scenes)
-    training, _ = open_pictures(options.data, "train", 8, size)
+    scenes, patients = load_scenes(options.data, "val", options.images, size)
+    images = inside(scenes)
+    training, _ = load_scenes(options.data, "train", 8, size)
     weights = patient_weights(patients, 1000)
-    shown = []
+    restored_by_blur = []
     for name in options.blurs:
         text, noise_std = BLURS[name]
         kernel = make_kernel(text)
@@ -59,19 +59,19 @@ def main(arguments=None):
         for method, restore in methods(prior, options, training, kernel, noise_std).items():
             start = time.perf_counter()
             answers[method] = restore(blurred)
-            seconds[method] = (time.perf_counter() - start) / len(pictures)
-        print(f"{name} ({text}), noise {noise_std * 255:g}/255: {len(pictures)} pictures of {size} pixels\n")
-        print(table(pictures, answers, seconds, weights) + "\n", flush=True)
-        shown.append((name, answers))
-    if options.picture:
-        save_png(sheet(pictures, shown), options.picture)
-        print(f"picture: {options.picture}")
+            seconds[method] = (time.perf_counter() - start) / len(images)
+        print(f"{name} ({text}), noise {noise_std * 255:g}/255: {len(images)} images of {size} pixels\n")
+        print(table(images, answers, seconds, weights) + "\n", flush=True)
+        restored_by_blur.append((name, answers))
+    if options.figure:
+        save_png(sheet(images, restored_by_blur), options.figure)
+        print(f"figure: {options.figure}")
 
 
-def open_pictures(root, split, count, size):
+def load_scenes(root, split, count, size):
     """((N, 1, H, W) scenes in [0, 1], patients): adult radiographs of as many patients, evenly from all of the split.
 
-    What is used of a scene is its middle, (size, size); see `inside`.
+    The image of a scene is its middle, (size, size); see `inside`.
     """
     manifest = pd.read_csv(Path(root) / "manifest.csv", keep_default_na=False)
     rows = manifest[(manifest["split"] == split) & manifest["source"].str.startswith("nih")]
@@ -92,7 +92,7 @@ def measure(scenes, kernel, noise_std, seed):
 
 
 def methods(prior, options, training, kernel, noise_std):
-    """{name: function of (N, 1, H, W) blurred pictures}"""
+    """{name: function of (N, 1, H, W) blurred images}"""
     blurred = measure(training, kernel, noise_std, seed=1)
 
     def best(function, values):
@@ -100,17 +100,17 @@ def methods(prior, options, training, kernel, noise_std):
         return values[int(np.argmax(scores))]
 
     balance, rounds = best(wiener(kernel), BALANCES), best(richardson_lucy(kernel), ROUNDS)
-    found = {
+    methods = {
         f"Wiener, balance {balance:g}": lambda y: wiener(kernel)(y, balance),
         f"Richardson-Lucy, {rounds} rounds": lambda y: richardson_lucy(kernel)(y, rounds),
     }
     for steps in options.steps:
-        found[f"DiffPIR, {steps} steps"] = diffpir(prior, kernel, noise_std, num_inference_steps=steps)
+        methods[f"DiffPIR, {steps} steps"] = diffpir(prior, kernel, noise_std, num_inference_steps=steps)
     fewest = min(options.steps)
     for what in options.variants:
         change = {"num_inference_steps": fewest, **VARIANTS[what]}
-        found[f"DiffPIR, {fewest} steps, {what}"] = diffpir(prior, kernel, noise_std, **change)
-    return found
+        methods[f"DiffPIR, {fewest} steps, {what}"] = diffpir(prior, kernel, noise_std, **change)
+    return methods
 
 
 VARIANTS = {
@@ -157,47 +157,47 @@ def classical(function):
     return restore
 
 
-def psnr_of(answers, pictures):
-    return np.array([psnr(a[0], p[0]) for a, p in zip(answers.numpy(), pictures.numpy(), strict=True)])
+def psnr_of(answers, images):
+    return np.array([psnr(a[0], p[0]) for a, p in zip(answers.numpy(), images.numpy(), strict=True)])
 
 
-def ssim_of(answers, pictures):
-    return np.array([ssim(a[0], p[0]) for a, p in zip(answers.numpy(), pictures.numpy(), strict=True)])
+def ssim_of(answers, images):
+    return np.array([ssim(a[0], p[0]) for a, p in zip(answers.numpy(), images.numpy(), strict=True)])
 
 
-def table(pictures, answers, seconds, weights):
+def table(images, answers, seconds, weights):
     rows = []
-    gain = {name: psnr_of(answer, pictures) for name, answer in answers.items()}
+    gain = {name: psnr_of(answer, images) for name, answer in answers.items()}
     for name, answer in answers.items():
-        cells = [name, interval(gain[name], weights, 2), interval(ssim_of(answer, pictures), weights, 4)]
+        cells = [name, interval(gain[name], weights, 2), interval(ssim_of(answer, images), weights, 4)]
         cells.append(interval(gain[name] - gain["blurred"], weights, 2) if name != "blurred" else "")
         rows.append([*cells, f"{seconds[name]:.2g}" if seconds[name] else ""])
-    return markdown(["", "PSNR, dB", "SSIM", "PSNR gained over the blurred picture", "seconds an image"], rows)
+    return markdown(["", "PSNR, dB", "SSIM", "PSNR gained over the blurred image", "seconds an image"], rows)
 
 
 def interval(values, weights, digits):
-    found = interval_of(mean_of(values), weights)
-    if found.low != found.low:  # one patient has no interval
-        return f"{found.value:.{digits}f}"
-    return f"{found.value:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+    estimate = interval_of(mean_of(values), weights)
+    if estimate.low != estimate.low:  # one patient has no interval
+        return f"{estimate.value:.{digits}f}"
+    return f"{estimate.value:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
 
 
-def sheet(pictures, shown, count=2, scale=3):
-    """Rows: blurs and pictures; columns: truth, blurred, methods. Pixels are shown as they are."""
-    side, count = pictures.shape[-1] * scale, min(count, len(pictures))
-    columns = ["truth", *(name for name in shown[0][1])]
-    page = Image.new("L", (len(columns) * (side + 4), len(shown) * (count * (side + 4) + 16) + 16), 255)
+def sheet(images, restored_by_blur, count=2, scale=3):
+    """Rows: blurs and images; columns: truth, blurred, methods. Pixels are not interpolated."""
+    side, count = images.shape[-1] * scale, min(count, len(images))
+    columns = ["truth", *(name for name in restored_by_blur[0][1])]
+    page = Image.new("L", (len(columns) * (side + 4), len(restored_by_blur) * (count * (side + 4) + 16) + 16), 255)
     draw = ImageDraw.Draw(page)
     for k, column in enumerate(columns):
         draw.text((k * (side + 4) + 3, 2), column.split(",")[0] if "DiffPIR" not in column else column, 0)
-    for r, (name, answers) in enumerate(shown):
+    for r, (name, answers) in enumerate(restored_by_blur):
         top = 16 + r * (count * (side + 4) + 16)
         draw.text((3, top + 1), name, 0)
         for i in range(count):
-            for k, answer in enumerate([pictures, *answers.values()][: len(columns)]):
+            for k, answer in enumerate([images, *answers.values()][: len(columns)]):
                 array = (answer[i, 0].clamp(0, 1).numpy() * 255).round().astype(np.uint8)
-                picture = Image.fromarray(array).resize((side, side), Image.Resampling.NEAREST)
-                page.paste(picture, (k * (side + 4), top + 16 + i * (side + 4)))
+                image = Image.fromarray(array).resize((side, side), Image.Resampling.NEAREST)
+                page.paste(image, (k * (side + 4), top + 16 + i * (side + 4)))
     return page
 
 
@@ -206,12 +206,12 @@ def parser():
     parser.add_argument("--model", help="the prior: pipeline folder or Hub name (default: the shipped model)")
     parser.add_argument("--data", type=Path, default=ROOT, help="folder with manifest.csv")
     parser.add_argument("--images", type=int, default=8, help="validation images, one a patient")
-    parser.add_argument("--size", type=int, help="of the pictures, in pixels (default: the prior's)")
+    parser.add_argument("--size", type=int, help="of the images, in pixels (default: the prior's)")
     parser.add_argument("--steps", type=int, nargs="+", default=[20, 100])
     parser.add_argument("--blurs", nargs="+", default=list(BLURS), choices=list(BLURS), metavar="BLUR")
     text = f"other settings of DiffPIR as well, some of: {'; '.join(VARIANTS)}"
     parser.add_argument("--variants", nargs="+", default=[], choices=list(VARIANTS), metavar="VARIANT", help=text)
-    parser.add_argument("--picture", type=Path, help="a PNG of the first two pictures")
+    parser.add_argument("--figure", type=Path, help="a PNG of the first two images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="of torch; default: torch's own choice")
     return parser

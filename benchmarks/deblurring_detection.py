@@ -28,15 +28,15 @@ PAIRS = [("deblurred", "as they are"), ("blurred", "as they are"), ("blurred, de
 
 
 class After:
-    """A detector that sees its pictures only after something was done to them."""
+    """A detector that sees its images only after something was done to them."""
 
     def __init__(self, detector, treat):
         self.detector, self.treat, self.config = detector, treat, detector.config
 
     def __call__(self, images, **options):
         size = self.detector.unet.config.sample_size
-        pictures = prepare_image(images, size, "dtype", self.config["aspect"], (0.0, 1.0))
-        return self.detector(self.treat(pictures), **options)
+        radiographs = prepare_image(images, size, "dtype", self.config["aspect"], (0.0, 1.0))
+        return self.detector(self.treat(radiographs), **options)
 
 
 def main(arguments=None):
@@ -54,36 +54,36 @@ def main(arguments=None):
         implants = implants.select([i * len(implants) // options.images for i in range(options.images)])
 
     def treat(steps):
-        def treated(pictures):
+        def treated(radiographs):
             for step in steps:
-                generators = [torch.Generator().manual_seed(i) for i in range(len(pictures))]
+                generators = [torch.Generator().manual_seed(i) for i in range(len(radiographs))]
                 if step == "blur":
-                    blurred = degrade(pictures, torch.from_numpy(kernel), options.noise_std, generator=generators[0])
-                    pictures = blurred.clamp(0, 1)
+                    blurred = degrade(radiographs, torch.from_numpy(kernel), options.noise_std, generator=generators[0])
+                    radiographs = blurred.clamp(0, 1)
                 else:
                     call = dict(num_inference_steps=options.steps, generator=generators, output_type="pt")
-                    pictures = prior(pictures, kernel, options.noise_std, **call).restored
-            return pictures
+                    radiographs = prior(radiographs, kernel, options.noise_std, **call).restored
+            return radiographs
 
         return treated
 
     ways = {name: After(detector, treat(steps)) for name, steps in NAMES.items()}
     print(describe_machine(options.device))
     print(f"{options.kernel}, noise {options.noise_std * 255:g}/255; DiffPIR, {options.steps} steps")
-    print(f"{len(implants)} pictures, seen at {detector.unet.config.sample_size} pixels\n")
+    print(f"{len(implants)} images, seen at {detector.unet.config.sample_size} pixels\n")
     common = dict(n_bootstrap=options.bootstrap, batch_size=options.batch_size)
     # one table with each way in front, since differences are those of the first to the others
     answers = remembered(ways)
     summaries = {a: compare({a: answers[a], b: answers[b]}, implants, **common).summary for a, b in PAIRS}
     rows = {name: row for summary in summaries.values() for name, row in summary["rows"].items() if name in NAMES}
     cells = [[name, show(rows[name]["pixel_ap"]), show(rows[name]["pixel_auroc"])] for name in NAMES]
-    print(markdown(["pictures", "pixel AP", "pixel AUROC"], cells) + "\n")
+    print(markdown(["images", "pixel AP", "pixel AUROC"], cells) + "\n")
     cells = [[f"{a} - {b}", show(summaries[a]["differences"][f"{a} - {b}"]["pixel_ap"], "+")] for a, b in PAIRS]
     print(markdown(["paired difference", "pixel AP"], cells))
 
 
 def remembered(ways):
-    """The same detectors; asked again for the same pictures, they do not compute."""
+    """The same detectors; asked again for the same images, they do not compute."""
 
     def remember(way):
         seen = {}
@@ -101,8 +101,8 @@ def remembered(ways):
     return {name: remember(way) for name, way in ways.items()}
 
 
-def show(found, sign=""):
-    return f"{found['value']:{sign}.3f} [{found['low']:{sign}.3f}, {found['high']:{sign}.3f}]"
+def show(result, sign=""):
+    return f"{result['value']:{sign}.3f} [{result['low']:{sign}.3f}, {result['high']:{sign}.3f}]"
 
 
 def parser():

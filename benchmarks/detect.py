@@ -3,7 +3,7 @@
     python benchmarks/detect.py                                  (the shipped model; minutes)
     python benchmarks/detect.py --model runs/mine --device cuda --threads 8
 
-The pictures are phantoms: what a picture shows does not change what it costs.
+The images are phantoms: what an image shows does not change what it costs.
 """
 
 import argparse
@@ -23,34 +23,34 @@ def main(arguments=None):
     options = parser().parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    pictures = load_phantom(options.batch_size, size=256, diseased_fraction=1.0)["image"][:]
+    images = load_phantom(options.batch_size, size=256, diseased_fraction=1.0)["image"][:]
     print(f"{describe_machine(options.device)}\n{options.model}, own settings over the original's\n")
-    float32, bfloat16, last = (open_pipeline(options, kind) for kind in ("float32", "bfloat16", "channels_last"))
+    float32, bfloat16, last = (open_pipeline(options, variant) for variant in ("float32", "bfloat16", "channels_last"))
     original = {**CFGAnomalyPipeline.ORIGINAL_SETTINGS, "num_inference_steps": options.original_steps}
     rows = [
-        ("original procedure", measure(float32, pictures[:1], original)),  # once: it takes long enough to be steady
-        ("default", measure(float32, pictures[:1], {}, options.repeat)),
-        ("default", measure(float32, pictures, {}, options.repeat)),
-        ("default, bfloat16", measure(bfloat16, pictures, {}, options.repeat)),
-        ("default, channels_last", measure(last, pictures, {}, options.repeat)),
+        ("original procedure", measure(float32, images[:1], original)),  # once: it takes long enough to be steady
+        ("default", measure(float32, images[:1], {}, options.repeat)),
+        ("default", measure(float32, images, {}, options.repeat)),
+        ("default, bfloat16", measure(bfloat16, images, {}, options.repeat)),
+        ("default, channels_last", measure(last, images, {}, options.repeat)),
     ]
     table = markdown(HEADER, [cells(name, row, rows[0][1], rows[2][1]) for name, row in rows])
-    print(f"{table}\n\nlast column: mean |map - map of the default in float32, {len(pictures)} images a call|")
+    print(f"{table}\n\nlast column: mean |map - map of the default in float32, {len(images)} images a call|")
 
 
-def measure(pipeline, pictures, settings, repeat=1):
+def measure(pipeline, images, settings, repeat=1):
     """{images, forwards, seconds, maps}: forwards as a hook counts them, the median seconds after one short call."""
-    pipeline(pictures, **{**settings, "num_inference_steps": 3, "noise_level": 400})
+    pipeline(images, **{**settings, "num_inference_steps": 3, "noise_level": 400})
     counted, seconds = [], []
     hook = pipeline.unet.register_forward_hook(lambda unet, inputs, output: counted.append(len(inputs[0])))
     for _ in range(repeat):
         start = time.perf_counter()
-        output = pipeline(pictures, output_type="np", **settings)  # as arrays: a GPU has finished by then
-        seconds.append((time.perf_counter() - start) / len(pictures))
+        output = pipeline(images, output_type="np", **settings)  # as arrays: a GPU has finished by then
+        seconds.append((time.perf_counter() - start) / len(images))
     hook.remove()
     return {
-        "images": len(pictures),
-        "forwards": sum(counted) / repeat / len(pictures),
+        "images": len(images),
+        "forwards": sum(counted) / repeat / len(images),
         "seconds": statistics.median(seconds),
         "maps": output.anomaly_map,
     }
@@ -68,11 +68,11 @@ def cells(name, row, original, reference):
     ]
 
 
-def open_pipeline(options, kind):
+def open_pipeline(options, variant):
     pipeline = CFGAnomalyPipeline.from_pretrained(options.model).to(options.device)
-    if kind == "bfloat16":
+    if variant == "bfloat16":
         pipeline.to(torch.bfloat16)
-    if kind == "channels_last":
+    if variant == "channels_last":
         pipeline.unet.to(memory_format=torch.channels_last)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -142,8 +142,8 @@ class Bench:
             compiles = (3.0 if "max" in variant.compile else 1.0) if variant.compile else 0.0
             return forward(variant.name, seconds, partial(self.forward, variant), compiles)
 
-        for kind in ("bf16", "tf32", "float32"):
-            yield Measurement("rates", kind, 1.0, partial(self.matrix_rate, kind))
+        for precision in ("bf16", "tf32", "float32"):
+            yield Measurement("rates", precision, 1.0, partial(self.matrix_rate, precision))
         yield Measurement("rates", "copy", 1.0, self.copy_rate)
         yield row(Variant("bf16 weights", large, profile=True))
         yield row(Variant("float32", large))
@@ -198,15 +198,15 @@ class Bench:
 
     # the rows
 
-    def matrix_rate(self, kind):
+    def matrix_rate(self, precision):
         """Of one square product, on random numbers: 2 n^3 operations over the median of its times."""
         n = 256 if self.toy else 8192
-        dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         a, b = torch.randn(2, n, n, device=self.device, dtype=dtype)
-        with arithmetic(kind):
+        with arithmetic(precision):
             seconds = self.seconds_of(lambda: a @ b)[1]
-        self.rates[kind] = 2 * n**3 / seconds
-        yield "rates", [f"{n}^3 product, {kind}", f"{self.rates[kind] / 1e12:.3g}", "TFLOP/s"]
+        self.rates[precision] = 2 * n**3 / seconds
+        yield "rates", [f"{n}^3 product, {precision}", f"{self.rates[precision] / 1e12:.3g}", "TFLOP/s"]
 
     def copy_rate(self):
         source = torch.randn((1 << 20) if self.toy else (1 << 30), device=self.device)
@@ -460,11 +460,11 @@ def wall_seconds(function):
 
 
 @contextlib.contextmanager
-def arithmetic(kind):
+def arithmetic(precision):
     """How float32 is multiplied within: exactly, as tf32, or ("default") as torch is when nobody says anything."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32, cudnn.allow_tf32 = kind == "tf32", kind in ("tf32", "default")
+    matmul.allow_tf32, cudnn.allow_tf32 = precision == "tf32", precision in ("tf32", "default")
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The scores of healthy images, kept beside models: what the web page puts a picture's score beside.
+"""The scores of healthy images, kept beside models: what the web page puts an image's score beside.
 
     python benchmarks/healthy_scores.py --data DATA --named "WHAT THEY ARE" cxr_cfg_128 cxr_classifier_128 ...
 

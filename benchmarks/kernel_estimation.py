@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from deblurring import BALANCES, BEYOND, ROOT, inside, interval, measure, open_pictures, psnr_of, wiener
+from deblurring import BALANCES, BEYOND, ROOT, inside, interval, load_scenes, measure, psnr_of, wiener
 from machine import markdown
 
 from cxr_diffusers.deblurring.degradations import make_kernel
@@ -36,10 +36,10 @@ HEADER += ["PSNR gained, true kernel", "estimated, taken for true", "estimated, 
 
 def main(arguments=None):
     options = parser().parse_args(arguments)
-    training, _ = open_pictures(options.data, "train", options.calibration, options.size)
-    pictures = inside(training)[:, 0].numpy()
-    print(f"EDGE_HEIGHT {EDGE_HEIGHT}; calibrated now on {len(pictures)} training images: {calibrate(pictures):.3f}\n")
-    scenes, patients = open_pictures(options.data, "val", options.images, options.size)
+    training, _ = load_scenes(options.data, "train", options.calibration, options.size)
+    images = inside(training)[:, 0].numpy()
+    print(f"EDGE_HEIGHT {EDGE_HEIGHT}; calibrated now on {len(images)} training images: {calibrate(images):.3f}\n")
+    scenes, patients = load_scenes(options.data, "val", options.images, options.size)
     weights = patient_weights(patients, 1000)
     rows = [row_of(scenes, weights, *blur) for blur in BLURS]
     print(f"{len(scenes)} validation images of {options.size} pixels\n\n{markdown(HEADER, rows)}")
@@ -49,9 +49,9 @@ def row_of(scenes, weights, name, text, noise_std):
     kernel = make_kernel(text) if text else np.ones((1, 1), np.float32)
     truth, blurred = inside(scenes), measure(scenes, kernel, noise_std, seed=0)
     sigma, minor, angle = shape_of(kernel)
-    found = [estimate_blur(y[0].numpy()) for y in blurred]
-    width = [(b.sigma * b.minor) ** 0.5 for b in found]
-    turned = [b for b in found if b.sigma > b.minor]
+    estimates = [estimate_blur(y[0].numpy()) for y in blurred]
+    width = [(b.sigma * b.minor) ** 0.5 for b in estimates]
+    turned = [b for b in estimates if b.sigma > b.minor]
     off = [abs((b.angle - angle + 90) % 180 - 90) for b in turned]
     low, middle, high = np.quantile(width, [0.25, 0.5, 0.75])
     before = psnr_of(blurred, truth)
@@ -62,13 +62,13 @@ def row_of(scenes, weights, name, text, noise_std):
         restored = {b: torch.stack([wiener(k)(y[None], b)[0] for k, y in pairs]) for b in BALANCES}
         return {b: psnr_of(x, truth) - before for b, x in restored.items()}
 
-    true, estimated = gained([kernel] * len(found)), gained([b.kernel for b in found])
+    true, estimated = gained([kernel] * len(estimates)), gained([b.kernel for b in estimates])
     best, own = (max(gains, key=lambda b: gains[b].mean()) for gains in (true, estimated))
     return [
         name,
         f"{sigma:.2f}, {minor:.2f}" if text else "0",
         f"{middle:.2f} [{low:.2f}, {high:.2f}]",
-        f"{len(turned)} of {len(found)}",
+        f"{len(turned)} of {len(estimates)}",
         f"{np.median(off):.0f} degrees" if turned and sigma > LEAST_RATIO * minor else "",
         interval(true[best], weights, 2) if text else "",
         interval(estimated[best], weights, 2) if text else "",
@@ -92,7 +92,7 @@ def parser():
     parser.add_argument("--data", type=Path, default=ROOT, help="folder with manifest.csv")
     parser.add_argument("--images", type=int, default=24, help="validation images, one a patient")
     parser.add_argument("--calibration", type=int, default=60, help="training images")
-    parser.add_argument("--size", type=int, default=256 - 2 * BEYOND, help="of the pictures, in pixels")
+    parser.add_argument("--size", type=int, default=256 - 2 * BEYOND, help="of the images, in pixels")
     return parser
 
 

@@ -1,10 +1,10 @@
-"""What each choice of the method is worth and what it costs: the table and the picture of docs/method.md.
+"""What each choice of the method is worth and what it costs: the table and the image of docs/method.md.
 
     cxr-diffusers evaluate --config method root=../shared/cxr --on implants --out results_method
-    python benchmarks/method.py --results results_method --picture method_cost.png
+    python benchmarks/method.py --results results_method --figure method_cost.png
 
 Of the plan's other data sets, where they were evaluated, it prints a table each. The figures are those of the
-evaluation. Forwards are counted by a hook on a tiny UNet with the same steps, one for each picture that passes through
+evaluation. Forwards are counted by a hook on a tiny UNet with the same steps, one for each image that passes through
 it. What they take is measured by benchmarks/detect.py.
 """
 
@@ -38,8 +38,8 @@ def main(arguments=None):
         path = options.results / other / "summary.json"
         if other != options.data and path.is_file():
             print(f"\n{other}:\n\n{short_table(json.loads(path.read_text()), names)}")
-    if options.picture:
-        save_png(cost_figure(summary, names, forwards), options.picture)
+    if options.figure:
+        save_png(cost_figure(summary, names, forwards), options.figure)
 
 
 def table(summary, names, forwards):
@@ -49,15 +49,15 @@ def table(summary, names, forwards):
     controls = [mean_map_of(first, names), LOCATION, CHANCE]
     rows = []
     for name in [*names, *(control for control in controls if control in summary["rows"])]:
-        found, difference = summary["rows"][name], summary["differences"].get(f"{first} - {name}", {})
+        result, difference = summary["rows"][name], summary["differences"].get(f"{first} - {name}", {})
         rows.append(
             [
                 name,
-                interval(found["pixel_ap"]),
+                interval(result["pixel_ap"]),
                 interval(difference.get("pixel_ap"), "+"),
                 *(number(strata[style]["rows"].get(name, {}).get("pixel_ap")) for style in styles),
-                number(found["pixel_auroc"]),
-                number(found.get("hit_rate")),
+                number(result["pixel_auroc"]),
+                number(result.get("hit_rate")),
                 str(forwards.get(name, "–")),
             ]
         )
@@ -71,19 +71,23 @@ def short_table(summary, names):
     for name in [*names, LOCATION, CHANCE]:
         if name not in summary["rows"]:
             continue
-        found, difference = summary["rows"][name], summary["differences"].get(f"{first} - {name}", {})
-        cells = [interval(found["pixel_ap"]), interval(difference.get("pixel_ap"), "+"), number(found["pixel_auroc"])]
-        cells += [interval(found.get("image_auroc")), interval(difference.get("image_auroc"), "+")]
+        result, difference = summary["rows"][name], summary["differences"].get(f"{first} - {name}", {})
+        cells = [interval(result["pixel_ap"]), interval(difference.get("pixel_ap"), "+"), number(result["pixel_auroc"])]
+        cells += [interval(result.get("image_auroc")), interval(difference.get("image_auroc"), "+")]
         rows.append([name, *cells])
     return markdown(["", "pixel AP", f"{first} - it", "pixel AUROC", "image AUROC", f"{first} - it"], rows)
 
 
-def interval(found, sign=""):
-    return "–" if found is None else f"{found['value']:{sign}.3f} [{found['low']:{sign}.3f}, {found['high']:{sign}.3f}]"
+def interval(result, sign=""):
+    return (
+        "–"
+        if result is None
+        else f"{result['value']:{sign}.3f} [{result['low']:{sign}.3f}, {result['high']:{sign}.3f}]"
+    )
 
 
-def number(found):
-    return "–" if found is None else f"{found['value']:.3f}"
+def number(result):
+    return "–" if result is None else f"{result['value']:.3f}"
 
 
 def count_forwards(method):
@@ -116,19 +120,19 @@ def cost_figure(summary, names, forwards):
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xscale="log", xlabel="UNet forwards an image", ylabel="pixel AP, 95 % over patients")
     axes.spines[["top", "right"]].set_visible(False)
-    alike = {}  # rows that cost the same stand beside each other
+    same_cost = {}  # rows that cost the same stand beside each other
     for name in names:
-        k = alike[forwards[name]] = alike.get(forwards[name], -1) + 1
-        found, x = summary["rows"][name]["pixel_ap"], forwards[name] * 1.035**k
-        error = [[found["value"] - found["low"]], [found["high"] - found["value"]]]
+        k = same_cost[forwards[name]] = same_cost.get(forwards[name], -1) + 1
+        result, x = summary["rows"][name]["pixel_ap"], forwards[name] * 1.035**k
+        error = [[result["value"] - result["low"]], [result["high"] - result["value"]]]
         colour = {names[0]: "#D55E00", "original": "#0072B2"}.get(name)
-        axes.errorbar(x, found["value"], error, fmt="o", ms=4, lw=1, color=colour or "0.65", zorder=3 if colour else 2)
+        axes.errorbar(x, result["value"], error, fmt="o", ms=4, lw=1, color=colour or "0.65", zorder=3 if colour else 2)
         if colour:
-            axes.annotate(name, (x, found["high"]), (0, 4), textcoords="offset points", color=colour, ha="center")
+            axes.annotate(name, (x, result["high"]), (0, 4), textcoords="offset points", color=colour, ha="center")
     chance = summary["rows"][CHANCE]["pixel_ap"]["value"]
     axes.axhline(chance, color="0.5", linestyle=":", linewidth=1)
     axes.text(0.6, chance, "chance", transform=axes.get_yaxis_transform(), va="bottom", ha="center", color="0.5")
-    axes.set_xticks([n for n in (5, 10, 20, 50, 100, 200, 500, 1000) if min(alike) / 2 <= n <= max(alike)])
+    axes.set_xticks([n for n in (5, 10, 20, 50, 100, 200, 500, 1000) if min(same_cost) / 2 <= n <= max(same_cost)])
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_ylim(bottom=0)
@@ -140,7 +144,7 @@ def parser():
     parser.add_argument("--results", type=Path, required=True, help="what evaluate wrote")
     parser.add_argument("--config", type=Path, default=PLAN, help="the plan it followed")
     parser.add_argument("--data", default="implants", help="the plan's data set to show")
-    parser.add_argument("--picture", type=Path, help="write pixel AP over forwards to this PNG")
+    parser.add_argument("--figure", type=Path, help="write pixel AP over forwards to this PNG")
     return parser
 
 

@@ -1,14 +1,14 @@
-"""Draw the pictures of the documentation from the shipped models, on radiographs that may be shown.
+"""Draw the images of the documentation from the shipped models, on radiographs that may be shown.
 
     python benchmarks/pictures.py hero --root DATA --results RESULTS     # docs/images/hero.png
     python benchmarks/pictures.py examples --root DATA                   # example.png of each shipped model
     python benchmarks/pictures.py sheet --results RESULTS                # docs/images/methods.jpg
-    python benchmarks/pictures.py stamp FILE MODEL...                    # mark a picture that another program drew
+    python benchmarks/pictures.py stamp FILE MODEL...                    # mark an image that another program drew
 
 DATA holds NIH radiographs in CheXpert's layout with `boxes.csv` beside it, RESULTS is the output folder of
 `cxr-diffusers evaluate --config evaluate`. The images are not chosen by eye: of the images with boxes sorted by the
-model's pixel AP, those at the 75th, 50th and 25th percentile. Every picture carries a digest of the weights
-and settings that drew it; tests/test_pictures.py says which pictures are older than the shipped models.
+model's pixel AP, those at the 75th, 50th and 25th percentile. Every image carries a digest of the weights
+and settings that drew it; tests/test_pictures.py says which images are older than the shipped models.
 """
 
 import argparse
@@ -87,14 +87,14 @@ def opened(name: str):
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("picture", choices=["hero", "examples", "sheet", "stamp"])
+    parser.add_argument("figure", choices=["hero", "examples", "sheet", "stamp"])
     parser.add_argument("rest", nargs="*", help="of stamp: FILE MODEL...")
     parser.add_argument("--root", type=Path)
     parser.add_argument("--results", type=Path)
     options = parser.parse_args(arguments)
-    if options.picture == "stamp":
+    if options.figure == "stamp":
         stamp(Path(options.rest[0]), options.rest[1:])
-    elif options.picture == "sheet":
+    elif options.figure == "sheet":
         with Image.open(options.results / "boxes" / "contact_sheet.png") as sheet:
             sheet.convert("RGB").save(IMAGES / "methods.jpg")
         shipped = sorted(path.parent.name for path in CHECKPOINTS.glob("*/model_index.json"))
@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         rows = boxed_rows(options.root)
         paths = at_percentiles(options.results, (75, 50, 25))
-        if options.picture == "hero":
+        if options.figure == "hero":
             pipeline = opened(DEFAULT)
             titles = [f"{p}th percentile of pixel AP. {CREDIT}" for p in (75, 50, 25)]
             page = above_each_other([panel(pipeline, rows[path], t) for path, t in zip(paths, titles, strict=True)])

@@ -4,7 +4,7 @@
     python benchmarks/training_step.py --recipes phantom_cfg_32 --steps 50 train.batch_size=32
 
 The recipes' models learn from phantoms of 256 pixels here, so that no data are needed. "in memory" is what small data
-sets get (each picture prepared once); "from files" decodes and prepares every picture anew.
+sets get (each image prepared once); "from files" decodes and prepares every image anew.
 """
 
 import argparse

@@ -13,7 +13,7 @@ if not Path(__file__).with_name("pipelines").is_dir():
 # where onnxruntime is installed diffusers imports it, and its official builds report to Microsoft unless this is set
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-# name -> module; imported when first asked for, since torch and diffusers take seconds to import
+# name -> module; imported on first use, since torch and diffusers take seconds to import
 _HOME = {
     "AnomalyOutput": "pipelines",
     "CFGAnomalyPipeline": "pipelines",

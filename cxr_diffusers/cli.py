@@ -8,7 +8,7 @@ import warnings
 from .commands import COMMANDS
 from .version import __version__
 
-# what a user can mend is a line, not a traceback
+# errors that a user can correct are printed without a traceback
 ONE_LINE_ERRORS = (ValueError, OSError, ImportError)
 
 
@@ -20,7 +20,7 @@ def main(arguments=None):
     if not hasattr(options, "run"):
         parser.print_help()
         return 2
-    # pydicom quotes what it cannot read, a name or a birth date; what is wrong with a header is ours to say
+    # pydicom's warnings quote values, such as names and birth dates; our own messages name the element instead
     warnings.filterwarnings("ignore", module=r"pydicom\.")
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     try:

@@ -68,7 +68,7 @@ def weights_digest(pipeline: Any) -> str:
 
 
 def checkpoint_digest(folder: Path | str) -> str:
-    """Hash (8 hexadecimal digits) of a checkpoint's weights and settings on disk: what its pictures depend on."""
+    """Hash (8 hexadecimal digits) of a checkpoint's weights and settings on disk, which determine its images."""
     files = sorted(p for p in Path(folder).rglob("*") if p.suffix == ".safetensors" or p.name == "model_index.json")
     digest = hashlib.blake2b(digest_size=4)
     for path in files:

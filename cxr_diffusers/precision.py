@@ -31,7 +31,7 @@ def has_fast_bfloat16(device: torch.device | str) -> bool:
 def use_dtype(pipeline: DiffusionPipeline, dtype: str = "auto") -> DiffusionPipeline:
     """Let the networks of a pipeline, where it is placed now, compute in `dtype`: their forward pass under autocast.
 
-    Weights, and with them fingerprints and what `save_pretrained` writes, stay as they are; outputs are float32.
+    The weights, their fingerprint and the files of `save_pretrained` are unchanged; outputs are float32.
     Classifiers of transformers stay in float32: Grad-CAM differentiates by their feature maps, which a conversion of
     the output would copy.
 

@@ -170,7 +170,7 @@ class ContractMixin:
     """Put before `DiffusionPipeline` among the bases of a pipeline class that returns an `AnomalyOutput`.
 
     Such a class describes its method to readers of model cards and of the page: `title`, a name; `summary`, one or two
-    sentences; `score_meaning`, what its `anomaly_score` measures (a class whose score depends on the settings
+    sentences; `score_meaning`, a description of its `anomaly_score` (a class whose score depends on the settings
     overrides `describe_score`).
 
     Such a class has `ORIGINAL_SETTINGS = default_settings(__call__)`: the settings of the original procedure, which

@@ -69,7 +69,7 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
 
     def __init__(
         self,
-        unet: ModelMixin,  # a UNet2DModel, or what stands in for one
+        unet: ModelMixin,  # a UNet2DModel or a replacement such as ExportedNet
         scheduler: DDIMScheduler,
         class_names: list[str] | dict[str, str] | None = None,
         data_range: list[float] | tuple[float, ...] = (-1.0, 1.0),

@@ -224,11 +224,11 @@ def spot_rows(n=6, spot=True, view=lambda i: "PA", **size):
 TEN_STEPS = {"num_inference_steps": 10, "noise_level": 300}
 
 
-def chest(height=60, width=50, kind=np.uint8):
+def chest(height=60, width=50, dtype=np.uint8):
     """(height, width) array of a type: a ramp with a bright disc."""
     y, x = np.mgrid[0:height, 0:width] / max(height, width)
     values = 0.2 + 0.5 * x + 0.3 * ((x - 0.4) ** 2 + (y - 0.5) ** 2 < 0.05)
-    return (values / values.max() * np.iinfo(kind).max).astype(kind)
+    return (values / values.max() * np.iinfo(dtype).max).astype(dtype)
 
 
 def picture_of(content):
@@ -262,9 +262,9 @@ def largest(a, b):
     return (a.double() - b.double()).abs().max().item()
 
 
-def shown(what, error, bound):
-    """Print a measured difference and hold it against its bound."""
-    print(f"\n{what}: {error:.1e} (bound {bound:.0e})", end="")
+def within(label, error, bound):
+    """Print a measured difference; whether it is at most `bound`."""
+    print(f"\n{label}: {error:.1e} (bound {bound:.0e})", end="")
     return error <= bound
 
 
@@ -303,3 +303,14 @@ def toy_pyramid(num_classes=2, seed=0, **changes):
     """The real class, 16 x 16, a few thousand weights."""
     torch.manual_seed(seed)
     return PyramidClassifier(**{**TOY_PYRAMID, "attention_head_dim": 8, **changes}, num_classes=num_classes).eval()
+
+
+# the originals' procedure without some of its offsets, as keywords of the tests' own `procedure`
+OFFSET_VARIANTS = {
+    "no random noise at first": dict(noising=False),
+    "encoding from index 0": dict(first=0),
+    "decoding from one index below the latents": dict(below=1),
+    "decoding from the latents' own index": dict(below=0),
+    "no clamp": dict(clip=False),
+    "all of these": dict(noising=False, first=0, below=0, clip=False),
+}

@@ -180,12 +180,12 @@ class Request(BaseHTTPRequestHandler):
     def tree(self, name, revision, folder=None):
         _, files = self.hub.find(name, revision)
         inside = f"{folder.strip('/')}/" if folder else ""
-        found = {path: digest for path, digest in files.items() if path.startswith(inside)}
-        if inside and not found:
+        result = {path: digest for path, digest in files.items() if path.startswith(inside)}
+        if inside and not result:
             return self.refuse(404, "Entry not found", "EntryNotFound")
         deep = self.query.get("recursive", ["false"])[0].lower() in ("true", "1")
         entries = {}
-        for path, digest in sorted(found.items()):
+        for path, digest in sorted(result.items()):
             parts = path.removeprefix(inside).split("/")
             for depth in range(1, len(parts)) if deep else [1] if len(parts) > 1 else []:
                 parent = inside + "/".join(parts[:depth])

@@ -42,7 +42,7 @@ def identity(images, labels):
 
 
 class Slope(torch.nn.Module):
-    """A critic whose patch scores sum to `slope` times the picture's projection on a direction of length one."""
+    """A critic whose patch scores sum to `slope` times the image's projection on a direction of length one."""
 
     def __init__(self, slope):
         super().__init__()
@@ -59,8 +59,8 @@ class Slope(torch.nn.Module):
 
 @pytest.mark.parametrize(("slope", "penalty"), [(1.0, 0.0), (3.0, 4.0), (0.0, 1.0)])
 def test_the_gradient_penalty_is_the_squared_distance_of_the_slope_from_one(slope, penalty):
-    found = gradient_penalty(Slope(slope), IMAGES, -IMAGES)
-    assert found.item() == pytest.approx(penalty, abs=1e-5)
+    result = gradient_penalty(Slope(slope), IMAGES, -IMAGES)
+    assert result.item() == pytest.approx(penalty, abs=1e-5)
 
 
 def test_the_gradient_penalty_can_be_differentiated_once_more():
@@ -338,7 +338,7 @@ def test_the_script_trains_resumes_and_leaves_a_pipeline_a_picture_and_a_card(tm
         ("images.data_range=[0, 1]", "data_range"),
     ],
 )
-def test_a_recipe_that_cannot_work_says_why(tmp_path, override, message):
+def test_an_invalid_recipe_is_refused_with_the_reason(tmp_path, override, message):
     with pytest.raises(ValueError, match=message):
         script().main([*SMALL, f"train.output_dir={tmp_path / 'run'}", override])
 

@@ -87,7 +87,7 @@ def test_backends_are_compared_in_one_table(tmp_path, monkeypatch, capsys):
     assert all(float(row[2]) > 0 and float(row[4]) < 1e-4 for row in rows)
 
 
-def test_what_the_choices_of_the_method_are_worth_and_cost_is_one_table(tmp_path, pipeline, capsys):
+def test_the_method_table_has_pixel_ap_and_cost_of_each_choice(tmp_path, pipeline, capsys):
     import method
     import yaml
 
@@ -107,10 +107,10 @@ def test_what_the_choices_of_the_method_are_worth_and_cost_is_one_table(tmp_path
     plan.write_text(yaml.safe_dump({"methods": methods, "data": data, "options": {"n_bootstrap": 9}}, sort_keys=False))
     assert main(["evaluate", "--config", str(plan), "--out", str(tmp_path / "out")]) == 0
     capsys.readouterr()
-    picture = tmp_path / "cost.png"
-    method.main(["--results", str(tmp_path / "out"), "--config", str(plan), "--picture", str(picture)])
-    shown, boxes = capsys.readouterr().out.split("boxes:")
-    rows, others = rows_of(shown), rows_of(boxes)
+    image = tmp_path / "cost.png"
+    method.main(["--results", str(tmp_path / "out"), "--config", str(plan), "--figure", str(image)])
+    printed, boxes = capsys.readouterr().out.split("boxes:")
+    rows, others = rows_of(printed), rows_of(boxes)
     assert [row[0].strip() for row in rows[:4]] == list(methods) and rows[-1][0].strip() == "chance"
     assert [row[0].strip() for row in others] == [*methods, "location prior", "chance"]
     summary = json.loads((tmp_path / "out" / "boxes" / "summary.json").read_text())["rows"]["unguided"]
@@ -118,7 +118,7 @@ def test_what_the_choices_of_the_method_are_worth_and_cost_is_one_table(tmp_path
     # of 4 steps 2 lie below level 500 and 2 below 300; of 10 steps 5 below 500
     assert [int(row[-1]) for row in rows[:4]] == [2 + 4, 2 + 4 + 4, 2 + 2, 5 + 10]
     assert all("[" in row[2] for row in rows[1:4]) and rows[0][2].strip() == "–"
-    assert Image.open(picture).width > 300
+    assert Image.open(image).width > 300
 
 
 def test_the_cost_of_a_training_step_is_one_table(capsys):
@@ -153,7 +153,7 @@ def radiographs(tmp_path):
 def test_deblurring_is_compared_with_the_classics_in_one_table_a_blur(tmp_path, radiographs, capsys):
     import deblurring
 
-    options = ["--model", str(tmp_path / "prior"), "--images", "3", "--steps", "2", "3", "--picture"]
+    options = ["--model", str(tmp_path / "prior"), "--images", "3", "--steps", "2", "3", "--figure"]
     blurs = ["--blurs", "motion, size 10", "--variants", "zeta 1"]
     deblurring.main([*radiographs, *options, str(tmp_path / "sheet.png"), *blurs, "--device", "cpu"])
     text = capsys.readouterr().out
@@ -237,7 +237,7 @@ def test_a_compiled_forward_with_channelwise_norms_is_the_same_network(tmp_path)
 def test_a_measurement_that_fails_costs_no_other(tmp_path, monkeypatch):
     import gpu
 
-    monkeypatch.setattr(gpu.Bench, "matrix_rate", lambda self, kind: 1 / 0)
+    monkeypatch.setattr(gpu.Bench, "matrix_rate", lambda self, dtype: 1 / 0)
     assert gpu.main(["--device", "cpu", "--toy", "--only", "rates", "--out", str(tmp_path)]) == 1
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results["tables"]["rates"]) == 1 and len(results["failed"]) == 3

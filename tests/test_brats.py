@@ -124,7 +124,7 @@ def test_the_names_since_brats_2023_are_read_and_examinations_of_a_patient_stay_
         load_brats(tmp_path / "slices")
 
 
-def test_what_is_no_slice_is_named(root, tmp_path, monkeypatch):
+def test_a_file_that_is_not_a_slice_is_named(root, tmp_path, monkeypatch):
     first = root / "000000"
     with pytest.raises(ValueError, match="no slice below"):
         load_brats(ROOT / "docs")

@@ -146,8 +146,8 @@ def test_run_lengths_that_do_not_fill_their_mask_never_reach_pycocotools(tmp_pat
     [
         ({"size": [64, 48], "counts": [64 * 48]}, "expected run lengths as a text"),
         ({"size": [64, 48], "counts": ""}, "expected run lengths as a text"),
-        ({"size": [64, 48], "counts": "\u00e9"}, "no text of run lengths"),
-        ({"size": [64, 48], "counts": "oooooooooo0"}, "no text of run lengths"),
+        ({"size": [64, 48], "counts": "\u00e9"}, "text of run lengths is invalid"),
+        ({"size": [64, 48], "counts": "oooooooooo0"}, "text of run lengths is invalid"),
         ({"size": [64, 48], "counts": "PP31"}, "do not fill 64 x 48 pixels"),
         ({"size": [64.0, 48], "counts": "PP3"}, "expected a size"),
         ({"size": "64", "counts": "PP3"}, "expected a size"),
@@ -357,7 +357,7 @@ def test_splits_files_and_sizes_that_do_not_fit_are_refused(released, tmp_path):
     with pytest.raises(ValueError, match="expected segmentations as CheXlocalize releases them"):
         read_segmentations(wrong)
     other = release(tmp_path, "test", ["patient1"])
-    with pytest.raises(FileNotFoundError, match="not found: 8, the first one patient60000/study1/view1_frontal"):
+    with pytest.raises(FileNotFoundError, match="missing: 8, the first one patient60000/study1/view1_frontal"):
         load_chexlocalize(other[0], file)
     Image.new("L", (9, 9)).save(other[0] / "patient1" / "study1" / "view1_frontal.png")
     with pytest.raises(ValueError, match=r"its segmentation's size \[40, 48\], got \[9, 9\]"):
@@ -370,7 +370,7 @@ def test_no_method_writes_over_another_or_beside_the_output(names):
         evaluate_chexlocalize({name: Bright() for name in names}, None)
 
 
-def test_a_missing_pycocotools_says_what_to_install(monkeypatch):
+def test_without_pycocotools_the_error_names_the_extra_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     with pytest.raises(ImportError, match=r"pip install 'cxr_diffusers\[chexlocalize\]'"):
         encode(np.ones((2, 2), bool))

@@ -153,7 +153,7 @@ def test_a_unet_without_classes_needs_no_label_and_one_without_null_label_gets_t
         (dict(direction="up"), "direction"),
     ],
 )
-def test_a_wrong_argument_says_what_was_expected(images, wrong, message):
+def test_an_invalid_argument_is_refused_with_the_expected_value(images, wrong, message):
     with pytest.raises(ValueError, match=message):
         guided()(images, **{**FAST, **wrong})
 

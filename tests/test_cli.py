@@ -41,7 +41,7 @@ def model(pipeline, tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """healthy/ and diseased/, three pictures each; the diseased with a mask."""
+    """healthy/ and diseased/, three images each; the diseased with a mask."""
     rng = np.random.default_rng(0)
     for i in range(6):
         home = tmp_path / "data" / ("healthy" if i < 3 else "diseased")
@@ -73,8 +73,8 @@ def test_help_is_quick_and_imports_nothing_heavy(tmp_path):
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
-    shown = capsys.readouterr().out
-    assert "options:" in shown and "%%" not in shown
+    printed = capsys.readouterr().out
+    assert "options:" in printed and "%%" not in printed
 
 
 def test_no_command_shows_the_help(capsys):
@@ -98,9 +98,9 @@ def test_detect_writes_tells_and_resumes(model, folder, tmp_path, capsys):
     assert len((tmp_path / "out" / "results.csv").read_text().splitlines()) == 4
     (folder / "healthy" / "broken.png").write_bytes(b"not a picture")
     assert main(command) == 1
-    shown = capsys.readouterr()
-    assert "4 images: 0 computed, 3 were there, 1 failed" in shown.out
-    assert shown.err.count("failed: ") == 1 and "broken.png" in shown.err
+    printed = capsys.readouterr()
+    assert "4 images: 0 computed, 3 were there, 1 failed" in printed.out
+    assert printed.err.count("failed: ") == 1 and "broken.png" in printed.err
 
 
 def test_detect_can_run_as_the_original_did(model, folder, tmp_path, capsys):
@@ -108,12 +108,14 @@ def test_detect_can_run_as_the_original_did(model, folder, tmp_path, capsys):
     own = ["--noise-level", "5", "--num-inference-steps", "50", "--guidance-scale", "1"]
     command = ["detect", image, "--out", str(out), *model[:2], "--as-original", *own]
     assert main(command) == 0
-    found = load_map(out / "maps" / "0.png")
+    result = load_map(out / "maps" / "0.png")
     pipeline = CFGAnomalyPipeline.from_pretrained(model[1])
     settings = dict(noise_level=5, num_steps=50, guidance_scale=1, generator=torch.Generator().manual_seed(0))
     expected = run_as_original(pipeline, read_image(image), output_type="np", progress=False, **settings)
-    picture = read_image(image)
-    np.testing.assert_allclose(found, restore_map(expected.anomaly_map[0], picture.height, picture.width), atol=1e-4)
+    radiograph = read_image(image)
+    np.testing.assert_allclose(
+        result, restore_map(expected.anomaly_map[0], radiograph.height, radiograph.width), atol=1e-4
+    )
     assert main([*command, "--smoothing", "1"]) == 2 and "smoothing" in capsys.readouterr().err
     levels = ["--noise-level", "3", "5", "--out", str(tmp_path / "levels")]
     assert main([*command, *levels]) == 2 and "expected `noise_level` to be an index" in capsys.readouterr().err
@@ -144,7 +146,7 @@ def test_detect_hands_the_options_to_the_pipeline(model, folder, tmp_path):
         (["--batch-size", "0"], "--batch-size of 1 or more"),
     ],
 )
-def test_a_wrong_argument_is_one_line_that_says_what_was_expected(model, folder, tmp_path, capsys, arguments, message):
+def test_an_invalid_argument_is_refused_in_one_line(model, folder, tmp_path, capsys, arguments, message):
     assert main(["detect", str(folder), "--out", str(tmp_path / "out"), *model, *arguments]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("cxr-diffusers detect: ") and message in said
@@ -160,8 +162,8 @@ def test_evaluate_prints_the_table_of_a_folder(model, folder, tmp_path, capsys):
     healthy = str(folder / "healthy")
     command = ["evaluate", str(folder), "--healthy", healthy, "--out", str(tmp_path / "out"), "--bootstrap", "20"]
     assert main([*command, *model]) == 0
-    shown = capsys.readouterr().out
-    assert "| pixel AP |" in shown and "| method |" in shown and "| chance |" in shown
+    printed = capsys.readouterr().out
+    assert "| pixel AP |" in printed and "| method |" in printed and "| chance |" in printed
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["n_images"], summary["n_with_region"], summary["n_healthy"]) == (6, 3, 3)
     assert (tmp_path / "out" / "contact_sheet.png").is_file()
@@ -191,7 +193,7 @@ def test_a_table_is_opened_as_in_the_help(tmp_path):
         ("phantom:colour=red", "unknown key 'colour'"),
     ],
 )
-def test_a_data_set_that_cannot_be_opened_says_how_one_is_named(text, message):
+def test_an_invalid_data_set_argument_is_refused_with_the_syntax(text, message):
     with pytest.raises(ValueError, match=message):
         open_dataset(text)
 
@@ -210,7 +212,7 @@ def test_publish_wants_a_card(model, tmp_path, capsys):
     assert main(["publish", str(tmp_path / "nowhere"), "me/model"]) == 2
     assert "model_index.json" in capsys.readouterr().err
     (folder / "README.md").write_text("# a card")
-    assert main(["publish", str(folder), "me/model", "--picture", "x.png"]) == 2
+    assert main(["publish", str(folder), "me/model", "--image", "x.png"]) == 2
     assert "--training" in capsys.readouterr().err and (folder / "README.md").read_text() == "# a card"
 
 

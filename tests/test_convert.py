@@ -149,7 +149,7 @@ def test_a_tensor_of_the_wrong_shape_is_named(net):
 
 
 def test_a_tensor_left_over_or_not_finite_is_named(net):
-    with pytest.raises(ValueError, match=r"left over input_blocks\.1\.0\.extra"):
+    with pytest.raises(ValueError, match=r"unexpected input_blocks\.1\.0\.extra"):
         convert_state_dict({**net.tensors, "input_blocks.1.0.extra": torch.zeros(1)}, **flags_of(net))
     net.tensors["out.2.bias"][0] = float("nan")
     with pytest.raises(ValueError, match=r"out\.2\.bias holds NaN"):
@@ -202,13 +202,13 @@ def test_the_flags_it_was_trained_with_are_accepted(net):
     assert info["assumed"] == []
 
 
-def test_what_nobody_said_is_reported_as_assumed(net):
+def test_flags_that_were_not_given_are_reported_as_assumed(net):
     _, _, info = convert_state_dict(net.tensors, image_size=16)
     assert info["assumed"] == ["num_heads", "noise_schedule", "source"]
     assert info["flags"]["num_heads"] == 4
 
 
-def test_the_picture_size_is_told_from_the_usual_channels_or_asked_for():
+def test_the_image_size_is_derived_from_default_channels_or_required():
     usual = random_original(mult=(1, 2, 2, 2), attention=(1,))
     unet, _, _ = convert_state_dict(usual.tensors, num_heads=1)
     assert unet.config.sample_size == 32
@@ -217,7 +217,7 @@ def test_the_picture_size_is_told_from_the_usual_channels_or_asked_for():
         convert_state_dict(unusual.tensors, num_heads=1)
 
 
-def test_what_unet2dmodel_cannot_express_is_refused_by_name(net):
+def test_features_without_equivalent_in_unet2dmodel_are_refused_by_name(net):
     several = random_original(mult=(1, 2), attention=(0, 1), heads=2)
     with pytest.raises(ValueError, match="num_heads 2 with attention at several widths"):
         convert_state_dict(several.tensors, **flags_of(several))
@@ -263,8 +263,8 @@ def test_a_v2_network_sees_the_class_in_its_attention_and_travels(tmp_path):
     with torch.no_grad():
         for labels in (torch.tensor([0, 1]), torch.tensor([2, 2])):
             expected = net(x, t, None if labels[0] == 2 else labels)
-            for found in (unet, strange):
-                torch.testing.assert_close(found(x, t, class_labels=labels).sample, expected, atol=2e-5, rtol=0)
+            for network in (unet, strange):
+                torch.testing.assert_close(network(x, t, class_labels=labels).sample, expected, atol=2e-5, rtol=0)
         expected = net(x, t, torch.tensor([0, 1]))
         for attention in unet.attentions():  # what v1 has not: a class of its own for keys and values
             attention.processor.to_v.bias += 0.1

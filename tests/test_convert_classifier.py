@@ -111,7 +111,7 @@ def test_a_tensor_that_is_missing_left_over_or_misshapen_is_named():
         rest = {key: tensor for key, tensor in net.tensors.items() if key != name}
         with pytest.raises(ValueError, match=name.replace(".", r"\.")):
             convert(OriginalClassifier(rest, mult=(1,), attention=()), image_size=16, classifier_depth=1)
-    with pytest.raises(ValueError, match=r"left over out\.2\.extra"):
+    with pytest.raises(ValueError, match=r"unexpected out\.2\.extra"):
         convert(OriginalClassifier({**net.tensors, "out.2.extra": torch.zeros(1)}, mult=(1,), attention=()))
     net.tensors["out.2.c_proj.bias"] = torch.zeros(3)
     with pytest.raises(ValueError, match=r"out\.2\.c_proj\.bias: expected shape \[2\], got \[3\]"):
@@ -137,7 +137,7 @@ def test_a_flag_that_the_tensors_contradict_is_named(net, flag, value):
         convert(net, **{flag: value})
 
 
-def test_what_noisy_classifier_cannot_express_is_refused_by_name(net):
+def test_features_without_equivalent_in_noisy_classifier_are_refused_by_name(net):
     head = {"out.0.weight": torch.zeros(2048, 256), "out.2.weight": torch.zeros(2, 2048)}
     encoder = {name: tensor for name, tensor in net.tensors.items() if not name.startswith("out.")}
     with pytest.raises(ValueError, match="classifier_pool spatial is not convertible"):
@@ -185,7 +185,7 @@ def test_a_model_and_its_classifier_become_one_pipeline(files, tmp_path):
     )
 
 
-def test_files_in_each_others_place_or_of_other_pictures_are_refused(files, tmp_path):
+def test_exchanged_files_and_a_classifier_of_other_images_are_refused(files, tmp_path):
     model, classifier, flags = files
     for wrong, message in (
         ((classifier, classifier), "to hold a UNet"),

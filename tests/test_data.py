@@ -325,7 +325,7 @@ def test_a_table_names_files_labels_and_patients(tmp_path):
         ({"label": "healthy", "root": "elsewhere"}, FileNotFoundError, "line 2.*a.png"),
     ],
 )
-def test_a_table_that_does_not_fit_says_where(tmp_path, kwargs, error, match):
+def test_an_invalid_table_is_refused_with_the_line(tmp_path, kwargs, error, match):
     save_image(tmp_path / "a.png")
     (tmp_path / "t.csv").write_text("f,kind\na.png,ill\n")
     with pytest.raises(error, match=match):

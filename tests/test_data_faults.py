@@ -71,7 +71,7 @@ def test_the_size_of_an_image_is_read_as_it_will_be_shown(tmp_path):
         ("file,x\na,1\n\nb,two\n", r"t\.csv, line 4: expected a number in column 'x', got 'two'"),
     ],
 )
-def test_a_table_that_is_none_says_where(tmp_path, content, match):
+def test_a_damaged_csv_is_refused_with_the_line(tmp_path, content, match):
     (tmp_path / "t.csv").write_text(content, errors="surrogateescape")
     with pytest.raises(ValueError, match=match):
         numbers(read_csv(tmp_path / "t.csv", ["file"]), "x", tmp_path / "t.csv")

@@ -47,7 +47,7 @@ def test_pil_np_and_pt_are_the_same_answer_in_the_depth_of_the_input(deblur, ima
     grey = [Image.fromarray((x[0] * 255).round().byte().numpy()) for x in images]
     deep = [Image.fromarray(np.asarray(g) * np.uint16(257)) for g in grey]
     both = deblur([grey[0], deep[0]], generator=seeds(1) + seeds(1), **{**FAST, "output_type": "pil"}).restored
-    assert [picture.mode for picture in both] == ["L", "I;16"]
+    assert [image.mode for image in both] == ["L", "I;16"]
     np.testing.assert_allclose(np.asarray(both[0]) / 255, np.asarray(both[1]) / 65535, atol=0.6 / 255)
 
 
@@ -58,10 +58,10 @@ def test_a_batch_is_its_images_one_by_one_with_a_generator_each(deblur, images):
 
 
 def test_any_size_and_sizes_mixed(deblur):
-    pictures = [torch.rand(1, h, w) for h, w in ((40, 21), (16, 16), (40, 21))]
-    mixed = deblur(pictures, generator=seeds(3), **FAST).restored
+    images = [torch.rand(1, h, w) for h, w in ((40, 21), (16, 16), (40, 21))]
+    mixed = deblur(images, generator=seeds(3), **FAST).restored
     assert [tuple(x.shape) for x in mixed] == [(1, 40, 21), (1, 16, 16), (1, 40, 21)]
-    alone = deblur(pictures[2], generator=seeds(1, 2), **FAST).restored[0]
+    alone = deblur(images[2], generator=seeds(1, 2), **FAST).restored[0]
     torch.testing.assert_close(mixed[2], alone, atol=5e-5, rtol=0)
 
 
@@ -109,8 +109,8 @@ def test_timesteps_go_down_from_the_last_and_are_as_many_as_asked_for(deblur):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_what_the_network_predicts_is_read_as_its_scheduler_says(prediction_type):
-    """Of a network that knows the clean picture, the denoising step finds it, whatever the prediction's kind."""
+def test_the_prediction_type_of_the_scheduler_is_respected(prediction_type):
+    """Of a network that knows the clean image, the denoising step finds it, whatever the prediction's kind."""
     scheduler = DDIMScheduler(prediction_type=prediction_type)
     pipeline, alpha = prior(scheduler=scheduler), scheduler.alphas_cumprod[400]
     clean, noise = torch.rand(1, 1, 16, 16) * 2 - 1, torch.randn(1, 1, 16, 16)
@@ -165,7 +165,7 @@ def test_the_range_of_the_model_does_not_matter(images):
 
 
 def test_exposure_is_kept(deblur, images):
-    """Stretched for the prior, put back for the user: a dark picture stays dark, by the same factor."""
+    """Stretched for the prior, put back for the user: a dark image stays dark, by the same factor."""
     dim = images * 0.2 + 0.1
     options = {**FAST, "noise_std": 0.05}
     bright = deblur(images, generator=seeds(2), **options).restored
@@ -177,7 +177,7 @@ def test_exposure_is_kept(deblur, images):
 
 
 def smooth_scenes(count, size=96):
-    """Pictures that go on beyond every border, Gaussian with a known spectrum; and that spectrum's exact prior."""
+    """Images that go on beyond every border, Gaussian with a known spectrum; and that spectrum's exact prior."""
     frequency = torch.fft.fftfreq(size)
     power = 1 / (frequency[:, None] ** 2 + frequency[None] ** 2 + 1e-3) ** 1.5
     white = torch.randn(count, 1, size, size, generator=torch.Generator().manual_seed(0))
@@ -196,7 +196,7 @@ def exact_noise(noisy, alpha, scale):
 
 @pytest.mark.parametrize("kernel", [motion_kernel(10, 0.5, 2), gaussian_kernel(1.5)], ids=["motion", "gaussian"])
 def test_the_border_does_not_ring(kernel):
-    """Pictures cut out of a larger blurred scene, as all are, with a prior that is exactly right."""
+    """Images cut out of a larger blurred scene, as all are, with a prior that is exactly right."""
     scenes, scale = smooth_scenes(4)
     pipeline = prior(scaling="dtype")
     alphas = pipeline.scheduler.alphas_cumprod
@@ -295,7 +295,7 @@ def test_a_saved_folder_carries_its_code_and_opens_by_both_ways(deblur, images, 
         ({"timestep_spacing": "cubic"}, "quad or uniform"),
         ({"boundary": "zero"}, "unknown, extend or wrap"),
         ({"tile_size": 15}, "divides by 2"),
-        ({"generator": seeds(3)}, "one generator a picture"),
+        ({"generator": seeds(3)}, "one generator for each of the"),
         ({"output_type": "jpg"}, "pil, np or pt"),
         ({"callback_on_step_end_tensor_inputs": ["image"]}, "latents"),
     ],

@@ -200,7 +200,7 @@ def test_a_plan_is_a_measurement_and_a_product(prior, folder):
     assert describe_plan(1, 0.5).endswith("0.5 seconds")
 
 
-def test_the_command_deblurs_plans_and_says_how_fast(prior, folder, tmp_path, capsys):
+def test_the_command_deblurs_and_estimates_the_time(prior, folder, tmp_path, capsys):
     prior.save_pretrained(tmp_path / "prior")
     command = ["deblur", str(folder), str(tmp_path / "out"), "--model", str(tmp_path / "prior"), "--kernel", KERNEL]
     command += ["--num-inference-steps", "2", "--zeta", "0.5"]

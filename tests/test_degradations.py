@@ -43,7 +43,7 @@ KERNELS = {
 BOUNDARIES = ["reflect", "replicate", "wrap"]
 
 
-def picture(*shape, seed=0):
+def image(*shape, seed=0):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
@@ -71,7 +71,7 @@ def test_a_seed_is_a_kernel_and_intensity_shakes():
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 @pytest.mark.parametrize("kernel", [KERNELS["motion, small"], KERNELS["linear"], gaussian_kernel(1)])
 def test_the_adjoint_is_the_adjoint(kernel, boundary):
-    x, y = picture(2, 1, 24, 20), picture(2, 1, 24, 20, seed=1)
+    x, y = image(2, 1, 24, 20), image(2, 1, 24, 20, seed=1)
     left = (blur(x, kernel, boundary) * y).sum()
     right = (x * blur_adjoint(y, kernel, boundary)).sum()
     torch.testing.assert_close(left, right)
@@ -80,7 +80,7 @@ def test_the_adjoint_is_the_adjoint(kernel, boundary):
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 @pytest.mark.parametrize("delta", [linear_motion_kernel(1), disk_kernel(0.3), gaussian_kernel(0.01)])
 def test_a_delta_changes_nothing_and_a_flat_picture_stays_flat(delta, boundary):
-    x = picture(1, 1, 16, 16)
+    x = image(1, 1, 16, 16)
     torch.testing.assert_close(blur(x, delta, boundary), x)
     flat = torch.full((16, 16), 0.3)
     torch.testing.assert_close(blur(flat, KERNELS["motion, small"], boundary), flat)
@@ -88,7 +88,7 @@ def test_a_delta_changes_nothing_and_a_flat_picture_stays_flat(delta, boundary):
 
 @pytest.mark.parametrize("kernel", [KERNELS["motion, small"], KERNELS["linear"], np.float32([[0.5, 0.25], [0.25, 0]])])
 def test_blur_is_convolution_as_scipy_and_fourier_have_it(kernel):
-    x = picture(20, 24)
+    x = image(20, 24)
     expected = ndimage.convolve(x.numpy(), kernel.astype(float), mode="wrap")
     np.testing.assert_allclose(blur(x, kernel, "wrap"), expected, atol=1e-7)
     otf = transfer_function(torch.from_numpy(kernel)[None], 20, 24)[0, 0]
@@ -122,8 +122,8 @@ def test_a_kernel_comes_from_a_file(tmp_path):
     np.save(tmp_path / "k.npy", 7 * kernel)
     np.testing.assert_allclose(load_kernel(tmp_path / "k.npy"), kernel, rtol=1e-5)
     Image.fromarray((kernel / kernel.max() * 255).round().astype(np.uint8)).save(tmp_path / "k.png")
-    found = make_kernel(f"file:path={tmp_path / 'k.png'}")
-    assert abs(found.sum() - 1) < 1e-5 and np.abs(found - kernel).max() < 2e-3
+    result = make_kernel(f"file:path={tmp_path / 'k.png'}")
+    assert abs(result.sum() - 1) < 1e-5 and np.abs(result - kernel).max() < 2e-3
     np.save(tmp_path / "bad.npy", np.zeros((3, 3)))
     with pytest.raises(ValueError, match="bad.npy.*not all 0"):
         load_kernel(tmp_path / "bad.npy")
@@ -159,16 +159,16 @@ def test_a_kernel_has_a_name(text, kernel):
         ("linear:length=0.5", "1 pixel or more"),
     ],
 )
-def test_a_wrong_name_says_what_is_known(text, match):
+def test_an_invalid_kernel_is_refused_with_the_valid_values(text, match):
     with pytest.raises(ValueError, match=match):
         make_kernel(text)
 
 
 def test_blur_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="boundary.*zero"):
-        blur(picture(8, 8), gaussian_kernel(0.3), "zero")
+        blur(image(8, 8), gaussian_kernel(0.3), "zero")
     with pytest.raises(ValueError, match="at most 8 x 8"):
-        blur(picture(8, 8), motion_kernel(10))
+        blur(image(8, 8), motion_kernel(10))
 
 
 def test_noise_has_its_standard_deviation_and_its_seed():
@@ -183,7 +183,7 @@ def test_noise_has_its_standard_deviation_and_its_seed():
 @pytest.mark.parametrize("rho", [1e-6, 0.01, 1.0])
 def test_the_data_step_solves_its_normal_equations(rho):
     kernel = KERNELS["motion, small"]
-    x0, y = picture(1, 1, 24, 24), picture(1, 1, 24, 24, seed=1)
+    x0, y = image(1, 1, 24, 24), image(1, 1, 24, 24, seed=1)
     otf = transfer_function(torch.from_numpy(kernel)[None].double(), 24, 24)
     z = data_step(x0, y, otf, rho)
     residual = blur_adjoint(blur(z, kernel, "wrap") - y, kernel, "wrap") + rho * (z - x0)
@@ -192,7 +192,7 @@ def test_the_data_step_solves_its_normal_equations(rho):
 
 def test_the_data_step_believes_the_prior_or_the_picture_as_it_is_told():
     kernel = KERNELS["gaussian"]
-    x0, y = picture(1, 1, 24, 24), picture(1, 1, 24, 24, seed=1)
+    x0, y = image(1, 1, 24, 24), image(1, 1, 24, 24, seed=1)
     otf = transfer_function(torch.from_numpy(kernel)[None].double(), 24, 24)
     torch.testing.assert_close(data_step(x0, y, otf, 1e12), x0)
     sharp = data_step(x0, blur(x0, kernel, "wrap"), otf, 0.1)
@@ -204,7 +204,7 @@ def test_the_data_step_believes_the_prior_or_the_picture_as_it_is_told():
 
 def test_with_all_pixels_measured_conjugate_gradients_reach_the_closed_form():
     kernel = torch.from_numpy(KERNELS["motion, small"])[None].double()
-    x0, y = picture(2, 1, 24, 24), picture(2, 1, 24, 24, seed=1)
+    x0, y = image(2, 1, 24, 24), image(2, 1, 24, 24, seed=1)
     otf, rho = transfer_function(kernel, 24, 24), torch.tensor([0.05, 2.0]).reshape(2, 1, 1, 1)
     solution = masked_data_step(x0, y, otf, rho, torch.tensor(True), iterations=60)
     torch.testing.assert_close(solution, data_step(x0, y, otf, rho), atol=1e-6, rtol=0)
@@ -214,7 +214,7 @@ def test_with_all_pixels_measured_conjugate_gradients_reach_the_closed_form():
 
 def test_pixels_outside_the_image_do_not_influence_the_data_step():
     kernel = torch.from_numpy(KERNELS["motion, small"])[None].double()
-    x0, y = picture(1, 1, 24, 24), picture(1, 1, 24, 24, seed=1)
+    x0, y = image(1, 1, 24, 24), image(1, 1, 24, 24, seed=1)
     measured, otf = image_masks([(10, 12)], 24, 24), transfer_function(kernel, 24, 24)
     assert measured.sum() == 120 and middle(measured, 10, 12).all()
     other = torch.where(measured, y, 0)
@@ -228,7 +228,7 @@ def test_pixels_outside_the_image_do_not_influence_the_data_step():
 def test_the_data_step_is_that_of_the_full_fourier_transform(width):
     """Half of the frequencies are transformed: an even and an odd width have a different last frequency."""
     kernel = torch.from_numpy(KERNELS["motion, small"])[None].double()
-    x0, y, otf = picture(1, 1, 18, width), picture(1, 1, 18, width, seed=1), transfer_function(kernel, 18, width)
+    x0, y, otf = image(1, 1, 18, width), image(1, 1, 18, width, seed=1), transfer_function(kernel, 18, width)
     full = otf.conj() * torch.fft.fft2(y) + 0.1 * torch.fft.fft2(x0)
     full = torch.fft.ifft2(full / (otf.abs() ** 2 + 0.1)).real
     torch.testing.assert_close(data_step(x0, y, otf, 0.1), full, atol=1e-12, rtol=0)
@@ -250,7 +250,7 @@ def test_an_extended_picture_repeats_without_a_seam_and_is_its_own_middle(size):
     assert wide.shape == (1, *canvas) and torch.equal(middle(wide, *size), smooth)
     steps = [(wide - wide.roll(1, axis)).abs().max() for axis in (1, 2)]
     inside = max((smooth.diff(dim=axis)).abs().max() for axis in (1, 2))
-    # without the margin the picture would meet its other side with a step of 1
+    # without the margin the image would meet its other side with a step of 1
     assert max(steps) < max(0.35, 2 * inside)
     assert torch.equal(extend(smooth, *size), smooth)
 
@@ -264,7 +264,7 @@ def test_an_extended_picture_repeats_without_a_seam_and_is_its_own_middle(size):
         (np.ones(3) / 3, r"\(h, w\) or \(B, h, w\)"),
     ],
 )
-def test_what_is_no_kernel_is_refused(kernel, match):
+def test_an_invalid_kernel_array_is_refused(kernel, match):
     with pytest.raises(ValueError, match=match):
         check_kernel(kernel)
 
@@ -280,9 +280,9 @@ def step_edges(size=96):
 def test_the_width_of_a_gaussian_blur_is_found_on_edges_of_full_height(sigma):
     """Where the height of the edges is known; radiographs are in docs/deblurring.md."""
     blurred = ndimage.gaussian_filter(step_edges(), sigma)
-    found = estimate_blur(blurred, edge_height=1 / (2 * np.pi) ** 0.5)
-    assert found.sigma == found.minor == pytest.approx(sigma, rel=0.25)
-    assert estimate_blur(blurred * 40 + 3, edge_height=1 / (2 * np.pi) ** 0.5).sigma == pytest.approx(found.sigma)
+    result = estimate_blur(blurred, edge_height=1 / (2 * np.pi) ** 0.5)
+    assert result.sigma == result.minor == pytest.approx(sigma, rel=0.25)
+    assert estimate_blur(blurred * 40 + 3, edge_height=1 / (2 * np.pi) ** 0.5).sigma == pytest.approx(result.sigma)
     assert calibrate([step_edges()]) == pytest.approx(0.36, abs=0.06)
 
 
@@ -290,8 +290,8 @@ def test_the_direction_of_a_blur_is_found_and_none_is_made_up():
     edges = np.hypot(*np.mgrid[-48:48, -48:48]) < 30  # a disk has edges in all directions
     kernel = torch.from_numpy(gaussian_kernel(3, 1, 60))
     blurred = blur(torch.from_numpy(edges.astype(np.float32)), kernel).numpy()
-    found = estimate_blur(blurred, edge_height=1 / (2 * np.pi) ** 0.5)
-    assert found.angle == pytest.approx(60, abs=10) and found.sigma > 2 * found.minor
+    result = estimate_blur(blurred, edge_height=1 / (2 * np.pi) ** 0.5)
+    assert result.angle == pytest.approx(60, abs=10) and result.sigma > 2 * result.minor
     check_kernel(estimate_kernel(blurred))
     round_one = estimate_blur(ndimage.gaussian_filter(edges.astype(float), 2))
     assert round_one.sigma == round_one.minor

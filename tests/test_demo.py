@@ -53,14 +53,14 @@ def upload():
 
 
 def test_radiographs_are_read_as_they_are(tmp_path):
-    Image.fromarray(chest(kind=np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray(chest(dtype=np.uint16)).save(tmp_path / "deep.png")
     Image.fromarray(np.stack([chest()] * 3, -1)).save(tmp_path / "grey.jpg", quality=95)
-    write_dicom(tmp_path / "1.2.840.1", chest(kind=np.uint16) >> 4, 12)
+    write_dicom(tmp_path / "1.2.840.1", chest(dtype=np.uint16) >> 4, 12)
     for name, mode in (("deep.png", "I;16"), ("grey.jpg", "L"), ("1.2.840.1", "I;16")):
         upload = read_upload(tmp_path / name)
         assert (upload.image.mode, upload.image.size, upload.name) == (mode, (50, 60), name)
         assert not upload.warnings
-    np.testing.assert_array_equal(read_upload(tmp_path / "deep.png").image, chest(kind=np.uint16))
+    np.testing.assert_array_equal(read_upload(tmp_path / "deep.png").image, chest(dtype=np.uint16))
 
 
 def png_header(width, height):
@@ -84,8 +84,8 @@ def write_refused(folder):
     Image.fromarray((rng.random((90, 90)) < 0.001).astype(np.uint8) * 255).save(folder / "dust.png")
     Image.fromarray(chest(20, 90)).save(folder / "small.png")
     Image.fromarray(chest(40, 400)).save(folder / "long.png")
-    write_dicom(folder / "large.dcm", chest(kind=np.uint16), 16, Rows=30000, Columns=30000)
-    write_dicom(folder / "deflated.dcm", chest(kind=np.uint16), 16, syntax=DeflatedExplicitVRLittleEndian)
+    write_dicom(folder / "large.dcm", chest(dtype=np.uint16), 16, Rows=30000, Columns=30000)
+    write_dicom(folder / "deflated.dcm", chest(dtype=np.uint16), 16, syntax=DeflatedExplicitVRLittleEndian)
     (folder / "nothing.dcm").write_bytes(b"\0" * 400)
     for name in ("empty.dcm", "empty.png"):
         (folder / name).touch()
@@ -120,7 +120,7 @@ def test_tinted_images_and_other_views_and_body_parts_get_a_warning(tmp_path):
     tinted = np.stack([chest(), chest() * 0.9, chest() * 0.8], -1).astype(np.uint8)
     Image.fromarray(tinted).save(tmp_path / "tint.png")
     assert "some colour" in read_upload(tmp_path / "tint.png").warnings[0]
-    deep = chest(kind=np.uint16)
+    deep = chest(dtype=np.uint16)
     write_dicom(tmp_path / "lateral.dcm", deep, 16, ViewPosition="LL")
     write_dicom(tmp_path / "knee.dcm", deep, 16, Modality="MR", BodyPartExamined="KNEE")
     assert "LL" in " ".join(read_upload(tmp_path / "lateral.dcm").warnings)
@@ -379,14 +379,14 @@ def test_one_image_runs_at_a_time_and_no_endpoint_is_offered_to_programs(toy):
     assert not page.analytics_enabled
 
 
-def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys):
+def test_without_gradio_the_error_names_the_extra_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "cxr_diffusers.demo.page", raising=False)
     assert main(["demo"]) == 2
     assert "pip install 'cxr_diffusers[demo]'" in capsys.readouterr().err
 
 
-def test_the_threshold_slider_ends_with_the_colour_scale_and_says_what_1_is(toy, upload):
+def test_the_threshold_slider_has_the_range_of_the_colour_scale_and_explains_1(toy, upload):
     page = pytest.importorskip("cxr_diffusers.demo.page")
     analysis = SimpleNamespace(vmax=0.06, threshold=0.02, has_own_threshold=True)
     assert page.factor_range(analysis, 2.5)["maximum"] == 3.0 and page.factor_range(analysis, 2.5)["value"] == 2.5

@@ -140,7 +140,7 @@ def open_page(browser, server):
 
 
 def upload_chest(page, folder):
-    Image.fromarray(chest(kind=np.uint16)).save(folder / "chest.png")
+    Image.fromarray(chest(dtype=np.uint16)).save(folder / "chest.png")
     page.set_input_files("#drop input[type=file]", folder / "chest.png")
     page.wait_for_selector("#chosen >> text=chest.png")
 
@@ -164,7 +164,7 @@ def test_an_uploaded_radiograph_becomes_a_map_with_sliders_and_downloads(open_pa
     upload_chest(page, tmp_path)
     page.click("#start")
     page.wait_for_selector("#score")
-    output = toy(Image.fromarray(chest(kind=np.uint16)), output_type="np")
+    output = toy(Image.fromarray(chest(dtype=np.uint16)), output_type="np")
     own = restore_map(output.anomaly_map[0], 60, 50)
     assert float(page.inner_text("#score")) == pytest.approx(float(output.anomaly_score[0]), abs=2e-3)
     assert page.inner_text("#headline").startswith("Higher than 1 of 2 healthy images (p = .67)")
@@ -232,7 +232,7 @@ def test_the_reason_of_a_refusal_stays_until_the_next_file(open_page, tmp_path):
     Image.new("L", (90, 90), 200).save(tmp_path / "blank.png")
     page.set_input_files("#drop input[type=file]", tmp_path / "blank.png")
     page.wait_for_selector("#message [role=alert] >> text=blank.png: all 8,100 pixels have one value")
-    write_dicom(tmp_path / "lateral.dcm", chest(kind=np.uint16), 16, ViewPosition="LL")
+    write_dicom(tmp_path / "lateral.dcm", chest(dtype=np.uint16), 16, ViewPosition="LL")
     page.set_input_files("#drop input[type=file]", tmp_path / "lateral.dcm")
     page.wait_for_selector("#message .warning >> text=LL")
     page.click("#start")
@@ -280,7 +280,7 @@ def test_the_steps_of_a_run_are_shown_live_and_stop_ends_it(open_page, tmp_path)
     page.wait_for_selector("#score", timeout=120_000)  # the slow run takes five minutes
 
 
-def test_a_failed_run_says_so_and_the_button_works_again(open_page, tmp_path):
+def test_after_a_failed_run_an_error_is_shown_and_the_button_works(open_page, tmp_path):
     page = open_page()
     choose_method(page, "broken")
     upload_chest(page, tmp_path)
@@ -332,7 +332,7 @@ def test_two_hundred_uploads_each_get_an_answer_or_a_reason_in_flat_memory(open_
 
 def write_soak_file(folder, i, rng):
     """Write an upload of one of ten sorts; returns (path, whether the page can read it)."""
-    sort, deep = i % 10, chest(kind=np.uint16)
+    sort, deep = i % 10, chest(dtype=np.uint16)
     path = folder / f"file{i}.png"
     if sort in (0, 1):
         Image.fromarray(np.roll(chest(), int(rng.integers(50)), 1)).save(path)

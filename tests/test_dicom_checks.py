@@ -107,10 +107,10 @@ def test_a_broken_entry_is_a_warning_and_stops_nothing():
 
 def test_reports_and_presentation_states_in_a_tree_are_left_out_with_a_note(tmp_path, caplog):
     image = write_dicom(tmp_path / "IM0001", PIXELS, 12)
-    kinds = {"SR0001": "1.2.840.10008.5.1.4.1.1.88.33", "PR0001.dcm": "1.2.840.10008.5.1.4.1.1.11.1"}
-    for name, kind in kinds.items():
+    object_classes = {"SR0001": "1.2.840.10008.5.1.4.1.1.88.33", "PR0001.dcm": "1.2.840.10008.5.1.4.1.1.11.1"}
+    for name, object_class in object_classes.items():
         made = dcmread(write_dicom(tmp_path / name, PIXELS, 12))
-        made.file_meta.MediaStorageSOPClassUID = kind
+        made.file_meta.MediaStorageSOPClassUID = object_class
         made.save_as(tmp_path / name)
     (tmp_path / "broken.dcm").write_bytes(b"not a DICOM file")  # an error to report, not a file to leave out
     with caplog.at_level(logging.WARNING):

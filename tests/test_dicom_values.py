@@ -96,9 +96,9 @@ def test_an_image_of_padding_alone_is_refused(tmp_path):
         read_image(write_dicom(tmp_path / "p.dcm", np.zeros((4, 4), np.uint16), 12, PixelPaddingValue=0))
 
 
-@pytest.mark.parametrize("kind", [np.uint16, np.int16])
-def test_bits_that_are_stored_higher_are_shifted_down(tmp_path, kind):
-    pixels = (BAND.astype(kind) - 1500) if kind == np.int16 else BAND
+@pytest.mark.parametrize("dtype", [np.uint16, np.int16])
+def test_bits_that_are_stored_higher_are_shifted_down(tmp_path, dtype):
+    pixels = (BAND.astype(dtype) - 1500) if dtype == np.int16 else BAND
     path = write_dicom(tmp_path / "h.dcm", pixels << 4, 12, HighBit=15)
     assert np.array_equal(greys(path), greys(write_dicom(tmp_path / "r.dcm", pixels, 12)))
 

@@ -56,8 +56,8 @@ def blocks(text, language):
 
 def lines(text, program):
     """The command lines of the bash blocks that run `program`, from there on, comments and what follows cut."""
-    shown = "\n".join(blocks(text, "bash")).replace("\\\n", " ").splitlines()
-    for line in shown:
+    commands = "\n".join(blocks(text, "bash")).replace("\\\n", " ").splitlines()
+    for line in commands:
         for part in re.split(r"&&|;|\|\s", re.sub(r"(^|\s)#.*", "", line)):
             if program in part and "..." not in part and "$" not in part:
                 yield shlex.split(part[part.index(program) :], comments=True)
@@ -109,9 +109,9 @@ def test_every_block_of_python_compiles(page):
 
 
 def test_the_checks_have_something_to_check():
-    found = [page.read_text() for page in PAGES]
-    assert sum(len(list(lines(text, "cxr-diffusers "))) for text in found) >= 15
-    assert sum(len(list(lines(text, "training/train_"))) for text in found) > 10
+    texts = [page.read_text() for page in PAGES]
+    assert sum(len(list(lines(text, "cxr-diffusers "))) for text in texts) >= 15
+    assert sum(len(list(lines(text, "training/train_"))) for text in texts) > 10
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("notebooks/*.ipynb")), ids=lambda path: path.stem)
@@ -166,8 +166,8 @@ def test_a_command_works_as_it_is_shown(page, part, made, pipeline, tmp_path, mo
     pipeline.register_to_config(settings={"num_inference_steps": 4})
     pipeline.save_pretrained(tmp_path / "runs" / "chexpert_cfg_256")
     monkeypatch.chdir(tmp_path)
-    shown = lines((ROOT / page).read_text(), "cxr-diffusers ")
-    line = next(line for line in shown if part in " ".join(line))
+    commands = lines((ROOT / page).read_text(), "cxr-diffusers ")
+    line = next(line for line in commands if part in " ".join(line))
     assert main([argument.replace("/data/", f"{data}/") for argument in line[1:]]) == 0, capsys.readouterr().err
     assert (tmp_path / made).is_file()
 

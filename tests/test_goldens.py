@@ -15,16 +15,26 @@ from goldens.original_unet import OriginalUNet
 from cxr_diffusers import CFGAnomalyPipeline
 from cxr_diffusers.guided_diffusion import convert_state_dict
 from cxr_diffusers.guided_diffusion.original import (
+    ddim_loop,
     ddim_step,
     first_noising,
     guided_predictor,
     noise_predictor,
     respaced_chain,
     run_as_original,
-    travel,
 )
 from cxr_diffusers.training.losses import denoising_terms, variational_bound
-from helpers import HERE, compared, converted, correlation, golden, largest, original_checkpoint, shown
+from helpers import (
+    HERE,
+    OFFSET_VARIANTS,
+    compared,
+    converted,
+    correlation,
+    golden,
+    largest,
+    original_checkpoint,
+    within,
+)
 
 torch.set_num_threads(1)
 SHARED = Path(__file__).parents[2] / "shared" / "goldens"
@@ -81,9 +91,9 @@ def test_the_shipped_files_are_the_originals_bit_for_bit():
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_converted_network_gives_the_originals_output(name):
     unet, _ = converted(name)
-    assert shown(f"{name}, with label", forward_error(unet, name), 2e-5)
+    assert within(f"{name}, with label", forward_error(unet, name), 2e-5)
     if "out_null" in golden(name):
-        assert shown(f"{name}, null label", forward_error(unet, name, null=True), 2e-5)
+        assert within(f"{name}, null label", forward_error(unet, name, null=True), 2e-5)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -112,9 +122,9 @@ def test_the_network_that_test_convert_compares_with_is_the_originals_too(name):
 def swap_k_and_v(weights):
     """In the middle block, whose rows are [q, k, v] for one head."""
     swapped = dict(weights)
-    for kind in ("weight", "bias"):
-        q, k, v = weights[f"middle_block.1.qkv.{kind}"].chunk(3)
-        swapped[f"middle_block.1.qkv.{kind}"] = torch.cat([q, v, k])
+    for end in ("weight", "bias"):
+        q, k, v = weights[f"middle_block.1.qkv.{end}"].chunk(3)
+        swapped[f"middle_block.1.qkv.{end}"] = torch.cat([q, v, k])
     return swapped
 
 
@@ -166,7 +176,7 @@ def test_the_full_size_network_gives_the_originals_output():
     assert torch.equal(x.flatten()[:8], g["x_first8"])
     for key, labels in {"out_cond": g["y"], "out_null": torch.tensor([2])}.items():
         output = unet(x, g["t"], class_labels=labels).sample
-        assert shown(f"full size, {key}", largest(output[..., ::4, ::4], g[f"{key}_every4"]), 2e-5)
+        assert within(f"full size, {key}", largest(output[..., ::4, ::4], g[f"{key}_every4"]), 2e-5)
 
 
 def recipe_weights(shapes):
@@ -193,10 +203,10 @@ def test_the_schedulers_tables_are_the_originals(schedule, steps, bound):
     weights, flags = original_checkpoint("g1a_v1_seedflags")
     _, scheduler, _ = convert_state_dict(weights, **flags, noise_schedule=schedule, diffusion_steps=steps)
     betas, alphas = g[f"{schedule}{steps}_betas"], g[f"{schedule}{steps}_alphas_cumprod"]
-    assert shown(f"{schedule}{steps} betas, relative", relative(scheduler.betas, betas), bound)
-    assert shown(f"{schedule}{steps} alphas_cumprod", largest(scheduler.alphas_cumprod, alphas), bound)
+    assert within(f"{schedule}{steps} betas, relative", relative(scheduler.betas, betas), bound)
+    assert within(f"{schedule}{steps} alphas_cumprod", largest(scheduler.alphas_cumprod, alphas), bound)
     chain = respaced_chain(scheduler, steps)
-    assert shown(f"{schedule}{steps}, double precision", largest(torch.tensor(chain.alphas_cumprod), alphas), 1e-14)
+    assert within(f"{schedule}{steps}, double precision", largest(torch.tensor(chain.alphas_cumprod), alphas), 1e-14)
 
 
 def test_a_schedule_of_another_kind_is_seen():
@@ -265,28 +275,28 @@ SMALLEST_BOUND = 1e-3
 
 def test_the_hybrid_losss_terms_are_the_originals(trained):
     mse, vlb = loss_errors(*trained)
-    assert shown("squared error, relative", mse, 1e-4)
-    assert shown("variational bound, relative", vlb, 2e-4)
+    assert within("squared error, relative", mse, 1e-4)
+    assert within("variational bound, relative", vlb, 2e-4)
     g = golden("g4_losses")
     with torch.no_grad():
-        # the same pictures on the 50-step chain: only the squared error is the same quantity there
+        # the same images on the 50-step chain: only the squared error is the same quantity there
         timesteps = g["RESCALED_MSE_ddim50_t"] * 20
         terms = denoising_terms(*trained, g["x0"], g["y"], g["noise"], timesteps)
-    assert shown("squared error, 50 steps, relative", relative(terms["mse"], g["RESCALED_MSE_ddim50_mse"]), 1e-4)
+    assert within("squared error, 50 steps, relative", relative(terms["mse"], g["RESCALED_MSE_ddim50_mse"]), 1e-4)
 
 
 @torch.no_grad()
-def test_what_is_left_of_the_losss_difference_is_diffusers_float32_noise_level(trained):
+def test_the_remaining_difference_of_the_loss_is_rounding_of_diffusers_noise_levels(trained):
     """`add_noise` takes 1 - abar from a float32 abar; on the original's own x_t the squared error is the original's."""
     g, (unet, scheduler) = golden("g4_losses"), trained
     prediction = unet(g["x_t"], g["t"], class_labels=g["y"]).sample[:, :1]
-    assert shown("predicted noise", largest(prediction, g["MSE_eps_pred"]), 2e-5)
+    assert within("predicted noise", largest(prediction, g["MSE_eps_pred"]), 2e-5)
     error = ((prediction - g["noise"]) ** 2).mean(dim=(1, 2, 3))
-    assert shown("squared error on the original's x_t", largest(error, g["MSE_mse"]), 1e-6)
+    assert within("squared error on the original's x_t", largest(error, g["MSE_mse"]), 1e-6)
     output = unet(g["x_t"], g["t"], class_labels=g["y"]).sample
     bound = variational_bound(scheduler, g["x0"], g["x_t"], g["t"], *output.chunk(2, dim=1))
-    assert shown("bound on the original's x_t, relative", relative(bound, g["MSE_vb"], SMALLEST_BOUND), 1e-4)
-    assert shown("x_t by add_noise", largest(scheduler.add_noise(g["x0"], g["noise"], g["t"]), g["x_t"]), 2e-5)
+    assert within("bound on the original's x_t, relative", relative(bound, g["MSE_vb"], SMALLEST_BOUND), 1e-4)
+    assert within("x_t by add_noise", largest(scheduler.add_noise(g["x0"], g["noise"], g["t"]), g["x_t"]), 2e-5)
 
 
 def test_a_shifted_timestep_or_another_schedule_changes_the_loss(trained):
@@ -315,7 +325,7 @@ def test_the_gradients_of_the_loss_are_the_originals():
     }
     for name, gradient in ours.items():
         theirs = g[f"grad__{name}"]
-        assert shown(f"gradient of {name}, relative", largest(gradient, theirs) / theirs.abs().max().item(), 5e-4)
+        assert within(f"gradient of {name}, relative", largest(gradient, theirs) / theirs.abs().max().item(), 5e-4)
 
 
 # --- the procedure
@@ -347,7 +357,7 @@ def step_error(predict, chain, direction, clip=True, index_shift=0):
 def test_one_encoding_step_is_the_originals(trained):
     unet, scheduler = trained
     chain, predict = respaced_chain(scheduler, 50), noise_predictor(unet, 2)
-    assert shown("one encoding step", step_error(predict, chain, +1), 2e-5)
+    assert within("one encoding step", step_error(predict, chain, +1), 2e-5)
     assert step_error(predict, chain, +1, index_shift=1) > 1e-3
     assert step_error(noise_predictor(unet, 0), chain, +1) > 1e-3  # a class named while encoding
     assert step_error(predict, chain, +1, clip=False) > 1e-3
@@ -356,7 +366,7 @@ def test_one_encoding_step_is_the_originals(trained):
 def test_one_decoding_step_with_guidance_is_the_originals(trained):
     unet, scheduler = trained
     chain, predict = respaced_chain(scheduler, 50), guided_predictor(unet, 0, 2, 4.0)
-    assert shown("one decoding step", step_error(predict, chain, -1), 5e-5)
+    assert within("one decoding step", step_error(predict, chain, -1), 5e-5)
     assert step_error(predict, chain, -1, index_shift=1) > 1e-3
     assert step_error(predict, chain, -1, clip=False) > 1e-3
     assert step_error(guided_predictor(unet, 0, 2, 5.0), chain, -1) > 1e-3  # diffusers' s = 1 + w taken for w
@@ -374,26 +384,26 @@ def test_diffusers_own_decoding_step_is_the_originals_if_told_to_derive_the_nois
         for anew in errors:
             x = scheduler.step(predict(before, t), t, before, use_clipped_model_output=anew).prev_sample
             errors[anew].append(largest(x, after))
-    assert shown("diffusers' step, use_clipped_model_output", max(errors[True]), 5e-5)
+    assert within("diffusers' step, use_clipped_model_output", max(errors[True]), 5e-5)
     print(f"\ndiffusers' step without it: {max(errors[False]):.1e}", end="")
     assert max(errors[False]) > 1e-3
 
 
 @torch.no_grad()
-def test_the_picture_that_guided_noise_predicts_is_the_originals(trained):
+def test_the_image_predicted_by_guided_noise_equals_the_originals(trained):
     """The golden files keep the noise only in this form: x0 = clamp(x / sqrt(abar) - noise sqrt(1 / abar - 1))."""
     unet, scheduler = trained
     chain, predict = respaced_chain(scheduler, 50), guided_predictor(unet, 0, 2, 4.0)
-    pictures = golden("g2_cfg_ddim50_L25_w4")["decode_pred_x0"]
+    images = golden("g2_cfg_ddim50_L25_w4")["decode_pred_x0"]
     errors = []
-    for (index, before, _), picture in zip(steps_of("g2_cfg_ddim50_L25_w4", -1), pictures, strict=True):
+    for (index, before, _), image in zip(steps_of("g2_cfg_ddim50_L25_w4", -1), images, strict=True):
         noise = predict(before, int(chain.timesteps[index]))
-        errors.append(largest(ddim_step(before, noise, chain.alpha(index), 1.0, True)[1], picture))
-    assert shown("picture predicted by guided noise", max(errors), 5e-5)
+        errors.append(largest(ddim_step(before, noise, chain.alpha(index), 1.0, True)[1], image))
+    assert within("predicted image by guided noise", max(errors), 5e-5)
 
 
 @pytest.mark.parametrize("run", CFG_RUNS)
-def test_the_whole_procedure_gives_the_originals_picture_and_maps(trained, run):
+def test_the_whole_procedure_gives_the_originals_counterfactual_and_maps(trained, run):
     unet, scheduler = trained
     g = golden(run)
     output = run_as_original(
@@ -406,10 +416,10 @@ def test_the_whole_procedure_gives_the_originals_picture_and_maps(trained, run):
         first_noise=g["first_noise"],
         progress=False,
     )
-    assert shown(f"{run}: latents", largest(output.latents, g["latent"]), 2e-5)
-    assert shown(f"{run}: picture", largest(output.sample, g["sample"]), 2e-5)
+    assert within(f"{run}: latents", largest(output.latents, g["latent"]), 2e-5)
+    assert within(f"{run}: counterfactual", largest(output.sample, g["sample"]), 2e-5)
     for ours, theirs in MAPS.items():
-        assert shown(f"{run}: map {ours}", largest(output.maps[ours][0], g[theirs]), 2e-5)
+        assert within(f"{run}: map {ours}", largest(output.maps[ours][0], g[theirs]), 2e-5)
     assert largest(output.anomaly_map[0], g["anomaly_map_seed"]) <= 2e-5
 
 
@@ -439,14 +449,14 @@ def test_the_network_is_asked_at_the_originals_timesteps_and_labels(trained, run
     assert sum(null for _, null in flat) == g["model_calls_null"].sum()
 
 
-def test_a_batch_is_its_pictures_one_by_one_and_a_pipeline_brings_its_own_preparation(trained):
+def test_a_batch_equals_its_images_one_by_one_and_the_pipelines_preparation_is_used(trained):
     pipeline = CFGAnomalyPipeline(*trained, data_range=(-1.0, 1.0), aspect="pad")
-    pictures = [np.random.RandomState(i).randint(0, 256, (40, 30), dtype=np.uint8) for i in range(2)]
+    images = [np.random.RandomState(i).randint(0, 256, (40, 30), dtype=np.uint8) for i in range(2)]
     noise = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     settings = dict(noise_level=5, num_steps=50, progress=False, output_type="np")
-    together = run_as_original(pipeline, pictures, first_noise=noise, **settings)
-    for i, picture in enumerate(pictures):
-        alone = run_as_original(pipeline, picture, first_noise=noise[i : i + 1], **settings)
+    together = run_as_original(pipeline, images, first_noise=noise, **settings)
+    for i, radiograph in enumerate(images):
+        alone = run_as_original(pipeline, radiograph, first_noise=noise[i : i + 1], **settings)
         np.testing.assert_allclose(together.anomaly_map[i], alone.anomaly_map[0], atol=2e-5)
     assert together.image.shape == (2, 32, 32, 1) and together.anomaly_map.shape == (2, 32, 32)
     assert (together.image[:, :, :3] == 0).all()  # the bars of "pad"
@@ -498,25 +508,15 @@ def test_arguments_that_the_original_could_not_run_are_refused(trained, wrong, m
 
 
 def procedure(unet, scheduler, x0, noise, steps, level, *, noising=True, first=1, below=2, clip=True):
-    """The original's picture with some of its offsets mended.
+    """The original's image with some of its offsets mended.
 
     noising: begin with random noise. first: the index where encoding begins. below: how many indices below the
-    latents' own level decoding begins. clip: clamp the predicted picture and derive the noise anew.
+    latents' own level decoding begins. clip: clamp the predicted image and derive the noise anew.
     """
     chain = respaced_chain(scheduler, steps)
     x = first_noising(x0, noise, chain) if noising else x0
-    latents = travel(noise_predictor(unet, 2), x, chain, range(first, level), +1, clip)
-    return travel(guided_predictor(unet, 0, 2, 4.0), latents, chain, range(level - below, -1, -1), -1, clip)
-
-
-VARIANTS = {
-    "no random noise at first": dict(noising=False),
-    "encoding from index 0": dict(first=0),
-    "decoding from one index below the latents": dict(below=1),
-    "decoding from the latents' own index": dict(below=0),
-    "no clamp": dict(clip=False),
-    "all of these": dict(noising=False, first=0, below=0, clip=False),
-}
+    latents = ddim_loop(noise_predictor(unet, 2), x, chain, range(first, level), +1, clip)
+    return ddim_loop(guided_predictor(unet, 0, 2, 4.0), latents, chain, range(level - below, -1, -1), -1, clip)
 
 
 @torch.no_grad()
@@ -529,7 +529,7 @@ def measure_variants(unet, scheduler, run, steps, level):
 
     theirs = anomaly_map()
     print(f"\n{steps} steps, level {level}: map mean {theirs.mean():.4f}, max {theirs.max():.3f}", end="")
-    for what, change in VARIANTS.items():
+    for what, change in OFFSET_VARIANTS.items():
         maps[what] = (anomaly_map(**change), theirs)
         print(f"\n  {what}: {compared(*maps[what])}", end="")
     return maps

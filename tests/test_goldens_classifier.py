@@ -13,16 +13,16 @@ from cxr_diffusers import ClassifierGuidedPipeline, GradCAMPipeline
 from cxr_diffusers.guided_diffusion.original import (
     OriginalProcedure,
     classifier_gradient,
+    ddim_loop,
     ddim_step,
     first_noising,
+    guided_output,
     noise_predictor,
-    output_of,
     respaced_chain,
     run_as_original,
-    travel,
 )
 from cxr_diffusers.guided_diffusion.original_steps import ancestral_distribution, ancestral_step, noised
-from helpers import compared, converted, golden, largest, original_checkpoint, shown
+from helpers import OFFSET_VARIANTS, compared, converted, golden, largest, original_checkpoint, within
 
 torch.set_num_threads(1)
 UNIT, RUN = "g3_classifier_unit", "g3_clfguid_ddim1000_L30_s100"
@@ -60,7 +60,7 @@ def unit_errors(classifier):
 def test_the_converted_classifier_gives_the_originals_logits_gradient_and_loss(classifier):
     bounds = dict(zip(unit_errors(classifier), (1e-6, 1e-6, 1e-6, 1e-5), strict=True))
     for what, error in unit_errors(classifier).items():
-        assert shown(what, error, bounds[what]), what
+        assert within(what, error, bounds[what]), what
 
 
 @torch.no_grad()
@@ -78,10 +78,9 @@ def swapped(name, order):
     """The rows of q, k, v of the pool in another order."""
 
     def change(weights):
-        parts = [weights[f"{name}.{kind}"].chunk(3) for kind in ("weight", "bias")]
+        parts = [weights[f"{name}.{end}"].chunk(3) for end in ("weight", "bias")]
         new = {
-            f"{name}.{kind}": torch.cat([p[i] for i in order])
-            for kind, p in zip(("weight", "bias"), parts, strict=True)
+            f"{name}.{end}": torch.cat([p[i] for i in order]) for end, p in zip(("weight", "bias"), parts, strict=True)
         }
         return {**weights, **new}
 
@@ -125,18 +124,18 @@ def test_every_break_of_the_classifier_is_seen(classifier):
 
 
 def steps():
-    """(index, x before, x after, predicted picture, gradient) of each golden step of decoding."""
+    """(index, x before, x after, predicted image, gradient) of each golden step of decoding."""
     g = golden(RUN)
     before = [g["latent"], *g["decode_x"][:-1]]
     return list(zip(range(28, -1, -1), before, g["decode_x"], g["decode_pred_x0"], g["grads_unscaled"], strict=True))
 
 
 def step_errors(unet, scheduler, classifier, scale=100.0, target=0, label=0, index_shift=0, root=True, every=1):
-    """(gradient, relative, picture predicted, x after), largest over all steps, each from the golden's own state."""
+    """(gradient, relative, image predicted, x after), largest over all steps, each from the golden's own state."""
     chain = respaced_chain(scheduler, 1000)
     predict, steer = noise_predictor(unet, label), classifier_gradient(classifier, target, 1.0, chain)
     errors = []
-    for index, before, after, picture, golden_gradient in steps()[::every]:
+    for index, before, after, image, golden_gradient in steps()[::every]:
         gradient, alpha = steer(before, index + index_shift), chain.alpha(index)
         with torch.no_grad():
             noise = predict(before, index)
@@ -144,20 +143,20 @@ def step_errors(unet, scheduler, classifier, scale=100.0, target=0, label=0, ind
             factor = scale if root else scale / (1 - alpha) ** 0.5
             x, x0 = ddim_step(before, noise, alpha, chain.alpha(index - 1), True, factor * gradient)
         relative = largest(gradient, golden_gradient) / golden_gradient.abs().max().item()
-        errors.append((relative, largest(x0, picture), largest(x, after)))
+        errors.append((relative, largest(x0, image), largest(x, after)))
     return tuple(map(max, zip(*errors, strict=True)))
 
 
-# bounds; the gradient moves the picture by up to 2e-3 here, so the usual 2e-5 would let one percent of it pass
-GRADIENT, PICTURE = 1e-5, 2e-6
+# bounds; the gradient moves the image by up to 2e-3 here, so the usual 2e-5 would let one percent of it pass
+GRADIENT, PREDICTED_IMAGE = 1e-5, 2e-6
 
 
 def test_one_guided_step_and_its_gradient_are_the_originals(guided, classifier):
     assert len(steps()) == 29
-    gradient, picture, x = step_errors(*guided, classifier)
-    assert shown("gradient, relative", gradient, GRADIENT)
-    assert shown("picture predicted under guidance", picture, PICTURE)
-    assert shown("one guided decoding step", x, 1e-5)
+    gradient, image, x = step_errors(*guided, classifier)
+    assert within("gradient, relative", gradient, GRADIENT)
+    assert within("predicted image under guidance", image, PREDICTED_IMAGE)
+    assert within("one guided decoding step", x, 1e-5)
 
 
 def test_every_break_of_a_guided_step_is_seen(guided, classifier):
@@ -169,9 +168,9 @@ def test_every_break_of_a_guided_step_is_seen(guided, classifier):
         "the UNet told the other class": dict(label=1),
         "the classifier one timestep late": dict(index_shift=1),
     }.items():
-        gradient, picture, x = step_errors(*guided, classifier, every=7, **change)
-        print(f"\n{what}: gradient {gradient:.1e}, picture {picture:.1e}, x {x:.1e}", end="")
-        assert gradient > GRADIENT or picture > PICTURE, what
+        gradient, image, x = step_errors(*guided, classifier, every=7, **change)
+        print(f"\n{what}: gradient {gradient:.1e}, predicted image {image:.1e}, x {x:.1e}", end="")
+        assert gradient > GRADIENT or image > PREDICTED_IMAGE, what
 
 
 def as_original(guided, classifier, **changes):
@@ -188,14 +187,14 @@ def run(guided, classifier):
     return spied(guided, classifier)
 
 
-def test_wollebs_whole_procedure_gives_the_originals_picture_and_maps(guided, run):
+def test_wollebs_whole_procedure_gives_the_originals_counterfactual_and_maps(guided, run):
     g, output = golden(RUN), run[0]
     chain = respaced_chain(guided[1], 1000)
-    assert shown("first noising", largest(first_noising(g["x0"], g["first_noise"], chain), g["x_noisy"]), 1e-6)
-    assert shown("latents", largest(output.latents, g["latent"]), 2e-5)
-    assert shown("picture", largest(output.sample, g["sample"]), 2e-5)
-    assert shown("map summed over channels", largest(output.maps["summed"][0], g["anomaly_map_sum"]), 2e-5)
-    assert shown("map of CheXpert", largest(output.maps["normalized"][0], g["anomaly_map_chexpert"]), 2e-5)
+    assert within("first noising", largest(first_noising(g["x0"], g["first_noise"], chain), g["x_noisy"]), 1e-6)
+    assert within("latents", largest(output.latents, g["latent"]), 2e-5)
+    assert within("counterfactual", largest(output.sample, g["sample"]), 2e-5)
+    assert within("map summed over channels", largest(output.maps["summed"][0], g["anomaly_map_sum"]), 2e-5)
+    assert within("map of CheXpert", largest(output.maps["normalized"][0], g["anomaly_map_chexpert"]), 2e-5)
 
 
 def spied(guided, classifier, **changes):
@@ -227,7 +226,7 @@ def test_unet_and_classifier_are_asked_at_the_originals_timesteps(run):
 
 
 def test_with_fewer_steps_the_originals_classifier_is_asked_at_indices_and_ours_at_timesteps(guided, classifier):
-    """Its bug: 50 steps are 20 timesteps apart, and the classifier is told that the picture is nearly clean."""
+    """Its bug: 50 steps are 20 timesteps apart, and the classifier is told that the image is nearly clean."""
     chain = dict(num_steps=50, noise_level=25)
     theirs, asked, _, at_indices = spied(guided, classifier, classifier_at="index", **chain)
     ours, _, _, at_timesteps = spied(guided, classifier, **chain)
@@ -248,30 +247,20 @@ def procedure(guided, classifier, x0, noise, steps, level, *, noising=True, firs
     x = first_noising(x0, noise, chain) if noising else x0
     steer, predict = classifier_gradient(classifier, 0, 100.0, chain), noise_predictor(unet, 0)
     with torch.no_grad():
-        latents = travel(predict, x, chain, range(first, level), +1, clip)
-        return travel(predict, latents, chain, range(level - below, -1, -1), -1, clip, steer=steer)
-
-
-VARIANTS = {
-    "no random noise at first": dict(noising=False),
-    "encoding from index 0": dict(first=0),
-    "decoding from one index below the latents": dict(below=1),
-    "decoding from the latents' own index": dict(below=0),
-    "no clamp": dict(clip=False),
-    "all of these": dict(noising=False, first=0, below=0, clip=False),
-}
+        latents = ddim_loop(predict, x, chain, range(first, level), +1, clip)
+        return ddim_loop(predict, latents, chain, range(level - below, -1, -1), -1, clip, steer=steer)
 
 
 def measure_variants(guided, classifier, steps, level):
     g = golden(RUN)
 
     def difference(**change):
-        found = procedure(guided, classifier, g["x0"], g["first_noise"], steps, level, **change)
-        return (g["x0"] - found).abs()[0, 0]
+        result = procedure(guided, classifier, g["x0"], g["first_noise"], steps, level, **change)
+        return (g["x0"] - result).abs()[0, 0]
 
     theirs = difference()
     print(f"\n{steps} steps, level {level}: map mean {theirs.mean():.4f}, max {theirs.max():.3f}", end="")
-    for what, change in VARIANTS.items():
+    for what, change in OFFSET_VARIANTS.items():
         ours = difference(**change)
         print(f"\n  {what}: {compared(ours, theirs)}", end="")
         assert largest(ours, theirs) > 1e-4 or what == "no clamp", what
@@ -317,7 +306,7 @@ def test_a_pipeline_with_a_classifier_answers_as_wollebs_code(guided, classifier
     assert largest(other.anomaly_map, output.anomaly_map) > 1e-6
 
 
-def test_a_batch_is_its_pictures_one_by_one_with_a_classifier_too(guided, classifier):
+def test_a_batch_equals_its_images_one_by_one_also_with_a_classifier(guided, classifier):
     x0 = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(1))
     noise = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(2))
     settings = dict(noise_level=4, num_steps=50)
@@ -348,7 +337,7 @@ def test_a_pipeline_without_a_unet_or_a_classifier_that_knows_no_noise_has_no_or
     resnet = ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=2))
     with pytest.raises(ValueError, match="with a UNet.* got GradCAMPipeline"):
         run_as_original(GradCAMPipeline(resnet, sample_size=32), torch.zeros(1, 1, 32, 32))
-    with pytest.raises(ValueError, match="classifier of noised pictures"):
+    with pytest.raises(ValueError, match="classifier of noisy images"):
         run_as_original(guided_pipeline(guided, resnet), torch.zeros(1, 1, 32, 32))
 
 
@@ -357,24 +346,24 @@ def test_a_pipeline_without_a_unet_or_a_classifier_that_knows_no_noise_has_no_or
 
 @torch.no_grad()
 def ancestral_errors(shift=0, clip=True, change=lambda output: output):
-    """(mean, log variance, picture predicted), largest over six timesteps."""
+    """(mean, log variance, image predicted), largest over six timesteps."""
     g, (unet, scheduler) = golden("g4_losses"), converted("g1a_v1_seedflags")
     chain, errors = respaced_chain(scheduler, 1000), []
     for i, t in enumerate(g["t"].tolist()):
         x, label = g["x_t"][i : i + 1], int(g["y"][i])
-        output = change(output_of(unet, {label: 1.0})(x, t))
-        found = ancestral_distribution(x, output, chain, min(t + shift, 999), clip)
+        output = change(guided_output(unet, {label: 1.0})(x, t))
+        result = ancestral_distribution(x, output, chain, min(t + shift, 999), clip)
         names = ("pmv_clip_mean", "pmv_clip_log_variance", "pmv_clip_pred_xstart")
-        errors.append([largest(a, g[name][i : i + 1]) for a, name in zip(found, names, strict=True)])
+        errors.append([largest(a, g[name][i : i + 1]) for a, name in zip(result, names, strict=True)])
     return tuple(map(max, zip(*errors, strict=True)))
 
 
 def test_mean_and_variance_of_an_ancestral_step_are_the_originals():
-    mean, log_variance, picture = ancestral_errors()
-    assert shown("mean", mean, 1e-6)
-    assert shown("log variance", log_variance, 1e-5)
+    mean, log_variance, image = ancestral_errors()
+    assert within("mean", mean, 1e-6)
+    assert within("log variance", log_variance, 1e-5)
     # the noise is weighed by up to 157 at t = 999, and so is its rounding
-    assert shown("picture predicted", picture, 1e-3)
+    assert within("predicted image", image, 1e-3)
 
 
 def test_every_break_of_an_ancestral_step_is_seen():
@@ -387,8 +376,8 @@ def test_every_break_of_an_ancestral_step_is_seen():
         "the halves of the output swapped": dict(change=noise_for_variance),
         "no learned variance": dict(change=lambda output: output[:, :1]),
     }.items():
-        mean, log_variance, picture = ancestral_errors(**change)
-        print(f"\n{what}: mean {mean:.1e}, log variance {log_variance:.1e}, picture {picture:.1e}", end="")
+        mean, log_variance, image = ancestral_errors(**change)
+        print(f"\n{what}: mean {mean:.1e}, log variance {log_variance:.1e}, predicted image {image:.1e}", end="")
         assert mean > 1e-6 or log_variance > 1e-5, what
 
 

@@ -124,8 +124,8 @@ def test_the_timesteps_and_penalties_are_the_originals(pipeline, loop):
 
 def test_the_measurement_is_the_originals_circular_blur(loop):
     """uint8, truncated, and half a grey level of noise on it."""
-    picture = loop["img_H"].double()
-    blurred = blur(picture, loop["kernel"], boundary="wrap").floor() / 255
+    image = loop["img_H"].double()
+    blurred = blur(image, loop["kernel"], boundary="wrap").floor() / 255
     noise = loop["y"] - blurred
     assert abs(noise.std().item() - loop["noise_level_img"].item()) < 2e-4 and abs(noise.mean().item()) < 2e-4
 
@@ -185,17 +185,17 @@ def test_the_whole_loop_is_the_originals(pipeline, loop):
     assert report("the same, in grey levels", levels) <= 1
 
 
-def psnr(picture, loop):
-    return -10 * torch.log10(((picture - loop["img_H"] / 255) ** 2).mean()).item()
+def psnr(image, loop):
+    return -10 * torch.log10(((image - loop["img_H"] / 255) ** 2).mean()).item()
 
 
 def test_our_pipeline_is_at_least_as_good_with_as_many_evaluations(pipeline, loop):
     given = dict(noise_std=loop["noise_level_img"].item(), num_inference_steps=20, boundary="wrap", output_type="pt")
-    found = []
+    our_psnr = []
     for seed in range(5):
         generator = torch.Generator().manual_seed(seed)
-        found.append(psnr(pipeline(loop["y"], loop["kernel"], generator=generator, **given).restored[0, 0], loop))
+        our_psnr.append(psnr(pipeline(loop["y"], loop["kernel"], generator=generator, **given).restored[0, 0], loop))
     theirs = psnr(loop["final_uint8"] / 255, loop)
     assert abs(theirs - loop["psnr"].item()) < 1e-3
-    print(f"\nPSNR: theirs {theirs:.2f} dB, ours {min(found):.2f} to {max(found):.2f} dB over 5 seeds", end="")
-    assert min(found) > theirs
+    print(f"\nPSNR: theirs {theirs:.2f} dB, ours {min(our_psnr):.2f} to {max(our_psnr):.2f} dB over 5 seeds", end="")
+    assert min(our_psnr) > theirs

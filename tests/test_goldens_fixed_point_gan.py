@@ -68,10 +68,10 @@ def players(golden):
     return generator.train(), discriminator.train()
 
 
-def assert_near(what, found, expected, atol):
-    error = (found.detach().double() - expected.double()).abs().max().item()
+def assert_near(what, result, expected, atol):
+    error = (result.detach().double() - expected.double()).abs().max().item()
     print(f"\n{what}: {error:.1e} (bound {atol:.0e})", end="")
-    assert found.shape == expected.shape and error < atol, what
+    assert result.shape == expected.shape and error < atol, what
 
 
 @torch.no_grad()
@@ -121,21 +121,21 @@ def test_one_training_step_is_the_originals(golden):
     """All loss terms, then the weights and running statistics that a step of each player leaves."""
     generator, discriminator = players(golden)
     images, labels = golden["x"], golden["label"]
-    targets, kind = labels[golden["randperm"]], golden["classification"]
+    targets, classification = labels[golden["randperm"]], golden["classification"]
     optimizers = [torch.optim.Adam(p.parameters(), lr=1e-4, betas=(0.5, 0.999)) for p in (discriminator, generator)]
     together = (generator, discriminator, images, labels, targets)
 
-    d_loss, d_terms = discriminator_loss(*together, classification=kind, alpha=golden["alpha"])
+    d_loss, d_terms = discriminator_loss(*together, classification=classification, alpha=golden["alpha"])
     d_loss.backward()
     optimizers[0].step()
-    g_loss, g_terms = generator_loss(*together, classification=kind)
+    g_loss, g_terms = generator_loss(*together, classification=classification)
     optimizers[1].zero_grad()
     g_loss.backward()
     optimizers[1].step()
 
     for theirs, ours in THEIR_TERMS.items():
-        found = (d_terms if theirs.startswith("D") else g_terms)[ours]
-        assert_near(theirs, found, golden[f"loss_{theirs}"], 1e-6)
+        result = (d_terms if theirs.startswith("D") else g_terms)[ours]
+        assert_near(theirs, result, golden[f"loss_{theirs}"], 1e-6)
     assert_near("d_loss", d_loss, golden["d_loss"], 2e-5)
     assert_near("g_loss", g_loss, golden["g_loss"], 2e-5)
     states = {"G": generator.state_dict(), "D": discriminator.state_dict()}

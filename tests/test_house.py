@@ -116,7 +116,6 @@ def public_functions(name, value):
                 yield f"{name}.{key}", member
 
 
-@pytest.mark.xfail(strict=True, reason="types of the other packages are being added")
 def test_every_public_name_is_annotated():
     import cxr_diffusers
 

@@ -47,13 +47,13 @@ CODE = {
 
 @pytest.fixture
 def folder(tmp_path):
-    """healthy/ with one 16-bit picture, diseased/ with one that has a mask and one that has a box; named patients."""
+    """healthy/ with one 16-bit image, diseased/ with one that has a mask and one that has a box; named patients."""
     rng = np.random.default_rng(0)
     for home, name in (("healthy", "ADA"), ("diseased", "BOB"), ("diseased", "CLEO")):
         (tmp_path / "mine" / home / name).mkdir(parents=True)
         depth = np.uint16 if name == "ADA" else np.uint8
-        picture = rng.integers(0, np.iinfo(depth).max, (20, 40)).astype(depth)
-        Image.fromarray(picture).save(tmp_path / "mine" / home / name / "scan_of_somebody.png")
+        image = rng.integers(0, np.iinfo(depth).max, (20, 40)).astype(depth)
+        Image.fromarray(image).save(tmp_path / "mine" / home / name / "scan_of_somebody.png")
     mask = np.zeros((20, 40), np.uint8)
     mask[4:12, 8:20] = 255
     Image.fromarray(mask).save(tmp_path / "mine" / "diseased" / "BOB" / "scan_of_somebody_mask.png")
@@ -62,7 +62,7 @@ def folder(tmp_path):
 
 
 def same(a, b):
-    """Every row of two data sets is the same, pictures to the pixel; of `path`, the end."""
+    """Every row of two data sets is the same, images to the pixel; of `path`, the end."""
     for ours, theirs in zip(a, b, strict=True):
         for name, value in ours.items():
             if name == "path":
@@ -193,9 +193,9 @@ def test_images_under_an_agreement_are_recognised(words, paths, agreement):
 def test_images_under_an_agreement_are_refused_before_anything_is_made():
     """Nothing listens where the Hub would be: whoever asked it would get another error."""
     data = load_phantom(2, size=16)
-    known = {"train": data, "test": with_texts(data, path=["CheXpert-v1.0/train/a.jpg"] * 2)}
+    splits = {"train": data, "test": with_texts(data, path=["CheXpert-v1.0/train/a.jpg"] * 2)}
     with pytest.raises(PermissionError, match="CheXpert.*`private`.*`may_share`"):
-        publish_dataset(known, "me/x", license="other")
+        publish_dataset(splits, "me/x", license="other")
     with pytest.raises(PermissionError, match="VinDr"):
         publish_dataset(data, "me/x", license="other", opened_as="vindr:root=/data")
 
@@ -204,7 +204,7 @@ def test_splits_are_made_alike(folder):
     plain = load_phantom(2, size=16).remove_columns("mask")
     boxed = plain.add_column("boxes", [[[1.0, 2.0, 3.0, 4.0]], []])
     made = with_same_columns({"train": plain, "test": load_phantom(2, seed=1, size=16), "boxes": boxed})
-    assert {tuple(found.column_names) for found in made.values()} == {
+    assert {tuple(result.column_names) for result in made.values()} == {
         ("image", "label", "patient", "view", "path", "mask", "boxes")
     }
     assert all(split.features == made["train"].features for split in made.values())
@@ -378,7 +378,7 @@ def test_a_card_describes_its_data_set(folder):
     )
 
 
-def test_sizes_are_said_as_the_hub_says_them():
+def test_size_categories_are_those_of_the_hub():
     assert [size_category(n) for n in (999, 1000, 99_999, 10**7)] == ["n<1K", "1K<n<10K", "10K<n<100K", "n>10M"]
 
 

@@ -21,13 +21,13 @@ TYPES = {"u1": (8, 1), "u2": (16, 1), "i2": (16, 2), "u4": (32, 1), "i4": (32, 2
 
 def write_tiff(path, pixels, order="<", white_is_zero=False, bits=None):
     """An uncompressed TIFF of one strip, in either byte order; `bits` 1 or 4: packed."""
-    kind = f"{pixels.dtype.kind}{pixels.itemsize}"
-    depth, sample = (bits, 1) if bits else TYPES[kind]
+    dtype = f"{pixels.dtype.kind}{pixels.itemsize}"
+    depth, sample = (bits, 1) if bits else TYPES[dtype]
     if bits:
         unpacked = np.unpackbits(pixels.astype(np.uint8)[..., None], axis=-1)[..., 8 - bits :]
         content = np.packbits(unpacked.reshape(len(pixels), -1), axis=-1).tobytes()
     else:
-        content = pixels.astype(order + kind).tobytes()
+        content = pixels.astype(order + dtype).tobytes()
     height, width = pixels.shape
     tags = [(256, width), (257, height), (258, depth), (259, 1), (262, int(not white_is_zero)), (273, 8)]
     tags += [(277, 1), (278, height), (279, len(content)), (339, sample)]
@@ -166,7 +166,7 @@ def test_a_data_set_keeps_the_mode_and_pixels_of_its_images(tmp_path, mode):
     np.testing.assert_array_equal(np.asarray(image), np.asarray(grey))
 
 
-def test_a_data_set_turns_images_as_their_exif_says_and_is_stored_with_plain_image_columns(tmp_path):
+def test_exif_orientation_is_applied_and_columns_are_stored_as_plain_images(tmp_path):
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
     PIL.Image.fromarray(RAMP[:4].astype(np.uint8) * 4).save(tmp_path / "a.png", exif=exif)
@@ -196,7 +196,7 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path):
             read_image(tmp_path / name)
 
 
-def test_empty_files_say_so_and_an_archive_is_no_array(tmp_path):
+def test_empty_files_and_npz_archives_are_refused(tmp_path):
     for name in ("a.png", "a.jpg", "a.tif", "a.npy", "a.dcm"):
         (tmp_path / name).touch()
         with pytest.raises(ValueError, match=f"{name}: the file is empty"):

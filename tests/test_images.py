@@ -153,10 +153,10 @@ def test_arrays_that_are_not_images_are_refused(tmp_path, array, message):
         read_image(tmp_path / "bad.npy")
 
 
-def disc(height, width, radius, kind=np.uint8):
+def disc(height, width, radius, dtype=np.uint8):
     y, x = np.mgrid[:height, :width]
     inside = (y - height / 2) ** 2 + (x - width / 2) ** 2 < radius**2
-    return PIL.Image.fromarray((inside * np.iinfo(kind).max).astype(kind))
+    return PIL.Image.fromarray((inside * np.iinfo(dtype).max).astype(dtype))
 
 
 def extent(image):
@@ -164,10 +164,10 @@ def extent(image):
     return np.ptp(xs) + 1, np.ptp(ys) + 1
 
 
-@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 @pytest.mark.parametrize("size", [64, 300])
-def test_a_circle_stays_a_circle_unless_it_is_squashed(kind, size):
-    image = disc(120, 200, 40, kind)
+def test_a_circle_stays_a_circle_unless_it_is_squashed(dtype, size):
+    image = disc(120, 200, 40, dtype)
     for aspect in ("pad", "crop"):
         fitted = fit_image(image, size, aspect)
         wide, high = extent(fitted)
@@ -193,8 +193,8 @@ def test_boxes_and_masks_move_with_the_image(aspect, shape):
     (x, y, w, h) = fit_boxes([box], width, height, 128, aspect)[0]
     for moved in (fit_image(image, 128, aspect), fit_mask(image, 128, aspect)):
         ys, xs = np.nonzero(np.asarray(moved) > 127)
-        found = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
-        assert np.allclose(found, [x, y, x + w, y + h], atol=1.01)
+        result = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+        assert np.allclose(result, [x, y, x + w, y + h], atol=1.01)
 
 
 def test_a_box_that_the_crop_removes_is_left_out():
@@ -214,12 +214,12 @@ def test_equalize_follows_its_formula():
 
 def test_equalize_flattens_the_histogram_and_keeps_the_order():
     rng = np.random.default_rng(0)
-    for kind in (np.uint8, np.uint16):
-        pixels = (rng.beta(2, 8, (200, 200)) * np.iinfo(kind).max).astype(kind)
+    for dtype in (np.uint8, np.uint16):
+        pixels = (rng.beta(2, 8, (200, 200)) * np.iinfo(dtype).max).astype(dtype)
         equal = np.asarray(equalize(PIL.Image.fromarray(pixels)))
         order = np.argsort(pixels, axis=None)
         assert (np.diff(equal.ravel()[order].astype(int)) >= 0).all()
-        quarters = np.quantile(equal / np.iinfo(kind).max, [0.25, 0.5, 0.75])
+        quarters = np.quantile(equal / np.iinfo(dtype).max, [0.25, 0.5, 0.75])
         assert np.allclose(quarters, [0.25, 0.5, 0.75], atol=0.03)
 
 
@@ -238,7 +238,7 @@ def test_pil_equalizes_by_another_formula_so_it_does_not_do():
 @pytest.mark.parametrize("aspect", ["pad", "crop", "squash"])
 def test_a_prepared_copy_has_the_grey_values_that_the_model_gets_from_the_original(aspect):
     y, x = np.mgrid[:300, :390]
-    picture = PIL.Image.fromarray((60 + 120 * (np.hypot(y - 150, x - 195) < 90)).astype(np.uint8))
-    raw = prepare_image(picture, 64, aspect=aspect)
-    copy = prepare_image(fit_image(picture, 256, aspect), 64, aspect=aspect)
+    image = PIL.Image.fromarray((60 + 120 * (np.hypot(y - 150, x - 195) < 90)).astype(np.uint8))
+    raw = prepare_image(image, 64, aspect=aspect)
+    copy = prepare_image(fit_image(image, 256, aspect), 64, aspect=aspect)
     assert (raw - copy).abs().mean() < 0.05

@@ -89,13 +89,14 @@ def test_kl_of_a_normal_with_itself_is_zero_and_matches_torch_otherwise():
 
 def test_min_snr_weights_are_one_where_the_paper_says():
     t = torch.arange(1000)
-    for kind in ("epsilon", "v_prediction", "sample"):
-        scheduler = DDIMScheduler(prediction_type=kind)
+    for prediction_type in ("epsilon", "v_prediction", "sample"):
+        scheduler = DDIMScheduler(prediction_type=prediction_type)
         alpha = scheduler.alphas_cumprod.double()
         snr = alpha / (1 - alpha)
         # the weight of the loss on x_0 is min(SNR, 5), whatever is predicted
         on_x0 = (
-            min_snr_weight(scheduler, t, 5.0).double() * {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[kind]
+            min_snr_weight(scheduler, t, 5.0).double()
+            * {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[prediction_type]
         )
         torch.testing.assert_close(on_x0, snr.clamp(max=5.0), rtol=1e-3, atol=1e-6)
 

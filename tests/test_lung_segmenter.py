@@ -99,7 +99,7 @@ def test_an_image_without_lungs_has_empty_zones():
     assert segmenter.field(chests()).max() < 1e-3
 
 
-def test_it_is_the_same_when_loaded_from_a_folder(tmp_path):
+def test_the_segmenter_is_unchanged_after_saving_and_loading(tmp_path):
     segmenter, images = toy_segmenter(), chests()
     segmenter.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
@@ -289,7 +289,7 @@ def shipped():
     return LungSegmenter.from_pretrained(SHIPPED)
 
 
-def test_the_shipped_segmenter_is_small_and_says_what_it_is(shipped):
+def test_the_shipped_segmenter_is_small_and_has_a_card(shipped):
     assert sum(path.stat().st_size for path in SHIPPED.iterdir()) < 400_000
     assert {path.suffix for path in SHIPPED.iterdir()} == {".json", ".md", ".safetensors"}
     card = " ".join((SHIPPED / "README.md").read_text().split())

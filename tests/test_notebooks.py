@@ -44,8 +44,8 @@ def test_a_notebook_runs_from_top_to_bottom(path, toy_size):
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": path.parent}}).execute()
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    pictures = [o for cell in code for o in cell.outputs if {"image/jpeg", "image/png"} & set(o.get("data", {}))]
-    assert len(pictures) >= 2
+    images = [o for cell in code for o in cell.outputs if {"image/jpeg", "image/png"} & set(o.get("data", {}))]
+    assert len(images) >= 2
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

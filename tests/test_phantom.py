@@ -49,7 +49,7 @@ def test_fluid_lies_low_on_its_own_side_and_more_is_larger():
     for i in range(8):
         areas = []
         for amount in (0.2, 0.5, 0.9):
-            mask = chest(i, {"right": amount}).mask  # the patient's right is left in the picture
+            mask = chest(i, {"right": amount}).mask  # the patient's right is left in the image
             areas.append(mask.sum())
             assert columns[mask].mean() < SIZE / 2 and rows[mask].mean() > SIZE / 2
             assert columns[chest(i, {"left": amount}).mask].mean() > SIZE / 2

@@ -1,4 +1,4 @@
-"""Pictures and notebook outputs are not older than the shipped models that drew them."""
+"""Images and notebook outputs are not older than the shipped models that drew them."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from cxr_diffusers.fingerprints import checkpoint_digest
 from cxr_diffusers.hub.loading import CHECKPOINTS
 
 ROOT = Path(__file__).parent.parent
-# pictures that no shipped model has drawn
+# images that no shipped model has drawn
 OTHERS = {"deblurring.png"}
 PICTURES = [p for p in sorted((ROOT / "docs" / "images").iterdir()) if p.name not in OTHERS]
 PICTURES += sorted(CHECKPOINTS.glob("*/example.png"))

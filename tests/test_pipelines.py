@@ -227,7 +227,7 @@ def test_half_precision_gives_nearly_the_same_map(unet, scheduler, images):
         (dict(callback_on_step_end_tensor_inputs=["unet"]), "tensor_inputs"),
     ],
 )
-def test_a_wrong_argument_says_what_was_expected(pipeline, images, wrong, message):
+def test_an_invalid_argument_is_refused_with_the_expected_value(pipeline, images, wrong, message):
     with pytest.raises(ValueError, match=message):
         pipeline(images, **{**FAST, **wrong})
 

@@ -106,7 +106,7 @@ def test_an_invalid_configuration_is_refused(wrong, message):
         toy_pyramid(**wrong)
 
 
-def test_it_learns_from_labels_alone_where_the_lesion_is():
+def test_pyramid_cam_learns_the_lesion_from_image_labels_alone():
     """Phantoms of both classes at 32 px, a few steps: the loss falls, and the map is higher inside the lesions."""
     data = load_phantom(n=64, seed=0, size=32)
     tensors = TensorImages(data, 32)

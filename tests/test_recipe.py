@@ -100,7 +100,7 @@ def test_a_wrong_key_or_value_is_named(path, override, message):
         load_recipe(path, ["data.root=/data", override])
 
 
-def test_what_the_user_must_give_is_asked_for(path):
+def test_a_missing_required_value_is_an_error_that_names_it(path):
     with pytest.raises(ValueError, match="give data.root"):
         load_recipe(path)
 

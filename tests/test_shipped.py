@@ -71,14 +71,14 @@ def test_healthy_counterfactuals_have_darker_lung_bases(shipped):
     assert healthy.counterfactual[bases].mean() < ill.counterfactual[bases].mean() - 0.01
 
 
-def test_it_is_not_published_without_its_code():
+def test_a_shipped_model_is_not_published_without_its_code():
     with pytest.raises(ValueError, match="push_to_hub"):
         publish(default_checkpoint(), "me/model")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not IMPLANTS.is_dir(), reason="the validation radiographs are not beside the project")
-def test_it_beats_chance_and_its_own_mean_map_intervals_apart(shipped):
+def test_a_shipped_model_is_significantly_better_than_chance_and_its_mean_map(shipped):
     torch.set_num_threads(2)
     columns = {"patient": "patient_id", "view": "view"}
     implants = load_table(IMPLANTS / "val_implants.csv", label="diseased", mask="mask", **columns)
@@ -180,6 +180,6 @@ def test_the_fixed_point_gan_is_small_opens_by_its_name_and_states_its_limits():
     assert 0 < gan.config.map_threshold < healthy.anomaly_map.max()
 
 
-def test_each_card_says_how_it_opens():
+def test_each_model_card_shows_how_to_open_the_model():
     for folder in PIPELINES:
         assert f'`load_pipeline("{folder.name}")`' in (folder / "README.md").read_text()

@@ -52,12 +52,12 @@ def test_a_classifier_of_noised_pictures_ends_around_the_unet_that_it_guides(scr
     assert all(0 <= value <= 1 for name in measured if name != "noise_level" for value in measured[name])
     assert (run / "validation" / "step-0000003.png").is_file()
 
-    found = ClassifierGuidedPipeline.from_pretrained(run)
-    found.set_progress_bar_config(disable=True)
-    assert found.class_names == ["healthy", "pleural effusion"] and found.config.data_range == [-1.0, 1.0]
-    for ours, theirs in zip(found.unet.parameters(), pipeline.unet.parameters(), strict=True):
+    opened = ClassifierGuidedPipeline.from_pretrained(run)
+    opened.set_progress_bar_config(disable=True)
+    assert opened.class_names == ["healthy", "pleural effusion"] and opened.config.data_range == [-1.0, 1.0]
+    for ours, theirs in zip(opened.unet.parameters(), pipeline.unet.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    output = found(load_phantom(n=2, seed=3, size=32)["image"][:], num_inference_steps=5, output_type="pt")
+    output = opened(load_phantom(n=2, seed=3, size=32)["image"][:], num_inference_steps=5, output_type="pt")
     assert output.anomaly_map.shape == (2, 16, 16) and torch.isfinite(output.anomaly_map).all()
 
 
@@ -76,9 +76,9 @@ def test_a_classifier_of_pictures_ends_in_grad_cam(script, tmp_path):
     )
     script.main([str(recipe), *SHORT])
     assert "accuracy" in steps(tmp_path / "run")[-1]
-    found = GradCAMPipeline.from_pretrained(tmp_path / "run")
-    assert found.class_names == ["healthy", "pleural effusion"] and found.config.sample_size == 32
-    assert found(load_phantom(n=2, seed=3)["image"][:], output_type="pt").anomaly_map.shape == (2, 32, 32)
+    opened = GradCAMPipeline.from_pretrained(tmp_path / "run")
+    assert opened.class_names == ["healthy", "pleural effusion"] and opened.config.sample_size == 32
+    assert opened(load_phantom(n=2, seed=3)["image"][:], output_type="pt").anomaly_map.shape == (2, 32, 32)
     with pytest.raises(ValueError, match="images.size"):
         script.main([str(recipe), *SHORT, "images.size=null"])
 
@@ -92,12 +92,12 @@ def test_a_classifier_of_pictures_ends_in_grad_cam(script, tmp_path):
         ("classifier.pool=spatial", "expected `pool`"),
     ],
 )
-def test_a_recipe_that_cannot_work_says_why(script, guided, change, message):
+def test_an_invalid_recipe_is_refused_with_the_reason(script, guided, change, message):
     with pytest.raises(ValueError, match=message):
         script.main([*guided, change])
 
 
-def test_it_goes_on_from_the_classifier_of_another_model(script, guided, tmp_path):
+def test_training_starts_from_the_classifier_of_another_model(script, guided, tmp_path):
     script.main(guided)
     still = ["train.learning_rate=0.0", "train.max_steps=1", "train.ema_decay=0.0"]
     again = [f"train.init_from={tmp_path / 'run'}", f"train.output_dir={tmp_path / 'again'}"]

@@ -82,7 +82,7 @@ def test_a_damaged_record_of_the_run_is_restored_from_the_checkpoint(undisturbed
     assert_same(weights, undisturbed[1][1])
 
 
-def test_without_an_intact_checkpoint_training_starts_anew_and_says_so(undisturbed, tmp_path, capsys):
+def test_without_an_intact_checkpoint_training_starts_from_the_beginning_with_a_message(undisturbed, tmp_path, capsys):
     shutil.copytree(undisturbed[0], tmp_path / "run")
     for folder in checkpoints(tmp_path / "run"):
         empty(folder / "model.safetensors")

@@ -172,7 +172,7 @@ def test_a_run_stopped_after_its_last_checkpoint_still_leaves_its_model(tmp_path
     assert_same(weights, again)
 
 
-def test_the_precision_of_the_launcher_counts_unless_the_recipe_says_otherwise(tmp_path, monkeypatch):
+def test_the_precision_of_the_recipe_takes_precedence_over_the_launcher(tmp_path, monkeypatch):
     straight, _ = run(tmp_path / "float32", 2)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     AcceleratorState._reset_state(True)

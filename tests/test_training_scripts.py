@@ -67,8 +67,8 @@ def test_train_unconditional_leaves_a_prior_that_deblurs(tmp_path, capsys):
     prior = DiffPIRDeblurPipeline.from_pretrained(run)
     prior.set_progress_bar_config(disable=True)
     assert prior.unet.config.num_class_embeds is None and prior.config.scaling == "dtype"
-    picture = load_phantom(n=1, seed=3)["image"][:]
-    restored = prior(picture, kernel=torch.full((3, 3), 1 / 9), num_inference_steps=2, output_type="pt").restored
+    image = load_phantom(n=1, seed=3)["image"][:]
+    restored = prior(image, kernel=torch.full((3, 3), 1 / 9), num_inference_steps=2, output_type="pt").restored
     assert restored.shape == (1, 1, 64, 64) and torch.isfinite(restored).all()
 
 
@@ -89,7 +89,7 @@ def test_two_processes_train_one_model_and_resume(tmp_path):
     assert steps(run)[2]["loss"] == pytest.approx(steps(straight)[2]["loss"], rel=1e-5)
 
 
-def test_a_run_continues_with_another_number_of_processes_and_says_so(tmp_path, capsys):
+def test_a_run_resumes_with_another_number_of_processes_and_prints_it(tmp_path, capsys):
     """From the same weights: steps 2 and 3 of two processes, then of one, follow step 1 in the log and the model."""
     run = tmp_path / "run"
     run_here("train_cfg", run, "train.max_steps=1", "train.batch_size=2")
@@ -117,7 +117,7 @@ def test_starting_from_other_weights_is_not_starting_anew(tmp_path):
     ("override", "message"),
     [("unet.num_class_embeds=2", "num_class_embeds=3"), ("train.batchsize=2", "unknown key 'batchsize'")],
 )
-def test_a_recipe_that_cannot_work_says_why(tmp_path, override, message):
+def test_an_invalid_recipe_is_refused_with_the_reason(tmp_path, override, message):
     with pytest.raises(ValueError, match=message):
         run_here("train_cfg", tmp_path / "run", override)
 

@@ -122,7 +122,7 @@ def test_a_small_copy_gives_the_same_rows_with_its_boxes_moved(vindr, tmp_path):
         ({"root": "nowhere"}, FileNotFoundError, "IMAGE_ID.dicom"),
     ],
 )
-def test_what_is_not_there_is_said(vindr, options, error, match):
+def test_missing_files_and_invalid_options_are_refused(vindr, options, error, match):
     with pytest.raises(error, match=match):
         load_vindr(**{"root": vindr, **options})
 

@@ -93,7 +93,7 @@ def test_an_outline_leaves_the_inside_of_the_region_free(image):
     assert (inside[..., 0] == inside[..., 2]).all()
 
 
-def test_a_panel_with_its_own_colour_scale_says_so(image, anomaly_map):
+def test_a_panel_with_its_own_colour_scale_is_labelled(image, anomaly_map):
     # with a scale of its own, a map and its double look alike but for the numbers at the bar and the note below
     one, double = (np.asarray(side_by_side(image, image, m)) for m in (anomaly_map, 2 * anomaly_map))
     fixed = np.asarray(side_by_side(image, image, anomaly_map, vmax=0.2))

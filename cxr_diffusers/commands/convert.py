@@ -6,12 +6,12 @@ from pathlib import Path
 from .options import add_command
 
 CONVERT = """\
-example (flags as in the original's README; those of training and sampling may stay, they are not needed):
+example (flags as in the original's README; those of training and sampling are accepted and ignored):
   cxr-diffusers convert model.pt converted --image_size 256 --num_channels 128 --class_cond True --num_classes 2 \\
       --num_res_blocks 2 --num_heads 1 --learn_sigma True --use_scale_shift_norm False --attention_resolutions 16
 and with the classifier that guides it, as in Wolleb's README: --classifier_path classifier.pt
 """
-# the originals' flags that do not change what a checkpoint computes
+# the originals' flags without effect on the converted network
 NOT_NEEDED = (
     "anneal_lr batch_size classifier_scale classifier_use_fp16 data_dir dataset ema_rate eval_interval "
     "fp16_scale_growth guidance_scale log_interval lr lr_anneal_steps microbatch model_path "
@@ -58,5 +58,5 @@ def run(options):
             raise ValueError(f"--{name} {text}: {error}") from None
     more = {"classifier_path": options.classifier_path, "overwrite": options.overwrite}
     info = convert_checkpoint(options.checkpoint, options.output, **more, **flags)
-    what = info["pipeline"] or "a network and its scheduler/ (no classes or no model to guide, hence no pipeline)"
-    print(f"{options.output}: {what}. What was read from the tensors: {options.output / 'conversion.json'}")
+    written = info["pipeline"] or "a network and its scheduler/ (no classes or no model to guide, hence no pipeline)"
+    print(f"{options.output}: {written}. See {options.output / 'conversion.json'} for the flags read from the tensors")

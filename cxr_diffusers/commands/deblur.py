@@ -29,13 +29,13 @@ def add(commands):
     deblur.add_argument("--noise-std", type=float, help="of the images, black 0 to white 1 (default: 0.5 / 255)")
     deblur.add_argument("--lambda", type=float, dest="lambda_", help="weight of the prior (default: 7)")
     deblur.add_argument("--zeta", type=float, help="share of fresh noise in each step (default: 0.3)")
-    deblur.add_argument("--tile-size", type=int, help="show the prior overlapping tiles, to save memory")
+    deblur.add_argument("--tile-size", type=int, help="process overlapping tiles of this side, to save memory")
     deblur.add_argument("--batch-size", type=int, default=4, help="images of one size at once (default: 4)")
     deblur.add_argument("--format", choices=["png", "jpg"], default="png")
     deblur.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     add_shard_option(deblur)
     add_device_options(deblur)
-    text = "only measure a few images and say how long N of them take (default: all of SOURCE)"
+    text = "measure a few images and print the expected time of N images (default: all of SOURCE)"
     deblur.add_argument("--plan", type=int, nargs="?", const=0, metavar="N", help=text)
 
 

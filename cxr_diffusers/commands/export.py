@@ -9,7 +9,7 @@ examples:
   cxr-diffusers export default model_onnx --format onnx
   cxr-diffusers detect chest.png --out maps --model model_onnx
 
-`detect` and `evaluate` need no folder of this kind: their --backend exports into a cache the first time.
+`detect` and `evaluate` need no exported folder: with --backend they export into a cache on first use.
 """
 
 
@@ -30,5 +30,6 @@ def run(options):
     pipeline = load_pipeline(options.checkpoint, options.trust_remote_code)
     export_pipeline(pipeline, options.output, options.format, overwrite=options.overwrite)
     print(
-        f"{options.output}: a {type(pipeline).__name__} whose network is {options.format}'s; checked to {TOLERANCE:g}"
+        f"{options.output}: a {type(pipeline).__name__} with its network in {options.format} format; outputs agree to "
+        f"{TOLERANCE:g}"
     )

@@ -16,11 +16,11 @@ def add(commands):
     prepare.add_argument("--aspect", choices=["pad", "crop", "squash"], default="pad", help="default: pad")
     prepare.add_argument("--equalize", action="store_true", help="histogram equalisation, as the original did")
     prepare.add_argument("--format", choices=["png", "jpg"], default="png")
-    prepare.add_argument("--frontal-only", action="store_true", help="leave lateral views out")
+    prepare.add_argument("--frontal-only", action="store_true", help="omit lateral views")
     text = "decode large JPEG files at reduced size: several times faster, but changes pixels slightly"
     prepare.add_argument("--fast-jpeg", action="store_true", help=text)
     prepare.add_argument("--workers", type=int, default=None, help="processes (default: one for each CPU)")
-    prepare.add_argument("--overwrite", action="store_true", help="make the copies anew")
+    prepare.add_argument("--overwrite", action="store_true", help="replace existing copies")
     add_shard_option(prepare)
     pack = prepare.add_argument_group("one file instead of a folder")
     text = "write OUTPUT as one Parquet file of JPEG images and labels, for `data.name=packed data.root=OUTPUT`"
@@ -65,11 +65,11 @@ def pack(options):
     from ..data.views import fill_views
 
     if options.output.exists() and not options.overwrite:
-        raise ValueError(f"expected a new file, {options.output} exists: give --overwrite to make it anew")
+        raise ValueError(f"expected a new file, {options.output} exists: give --overwrite to replace it")
     dataset = open_dataset(options.source)
     if options.fill_views:
         dataset, auroc = fill_views(dataset)
-        print("every view was known" if auroc is None else f"views filled in; cross-validated AUROC {auroc:.3f}")
+        print("every view is in the table" if auroc is None else f"views filled in; cross-validated AUROC {auroc:.3f}")
     unlabelled = [open_dataset(text) for text in options.unlabelled]
     path = pack(
         dataset,

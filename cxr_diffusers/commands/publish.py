@@ -22,7 +22,7 @@ def add(commands):
     card.add_argument("--evaluation", type=Path, help="a folder written by `evaluate`, or a plan's")
     card.add_argument("--evaluated-on", default="validation images", help="name of its images")
     card.add_argument("--license", default="apache-2.0", help="of the weights (default: apache-2.0)")
-    card.add_argument("--picture", help="name of a PNG in the folder")
+    card.add_argument("--image", help="name of a PNG in the folder, shown in the card")
 
 
 def run(options):
@@ -37,9 +37,9 @@ def run(options):
             evaluated_on=options.evaluated_on,
             name=options.name,
             license=options.license,
-            image=options.picture,
+            image=options.image,
         )
-    elif options.evaluation or options.picture:
+    elif options.evaluation or options.image:
         raise ValueError("expected --training beside it: a new card names the data, its licence and the training")
     elif options.folder.is_dir() and not (options.folder / "README.md").is_file():
         raise ValueError(f"no card (README.md) in {options.folder}: give --training TEXT to write one")

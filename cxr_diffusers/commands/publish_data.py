@@ -25,12 +25,14 @@ def add(commands):
     publish.add_argument("data", metavar="DATA", help="the data set, see below")
     publish.add_argument("name", help="USER/NAME")
     publish.add_argument("--split", metavar="SPLIT=DATA", action="append", default=[], help="another split; repeatable")
-    publish.add_argument("--license", required=True, help="of the images, as the Hub calls it: cc-by-4.0, other, ...")
+    publish.add_argument(
+        "--license", required=True, help="of the images, under its name on the Hub: cc-by-4.0, other, ..."
+    )
     publish.add_argument("--license-link", metavar="URL", help="where to read it, if it is `other`")
     publish.add_argument("--about", help="Markdown for the card: where the images come from, who labelled them, how")
     publish.add_argument("--private", action="store_true", default=None)
     publish.add_argument("--pseudonyms", action="store_true", help="number patients and files in place of their names")
-    text = "these images are not under the agreement that they seem to be under, or you may pass them on"
+    text = "confirm that you may share these images although they look like those of a data use agreement"
     publish.add_argument("--i-may-share-this", action="store_true", help=text)
 
 
@@ -38,14 +40,14 @@ def run(options):
     from ..data import open_dataset
     from ..hub.datasets import publish_dataset
 
-    asked = {"train": options.data}
+    data_by_split = {"train": options.data}
     for item in options.split:
         name, equals, data = item.partition("=")
-        if not equals or not name.isidentifier() or name in asked:
+        if not equals or not name.isidentifier() or name in data_by_split:
             raise ValueError(f"expected --split NAME=DATA with a name of its own (train is DATA's), got {item!r}")
-        asked[name] = data
+        data_by_split[name] = data
     address = publish_dataset(
-        {name: open_dataset(data) for name, data in asked.items()},
+        {name: open_dataset(data) for name, data in data_by_split.items()},
         options.name,
         license=options.license,
         license_link=options.license_link,
@@ -53,6 +55,6 @@ def run(options):
         private=options.private,
         may_share=options.i_may_share_this,
         pseudonyms=options.pseudonyms,
-        opened_as=" ".join(asked.values()),
+        opened_as=" ".join(data_by_split.values()),
     )
     print(address)

@@ -23,6 +23,7 @@ from .padchest import load_padchest
 from .phantom import load_phantom
 from .preparation import prepare
 from .rsna import load_rsna
+from .selection import select_rows
 from .siim import load_siim
 from .vindr import load_vindr, load_vindr_pcxr
 
@@ -59,7 +60,9 @@ def build_dataset(name: str, **kwargs: Any) -> Dataset:
     """
     if name not in LOADERS:
         raise ValueError(f"unknown data set {name!r}, expected one of {', '.join(LOADERS)}")
-    parameters = inspect.signature(LOADERS[name]).parameters
+    parameters = dict(inspect.signature(LOADERS[name]).parameters)
+    if parameters.pop("selection", None):
+        parameters |= {key: p for key, p in inspect.signature(select_rows).parameters.items() if key != "table"}
     unknown = [key for key in kwargs if key not in parameters]
     if unknown:
         raise ValueError(f"data set {name!r}: unknown key {unknown[0]!r}, expected one of {', '.join(parameters)}")

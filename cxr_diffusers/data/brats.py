@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import datasets
 import numpy as np
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from .folder import UNLABELLED, group_of
 from .images import walk
 from .rows import to_dataset
-from .selection import select_rows
+from .selection import Selection, select_rows
 from .tables import check_encodable
 
 SEQUENCES = ("t1", "t1ce", "t2", "flair")  # the order of the channels
@@ -33,12 +33,7 @@ def load_brats(
     masks: Path | str | None = None,
     classes: Sequence[str] = ("healthy", "tumour"),
     patient_pattern: str | None = None,
-    per_class: int | None = None,
-    seed: int = 0,
-    one_per_patient: bool = False,
-    holdout: float = 0.0,
-    part: str = "train",
-    holdout_seed: int = 0,
+    **selection: Unpack[Selection],
 ) -> datasets.Dataset:
     """Slices of brain MRI -> data set: a folder for each slice, with files of four sequences, and seg if it is known.
 
@@ -57,7 +52,7 @@ def load_brats(
         masks: folder of ID-label.nii.gz, the segmentation of slice folder ID (the test_labels of Wolleb et al.), for
             slices without seg.
         classes: names of healthy and diseased.
-        per_class, seed, one_per_patient, holdout, part, holdout_seed: see `selection.select_rows`.
+        selection: `per_class`, `holdout` and the other keywords of `selection.select_rows`.
 
     Returns:
         `datasets.Dataset` with columns image ((H, W, 4) float32 arrays, read on access), label, patient, view, path
@@ -87,15 +82,7 @@ def load_brats(
             "key": [files["folder"].relative_to(root).as_posix() for files in files_of_slices],
         }
     )
-    table = select_rows(
-        table,
-        per_class=per_class,
-        seed=seed,
-        one_per_patient=one_per_patient,
-        holdout=holdout,
-        part=part,
-        holdout_seed=holdout_seed,
-    )
+    table = select_rows(table, **selection)
     rows = []
     for index, row in table.iterrows():
         files = files_of_slices[index]

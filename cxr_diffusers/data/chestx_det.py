@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import datasets
 import numpy as np
@@ -16,6 +16,7 @@ from .boxes import check_box, image_size, to_pixels
 from .findings import class_id, class_names, match_names
 from .image_files import files_to_dataset, index_files, select_files
 from .rows import png_cell
+from .selection import Selection
 from .tables import brief, path_of
 
 FINDINGS = (
@@ -46,11 +47,7 @@ def load_chestx_det(
     classes: Sequence[str] | None = None,
     other: bool = False,
     skip_missing: bool = False,
-    per_class: int | None = None,
-    seed: int = 0,
-    holdout: float = 0.0,
-    part: str = "train",
-    holdout_seed: int = 0,
+    **selection: Unpack[Selection],
 ) -> datasets.Dataset:
     """ChestX-Det -> data set with labels 0 healthy, 1.. `classes`, with boxes, and masks of the outlines.
 
@@ -64,8 +61,8 @@ def load_chestx_det(
         classes: names of findings, in any case; None: one class "abnormal", which has any of them.
         other: keep images with other findings only as a class of their own, without boxes and masks.
         skip_missing: leave images out that are not there; a warning counts them.
-        per_class, seed, holdout, part, holdout_seed: see `selection.select_rows`. Nothing tells which images are of one
-            patient, so each image is its own.
+        selection: `per_class`, `holdout` and the other keywords of `selection.select_rows`. The patients are not
+            published: each image counts as a patient.
 
     Returns:
         `datasets.Dataset` with columns image, label, patient, view (unknown), path, boxes, mask: those of the named
@@ -94,11 +91,7 @@ def load_chestx_det(
         table[table["label"] >= 0],
         lambda row: [index.get(row.patient, folder / row.key)],
         skip_missing,
-        per_class=per_class,
-        seed=seed,
-        holdout=holdout,
-        part=part,
-        holdout_seed=holdout_seed,
+        **selection,
     )
     rows = [
         {"image": row["file"], "label": row["label"], "patient": row["patient"], "path": str(row["file"])}

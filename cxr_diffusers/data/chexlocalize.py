@@ -2,8 +2,10 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
+import datasets
 import numpy as np
 import PIL.Image
 from tqdm.auto import tqdm
@@ -31,7 +33,14 @@ PATHOLOGIES = tuple(task for task in TASKS if task != DEVICES)  # a pacemaker is
 ALIASES = {"lung opacity": "Airspace Opacity"}
 
 
-def load_chexlocalize(root, segmentations, *, tasks=PATHOLOGIES, frontal_only=True, size=None):
+def load_chexlocalize(
+    root: Path | str,
+    segmentations: Path | str,
+    *,
+    tasks: Sequence[str] = PATHOLOGIES,
+    frontal_only: bool = True,
+    size: int | None = None,
+) -> datasets.Dataset:
     """Images of CheXpert with CheXlocalize's segmentations -> data set whose masks are exact.
 
     Args:
@@ -40,28 +49,28 @@ def load_chexlocalize(root, segmentations, *, tasks=PATHOLOGIES, frontal_only=Tr
             least one segmentation.
         tasks: the pathologies whose union is the mask: all but support devices, or e.g. ["Pleural Effusion"].
         frontal_only: leave lateral images out.
-        size: shrink pictures and masks to this longer side, in pixels; larger ones stay as they are. `evaluate` takes
-            half a minute for each picture of six million pixels; 512 are plenty for maps of 64 to 256.
+        size: shrink images and masks to this longer side, in pixels; smaller ones keep their size. `evaluate` takes
+            half a minute for each image of six million pixels; 512 is enough for maps of 64 to 256 pixels.
 
     Returns:
         `datasets.Dataset` with columns image, label, patient, view, path, mask. The label is 1 where the mask has a
-        pixel and -1 (unknown) elsewhere: what nobody segmented may still be ill (a fracture, say). An image without an
-        entry has no mask.
+        pixel and -1 (unknown) otherwise: an image without segmentations may still show another disease, such as a
+        fracture. An image without an entry has no mask.
 
     Raises:
         FileNotFoundError: an image of the JSON is not below `root`. ValueError: an unknown task, no such JSON, or
             masks of another size than their images.
         ImportError: pycocotools is not installed.
     """
-    tasks, known = [task_named(task) for task in tasks], read_segmentations(segmentations)
+    tasks, entries = [task_named(task) for task in tasks], read_segmentations(segmentations)
     rows = []
-    for path in tqdm(chexlocalize_images(root, known, frontal_only), "segmentations", leave=False):
-        entry = known.get(cxr_id(path))
+    for path in tqdm(chexlocalize_images(root, entries, frontal_only), "segmentations", leave=False):
+        entry = entries.get(cxr_id(path))
         if entry is not None:
             expected, (width, height) = next(iter(entry.values()))["size"], image_size(path)
             if [height, width] != expected:
                 got = f"got {[height, width]}: {path}"
-                raise ValueError(f"expected a picture of its segmentation's size {expected}, {got}")
+                raise ValueError(f"expected an image of its segmentation's size {expected}, {got}")
         mask = None if entry is None else decode(entry, tasks)
         row = {"image": path, "path": str(path), "patient": path.parts[-3]}
         row["label"] = 1 if mask is not None and mask.any() else -1
@@ -69,14 +78,14 @@ def load_chexlocalize(root, segmentations, *, tasks=PATHOLOGIES, frontal_only=Tr
             row["image"] = shrink(to_grey(read_image(path)), size)
         if mask is not None:
             mask = shrink(PIL.Image.fromarray(mask.astype(np.uint8) * 255), size)
-            # encoded at once: hundreds of masks of six million pixels are gigabytes
+            # encoded immediately: hundreds of masks of six million pixels are gigabytes
             row["mask"] = png_cell(mask.point(lambda value: 255 * (value > 127)))
         rows.append(row)
     return to_dataset(rows, ["healthy", "abnormal" if len(tasks) != 1 else tasks[0].lower()])
 
 
 def shrink(image, size):
-    """PIL image -> its longer side at most `size` pixels, averaging; None: as it is."""
+    """PIL image -> its longer side at most `size` pixels, by averaging; None: unchanged."""
     scale = 1 if size is None else size / max(image.size)
     if scale >= 1:
         return image
@@ -84,34 +93,34 @@ def shrink(image, size):
 
 
 def chexlocalize_images(root, segmentations, frontal_only=False):
-    """Sorted paths of a split's images: all of the JSON's, and those beside them which have no entry.
+    """Sorted paths of a split's images: those with an entry in the JSON, and the others in the same folders.
 
     Args:
         root: see `load_chexlocalize`.
-        segmentations: what `read_segmentations` returns.
+        segmentations: the result of `read_segmentations`.
     """
     images = [path for path in list_images(root) if len(path.parts) >= 3 and re.match(r"view\d+_", path.name)]
-    known = {cxr_id(path): path for path in images}
-    missing = sorted(set(segmentations) - set(known))
+    paths = {cxr_id(path): path for path in images}
+    missing = sorted(set(segmentations) - set(paths))
     if missing:
         raise FileNotFoundError(
-            f"expected the images of {len(segmentations)} segmentations below {root}, not found: {len(missing)}, "
+            f"expected the images of {len(segmentations)} segmentations below {root}, missing: {len(missing)}, "
             f"the first one {missing[0].replace('_', '/', 2)}"
         )
-    # a folder above holds other splits, too, of which these segmentations say nothing
-    folders = {known[name].parents[2] for name in segmentations}
-    chosen = [path for path in known.values() if path.parents[2] in folders]
+    # the parent folder may hold other splits, which these segmentations do not cover
+    folders = {paths[name].parents[2] for name in segmentations}
+    chosen = [path for path in paths.values() if path.parents[2] in folders]
     return sorted(path for path in chosen if not (frontal_only and "lateral" in path.stem))
 
 
 def read_segmentations(path):
     """The released JSON -> {cxr_id: {task: {"size": [H, W], "counts": run lengths}}}.
 
-    Every cell is checked here: pycocotools does not, and run lengths that do not fill their mask keep it busy for
-    minutes, or end the process.
+    Every cell is checked here, because pycocotools hangs for minutes or crashes on run lengths that do not fill their
+    mask.
 
     Raises:
-        ValueError: another kind of file, or a cell whose run lengths do not fit its size.
+        ValueError: another JSON, or a cell whose run lengths do not fit its size.
     """
     try:
         content = json.loads(Path(path).read_text())
@@ -149,9 +158,9 @@ def check_cell(cell, where):
 
 
 def run_lengths(counts):
-    """COCO's text of run lengths -> (N,) int64, alternately outside and inside; ValueError for another text.
+    """COCO's text of run lengths -> (N,) int64, alternately outside and inside; ValueError if the text is invalid.
 
-    Five bits a letter, the lowest first; the sixth says that more follow, the fifth of the last is the sign. From the
+    Five bits a letter, the lowest first; the sixth is set if more follow, the fifth of the last is the sign. From the
     fourth number on, each is the difference to the one before the last.
     """
     if not isinstance(counts, str) or not counts:
@@ -161,7 +170,7 @@ def run_lengths(counts):
     starts = np.flatnonzero(np.r_[True, last[:-1]])
     places = np.arange(len(letters)) - np.repeat(starts, np.diff(np.r_[starts, len(letters)]))
     if letters.min() < 0 or letters.max() > 63 or not last[-1] or places.max() > 6:
-        raise ValueError("its run lengths are no text of run lengths")
+        raise ValueError("its text of run lengths is invalid")
     numbers = np.add.reduceat((letters & 31) << 5 * places, starts)
     numbers -= np.where(letters[last] & 16, 1 << 5 * (places[last] + 1), 0)
     numbers[1::2] = np.cumsum(numbers[1::2])
@@ -176,14 +185,14 @@ def cxr_id(path):
 
 
 def task_named(name):
-    known = {task.lower(): task for task in TASKS} | ALIASES
-    if str(name).lower() not in known:
+    tasks = {task.lower(): task for task in TASKS} | ALIASES
+    if str(name).lower() not in tasks:
         raise ValueError(f"unknown task {name!r}, expected some of {', '.join(TASKS)}")
-    return known[str(name).lower()]
+    return tasks[str(name).lower()]
 
 
 def decode(entry, tasks):
-    """The union of some tasks' masks of an image -> (H, W) booleans; what has no entry is empty."""
+    """The union of some tasks' masks of an image -> (H, W) booleans; a task without an entry is empty."""
     cells = [entry[task] for task in tasks if task in entry]
     if not cells:
         height, width = next(iter(entry.values()))["size"]
@@ -193,13 +202,13 @@ def decode(entry, tasks):
 
 
 def area(entry, tasks):
-    """The most pixels that any one of some tasks has in an image; 0: none has any."""
+    """The most pixels that any one of some tasks has in an image; 0: all are empty."""
     cells = [entry[task] for task in tasks if task in entry]
     return int(max(coco_masks().area(cells), default=0)) if cells else 0
 
 
 def encode(mask):
-    """(H, W) booleans -> the run lengths that the released files hold."""
+    """(H, W) booleans -> the run lengths in the format of the released files."""
     cell = coco_masks().encode(np.asfortranarray(mask, np.uint8))
     return {"size": list(map(int, cell["size"])), "counts": cell["counts"].decode()}
 

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import Unpack
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ from tqdm.auto import tqdm
 from .boxes import image_size, to_pixels
 from .boxes import read_boxes as read_box_table
 from .rows import columns_to_dataset
-from .selection import select_rows
+from .selection import Selection, select_rows
 from .tables import brief, is_file, missing_columns, numbers, path_of, read_csv
 
 NO_FINDING = "No Finding"
@@ -53,15 +54,10 @@ def load_chexpert(
     frontal_only: bool = True,
     views: Sequence[str] | None = None,
     uncertain: str = "ignore",
-    per_class: int | None = None,
-    seed: int = 0,
-    one_per_patient: bool = False,
-    holdout: float = 0.0,
-    part: str = "train",
-    holdout_seed: int = 0,
     boxes: Path | str | None = None,
     report_section: str = "impression",
     check_files: bool = True,
+    **selection: Unpack[Selection],
 ) -> Dataset:
     """CheXpert -> data set with labels 0 healthy, 1.. `classes`, and with `other` a last class "other finding".
 
@@ -80,8 +76,8 @@ def load_chexpert(
         views: e.g. ("PA", ""); "" is an unknown view. None keeps all.
         uncertain: what -1 means: "positive" 1, "negative" 0, "ignore": a row that is uncertain about a named disease,
             and has no other one of them, is left out.
-        per_class, seed, one_per_patient, holdout, part, holdout_seed: see `selection.select_rows`. A copy made by
-            `prepare` gives the same rows as its source.
+        selection: `per_class`, `holdout` and the other keywords of `selection.select_rows`. A copy by `prepare`
+            gives the same rows as its source.
         boxes: CSV with columns file, x, y, w, h (and image_w, image_h where they count in pixels of an image of another
             size); None: `boxes.csv` in `root` or beside it, if there is one.
         report_section: for CheXpert Plus, the report section whose CheXbert labels count: "impression", "report" or
@@ -106,15 +102,7 @@ def load_chexpert(
         table = table[table["frontal"]]
     if views is not None:
         table = table[table["view"].isin(_checked_views(views))]
-    table = select_rows(
-        table,
-        per_class=per_class,
-        seed=seed,
-        one_per_patient=one_per_patient,
-        holdout=holdout,
-        part=part,
-        holdout_seed=holdout_seed,
-    )
+    table = select_rows(table, **selection)
     files = locate_images(csv, table, check_files)
     boxes_by_key = read_boxes(csv, keys, {split}, boxes)
     columns = {"image": files, "path": files, **{name: table[name] for name in ("label", "patient", "view")}}

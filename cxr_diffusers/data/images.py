@@ -132,7 +132,7 @@ def without_suffix(path: Path | str) -> Path:
     return path.with_suffix("") if path.suffix.lower() in SUFFIXES else path
 
 
-def picture_size(image: PIL.Image.Image | np.ndarray) -> tuple[int, int]:
+def height_and_width(image: PIL.Image.Image | np.ndarray) -> tuple[int, int]:
     """(height, width) of a PIL image or of an (H, W) or (H, W, C) array."""
     return (image.height, image.width) if isinstance(image, PIL.Image.Image) else image.shape[:2]
 

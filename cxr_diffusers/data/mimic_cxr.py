@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import datasets
 import pandas as pd
@@ -10,6 +10,7 @@ import pandas as pd
 from .chexpert import FINDINGS, LABELS, NO_FINDING, check_labels, label_rows
 from .findings import class_names, match_names
 from .image_files import FRONTAL, check_views, files_to_dataset, select_files
+from .selection import Selection
 from .tables import brief, missing_columns, numbers, path_of, read_csv
 
 SPLITS = ("train", "validate", "test")
@@ -33,12 +34,7 @@ def load_mimic_cxr(
     views: Sequence[str] | None = None,
     uncertain: Literal["ignore", "positive", "negative"] = "ignore",
     skip_missing: bool = False,
-    per_class: int | None = None,
-    seed: int = 0,
-    one_per_patient: bool = False,
-    holdout: float = 0.0,
-    part: str = "train",
-    holdout_seed: int = 0,
+    **selection: Unpack[Selection],
 ) -> datasets.Dataset:
     """MIMIC-CXR-JPG -> data set with labels 0 healthy, 1.. `classes`, and with `other` a last class "other finding".
 
@@ -58,7 +54,7 @@ def load_mimic_cxr(
         views: e.g. ["PA"], of "PA", "AP" and "" (unknown or lateral); None keeps all.
         uncertain: meaning of the label -1, as of `load_chexpert`.
         skip_missing: leave images out that are not there, for a partial download; a warning counts them.
-        per_class, seed, one_per_patient, holdout, part, holdout_seed: see `selection.select_rows`.
+        selection: `per_class`, `holdout` and the other keywords of `selection.select_rows`.
 
     Returns:
         `datasets.Dataset` with columns image, label, patient (p and the subject's number), view, path.
@@ -83,12 +79,7 @@ def load_mimic_cxr(
         table,
         lambda row: [root / f"{row.key}.jpg", root / f"{row.key}.png"],
         skip_missing,
-        per_class=per_class,
-        seed=seed,
-        one_per_patient=one_per_patient,
-        holdout=holdout,
-        part=part,
-        holdout_seed=holdout_seed,
+        **selection,
     )
     rows = [
         {"image": row["file"], "label": row["label"], "patient": row["patient"], "view": row["view"]}

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Unpack
 
 import datasets
 import numpy as np
@@ -10,7 +11,7 @@ import pandas as pd
 from .boxes import PREPARED, check_box, image_size, to_pixels
 from .findings import class_id, class_names, match_names
 from .rows import to_dataset
-from .selection import select_rows
+from .selection import Selection, select_rows
 from .tables import brief, check_encodable, in_words, numbers, path_of, read_csv
 
 NO_FINDING = "No Finding"
@@ -48,12 +49,7 @@ def load_nih(
     classes: Sequence[str] = ("Effusion",),
     other: bool = False,
     views: Sequence[str] | None = None,
-    per_class: int | None = None,
-    seed: int = 0,
-    one_per_patient: bool = False,
-    holdout: float = 0.0,
-    part: str = "train",
-    holdout_seed: int = 0,
+    **selection: Unpack[Selection],
 ) -> datasets.Dataset:
     """ChestX-ray14 -> data set with labels 0 healthy, 1.. `classes`, and with `other` a last class "other finding".
 
@@ -65,7 +61,7 @@ def load_nih(
         classes: names of findings, in any case; CheXpert's name "Pleural Effusion" also works.
         other: whether rows with other findings only are kept as a class of their own.
         views: e.g. ("PA",); None keeps both.
-        per_class, seed, one_per_patient, holdout, part, holdout_seed: see `selection.select_rows`.
+        selection: `per_class`, `holdout` and the other keywords of `selection.select_rows`.
 
     Returns:
         `datasets.Dataset` with columns image, label, patient, view, path, and boxes of the `classes` if
@@ -85,15 +81,7 @@ def load_nih(
     table = table[(table["label"] >= 0) & table["key"].isin(_names_of(root, split, table))]
     if views is not None:
         table = table[table["View Position"].isin(list(views))]
-    table = select_rows(
-        table,
-        per_class=per_class,
-        seed=seed,
-        one_per_patient=one_per_patient,
-        holdout=holdout,
-        part=part,
-        holdout_seed=holdout_seed,
-    )
+    table = select_rows(table, **selection)
     files, boxes, unit = index_images(root), read_boxes(root, keys), box_unit(root, table)
     rows = []
     for index, row in zip(table.index, table.to_dict("records"), strict=True):

@@ -3,12 +3,14 @@
 import ast
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Unpack
 
 import datasets
 import pandas as pd
 
 from .findings import class_id, class_names, match_names
 from .image_files import check_views, files_to_dataset, select_files
+from .selection import Selection
 from .tables import brief, path_of, read_csv
 
 TABLE = "PADCHEST_chest_x_ray_images_labels_160K*.csv"
@@ -28,12 +30,7 @@ def load_padchest(
     views: Sequence[str] | None = None,
     physician_only: bool = False,
     skip_missing: bool = False,
-    per_class: int | None = None,
-    seed: int = 0,
-    one_per_patient: bool = False,
-    holdout: float = 0.0,
-    part: str = "train",
-    holdout_seed: int = 0,
+    **selection: Unpack[Selection],
 ) -> datasets.Dataset:
     """PadChest -> data set with labels 0 healthy, 1.. `classes`, and with `other` a last class "other finding".
 
@@ -52,7 +49,7 @@ def load_padchest(
         physician_only: keep rows labelled by physicians (MethodLabel), 27 % of the reports.
         skip_missing: leave rows out whose image is not there; a warning counts them. Some files of the table are
             missing in the download.
-        per_class, seed, one_per_patient, holdout, part, holdout_seed: see `selection.select_rows`.
+        selection: `per_class`, `holdout` and the other keywords of `selection.select_rows`.
 
     Returns:
         `datasets.Dataset` with columns image, label, patient, view, path. Images are decoded on access; those whose
@@ -94,12 +91,7 @@ def load_padchest(
         table,
         lambda row: [root / row.folder / row.key, root / "images" / row.key, root / row.key],
         skip_missing,
-        per_class=per_class,
-        seed=seed,
-        one_per_patient=one_per_patient,
-        holdout=holdout,
-        part=part,
-        holdout_seed=holdout_seed,
+        **selection,
     )
     rows = [
         {"image": row["file"], "label": row["label"], "patient": row["patient"], "view": row["view"]}

@@ -57,7 +57,7 @@ def to_dataset(rows: Sequence[Mapping[str, Any]], class_names: Sequence[str], im
             boxes (list of [x, y, w, h] in pixels; [] where there are none or none are known), mask (PIL image, the
             `png_cell` of one, or None).
         class_names: names of the class ids, healthy first.
-        image: a `datasets` feature that opens the rows' image by itself; None: pictures that PIL or `read_image` opens.
+        image: a `datasets` feature that opens the rows' image by itself; None: images that PIL or `read_image` opens.
 
     Raises:
         ValueError: no rows, a box that is none, or a name that is not UTF-8, which a data set cannot hold.

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import datasets
 import pandas as pd
@@ -11,6 +11,7 @@ import pandas as pd
 from .boxes import check_box, image_size, to_pixels
 from .findings import class_names
 from .image_files import check_views, files_to_dataset, index_files, locate_files, read_headers, select_files
+from .selection import Selection
 from .tables import brief, path_of, read_csv
 
 LABELS, CLASSES, IMAGES = "stage_2_train_labels.csv", "stage_2_detailed_class_info.csv", "stage_2_train_images"
@@ -27,12 +28,7 @@ def load_rsna(
     views: Sequence[str] | None = None,
     mapping: Path | str | None = None,
     skip_missing: bool = False,
-    per_class: int | None = None,
-    seed: int = 0,
-    one_per_patient: bool = False,
-    holdout: float = 0.0,
-    part: str = "train",
-    holdout_seed: int = 0,
+    **selection: Unpack[Selection],
 ) -> datasets.Dataset:
     """RSNA Pneumonia -> data set with labels 0 healthy, 1 lung opacity, and with `other` 2 "other finding", and boxes.
 
@@ -48,7 +44,7 @@ def load_rsna(
             that file in `root`, if it is there. It gives the patients, named as `load_nih` names them. Without it every
             image is its own patient, although 26,684 images come from fewer people: a `holdout` may then share some.
         skip_missing: leave rows out whose image is not there; a warning counts them.
-        per_class, seed, one_per_patient, holdout, part, holdout_seed: see `selection.select_rows`.
+        selection: `per_class`, `holdout` and the other keywords of `selection.select_rows`.
 
     Returns:
         `datasets.Dataset` with columns image (decoded on access), label, patient, view, path, boxes (x, y, w, h in
@@ -80,12 +76,7 @@ def load_rsna(
         table,
         candidates,
         skip_missing,
-        per_class=per_class,
-        seed=seed,
-        one_per_patient=one_per_patient,
-        holdout=holdout,
-        part=part,
-        holdout_seed=holdout_seed,
+        **selection,
     )
     headers = read_headers(table["file"])
     rows = [

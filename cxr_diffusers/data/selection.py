@@ -1,8 +1,20 @@
 """Which rows of a table make a data set: by patient, per class, and the same on every machine."""
 
 import hashlib
+from typing import TypedDict
 
 import pandas as pd
+
+
+class Selection(TypedDict, total=False):
+    """The keywords of `select_rows`, as loaders take them."""
+
+    per_class: int | None
+    seed: int
+    one_per_patient: bool
+    holdout: float
+    part: str
+    holdout_seed: int
 
 
 def lottery(seed: int | str, key: str) -> float:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import datasets
 import numpy as np
@@ -13,7 +13,7 @@ from .image_files import check_views, files_to_dataset, index_files, locate_file
 from .rows import png_cell
 from .rsna import key_of
 from .run_lengths import decode_runs, mask_image
-from .selection import select_rows
+from .selection import Selection, select_rows
 from .tables import read_csv
 
 TABLES = ("train-rle.csv", "stage_2_train.csv")
@@ -27,12 +27,7 @@ def load_siim(
     *,
     views: Sequence[str] | None = None,
     skip_missing: bool = False,
-    per_class: int | None = None,
-    seed: int = 0,
-    one_per_patient: bool = False,
-    holdout: float = 0.0,
-    part: str = "train",
-    holdout_seed: int = 0,
+    **selection: Unpack[Selection],
 ) -> datasets.Dataset:
     """SIIM-ACR -> data set with labels 0 no pneumothorax, 1 pneumothorax, and the masks of pneumothoraces.
 
@@ -43,7 +38,7 @@ def load_siim(
             images called IMAGE.dcm, IMAGE.png, ... in any folder below. Images without a row in the table are left out.
         views: e.g. ["PA"], of "PA", "AP" and "" (unknown), from the DICOM headers; None keeps all.
         skip_missing: leave rows out whose image is not there; a warning counts them.
-        per_class, seed, one_per_patient, holdout, part, holdout_seed: see `selection.select_rows`. The patient is
+        selection: `per_class`, `holdout` and the other keywords of `selection.select_rows`. The patient is the
             PatientID of the DICOM header, or the image's name for files of another type.
 
     Returns:
@@ -65,15 +60,7 @@ def load_siim(
     table["view"] = [view for _, view in headers]
     if views is not None:
         table = table[table["view"].isin(views)]
-    table = select_rows(
-        table,
-        per_class=per_class,
-        seed=seed,
-        one_per_patient=one_per_patient,
-        holdout=holdout,
-        part=part,
-        holdout_seed=holdout_seed,
-    )
+    table = select_rows(table, **selection)
     rows = [
         {"image": row["file"], "label": row["label"], "patient": row["patient"], "view": row["view"]}
         | {"path": str(row["file"])}

@@ -5,7 +5,7 @@ VinDr-CXR: train labelled by three radiologists an image, test by their consensu
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import datasets
 import pandas as pd
@@ -15,7 +15,7 @@ from .dicom import is_dicom
 from .findings import match_names
 from .image_files import files_to_dataset
 from .images import SUFFIXES
-from .selection import select_rows
+from .selection import Selection, select_rows
 from .tables import brief, check_encodable, missing_columns, numbers, path_of, read_csv
 
 NO_FINDING = "No finding"
@@ -32,11 +32,7 @@ def load_vindr(
     other: bool = False,
     votes: int = 2,
     boxes: bool = False,
-    per_class: int | None = None,
-    seed: int = 0,
-    holdout: float = 0.0,
-    part: str = "train",
-    holdout_seed: int = 0,
+    **selection: Unpack[Selection],
 ) -> datasets.Dataset:
     """VinDr-CXR -> data set: without labels, to train a prior, or 0 healthy, 1.. `classes`, last "other finding".
 
@@ -53,8 +49,8 @@ def load_vindr(
         boxes: whether to read the boxes of the named findings (of all, without `classes`) that have enough votes, of
             every radiologist, in pixels of the image. For a copy of another size than the DICOM originals, the table of
             boxes must have columns width and height, the size that its boxes count in; a copy by `prepare` has them.
-        per_class, seed, holdout, part, holdout_seed: see `selection.select_rows`. The data set does not tell which
-            images are of one patient, so each image is its own.
+        selection: `per_class`, `holdout` and the other keywords of `selection.select_rows`. The patients are not
+            published: each image counts as a patient.
 
     Returns:
         `datasets.Dataset` with columns image (DICOM files are decoded on access), label, patient, view (unknown), path,
@@ -67,7 +63,6 @@ def load_vindr(
     """
     check_splits(splits)
     tables = [_read_split(Path(root), split, classes, other, votes, boxes) for split in splits]
-    selection = {"per_class": per_class, "seed": seed, "holdout": holdout, "part": part, "holdout_seed": holdout_seed}
     return _to_dataset(Path(root), pd.concat(tables, ignore_index=True), classes, other, boxes, selection)
 
 
@@ -78,11 +73,7 @@ def load_vindr_pcxr(
     classes: Sequence[str] | None = None,
     other: bool = False,
     boxes: bool = False,
-    per_class: int | None = None,
-    seed: int = 0,
-    holdout: float = 0.0,
-    part: str = "train",
-    holdout_seed: int = 0,
+    **selection: Unpack[Selection],
 ) -> datasets.Dataset:
     """VinDr-PCXR, children up to ten years -> data set as `load_vindr` makes of VinDr-CXR.
 
@@ -95,7 +86,7 @@ def load_vindr_pcxr(
             ("Other opacity"), in any case; the first named takes precedence. None: no labels, no table is read.
         boxes: whether to read the boxes of the named local findings, in pixels of the image. A disease has no boxes of
             its own: where `classes` names one, and without `classes`, those of all local findings are read.
-        splits, other, per_class, seed, holdout, part, holdout_seed: as of `load_vindr`.
+        splits, other, selection: as of `load_vindr`.
 
     Returns, Raises: as `load_vindr`.
 
@@ -103,7 +94,6 @@ def load_vindr_pcxr(
     """
     check_splits(splits)
     tables = [_read_pcxr_split(Path(root), split, classes, other, boxes) for split in splits]
-    selection = {"per_class": per_class, "seed": seed, "holdout": holdout, "part": part, "holdout_seed": holdout_seed}
     return _to_dataset(Path(root), pd.concat(tables, ignore_index=True), classes, other, boxes, selection)
 
 

@@ -222,6 +222,6 @@ def _normalised(kernel):
     return (kernel / kernel.sum()).astype(np.float32)
 
 
-def _expect(condition, what, got):
+def _expect(condition, expectation, got):
     if not condition:
-        raise ValueError(f"expected {what}, got {got!r}")
+        raise ValueError(f"expected {expectation}, got {got!r}")

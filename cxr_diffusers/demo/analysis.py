@@ -84,7 +84,7 @@ def analyse(
     Args:
         model: its name on the page.
         on_step: called at the end of each step; methods of one step never call it.
-        is_stopped: asked at the end of each step. True makes the pipeline leave out the other steps.
+        is_stopped: called at the end of each step. True makes the pipeline leave out the other steps.
 
     Raises:
         Stopped: `is_stopped` returned True.

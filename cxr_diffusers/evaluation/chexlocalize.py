@@ -2,7 +2,7 @@
 
 As in their released scripts: maps stretched to their own minimum and maximum, Otsu's threshold or, for each pathology,
 the best one on the validation set, IoU on two slices of the data, the maximum as the most representative point, and a
-bootstrap over images. docs/evaluation.md explains what differs for maps of "abnormal".
+bootstrap over images. docs/evaluation.md explains the differences for maps of "abnormal".
 """
 
 import json
@@ -26,7 +26,7 @@ from ..data.chexlocalize import (
     encode,
     read_segmentations,
 )
-from ..data.images import picture_size
+from ..data.images import height_and_width
 from ..data.rows import to_dataset
 from ..files import safe_name, save_png, write_file
 from ..processes import Shard, process_state
@@ -208,7 +208,7 @@ def write(summary: Mapping[str, Any], per_image: pd.DataFrame, folder: Path) -> 
 def check(
     pipelines: Mapping[str, Any], splits: Mapping[str, Segmented], output_dir: Path | str | None, shard: Shard
 ) -> None:
-    """Refuse what can be refused before hours of inference; errors as in `evaluate_chexlocalize`."""
+    """Check the arguments before hours of inference; errors as in `evaluate_chexlocalize`."""
     if not pipelines or CENTRE in pipelines:
         raise ValueError(f"expected at least one method, none of them named {CENTRE!r}, got {list(pipelines)}")
     folders = [safe_name(name) for name in pipelines]
@@ -238,7 +238,7 @@ def maps_of(method: Method | None, split: Segmented, predictions: Predictions | 
         ValueError: an image of another size than its segmentation.
     """
     for i, row in enumerate(split.images):
-        height, width = picture_size(row["image"])
+        height, width = height_and_width(row["image"])
         size = split.segmentations.get(cxr_id(row["path"]), {"": {"size": [height, width]}})
         expected = next(iter(size.values()))["size"]
         if [height, width] != list(expected):
@@ -448,7 +448,7 @@ def write_sheet(
     for k in np.linspace(0, len(patients) - 1, min(SHEET_ROWS, len(patients))).round().astype(int):
         i = first_images[patients[k]]
         image = test.images[i]["image"]
-        size = dict(zip(("height", "width"), picture_size(image), strict=True))
+        size = dict(zip(("height", "width"), height_and_width(image), strict=True))
         maps = {m.name: m.restore(predictions[m.name]["test"][i]["anomaly_map"], size) for m in methods}
         truth = decode(test.segmentations[cxr_id(test.images[i]["path"])], PATHOLOGIES)
         rows.append({"image": image, "mask": truth, "maps": maps, "title": patients[k]})

@@ -339,7 +339,7 @@ def check(
     strata: Sequence[str],
     shard: Shard,
 ) -> None:
-    """Refuse what can be refused before hours of inference; errors as in `compare`."""
+    """Check the arguments before hours of inference; errors as in `compare`."""
     controls = [name for name in pipelines if is_control(name)]
     if controls or not pipelines:
         raise ValueError(f"expected at least one method, not named as a control is, got {controls or 'none'}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.images import check_has_contrast, picture_size
+from ..data.images import check_has_contrast, height_and_width
 from .lazy import Lazy
 from .metrics import box_mask
 from .predictions import Predictions
@@ -83,10 +83,10 @@ def open_images(dataset: Any, strata: Iterable[str] = ()) -> ImageSet:
 def describe_row(row: Mapping[str, Any], path: str, strata: Sequence[str]) -> Row:
     """What the evaluation needs to know of an image, without its pixels.
 
-    `truth` is a `Region`, None where it is unknown; `group` is what the bootstrap draws: the patient, or the path of an
-    image without one; `label` is None where the data set does not give it.
+    `truth` is a `Region`, None where it is unknown; `group` is the unit of the bootstrap: the patient, or the path of
+    an image without one; `label` is None where the data set does not give it.
     """
-    height, width = picture_size(row["image"])
+    height, width = height_and_width(row["image"])
     return {
         "path": path,
         "patient": row.get("patient") or "",

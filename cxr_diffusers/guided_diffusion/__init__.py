@@ -2,7 +2,7 @@
 
 import importlib
 
-# imported when first asked for: the command line needs the flags, but not torch, to say what they are
+# imported on first use: the help of the command line needs the flags, but not torch
 _HOME = {
     "ConversionFlags": "flags",
     "convert_checkpoint": "checkpoint",

@@ -1,4 +1,4 @@
-"""What the tensors' names and shapes say about the network that they belong to."""
+"""The architecture of a network, read from the names and shapes of its tensors."""
 
 import re
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ class Architecture:
     """A guided-diffusion UNet, or its encoder with a head: a classifier.
 
     block_out_channels: channels of each level, the finest first.
-    attention_levels: those of them, counted from 0, that have attention (the middle block always has).
-    num_classes: None without labels.  class_mlp: the class vector passes an MLP (the CFG fork, `clf_free`).
-    class_matrix: the CFG fork's version 2, whose attention sees the class.
-    pool: of a classifier, "attention" or "adaptive"; its `out_channels` are the logits.
+    attention_levels: indices of the levels with attention (the middle block always has attention).
+    num_classes: None without labels.  class_mlp: an MLP transforms the class vector (the CFG fork, `clf_free`).
+    class_matrix: the CFG fork's version 2, whose attention is conditional on the class.
+    pool: of a classifier, "attention" or "adaptive"; `out_channels` is then the number of logits.
     """
 
     image_size: int
@@ -36,11 +36,11 @@ def read_architecture(state_dict, image_size=None):
     """{name: tensor} -> `Architecture`.
 
     Raises:
-        ValueError: a tensor that says something about the architecture is missing, or a first level narrower or wider
-            than the base channels (512 px).
+        ValueError: a tensor that determines the architecture is missing, or the first level has not the base number of
+            channels (512 px).
     """
     if not any(name.startswith("output_blocks.") for name in state_dict):
-        raise ValueError("expected the state_dict of a guided-diffusion UNet, found no tensor output_blocks.*")
+        raise ValueError("expected the state_dict of a guided-diffusion UNet, got no tensor output_blocks.*")
     updown, layers, levels = read_decoder(state_dict)
     encoder = read_encoder(state_dict, layers, levels)
     return Architecture(
@@ -55,7 +55,12 @@ def read_architecture(state_dict, image_size=None):
 
 
 def read_encoder(state_dict, layers, levels):
-    """What the encoder says, given its residual blocks per level and its levels: some fields of `Architecture`."""
+    """The fields of `Architecture` that the encoder determines.
+
+    Args:
+        layers: residual blocks per level.
+        levels: number of levels.
+    """
     first = [1 + level * (layers + 1) for level in range(levels)]
     channels = tuple(shape(state_dict, f"input_blocks.{k}.0.out_layers.3.weight", 4)[0] for k in first)
     model_channels = shape(state_dict, "time_embed.0.weight", 2)[1]
@@ -78,39 +83,41 @@ def read_encoder(state_dict, layers, levels):
 def read_decoder(state_dict):
     """(whether residual blocks resample, residual blocks per encoder level, number of levels).
 
-    Read off the decoder, because it shows where a level ends: the last block of each but the finest has an upsampler, a
-    `conv` or a second residual block. The encoder's resampling residual blocks look like all others.
+    They are read from the decoder, where the last block of each level but the finest has an upsampler: a `conv` or a
+    second residual block. In the encoder, residual blocks that downsample have the same tensors as all others.
     """
     blocks = {int(match[1]) for match in map(re.compile(r"output_blocks\.(\d+)\.").match, state_dict) if match}
     upsampler = re.compile(r"output_blocks\.(\d+)\.[12]\.(conv|in_layers)\.")
-    found = [match for match in map(upsampler.match, state_dict) if match]
-    levels = len({match[1] for match in found}) + 1
+    upsamplers = [match for match in map(upsampler.match, state_dict) if match]
+    levels = len({match[1] for match in upsamplers}) + 1
     if (max(blocks) + 1) % levels:
         raise ValueError(
-            f"expected as many output_blocks on each of {levels} levels, found {max(blocks) + 1} output_blocks: "
+            f"expected as many output_blocks on each of {levels} levels, got {max(blocks) + 1} output_blocks: "
             f"tensors after output_blocks.{max(blocks)} or of an upsampler are missing"
         )
-    return any(match[2] == "in_layers" for match in found), (max(blocks) + 1) // levels - 1, levels
+    return any(match[2] == "in_layers" for match in upsamplers), (max(blocks) + 1) // levels - 1, levels
 
 
 def has_attention(state_dict, blocks):
+    """Whether any of some blocks of the encoder has attention."""
     prefixes = tuple(f"input_blocks.{k}.1." for k in blocks)
     return any(name.startswith(prefixes) for name in state_dict)
 
 
 def shape(state_dict, name, dimensions):
+    """The shape of a tensor; ValueError unless it is there and has `dimensions` dimensions."""
     if name not in state_dict:
         raise ValueError(f"missing tensor {name}")
-    found = tuple(state_dict[name].shape)
-    if len(found) != dimensions:
-        raise ValueError(f"expected tensor {name} with {dimensions} dimensions, got shape {found}")
-    return found
+    sizes = tuple(state_dict[name].shape)
+    if len(sizes) != dimensions:
+        raise ValueError(f"expected tensor {name} with {dimensions} dimensions, got shape {sizes}")
+    return sizes
 
 
 def usual_image_size(channels, model_channels):
-    """The picture's side is not in the tensors; the originals' default multipliers tell it."""
+    """The side of the images, from the originals' default channel multipliers: no tensor depends on it."""
     multipliers = tuple(c / model_channels for c in channels)
     for size, usual in CHANNEL_MULT.items():
         if multipliers == usual:
             return size
-    raise ValueError(f"image_size cannot be told from the channels {list(channels)}: hand over the flag image_size")
+    raise ValueError(f"image_size cannot be derived from the channels {list(channels)}: give the flag image_size")

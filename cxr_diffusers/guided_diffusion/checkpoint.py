@@ -3,6 +3,7 @@
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -13,24 +14,31 @@ from ..files import new_folder
 from .unet import convert_state_dict
 
 
-def convert_checkpoint(path, output_dir, *, classifier_path=None, overwrite=False, **flags):
+def convert_checkpoint(
+    path: Path | str,
+    output_dir: Path | str,
+    *,
+    classifier_path: Path | str | None = None,
+    overwrite: bool = False,
+    **flags: Any,
+) -> dict[str, Any]:
     """A guided-diffusion checkpoint file -> a folder that `CFGAnomalyPipeline.from_pretrained` opens.
 
-    With the checkpoint of an encoder classifier beside it, one that `ClassifierGuidedPipeline.from_pretrained` opens.
+    With `classifier_path`, it is a folder that `ClassifierGuidedPipeline.from_pretrained` opens.
 
-    How pictures have to be prepared travels in the pipeline's config; `conversion.json` beside it keeps all of `info`.
+    The pipeline's config states how images are prepared; `conversion.json` in the folder has all of `info`.
 
-    A model with classes but without a null label (Wolleb's, OpenAI's) opens too, as one with `has_null_label=False`.
-    Its settings are `source_label` 0 and `guidance_scale` 0: encoded and decoded as healthy, as Wolleb's does without
-    its classifier.
+    A model with classes but without a null label (Wolleb's, OpenAI's) becomes a pipeline with `has_null_label=False`
+    and the settings `source_label` 0 and `guidance_scale` 0: it encodes and decodes as healthy, as Wolleb's code does
+    without a classifier.
     An unconditional model without a classifier is written as `unet/` and `scheduler/` alone, a classifier without a
     model as `classifier/` and `scheduler/`.
 
     Args:
-        path: a `.pt` file (opened with `weights_only=True`) or a `.safetensors` file; model and EMA files are alike.
-        classifier_path: likewise, of the classifier that guides the model.
-        output_dir: written whole or not at all.
-        overwrite: replace the folder if there is one.
+        path: a `.pt` file (opened with `weights_only=True`) or a `.safetensors` file; of a model or its EMA.
+        classifier_path: the same for the classifier that guides the model.
+        output_dir: written completely or not at all.
+        overwrite: replace an existing folder.
         flags: fields of `ConversionFlags`, under the originals' names.
 
     Returns:
@@ -38,9 +46,9 @@ def convert_checkpoint(path, output_dir, *, classifier_path=None, overwrite=Fals
         `classifier_path` the classifier's own `info` as `classifier`.
 
     Raises:
-        FileExistsError: `output_dir` is there and not empty, without `overwrite`.
-        ValueError, TypeError: see `convert_state_dict` and `read_checkpoint`; a classifier in the model's place or the
-            other way round, or one for other pictures than the model's.
+        FileExistsError: `output_dir` is not empty, without `overwrite`.
+        ValueError, TypeError: see `convert_state_dict` and `read_checkpoint`; a classifier in place of the model or
+            the reverse, or a classifier whose images have another size or number of channels than the model's.
     """
     output_dir = Path(output_dir)
     if output_dir.exists() and not output_dir.is_dir():
@@ -67,7 +75,7 @@ def convert_checkpoint(path, output_dir, *, classifier_path=None, overwrite=Fals
 
 
 def check_pair(unet, classifier, path, classifier_path):
-    """Raise ValueError unless a model and a classifier are what they are said to be, and of the same pictures."""
+    """Raise ValueError unless these are a UNet and a classifier of images of the same size and channels."""
     if not isinstance(unet, UNet2DModel):
         raise ValueError(f"expected {path} to hold a UNet, it holds an encoder classifier")
     if isinstance(classifier, UNet2DModel):
@@ -75,22 +83,22 @@ def check_pair(unet, classifier, path, classifier_path):
     theirs, ours = ((x.config.in_channels, x.config.sample_size) for x in (unet, classifier))
     if ours != theirs:
         raise ValueError(
-            f"expected a classifier of {theirs[0]} channels and {theirs[1]} px, as the model's pictures are, got "
+            f"expected a classifier of {theirs[0]} channels and {theirs[1]} px, as the model's images have, got "
             f"{ours[0]} channels and {ours[1]} px"
         )
 
 
 def build_pipeline(unet, classifier, scheduler, info):
-    """The pipeline that carries the preparation; None for a model without classes, and for a lone classifier."""
+    """The pipeline of the converted networks; None for a model without classes and for a classifier without a model."""
     from ..pipelines import CFGAnomalyPipeline, ClassifierGuidedPipeline
 
     if not isinstance(unet, UNet2DModel):
         return None
     preparation = {name: info[name] for name in ("data_range", "scaling", "aspect")}
     if classifier is not None:
-        names, known = info["classifier"]["class_names"], info["class_names"]
-        if names is None and known is not None and len(known) == classifier.config.num_classes:
-            names = known
+        names, unet_names = info["classifier"]["class_names"], info["class_names"]
+        if names is None and unet_names is not None and len(unet_names) == classifier.config.num_classes:
+            names = unet_names
         return ClassifierGuidedPipeline(
             unet, classifier, scheduler, class_names=names, has_null_label=info["null_label"], **preparation
         )

@@ -49,20 +49,20 @@ def build_classifier(architecture, flags):
 def read_classifier(state_dict, flags):
     """{name: tensor}, `ConversionFlags` -> `Architecture`.
 
-    An encoder alone does not always show where its levels end: residual blocks that resample look like all others.
-    What it does show (widths, attention, shortcuts, the number of positions that the head knows) leaves few
-    possibilities; the flags, or else the originals' usual multipliers, decide between them.
+    The tensors of an encoder do not always determine its levels, because residual blocks that downsample have the same
+    tensors as all others. Widths, attention, shortcuts and the head's number of positions leave few possibilities; the
+    flags, or else the originals' default multipliers, decide between these.
 
     Raises:
         ValueError: a pool that is not convertible, a missing tensor, a flag that the tensors contradict, or levels that
-            neither tell.
+            neither determines.
     """
     pool = read_pool(state_dict)
     possible = []
     for layers, levels, updown in possible_levels(state_dict):
         encoder = read_encoder(state_dict, layers, levels)
         architecture = Architecture(
-            image_size=picture_side(state_dict, pool, levels, encoder, flags.image_size),
+            image_size=image_side(state_dict, pool, levels, encoder, flags.image_size),
             out_channels=shape(state_dict, *LOGITS[pool])[0],
             updown=updown,
             num_classes=None,
@@ -78,21 +78,23 @@ def read_classifier(state_dict, flags):
     if len(agreeing) > 1 and usual:
         agreeing = usual
     if len(agreeing) != 1:
-        found = "; ".join(f"image_size {a.image_size} with classifier_depth {a.layers_per_block}" for a in agreeing)
+        candidates = "; ".join(
+            f"image_size {a.image_size} with classifier_depth {a.layers_per_block}" for a in agreeing
+        )
         raise ValueError(
-            "the levels of this classifier cannot be told from its tensors: hand over the flags image_size and "
-            f"classifier_depth (possible are: {found or 'none, tensors of input_blocks are missing'})"
+            "the levels of this classifier cannot be derived from its tensors: give the flags image_size and "
+            f"classifier_depth (possible are: {candidates or 'none, tensors of input_blocks are missing'})"
         )
     return agreeing[0]
 
 
 def read_pool(state_dict):
-    """The head's pool; ValueError for those that `NoisyClassifier` has not."""
+    """The head's pool; ValueError for a pool that `NoisyClassifier` does not have."""
     if "out.2.positional_embedding" in state_dict:
         return "attention"
     if "out.0.weight" in state_dict and state_dict["out.0.weight"].ndim == 2:
-        found = "spatial_v2" if "out.3.weight" in state_dict else "spatial"
-        raise ValueError(f"classifier_pool {found} is not convertible: NoisyClassifier knows {' and '.join(LOGITS)}")
+        pool = "spatial_v2" if "out.3.weight" in state_dict else "spatial"
+        raise ValueError(f"classifier_pool {pool} is not convertible: NoisyClassifier has {' and '.join(LOGITS)}")
     if "out.3.weight" in state_dict:
         return "adaptive"
     raise ValueError("missing tensor out.2.positional_embedding (classifier_pool attention) or out.3.weight (adaptive)")
@@ -102,7 +104,7 @@ def possible_levels(state_dict):
     """(residual blocks per level, levels, whether residual blocks resample) that the encoder's tensors allow."""
     blocks = {int(match[1]) for match in map(re.compile(r"input_blocks\.(\d+)\.").match, state_dict) if match}
     strided = {k for k in blocks if f"input_blocks.{k}.0.op.weight" in state_dict}
-    # behind the first convolution each level has its residual blocks and, but for the last, what resamples
+    # after the first convolution each level has its residual blocks and, except the last level, a downsampling block
     count = max(blocks) + 1
     for levels in range(1, count // 2 + 1):
         stride, rest = divmod(count, levels)
@@ -111,25 +113,26 @@ def possible_levels(state_dict):
             not rest
             and strided in (between, set())
             and all(
-                alike(state_dict, range(k - stride + 1, k)) and unchanging(state_dict, k) for k in (*between, count)
+                is_uniform(state_dict, range(k - stride + 1, k)) and may_resample(state_dict, k)
+                for k in (*between, count)
             )
         ):
             yield stride - 1, levels, not strided
 
 
-def alike(state_dict, blocks):
-    """Whether the residual blocks of a level are of one width, and all have attention or none."""
+def is_uniform(state_dict, blocks):
+    """Whether all blocks have the same width, and either all or none have attention: the blocks of one level."""
     widths = {shape(state_dict, f"input_blocks.{k}.0.out_layers.3.weight", 4)[0] for k in blocks}
     return len(widths) == 1 and len({has_attention(state_dict, [k]) for k in blocks}) == 1
 
 
-def unchanging(state_dict, block):
-    """Whether a block could be what resamples: no attention, and as many channels behind it as before."""
+def may_resample(state_dict, block):
+    """Whether a block can be one that downsamples: without attention, and with an unchanged number of channels."""
     return not has_attention(state_dict, [block]) and f"input_blocks.{block}.0.skip_connection.weight" not in state_dict
 
 
-def picture_side(state_dict, pool, levels, encoder, image_size):
-    """The attention pool knows every position of the last level; else it is the flag, or usual for the channels."""
+def image_side(state_dict, pool, levels, encoder, image_size):
+    """The side of the images: from the attention pool's positions, else the flag, else the default for the channels."""
     if pool == "attention":
         return math.isqrt(shape(state_dict, "out.2.positional_embedding", 2)[1] - 1) * 2 ** (levels - 1)
     return image_size or usual_image_size(encoder["block_out_channels"], encoder["model_channels"])

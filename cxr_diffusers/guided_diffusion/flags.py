@@ -1,4 +1,4 @@
-"""The originals' command-line flags, as far as they decide what a checkpoint computes."""
+"""The originals' command-line flags that determine the output of a checkpoint."""
 
 import logging
 from dataclasses import dataclass, field, fields
@@ -6,7 +6,7 @@ from typing import get_args
 
 logger = logging.getLogger(__name__)
 
-# side of the picture -> the originals' channel multipliers, when --channel_mult is not given
+# side of the images -> the originals' channel multipliers, when --channel_mult is not given
 CHANNEL_MULT = {
     512: (0.5, 1, 1, 2, 2, 4, 4),
     256: (1, 1, 2, 2, 4, 4),
@@ -14,7 +14,7 @@ CHANNEL_MULT = {
     64: (1, 2, 3, 4),
     32: (1, 2, 2, 2),
 }
-# how each family prepared its pictures: what the converted pipeline has to do
+# image preparation of each family of checkpoints, which the converted pipeline repeats
 SOURCES = {
     "cfg-fork": {"data_range": [0.0, 1.0], "scaling": "minmax", "aspect": "squash"},
     "wolleb": {"data_range": [0.0, 1.0], "scaling": "minmax", "aspect": "squash"},
@@ -30,7 +30,7 @@ def flag(default, text):
 
 @dataclass(frozen=True)
 class ConversionFlags:
-    """The flags of `image_train.py`, under their own names: hand over those that the checkpoint was trained with.
+    """The flags of `image_train.py`, under their own names: give those that the checkpoint was trained with.
 
     The first group cannot be read from the tensors and has the originals' defaults. The second group can; a value
     given there is checked against the tensors. Each field's `metadata["help"]` says what it means.
@@ -43,16 +43,16 @@ class ConversionFlags:
     use_new_attention_order: bool = flag(False, "rows of the qkv tensors: [all Q, K, V] instead of [q, k, v] per head")
     noise_schedule: str = flag("linear", "linear or cosine")
     diffusion_steps: int = flag(1000, "length of the training chain")
-    predict_xstart: bool = flag(False, "the network predicts the picture, not the noise")
+    predict_xstart: bool = flag(False, "the network predicts the image, not the noise")
     rescale_timesteps: bool = flag(False, "timesteps were scaled to 0..1000 (no effect with 1000 diffusion steps)")
     classifier_num_head_channels: int = flag(64, "channels of one head of a classifier (64 in all the originals)")
     dropout: float = flag(0.0, "dropout of the residual blocks in further training")
-    source: str | None = flag(None, f"whose data preparation: {', '.join(SOURCES)} (default: told from the tensors)")
+    source: str | None = flag(None, f"data preparation of: {', '.join(SOURCES)} (default: derived from the tensors)")
     class_names: tuple | None = flag(None, "a name for each class, in the order of its label")
 
     # in the tensors; checked if given
-    image_size: int | None = flag(None, "side of the picture (told from the channels where they are the defaults)")
-    in_channels: int | None = flag(None, "channels of the picture")
+    image_size: int | None = flag(None, "side of the images (default: from the channels, where these are the defaults)")
+    in_channels: int | None = flag(None, "channels of the images")
     num_channels: int | None = flag(None, "base channels")
     channel_mult: str | None = flag(None, "channel multipliers, as '1,1,2,2'")
     num_res_blocks: int | None = flag(None, "residual blocks per level")
@@ -74,10 +74,10 @@ class ConversionFlags:
 
 def read_flags(values):
     """{flag: value} -> `ConversionFlags`; a flag that is None counts as not given, one that is unknown is an error."""
-    known = {f.name for f in fields(ConversionFlags)}
-    unknown = sorted(set(values) - known)
+    names = {f.name for f in fields(ConversionFlags)}
+    unknown = sorted(set(values) - names)
     if unknown:
-        raise TypeError(f"unknown flag {', '.join(unknown)}: expected some of {', '.join(sorted(known))}")
+        raise TypeError(f"unknown flag {', '.join(unknown)}: expected some of {', '.join(sorted(names))}")
     flags = ConversionFlags(**{name: value for name, value in values.items() if value is not None})
     if flags.noise_schedule not in ("linear", "cosine"):
         raise ValueError(f"expected noise_schedule linear or cosine, got {flags.noise_schedule!r}")
@@ -94,20 +94,20 @@ def read_flags(values):
 
 
 def parse_flag(name, text):
-    """A flag as it is written on a command line, "True" and "False" included -> its value; class_names by commas."""
+    """The text of a flag on the command line -> its value; class_names are separated by commas."""
     (annotation,) = [f.type for f in fields(ConversionFlags) if f.name == name]
-    kinds = {kind for kind in (bool, tuple, int, float, str) if kind in (annotation, *get_args(annotation))}
-    if bool in kinds:
+    types = {t for t in (bool, tuple, int, float, str) if t in (annotation, *get_args(annotation))}
+    if bool in types:
         if text.lower() not in ("true", "false"):
             raise ValueError(f"expected {name} True or False, got {text!r}")
         return text.lower() == "true"
-    if tuple in kinds:
+    if tuple in types:
         return tuple(part.strip() for part in text.split(","))
-    return kinds.pop()(text)
+    return types.pop()(text)
 
 
 def flags_in_tensors(architecture):
-    """{flag: value}, the originals' flags as the tensors show them."""
+    """{flag: value}, the originals' flags as derived from the tensors."""
     a = architecture
     if a.pool:
         return {
@@ -143,20 +143,20 @@ def sides_with_attention(architecture):
 
 
 def check_flags(flags, architecture):
-    """Raise ValueError, naming the flag, where a flag that was given and the tensors disagree."""
+    """Raise ValueError, naming the flag, if a given flag contradicts the tensors."""
     # lists may be written in several ways, and resolutions that the network never reaches have no effect
     sides = {str(architecture.image_size // 2**level) for level in range(len(architecture.block_out_channels))}
     resolutions = lambda text: {side.strip() for side in str(text).split(",")} & sides  # noqa: E731
-    same = {
+    parsers = {
         "channel_mult": lambda text: [float(m) for m in str(text).split(",") if m],
         "attention_resolutions": resolutions,
         "classifier_attention_resolutions": resolutions,
     }
-    for name, found in flags_in_tensors(architecture).items():
+    for name, value in flags_in_tensors(architecture).items():
         given = getattr(flags, name)
         without_effect = architecture.num_classes is None and not architecture.pool
         if given in (None, "") or (without_effect and name in ("num_classes", "clf_free")):
             continue  # not given, or of no effect
-        as_written = same.get(name, lambda value: value)
-        if as_written(given) != as_written(found):
-            raise ValueError(f"the flag {name} is {given!r}, but the tensors say {found!r}")
+        parse = parsers.get(name, lambda text: text)
+        if parse(given) != parse(value):
+            raise ValueError(f"the flag {name} is {given!r}, but the tensors say {value!r}")

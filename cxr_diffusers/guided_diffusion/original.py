@@ -1,10 +1,11 @@
-"""The procedure as the original ran it, offsets and all, so that a published result can be reproduced first."""
+"""The original codes' procedure with all its index offsets, to reproduce published results."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers.image_processor import PipelineImageInput
 from diffusers.utils.torch_utils import randn_tensor
 from tqdm.auto import tqdm
 
@@ -14,16 +15,16 @@ from ..pipelines.cxr_images import prepare_image
 from .flags import SOURCES
 from .original_steps import ancestral_step, ddim_step, first_noising, noised, respaced_chain
 
-# where ancestral sampling starts, whatever the noise level: a constant of the originals
+# first index of ancestral sampling, whatever the noise level: a constant of the originals
 ANCESTRAL_START = 499
 
 
 @dataclass
 class OriginalOutput(AnomalyOutput):
-    """`AnomalyOutput`, and what only the originals have, always as tensors in the model's own range.
+    """`AnomalyOutput` and the originals' intermediate results, as tensors in the model's data range.
 
-    latents: (B, C, H, W), where encoding ended.
-    sample: (B, C, H, W), the counterfactual as it left the last step, not clamped to the data's range.
+    latents: (B, C, H, W), the result of encoding.
+    sample: (B, C, H, W), the counterfactual after the last step, not clamped to the data's range.
     maps: {name: (B, H, W)} the originals' maps, as `original_maps` describes them.
     """
 
@@ -34,67 +35,68 @@ class OriginalOutput(AnomalyOutput):
 
 @torch.no_grad()
 def run_as_original(
-    model,
-    image,
+    model: DiffusionPipeline | UNet2DModel,
+    image: PipelineImageInput,
     *,
-    noise_level=500,
-    guidance_scale=4.0,
-    num_steps=1000,
-    target_label=0,
-    classifier=None,
-    classifier_scale=100.0,
-    classifier_at="timestep",
-    use_ddim=True,
-    clip_denoised=True,
-    scheduler=None,
-    first_noise=None,
-    step_noises=None,
-    generator=None,
-    output_type="pt",
-    progress=True,
-):
-    """Encode and decode as the CFG fork of guided-diffusion does (DDIM), or, with a classifier, as Wolleb's code does.
+    noise_level: int = 500,
+    guidance_scale: float = 4.0,
+    num_steps: int = 1000,
+    target_label: int = 0,
+    classifier: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    classifier_scale: float = 100.0,
+    classifier_at: str = "timestep",
+    use_ddim: bool = True,
+    clip_denoised: bool = True,
+    scheduler: DDIMScheduler | None = None,
+    first_noise: torch.Tensor | None = None,
+    step_noises: Iterable[torch.Tensor] | None = None,
+    generator: torch.Generator | None = None,
+    output_type: str = "pt",
+    progress: bool = True,
+) -> OriginalOutput:
+    """Encode and decode as the CFG fork of guided-diffusion (DDIM) or, with a classifier, as Wolleb's code.
 
-    Differences from our pipelines, all of them the originals': the picture is first noised at random (to the level of
-    the first timestep); encoding starts one index late and decoding two indices below where encoding ended; the
-    predicted picture is clamped to [-1, 1], even for data in [0, 1], and the noise derived anew from it.
-    docs/faithfulness.md says how much each of these changes a map.
+    Differences from our pipelines, all taken from the originals: random noise is first added to the image (of the
+    level of the first timestep); encoding starts one index late, and decoding starts two indices below the last index
+    of encoding; the predicted image is clamped to [-1, 1], even for data in [0, 1], and the noise is recomputed from
+    it. docs/faithfulness.md gives the effect of each difference on a map.
 
-    With a classifier (Wolleb et al. 2022, https://arxiv.org/abs/2203.04306, algorithm 1) both ways name the target, and
-    each step of decoding adds its gradient to the noise after the clamp: eps <- eps - sqrt(1 - abar) s grad log p.
+    With a classifier (Wolleb et al. 2022, https://arxiv.org/abs/2203.04306, algorithm 1) encoding and decoding are both
+    conditional on the target, and each decoding step adds the classifier's gradient to the noise after the clamp:
+    eps <- eps - sqrt(1 - abar) s grad log p.
 
-    Without DDIM the picture is noised at random to index 499, whatever `noise_level` is (so 500 is the only level that
-    means something), and `noise_level` ancestral steps lead back; a classifier's gradient shifts each step's mean.
+    Without DDIM random noise of index 499 is added whatever `noise_level` is (500 is therefore the only meaningful
+    level), and `noise_level` ancestral steps follow; a classifier's gradient shifts each step's mean.
 
     Args:
-        model: a pipeline with `unet` and `scheduler`, or a `UNet2DModel` (then the preparation is the fork's). A
+        model: a pipeline with `unet` and `scheduler`, or a `UNet2DModel` (images are then prepared as in the fork). A
             pipeline's `classifier` is used.
-        image: whatever `prepare_image` takes. A (B, C, size, size) tensor is taken as prepared, in the model's range.
+        image: as for `prepare_image`. A (B, C, size, size) tensor counts as prepared, in the model's data range.
         noise_level: an *index* into the chain of `num_steps` steps, 2..num_steps: 500 with 1000 steps is 25 with 50.
         guidance_scale: w of eps = (1 + w) eps(target) - w eps(null). -1 switches guidance off: then encoding and
-            decoding are both conditional on `target_label` (with Wolleb's and OpenAI's models, which know no null
-            label, this is the only value that means something). Not used with a classifier.
+            decoding are both conditional on `target_label` (the only meaningful value for Wolleb's and OpenAI's models,
+            which have no null label). Not used with a classifier.
         num_steps: steps of the whole chain, the N of `ddimN`: 1000 // stride, rounded up, for some whole stride.
         target_label: the class to decode to.
         classifier: (x, timesteps) -> logits, for a bare UNet.
         classifier_scale: s above.
-        classifier_at: "timestep", or "index" for what Wolleb's code does: it asks the classifier at the index into the
-            chain, which is another timestep whenever `num_steps` is not the training chain's. (Corrected in the fork.)
+        classifier_at: "timestep", or "index" as in Wolleb's code, which evaluates the classifier at the index into the
+            chain: another timestep unless `num_steps` is the length of the training chain. (Corrected in the fork.)
         use_ddim: False for ancestral sampling.
-        clip_denoised: the clamp above.
-        scheduler: the training chain's, for a bare UNet (default: linear, 1000 steps).
-        first_noise, step_noises: (B, C, size, size), the noise of the first step, and a sequence of such for the
+        clip_denoised: whether to clamp the predicted image.
+        scheduler: of the training chain, for a bare UNet (default: linear, 1000 steps).
+        first_noise, step_noises: (B, C, size, size) noise of the first step, and an iterable of the same for the
             ancestral steps; default: drawn with `generator`.
-        output_type: of `AnomalyOutput`'s fields: "pt", "np" or "pil".
-        progress: show a bar; at 1000 steps and noise level 500 there are 998 steps with 1497 evaluations a picture
-            (with a classifier: 998, and 499 of the classifier and its gradient).
+        output_type: type of the fields of `AnomalyOutput`: "pt", "np" or "pil".
+        progress: whether to show a progress bar. 1000 steps and noise level 500 are 998 steps with 1497 evaluations of
+            the UNet for each image (with a classifier: 998, and 499 of the classifier and its gradient).
 
     Returns:
         `OriginalOutput`. Unlike the original's, the batch may be larger than 1.
 
     Raises:
-        ValueError: `num_steps` without a stride, a level or label out of range, a model that predicts something else
-            than the noise.
+        ValueError: `num_steps` that no whole stride gives, a level or label out of range, or a model that does not
+            predict the noise.
     """
     unet, classifier, scheduler, preparation = parts(model, classifier, scheduler)
     chain = respaced_chain(scheduler, num_steps)
@@ -124,14 +126,14 @@ def run_as_original(
         if use_ddim:
             x = first_noising(x0, first_noise, chain)
             source = noise_predictor(unet, null_label if guided else target_label)
-            latents = travel(source, x, chain, range(1, noise_level), +1, clip_denoised, bar.update)
-            target, indices = noise_of(unet, weights), range(noise_level - 2, -1, -1)
-            sample = travel(target, latents, chain, indices, -1, clip_denoised, bar.update, steer)
+            latents = ddim_loop(source, x, chain, range(1, noise_level), +1, clip_denoised, bar.update)
+            target, indices = guided_noise(unet, weights), range(noise_level - 2, -1, -1)
+            sample = ddim_loop(target, latents, chain, indices, -1, clip_denoised, bar.update, steer)
         else:
             latents = noised(x0, first_noise, chain.alpha(ANCESTRAL_START))
             noises = iter(step_noises) if step_noises is not None else iter(draw, None)
-            target, indices = output_of(unet, weights), range(noise_level - 1, -1, -1)
-            sample = wander(target, latents, chain, indices, clip_denoised, noises, bar.update, steer)
+            target, indices = guided_output(unet, weights), range(noise_level - 1, -1, -1)
+            sample = ancestral_loop(target, latents, chain, indices, clip_denoised, noises, bar.update, steer)
 
     output = anomaly_output(
         x0, sample, difference_map(x0, sample, preparation["data_range"]), preparation["data_range"], output_type
@@ -140,29 +142,30 @@ def run_as_original(
 
 
 class OriginalProcedure:
-    """A pipeline, answering as the original did: for `detect` and `evaluate`, which call it as they call any other.
+    """A pipeline that runs the original procedure when called, for `detect` and `evaluate`.
 
     Args:
-        pipeline: its components and its preparation of pictures are used, its settings are not.
+        pipeline: its components and image preparation are used, its settings are not.
 
     `num_inference_steps` is `run_as_original`'s `num_steps`, and `noise_level` an index into as many steps. A pipeline
     with a classifier runs Wolleb's procedure. Without a generator the noise of the first step is that of seed 0.
     """
 
-    def __init__(self, pipeline):
+    def __init__(self, pipeline: DiffusionPipeline) -> None:
         self.pipeline, self.config, self.components = pipeline, pipeline.config, pipeline.components
 
     def __call__(
         self,
-        image,
-        guidance_scale=4.0,
-        noise_level=500,
-        num_inference_steps=1000,
-        target_label=0,
-        classifier_scale=100.0,
-        generator=None,
-        output_type="pil",
-    ):
+        image: PipelineImageInput,
+        guidance_scale: float = 4.0,
+        noise_level: int = 500,
+        num_inference_steps: int = 1000,
+        target_label: int = 0,
+        classifier_scale: float = 100.0,
+        generator: torch.Generator | None = None,
+        output_type: str = "pil",
+    ) -> OriginalOutput:
+        """`run_as_original` without a progress bar; `num_inference_steps` is its `num_steps`."""
         return run_as_original(
             self.pipeline,
             image,
@@ -177,8 +180,8 @@ class OriginalProcedure:
         )
 
 
-def original_maps(x0, sample):
-    """(B, C, H, W) picture and counterfactual in the model's range -> {name: (B, H, W)}.
+def original_maps(x0: torch.Tensor, sample: torch.Tensor) -> dict[str, torch.Tensor]:
+    """(B, C, H, W) image and counterfactual in the model's range -> {name: (B, H, W)}.
 
     difference: |x0 - sample| of the first channel (the fork's CFG script), and minmax: scaled to [0, 1] as displayed.
     normalized: |minmax(x0) - minmax(sample)| (the fork's classifier script, Wolleb's CheXpert), and
@@ -196,17 +199,17 @@ def original_maps(x0, sample):
     }
 
 
-def minmax(pictures):
+def minmax(images: torch.Tensor) -> torch.Tensor:
     """(B, H, W) -> (B, H, W), each stretched to [0, 1]."""
-    low, high = pictures.amin(dim=(1, 2), keepdim=True), pictures.amax(dim=(1, 2), keepdim=True)
-    return (pictures - low) / (high - low).clamp(min=1e-12)
+    low, high = images.amin(dim=(1, 2), keepdim=True), images.amax(dim=(1, 2), keepdim=True)
+    return (images - low) / (high - low).clamp(min=1e-12)
 
 
-def travel(predict, x, chain, indices: Iterable[int], direction, clip, on_step=lambda: None, steer=None):
-    """From index to index + `direction`, for each of `indices`: +1 encodes, -1 decodes.
+def ddim_loop(predict, x, chain, indices: Iterable[int], direction, clip, on_step=lambda: None, steer=None):
+    """DDIM steps from index to index + `direction` for each of `indices`: +1 encodes, -1 decodes.
 
     `predict(x, t)` -> the noise in x, (B, C, H, W), with `t` a timestep of the training chain.
-    `steer(x, index)` -> the gradient that guides, (B, C, H, W); None: nothing does.
+    `steer(x, index)` -> the gradient of the guidance, (B, C, H, W); None: no guidance.
     """
     for index in indices:
         noise = predict(x, int(chain.timesteps[index]))
@@ -216,8 +219,8 @@ def travel(predict, x, chain, indices: Iterable[int], direction, clip, on_step=l
     return x
 
 
-def wander(output, x, chain, indices: Iterable[int], clip, noises, on_step=lambda: None, steer=None):
-    """The same by ancestral sampling; `output(x, t)` has the variance too, `noises` gives one (B, C, H, W) a step."""
+def ancestral_loop(output, x, chain, indices: Iterable[int], clip, noises, on_step=lambda: None, steer=None):
+    """`ddim_loop` by ancestral sampling: `output(x, t)` includes the variance; `noises` yields (B, C, H, W) tensors."""
     for index in indices:
         gradient = None if steer is None else steer(x, index)
         network = output(x, int(chain.timesteps[index]))
@@ -226,11 +229,12 @@ def wander(output, x, chain, indices: Iterable[int], clip, noises, on_step=lambd
     return x
 
 
-def output_of(unet, weights):
-    """`output(x, t)`: the UNet's outputs for some labels, weighted, {label: weight}; an unconditional one has one.
+def guided_output(unet, weights):
+    """`output(x, t)`: the weighted sum of the UNet's outputs for some labels, {label: weight}.
 
     (1 + w) for the target and -w for the null label is classifier-free guidance (Ho & Salimans 2022,
-    https://arxiv.org/abs/2207.12598, eq. 6), here also of the learned variance, as in the fork.
+    https://arxiv.org/abs/2207.12598, eq. 6), here also of the learned variance, as in the fork. An unconditional UNet
+    takes one weight.
     """
 
     def output(x, t):
@@ -243,20 +247,20 @@ def output_of(unet, weights):
     return output
 
 
-def noise_of(unet, weights):
-    """`predict(x, t)`: the noise in it; a learned variance is split off."""
-    output = output_of(unet, weights)
+def guided_noise(unet, weights):
+    """`predict(x, t)`: the predicted noise in x, without a learned variance; `weights` as of `guided_output`."""
+    output = guided_output(unet, weights)
     return lambda x, t: output(x, t)[:, : x.shape[1]]
 
 
 def noise_predictor(unet, label):
-    """`predict(x, t)` of one class."""
-    return noise_of(unet, {label: 1.0})
+    """`predict(x, t)`: the predicted noise for one class label."""
+    return guided_noise(unet, {label: 1.0})
 
 
 def guided_predictor(unet, target_label, null_label, guidance_scale):
-    """`predict(x, t)` by classifier-free guidance."""
-    return noise_of(unet, {target_label: 1 + guidance_scale, null_label: -guidance_scale})
+    """`predict(x, t)`: the predicted noise under classifier-free guidance."""
+    return guided_noise(unet, {target_label: 1 + guidance_scale, null_label: -guidance_scale})
 
 
 def classifier_gradient(classifier, target_label, scale, chain, at="timestep"):
@@ -273,20 +277,16 @@ def classifier_gradient(classifier, target_label, scale, chain, at="timestep"):
 
 
 def parts(model, classifier, scheduler):
-    """(unet, classifier or None, scheduler, how pictures are prepared) of a pipeline or of a bare UNet."""
+    """(unet, classifier or None, scheduler, preparation of images) of a pipeline or of a bare UNet."""
     if isinstance(model, UNet2DModel):
         preparation = SOURCES["brats" if model.config.in_channels == 4 else "cfg-fork"]
         return model, classifier, scheduler or DDIMScheduler(), preparation
     if "unet" not in model.components:
-        raise ValueError(
-            f"expected a pipeline with a UNet, which the originals' procedure runs, got {type(model).__name__}"
-        )
+        raise ValueError(f"expected a pipeline with a UNet for the originals' procedure, got {type(model).__name__}")
     preparation = {name: model.config[name] for name in ("data_range", "scaling", "aspect")}
     classifier = model.components.get("classifier") if classifier is None else classifier
     if is_image_classifier(classifier):
-        raise ValueError(
-            f"expected a classifier of noised pictures, (x_t, t) -> logits, got {type(classifier).__name__}"
-        )
+        raise ValueError(f"expected a classifier of noisy images, (x_t, t) -> logits, got {type(classifier).__name__}")
     return model.unet, classifier, scheduler or model.scheduler, preparation
 
 
@@ -309,7 +309,7 @@ def check_inputs(unet, classifier, scheduler, noise_level, num_steps, target_lab
         classes = min(n for n in (classes, classifier.config.num_classes) if n)
     if not classes:
         raise ValueError("expected a UNet with class embeddings, got an unconditional one")
-    # the last embedding is the null label, unless guidance is off or a classifier's: then every one may be a class
+    # with classifier-free guidance the last embedding is the null label; otherwise every embedding may be a class
     last = classes - 2 if guided else classes - 1
     if not 0 <= target_label <= last:
         raise ValueError(f"expected `target_label` in 0..{last}, got {target_label}")

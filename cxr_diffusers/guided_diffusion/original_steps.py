@@ -59,13 +59,13 @@ def noised(x0, noise, alpha):
 
 
 def ddim_step(x, noise, alpha, new_alpha, clip, gradient=None):
-    """One deterministic DDIM step from alpha bar `alpha` to `new_alpha`: (new x, predicted picture), (B, C, H, W) each.
+    """One deterministic DDIM step from alpha bar `alpha` to `new_alpha`: (new x, predicted image), (B, C, H, W) each.
 
-    With `clip` the predicted picture is clamped to [-1, 1] and the noise derived anew from it. A classifier's gradient
-    comes after that (Dhariwal & Nichol 2021, https://arxiv.org/abs/2105.05233, algorithm 2), and nothing is clamped
-    any more.
+    With `clip` the predicted image is clamped to [-1, 1] and the noise recomputed from it. A classifier's gradient
+    is added after that (Dhariwal & Nichol 2021, https://arxiv.org/abs/2105.05233, algorithm 2), without
+    another clamp.
     """
-    # the coefficients of x and of the noise in the picture that they predict
+    # the coefficients of x and of the noise in the predicted image
     a, b = (1 / alpha) ** 0.5, (1 / alpha - 1) ** 0.5
     x0 = a * x - b * noise
     if clip:
@@ -94,7 +94,7 @@ def ancestral_step(x, output, chain, index, clip, noise, gradient=None):
 
 
 def ancestral_distribution(x, output, chain, index, clip):
-    """(mean, log variance, predicted picture) of p(x at index - 1 | x at index), (B, C, H, W) each."""
+    """(mean, log variance, predicted image) of p(x at index - 1 | x at index), (B, C, H, W) each."""
     alpha, previous = chain.alpha(index), chain.alpha(index - 1)
     beta = 1 - alpha / previous
     prediction, logits = output.split(x.shape[1], dim=1) if output.shape[1] > x.shape[1] else (output, None)

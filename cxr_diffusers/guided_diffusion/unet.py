@@ -10,7 +10,7 @@ from .classifier import build_classifier, is_classifier, read_classifier
 from .flags import SOURCES, check_flags, flags_in_tensors, logger, read_flags
 from .weights import convert_weights
 
-# what decides the result, is not in the tensors, and therefore deserves a word when nobody said it
+# flags that change the result, cannot be read from the tensors, and are reported as assumed if they were not given
 DECISIVE = ("num_heads", "noise_schedule", "source")
 
 
@@ -30,12 +30,13 @@ def convert_state_dict(state_dict, **flags):
         For a classifier a `NoisyClassifier` is in the UNet's place, and the dict has `class_names`, `flags`, `assumed`
         and `num_parameters` alone.
 
-        null_label: whether the last class embedding means "no class named". Only the CFG fork's models know one: its
-            class MLP is folded into the table and a row of zeros added. The label embeddings of Wolleb's and OpenAI's
-            models keep their rows: a row of zeros would be an input that those networks have never seen.
-        source, data_range, scaling, aspect: whose, and how pictures have to be prepared (see `prepare_image`).
+        null_label: whether the last class embedding is the null label. Only the CFG fork's models have one: its class
+            MLP is folded into the embedding table, and a row of zeros is added. The tables of Wolleb's and OpenAI's
+            models are kept: those networks were never trained with a row of zeros.
+        source, data_range, scaling, aspect: the family of the checkpoint, and its image preparation (see
+            `prepare_image`).
         class_names: a list, or None.
-        flags: every flag as it was understood. assumed: the decisive ones that nobody said and no tensor shows.
+        flags: the value of every flag. assumed: the flags of `DECISIVE` that were neither given nor in the tensors.
         num_parameters: of the UNet.
 
     Raises:
@@ -88,7 +89,7 @@ def superseded(name, flags):
 
 
 def guess_source(architecture):
-    """Four channels are BraTS, whoever trained on it; a class MLP is the fork's alone, three channels are OpenAI's."""
+    """The family of a checkpoint: four channels are BraTS, three OpenAI's; only the fork has a class MLP."""
     if architecture.in_channels == 4:
         return "brats"
     if architecture.class_mlp:
@@ -97,7 +98,7 @@ def guess_source(architecture):
 
 
 def class_names(flags, architecture):
-    """The names handed over; those of the fork's two classes are known: its loaders number healthy 0, diseased 1."""
+    """The given names; for the fork's two classes the default is its loaders' order: healthy 0, diseased 1."""
     if flags.class_names is None:
         return ["healthy", "diseased"] if architecture.class_mlp and architecture.num_classes == 2 else None
     count = architecture.out_channels if architecture.pool else architecture.num_classes or 0
@@ -113,8 +114,9 @@ def unet_class(architecture, flags):
 
     if not architecture.class_mlp or flags.use_new_attention_order:
         raise ValueError(
-            "unet_version v2 (tensors encoder_kv) is known with the fork's class MLP and the legacy attention order "
-            f"alone, got clf_free {architecture.class_mlp}, use_new_attention_order {flags.use_new_attention_order}"
+            "unet_version v2 (tensors encoder_kv) is convertible only with the fork's class MLP and the legacy "
+            f"attention order, got clf_free {architecture.class_mlp}, "
+            f"use_new_attention_order {flags.use_new_attention_order}"
         )
     return ClassMatrixUNet
 
@@ -155,7 +157,7 @@ def unet_config(architecture, flags):
 
 
 def attention_head_dim(architecture, flags):
-    """The channels of one head: UNet2DModel knows one number for the whole network (None: one head everywhere)."""
+    """The channels of one head: UNet2DModel has one number for the whole network (None: one head everywhere)."""
     widths = {architecture.block_out_channels[i] for i in (*architecture.attention_levels, -1)}
     if flags.num_head_channels != -1:
         bad = [w for w in sorted(widths) if w % flags.num_head_channels]
@@ -184,7 +186,7 @@ def attention_head_dim(architecture, flags):
 
 
 def build_scheduler(flags):
-    """The training chain; `timestep_spacing` as the originals' `ddimN`."""
+    """The scheduler of the training chain; `timestep_spacing` as in the originals' `ddimN`."""
     steps = flags.diffusion_steps
     betas = (
         {"beta_schedule": "linear", "beta_start": 0.1 / steps, "beta_end": 20 / steps}

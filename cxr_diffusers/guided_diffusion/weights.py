@@ -1,4 +1,4 @@
-"""The tensors' names there and here."""
+"""The originals' tensors under the names that diffusers gives them."""
 
 from functools import partial
 
@@ -29,7 +29,7 @@ def convert_weights(state_dict, unet, architecture, new_order):
     `unet` may be a `NoisyClassifier`: an encoder under the UNet's names, and a head.
 
     `new_order`: whether the rows of the qkv tensors are [all Q, K, V], or [q, k, v] head by head.
-    Raises ValueError naming every tensor that is missing, left over, of the wrong shape, or not finite.
+    Raises ValueError naming every tensor that is missing, unexpected, of the wrong shape, or not finite.
     """
     moves = [*plain_moves(unet, architecture), *attention_moves(unet, architecture, new_order)]
     moves += head_moves(unet, architecture)
@@ -48,7 +48,7 @@ def convert_weights(state_dict, unet, architecture, new_order):
 def check_tensors(state_dict, expected):
     """Raise ValueError unless the state_dict has exactly the tensors {name: shape} of `expected`, all finite."""
     wrong = [f"missing {name} {list(expected[name])}" for name in sorted(set(expected) - set(state_dict))]
-    wrong += [f"left over {name} {list(state_dict[name].shape)}" for name in sorted(set(state_dict) - set(expected))]
+    wrong += [f"unexpected {name} {list(state_dict[name].shape)}" for name in sorted(set(state_dict) - set(expected))]
     for name in sorted(set(expected) & set(state_dict)):
         if tuple(state_dict[name].shape) != tuple(expected[name]):
             wrong.append(f"{name}: expected shape {list(expected[name])}, got {list(state_dict[name].shape)}")
@@ -72,33 +72,33 @@ def plain_moves(unet, architecture):
         modules |= {f"{old}.{a}": f"{new}.{b}" for a, b in RESIDUAL_BLOCK.items()}
     wanted = unet.state_dict()
     for old, new in modules.items():
-        for kind in ("weight", "bias"):
-            if f"{new}.{kind}" in wanted:  # a conv_shortcut is only where the channels change
-                yield f"{old}.{kind}", wanted[f"{new}.{kind}"].shape, {f"{new}.{kind}": same}
+        for end in ("weight", "bias"):
+            if f"{new}.{end}" in wanted:  # a block has a conv_shortcut only if the channels change
+                yield f"{old}.{end}", wanted[f"{new}.{end}"].shape, {f"{new}.{end}": same}
 
 
 def attention_moves(unet, architecture, new_order):
-    """The same for attention: its 1x1 convolutions over the flattened picture become linear layers."""
+    """The same for attention: its 1x1 convolutions over the flattened image become linear layers."""
     modules = dict(unet.named_modules())
     for old, new in attention_blocks(architecture):
         if new not in modules:
             continue
         channels, heads = modules[new].to_q.in_features, modules[new].heads
-        for kind, tail in (("weight", (channels, 1)), ("bias", ())):
-            yield f"{old}.norm.{kind}", (channels,), {f"{new}.group_norm.{kind}": same}
-            yield f"{old}.proj_out.{kind}", (channels, *tail), {f"{new}.to_out.0.{kind}": as_linear}
+        for end, tail in (("weight", (channels, 1)), ("bias", ())):
+            yield f"{old}.norm.{end}", (channels,), {f"{new}.group_norm.{end}": same}
+            yield f"{old}.proj_out.{end}", (channels, *tail), {f"{new}.to_out.0.{end}": as_linear}
             thirds = {
-                f"{new}.to_{name}.{kind}": partial(part, index=i, count=3, heads=heads, new_order=new_order)
+                f"{new}.to_{name}.{end}": partial(part, index=i, count=3, heads=heads, new_order=new_order)
                 for i, name in enumerate("qkv")
             }
-            yield f"{old}.qkv.{kind}", (3 * channels, *tail), thirds
+            yield f"{old}.qkv.{end}", (3 * channels, *tail), thirds
             if architecture.class_matrix:
-                tail = (4 * architecture.model_channels, 1) if kind == "weight" else ()
+                tail = (4 * architecture.model_channels, 1) if end == "weight" else ()
                 halves = {
-                    f"{new}.processor.to_{name}.{kind}": partial(part, index=i, count=2, heads=heads)
+                    f"{new}.processor.to_{name}.{end}": partial(part, index=i, count=2, heads=heads)
                     for i, name in enumerate("kv")
                 }
-                yield f"{old}.encoder_kv.{kind}", (2 * channels, *tail), halves
+                yield f"{old}.encoder_kv.{end}", (2 * channels, *tail), halves
 
 
 def head_moves(classifier, architecture):
@@ -146,7 +146,7 @@ def attention_blocks(architecture):
 
 
 def places(architecture):
-    """Where the blocks of the levels lie: each level is followed by a downsampler in one list of the original."""
+    """(original prefix, diffusers prefix) of the blocks of all levels; the original lists downsamplers among them."""
     n = architecture.layers_per_block
     for i in range(len(architecture.block_out_channels)):
         for j in range(n):
@@ -156,7 +156,7 @@ def places(architecture):
 
 
 def resamplers(architecture):
-    """(original prefix, diffusers prefix) of what lies between two levels: a convolution or a residual block."""
+    """(original prefix, diffusers prefix) of the block between two levels: a convolution or a residual block."""
     n, levels = architecture.layers_per_block, len(architecture.block_out_channels)
     op, conv = ("", "") if architecture.updown else (".op", ".conv")
     for i in range(levels - 1):
@@ -182,11 +182,11 @@ def class_shapes(architecture):
 
 
 def class_table(state_dict, architecture):
-    """The rows of the class embedding; for the fork, what its class MLP makes of them, and zeros: the null label."""
+    """The rows of the class embedding; for the fork after its class MLP, with a row of zeros for the null label."""
     table = state_dict["label_emb.weight"].float()
     if not architecture.class_mlp:
         return table
-    mlp = [state_dict[f"cond_embed.{layer}.{kind}"].float() for layer in (0, 2) for kind in ("weight", "bias")]
+    mlp = [state_dict[f"cond_embed.{layer}.{end}"].float() for layer in (0, 2) for end in ("weight", "bias")]
     hidden = F.silu(F.linear(table, mlp[0], mlp[1]))
     rows = F.linear(hidden, mlp[2], mlp[3])
     return torch.cat([rows, torch.zeros(1, rows.shape[1])])

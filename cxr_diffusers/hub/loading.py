@@ -122,7 +122,7 @@ def shipped_folder(name: Path | str) -> Path | None:
     return folder if (folder / "model_index.json").is_file() and not Path(name).exists() else None
 
 
-def load_pipeline(name, trust_remote_code=False):
+def load_pipeline(name: Path | str, trust_remote_code: bool = False) -> Any:
     """Open a model as a pipeline of the class that its `model_index.json` names.
 
     Args:

@@ -72,7 +72,7 @@ DEBLUR_CARD = """---
 # {title}
 
 {image}
-A diffusion model of radiographs, used as the prior for deblurring with a known kernel by DiffPIR (Zhu et al. 2023,
+A diffusion model of radiographs, used as the prior for deblurring with a given kernel by DiffPIR (Zhu et al. 2023,
 https://arxiv.org/abs/2305.08995). Made with `cxr_diffusers`.
 
 **Research use only.** Not a medical device; not for diagnosis, triage or any decision about a patient. A prior restores

@@ -12,7 +12,7 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
-from ..data.images import picture_size
+from ..data.images import height_and_width
 from ..evaluation.masks import healthy_threshold
 from ..evaluation.predictions import load_prediction, save_prediction
 from ..files import remove_dead, write_file
@@ -169,7 +169,7 @@ def unpad(anomaly_map: np.ndarray, image: Any, aspect: str) -> np.ndarray:
     """The part of a square map that shows the image, its longer side as long as the square's."""
     if aspect == "keep":
         return anomaly_map
-    height, width = picture_size(image)
+    height, width = height_and_width(image)
     scale = max(anomaly_map.shape) / max(height, width)
     return restore_map(anomaly_map, max(1, round(height * scale)), max(1, round(width * scale)), aspect)
 

@@ -12,7 +12,7 @@ import numpy as np
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from ..data.images import is_dicom, picture_size
+from ..data.images import height_and_width, is_dicom
 from ..fingerprints import fingerprint
 from ..processes import Shard, process_state, split_pending
 from .detection_folder import DetectionFolder, Outputs, file_stamp
@@ -254,7 +254,7 @@ class Detection:
         seconds = (time.perf_counter() - start) / len(batch)
         warn_of_unlike_images(self.pipeline, batch)
         self.folder.keep_settings()  # only now: a refused call leaves nothing behind
-        sizes = [picture_size(file.image) for file in batch]
+        sizes = [height_and_width(file.image) for file in batch]
         segmenter = self.pipeline.components.get("lung_segmenter")
         zones = zone_columns(segmenter, output.image, output.anomaly_map, sizes, self.pipeline.config["aspect"])
         writing = []

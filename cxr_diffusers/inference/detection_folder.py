@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..data.images import picture_size, without_suffix
+from ..data.images import height_and_width, without_suffix
 from ..files import DamagedSettingsError, check_settings, keep_settings, remove_dead, save_map, save_png, write_file
 from ..pipelines.cxr_images import restore_map
 from ..visualization import side_by_side, to_grey
@@ -196,7 +196,7 @@ class DetectionFolder:
             OSError: a file cannot be written.
         """
         settings, (model_input, counterfactual, anomaly_map, score) = self.settings, output
-        threshold, size = settings["map_threshold"], picture_size(image)
+        threshold, size = settings["map_threshold"], height_and_width(image)
         full_map = restore_map(anomaly_map, *size, self.config["aspect"])
         mask = full_map > (threshold or 1)  # without a threshold no pixel is abnormal
         fraction = float(mask.mean()) if threshold else None

@@ -138,10 +138,7 @@ def make_segmentation(source: Any, mask: np.ndarray, algorithm: Algorithm) -> An
         series_number=series_number(source, SEGMENTATION_SERIES),
         sop_instance_uid=make_uid("seg", source.SOPInstanceUID, algorithm),
         instance_number=instance_number(source),
-        manufacturer="cxr_diffusers",
-        manufacturer_model_name=f"{algorithm.name} {algorithm.model}"[:64],
-        software_versions=__version__,
-        device_serial_number=algorithm.fingerprint,  # there is no device: this identifies the weights
+        **equipment(algorithm),
         content_label="ANOMALY",
         content_description=f"map above {algorithm.threshold:g}, a threshold from healthy images",
         series_description=f"RESEARCH USE ONLY: {algorithm.name} segmentation",
@@ -243,10 +240,7 @@ def make_presentation_state(source: Any, mask: np.ndarray, algorithm: Algorithm)
         series_number=series_number(header, PRESENTATION_SERIES),
         sop_instance_uid=make_uid("presentation", header.SOPInstanceUID, algorithm),
         instance_number=instance_number(header),
-        manufacturer="cxr_diffusers",
-        manufacturer_model_name=f"{algorithm.name} {algorithm.model}"[:64],
-        software_versions=__version__,
-        device_serial_number=algorithm.fingerprint,
+        **equipment(algorithm),
         content_label="ANOMALY",
         content_description=f"outlines of the map above {algorithm.threshold:g}",
         graphic_annotations=[annotation],
@@ -283,6 +277,16 @@ def complete(made: Any, source: Any) -> Any:
     series = pydicom_dataset(SeriesInstanceUID=source.SeriesInstanceUID, ReferencedInstanceSequence=[instance])
     made.ReferencedSeriesSequence = [series]  # Common Instance Reference
     return made
+
+
+def equipment(algorithm: Algorithm) -> dict[str, str]:
+    """The keywords with which highdicom describes the equipment: this program, and its model as the device."""
+    return {
+        "manufacturer": "cxr_diffusers",
+        "manufacturer_model_name": f"{algorithm.name} {algorithm.model}"[:64],
+        "software_versions": __version__,
+        "device_serial_number": algorithm.fingerprint,
+    }
 
 
 def pydicom_dataset(**values: Any) -> Any:

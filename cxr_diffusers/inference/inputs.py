@@ -65,7 +65,7 @@ def read_source(path: Path, dicom: bool) -> Any:
     """The header of a DICOM file, None for another file.
 
     Raises:
-        ValueError: `dicom`, and the header lacks what DICOM objects need (see `check_source`).
+        ValueError: `dicom`, and the header lacks an element that DICOM objects need (see `check_source`).
     """
     if not is_dicom(path):
         return None

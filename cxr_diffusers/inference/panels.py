@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 from PIL import Image
 
-from ..data.images import picture_size
+from ..data.images import height_and_width
 from ..pipelines.cxr_images import frame, prepare_image, restore_map
 
 PANEL_SIZE = 512  # longer side: sharp enough to read the chest, three of them fit on a screen
@@ -46,7 +46,7 @@ def crisp_counterfactual(
     Returns:
         (H, W) float32 in [0, 1], in the greys of `image`, at the resolution of `source`.
     """
-    height, width = picture_size(source)
+    height, width = height_and_width(source)
     change = counterfactual.mean(-1) - image.mean(-1)
     # restoring clips to [0, 1]: brighter and darker are restored one after the other
     brighter, darker = (restore_map(np.maximum(x, 0), height, width, config["aspect"]) for x in (change, -change))
@@ -61,7 +61,7 @@ def sharp_input(
     Images that the model takes pixel by pixel, and those of several channels (their mean), keep their own size.
     """
     if config["aspect"] == "keep" or isinstance(source, np.ndarray):
-        return restore_map(image.mean(-1), *picture_size(source), config["aspect"])
+        return restore_map(image.mean(-1), *height_and_width(source), config["aspect"])
     return in_model_greys(source, image.shape[0], config["scaling"], config["aspect"], longest)
 
 

@@ -1,1 +1,1 @@
-"""What diffusers has no class for, one self-contained file each (torch and diffusers only): they travel too."""
+"""Network classes that diffusers lacks, one self-contained file each: a saved pipeline contains a copy of them."""

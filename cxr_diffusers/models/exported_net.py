@@ -89,7 +89,7 @@ class ExportedNet(ModelMixin, ConfigMixin):
                 f"was exported, got {tuple(sample.shape)}"
             )
         if sample.requires_grad and torch.is_grad_enabled():
-            raise ValueError("expected no gradient to be asked for: an exported network has none")
+            raise ValueError("an exported network has no gradients: expected a call under `torch.no_grad()`")
         if self.call_net is None:
             raise ValueError("expected a network that `from_pretrained` or `open_net` has opened, got its config alone")
         arrays = {"sample": sample.detach().cpu().float().numpy()}

@@ -54,7 +54,7 @@ class ConditionalInstanceNorm2d(nn.InstanceNorm2d):
         super().__init__(channels, affine=True, track_running_stats=track_running_stats)
         self.of_class = nn.Linear(num_classes, 2 * channels, bias=False) if num_classes else None
         if self.of_class is not None:
-            nn.init.normal_(self.of_class.weight, std=0.1)  # with zeros all classes would start alike
+            nn.init.normal_(self.of_class.weight, std=0.1)  # with zeros all classes would start equal
 
     def forward(self, x, vectors):
         x = super().forward(x)

@@ -1,4 +1,4 @@
-"""p(label | x_t, t): which class a picture is of, told from its noised version."""
+"""p(label | x_t, t): the class of an image, predicted from a noisy version of it."""
 
 import torch
 import torch.nn.functional as F

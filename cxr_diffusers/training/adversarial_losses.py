@@ -20,11 +20,11 @@ def discriminator_loss(
     classification="softmax",
     alpha=None,
 ):
-    """The critic's step: tell real from translated, and name the class of what is real.
+    """The critic's loss: discriminate real from translated images, and classify the real ones.
 
     Args:
         images: (B, C, H, W) in [-1, 1].
-        labels, target_labels: (B,) class ids, or (B, K) vectors: what the images are, and what they are translated to.
+        labels, target_labels: (B,) class ids, or (B, K) vectors: classes of the images and of their translations.
         lambda_cls, lambda_gp: weights of domain classification and gradient penalty.
         classification: see `domain_classification_loss`.
         alpha: see `gradient_penalty`.
@@ -57,7 +57,7 @@ def generator_loss(
     lambda_id=10.0,
     classification="softmax",
 ):
-    """The generator's step: translate across domains and back, and leave alone what is of the domain already.
+    """The generator's loss: translation across domains and back, and identity within the image's own domain.
 
     The terms named `same_` are the fixed-point ones: an image translated to its own labels must look real, be of its
     class, come back, and be itself (`identity`).
@@ -73,10 +73,10 @@ def generator_loss(
 
     across, within = generator(images, target_labels).sample, generator(images, labels).sample
     terms = {}
-    for prefix, translated, asked in (("", across, target_labels), ("same_", within, labels)):
+    for prefix, translated, classes in (("", across, target_labels), ("same_", within, labels)):
         judged = discriminator(translated)
         terms[f"{prefix}adversarial"] = -judged.score.float().mean()
-        terms[f"{prefix}domain"] = domain_classification_loss(judged.logits, asked, classification)
+        terms[f"{prefix}domain"] = domain_classification_loss(judged.logits, classes, classification)
         terms[f"{prefix}cycle"] = (images - generator(translated, labels).sample).abs().mean()
     terms["identity"] = (images - within).abs().mean()
     loss = lambda_id * terms["identity"]

@@ -101,7 +101,7 @@ def sync_folder(folder):
 
 
 def find_damage(folder):
-    """Why a checkpoint cannot be used, with the name of the file; None for one that is intact.
+    """The reason why a checkpoint cannot be used, with the name of the file; None if it is intact.
 
     Checkpoints of versions that wrote no digests count as intact where their last file is present.
     """
@@ -123,9 +123,9 @@ def find_damage(folder):
 
 
 def newest_intact(accelerator, output_dir):
-    """The newest checkpoint whose files all match their digests, or None; says which ones are passed over.
+    """The newest checkpoint whose files all match their digests, or None; prints which ones are skipped.
 
-    The main process verifies, the others are told.
+    The main process verifies and sends the result to the others.
     """
     chosen = [None]
     if accelerator.is_main_process:
@@ -144,7 +144,7 @@ def newest_intact(accelerator, output_dir):
 
 
 def restore_records(folder, output_dir):
-    """Put the copies of `RECORDS` in a checkpoint back into the run's folder; says which of them had been damaged."""
+    """Put the copies of `RECORDS` in a checkpoint back into the run's folder; prints which of them were damaged."""
     for name in RECORDS:
         record = Path(output_dir) / name
         if not (folder / name).is_file():  # of a version that kept no copies, or nothing was measured yet
@@ -191,7 +191,7 @@ def resume(accelerator, ema, folder):
 
 
 def replace_into(folder, write):
-    """`write(temporary)`, then move what it wrote into `folder`, `model_index.json` last: no half-written model."""
+    """Move the files that `write(temporary)` writes into `folder`, `model_index.json` last: never half a model."""
     temporary = Path(folder) / ".saving"
     shutil.rmtree(temporary, ignore_errors=True)
     with removed_if_incomplete(temporary):
@@ -206,7 +206,7 @@ def replace_into(folder, write):
 
 
 class FolderLock:
-    """One run a folder: a lock on its file `.lock` that the operating system releases when the process ends.
+    """A lock on a run's folder (its file `.lock`), which the operating system releases when the process ends.
 
     Raises:
         BlockingIOError: another process holds the lock.

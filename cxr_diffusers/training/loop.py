@@ -1,4 +1,4 @@
-"""The training loop of UNets, classifiers and segmenters; `loss_fn` says what is learned."""
+"""The training loop of UNets, classifiers and segmenters; `loss_fn` computes the loss of a batch."""
 
 import math
 from collections.abc import Callable, Mapping

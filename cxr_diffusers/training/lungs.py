@@ -1,4 +1,4 @@
-"""Radiographs with lung masks, and random changes that keep their lungs where they are marked."""
+"""Radiographs with lung masks, and augmentation that transforms images and masks together."""
 
 import math
 
@@ -72,10 +72,10 @@ def augment_lungs(
     mirror=0.0,
     paint=0.0,
 ):
-    """Images in [-1, 1] and their lung masks -> (the same, `size` x `size`, each changed a little and alike).
+    """Randomly augmented (images, masks) at `size` x `size`, the same change for an image and its mask.
 
     Args:
-        images, masks: (B, 1, S, S) and (B, 2, S, S), S a multiple of `size`.
+        images, masks: (B, 1, S, S) in [-1, 1] and (B, 2, S, S) of 0 / 1, S a multiple of `size`.
         degrees: rotation, uniform in +- degrees.
         zoom: scale exp(u), u uniform in +- zoom.
         stretch: ratio of height and width exp(u), u uniform in +- stretch: children's lungs are wider than adults'.
@@ -83,8 +83,8 @@ def augment_lungs(
         gamma: exposure, v -> v ** exp(u) on [0, 1] with u uniform in +- gamma.
         clip: over-exposure, [u, 1 - v] of the grey scale stretched to [0, 1] and the rest clipped, u and v uniform in
             [0, clip].
-        mirror: how often an image is mirrored; the right lung remains the one on the left of the image.
-        paint: how often a lung is painted over, see `paint_opacities`.
+        mirror: probability of mirroring; the right lung remains the one on the left of the image.
+        paint: probability of a synthetic opacity in a lung, see `paint_opacities`.
     """
     batch = len(images)
 
@@ -103,7 +103,7 @@ def augment_lungs(
     )
     grid = F.affine_grid(torch.stack(rows).permute(2, 0, 1), list(images.shape), align_corners=False)
     step = images.shape[-1] // size
-    # half of the images are continued by their own border, the others lie on black
+    # outside the image: its border values for half of the images, black for the others
     outside = torch.rand(batch, device=images.device)[:, None, None, None] < 0.5
     black = F.grid_sample(images + 1, grid, align_corners=False) - 1
     images = torch.where(outside, black, F.grid_sample(images, grid, padding_mode="border", align_corners=False))
@@ -159,7 +159,7 @@ def paint_opacities(images: torch.Tensor, masks: torch.Tensor, probability: floa
     bright = images.flatten(1).float().quantile(0.9, dim=1).view(-1, 1, 1, 1)
     dark = images.flatten(1).float().quantile(0.5, dim=1).view(-1, 1, 1, 1)
     target = dark + (bright - dark) * (torch.rand(batch, 1, 1, 1, device=device) * 0.7 + 0.5)
-    # fluid adds to what is in front of it and behind it, it never darkens
+    # an opacity only brightens
     return images + opacity * (target.clamp(-1, 1) - images).clamp_min(0)
 
 

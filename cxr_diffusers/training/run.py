@@ -134,7 +134,7 @@ class Run:
         return history
 
     def resume(self, model: torch.nn.Module, ema: EMAModel) -> int:
-        """Load the newest checkpoint into what the accelerator has prepared and `ema`, the average of `model`.
+        """Load the newest checkpoint into the objects prepared by the accelerator and `ema`, the average of `model`.
 
         Returns:
             the number of steps already done.

@@ -17,7 +17,7 @@ class ValidationLoss:
         images: a `TensorImages` in memory, with labels and, where `conditions` has views, views.
         conditions: a `pipelines.cxr_conditions.Conditions`.
         class_names: names of the classes, healthy first.
-        scheduler: gives the noise levels, and says what the UNet predicts.
+        scheduler: defines the noise levels and the `prediction_type` of the UNet.
         limit: at most so many images, evenly spaced over the rows.
         batch_size: images at once.
     """

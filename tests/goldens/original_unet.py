@@ -163,6 +163,6 @@ class OriginalClassifier(OriginalUNet):
         qkv = F.conv1d(x, weight, self.get("out.2.qkv_proj.bias", 3 * channels))
         q, k, v = qkv.reshape(batch, 3, channels // self.head_channels, self.head_channels, -1).unbind(1)
         attention = torch.einsum("bhcq,bhck->bhqk", q[..., :1], k / self.head_channels**0.5).softmax(-1)
-        found = torch.einsum("bhqk,bhck->bhc", attention, v).reshape(batch, channels, 1)
+        result = torch.einsum("bhqk,bhck->bhc", attention, v).reshape(batch, channels, 1)
         weight = self.get("out.2.c_proj.weight", self.out_channels, channels, 1)
-        return F.conv1d(found, weight, self.get("out.2.c_proj.bias", self.out_channels))[..., 0]
+        return F.conv1d(result, weight, self.get("out.2.c_proj.bias", self.out_channels))[..., 0]

@@ -240,7 +240,7 @@ def test_an_image_is_denoised_under_the_label_that_explains_it_best(model):
     pipeline.unet.forward = count
     best = denoising_errors(pipeline, images)
     assert evaluations == [[4] * 6 + [5] * 6] * 3, "the null labels of two views, at three levels"
-    pipeline.register_views(["any"] * 6)  # six views of no class
+    pipeline.register_views(["any"] * 6, True, 6)  # six views of no class
     assert (denoising_errors(pipeline, images) <= best + 1e-5).all()
 
 

@@ -38,7 +38,7 @@ def shared_components(folder: Path, index: dict) -> dict[str, Any]:
 
     For example, the shipped classifier guides the default model's UNet, which is shipped only once.
     """
-    if folder.parent != CHECKPOINTS:
+    if folder.resolve().parent != CHECKPOINTS.resolve():
         return {}
     # a component is [library, class]; `data_range` is a list, too
     pairs = {name for name, value in index.items() if isinstance(value, list) and value and isinstance(value[0], str)}

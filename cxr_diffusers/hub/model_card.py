@@ -271,6 +271,7 @@ def describe_evaluation(summary: dict, row: str, evaluated_on: str) -> str:
         row: the name of the model's row.
     """
     from ..evaluation import summary_table
+    from ..evaluation.controls import mean_map_of
 
     methods = summary["settings"]["methods"]
     others = [f"`{name}`" for name in methods if name != row]
@@ -283,9 +284,15 @@ def describe_evaluation(summary: dict, row: str, evaluated_on: str) -> str:
         f"Other models: {', '.join(others)}. " if others else "",
         "The remaining rows are controls, which do not use the image or the model.",
     ]
-    # the differences are those of the first method to the others
-    differences = summary["differences"] if row == next(iter(methods)) else {}
-    table = summary_table({**summary, "differences": differences}, HEADLINES)
+    left_out = [mean_map_of(name, methods) for name in methods if name != row]  # the mean maps of other models
+    names = [row, *(name for name in summary["rows"] if name != row and not name.startswith(tuple(left_out)))]
+    pairs = {f"{row} - {name}" for name in names}
+    kept = {
+        "rows": {name: summary["rows"][name] for name in names},
+        "differences": {pair: values for pair, values in summary["differences"].items() if pair in pairs},
+        "strata": {},
+    }
+    table = summary_table({**summary, **kept}, HEADLINES)
     return f"{''.join(sentences)}\n\n{table}".strip()
 
 

@@ -229,7 +229,7 @@ def test_errors_do_not_depend_on_the_batch_and_hardly_on_bfloat16(model):
     assert 0 < np.abs(half - together).max() < 0.02
 
 
-def test_an_image_is_denoised_under_the_label_that_explains_it_best(model):
+def test_an_image_is_denoised_under_the_null_label_of_each_view(model):
     pipeline, images = opened(model), phantoms(0, n=6)["image"][:]
     evaluations, forward = [], pipeline.unet.forward
 
@@ -238,10 +238,8 @@ def test_an_image_is_denoised_under_the_label_that_explains_it_best(model):
         return forward(x, t, class_labels=class_labels)
 
     pipeline.unet.forward = count
-    best = denoising_errors(pipeline, images)
+    denoising_errors(pipeline, images)
     assert evaluations == [[4] * 6 + [5] * 6] * 3, "the null labels of two views, at three levels"
-    pipeline.register_views(["any"] * 6, True, 6)  # six views of no class
-    assert (denoising_errors(pipeline, images) <= best + 1e-5).all()
 
 
 def test_a_guided_model_without_classes_in_its_unet_has_errors_too():

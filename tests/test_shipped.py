@@ -3,8 +3,6 @@
 import re
 from pathlib import Path
 
-import numpy as np
-import PIL.Image
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -61,22 +59,6 @@ FEW_STEPS = {"num_inference_steps": 8, "evidence": 0.0, "score": "map"}
 def test_a_call_with_other_settings(shipped):
     output = shipped(samples(1), guidance_scale=4, noise_level=500, **FEW_STEPS)
     assert output.anomaly_map[0].size == (128, 128)
-
-
-def test_an_opacity_painted_into_a_lung_raises_the_map_there_and_not_elsewhere(shipped):
-    rises = []
-    for image in samples(3):
-        grey = np.asarray(image.convert("L"), np.float32)
-        zones = shipped.lung_segmenter.zones(torch.tensor(grey)[None, None] / 127.5 - 1)
-        rows, columns = np.nonzero((zones["right"] & zones["middle"])[0].numpy())
-        y, x = np.mgrid[: grey.shape[0], : grey.shape[1]]
-        opacity = np.exp(-((y - rows.mean()) ** 2 + (x - columns.mean()) ** 2) / (2 * 7**2))
-        painted = np.clip(grey + 80 * opacity, 0, 255)
-        pair = [PIL.Image.fromarray(a.astype(np.uint8)) for a in (grey, painted)]
-        before, after = shipped(pair, output_type="np", **FEW_STEPS).anomaly_map
-        rises.append([(after - before)[opacity > 0.5].mean(), (after - before)[opacity < 0.05].mean()])
-    inside, outside = np.mean(rises, axis=0)
-    assert inside > 0.008 and abs(outside) < 0.2 * inside
 
 
 def test_a_shipped_model_is_not_published_without_its_code():

@@ -76,6 +76,10 @@ def checkpoint_digest(folder: Path | str) -> str:
         if path.suffix == ".safetensors":
             digest.update(path.read_bytes())
         else:
-            settings = json.loads(path.read_text()).get("settings")
-            digest.update(json.dumps(settings, sort_keys=True).encode())
+            index = json.loads(path.read_text())
+            drawn_with = [
+                index.get("settings"),
+                index.get("map_threshold"),
+            ]  # three thresholds are a panel's last colour
+            digest.update(json.dumps(drawn_with, sort_keys=True).encode())
     return digest.hexdigest()

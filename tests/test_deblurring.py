@@ -217,7 +217,7 @@ def test_two_processes_share_the_pictures(prior, folder, tmp_path):
     prior.save_pretrained(tmp_path / "prior")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = ["-m", "cxr_diffusers.cli", "deblur", str(folder), str(tmp_path / "two"), "--kernel", KERNEL]
-    command += ["--model", str(tmp_path / "prior"), "--num-inference-steps", "2"]
+    command += ["--model", str(tmp_path / "prior"), "--num-inference-steps", "2", "--dtype", "float32"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*launch, *command], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600

@@ -88,7 +88,7 @@ def server(toy, tmp_path_factory):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder / "tmp")}
-    command = [sys.executable, "-c", SERVER, "demo", "--port", str(port), "--device", "cpu"]
+    command = [sys.executable, "-c", SERVER, "demo", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
     command += ["--model", *(str(folder / name) for name in ("toy", "slow", "broken"))]
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
@@ -231,7 +231,7 @@ def test_the_reason_of_a_refusal_stays_until_the_next_file(open_page, tmp_path):
     assert "text.png cannot be read" in page.inner_text("#message")
     Image.new("L", (90, 90), 200).save(tmp_path / "blank.png")
     page.set_input_files("#drop input[type=file]", tmp_path / "blank.png")
-    page.wait_for_selector("#message [role=alert] >> text=blank.png: all 8,100 pixels have one value")
+    page.wait_for_selector("#message [role=alert] >> text=got one value in all 8,100 pixels")
     write_dicom(tmp_path / "lateral.dcm", chest(dtype=np.uint16), 16, ViewPosition="LL")
     page.set_input_files("#drop input[type=file]", tmp_path / "lateral.dcm")
     page.wait_for_selector("#message .warning >> text=LL")

@@ -217,7 +217,7 @@ def test_processes_share_the_work_on_a_cpu(pipeline, folder, tmp_path):
     pipeline.save_pretrained(tmp_path / "model")
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     command = ["-m", "cxr_diffusers.cli", "detect", folder, "--model", tmp_path / "model", "--out", out]
-    steps = ["--num-inference-steps", "20", "--noise-level", "300"]
+    steps = ["--num-inference-steps", "20", "--noise-level", "300", "--dtype", "float32"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *launch, *map(str, command), *steps],

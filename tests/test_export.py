@@ -197,6 +197,7 @@ def test_detect_and_evaluate_take_a_backend(tmp_path, capsys):
         for i, image in enumerate(make_images(2)):
             image.save(tmp_path / "data" / name / f"{i}.png")
     settings = ["--model", str(tmp_path / "torch"), "--num-inference-steps", "20", "--noise-level", "300"]
+    settings += ["--dtype", "float32"]  # as an exported network computes
     maps = {}
     for backend in ("torch", "onnx"):
         out = tmp_path / backend / "out"

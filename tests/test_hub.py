@@ -1,6 +1,7 @@
 """Publishing, against a stand-in Hub on 127.0.0.1, and the card that goes with a model."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from cxr_diffusers import CFGAnomalyPipeline
+from cxr_diffusers import CFGAnomalyPipeline, default_checkpoint
 from cxr_diffusers.evaluation.predictions import Method
 from cxr_diffusers.evaluation.tables import describe_method
 from cxr_diffusers.files import as_json
@@ -303,4 +304,5 @@ def test_a_model_that_is_not_on_the_hub_is_named(tmp_path):
 def test_training_can_start_from_a_saved_unet(pipeline, folder):
     for ours, theirs in zip(pipeline.unet.parameters(), load_unet(folder).parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    assert load_unet("default").config.sample_size == 64
+    config = json.loads((Path(default_checkpoint()) / "unet" / "config.json").read_text())
+    assert load_unet("default").config.sample_size == config["sample_size"]

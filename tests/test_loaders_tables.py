@@ -346,6 +346,8 @@ def test_a_line_opens_a_data_set_with_nested_brackets(mimic):
 
 
 def test_evaluate_takes_the_data_set_by_its_name(mimic, pipeline, tmp_path, capsys):
+    for path in mimic.rglob("*.jpg"):  # images of one value are refused
+        PIL.Image.linear_gradient("L").resize((12, 10)).save(path)
     pipeline.save_pretrained(tmp_path / "model")
     data = f"mimic_cxr:root={mimic},split=all,classes=[Pneumonia],other=true"
     command = ["evaluate", data, "--out", str(tmp_path / "out"), "--bootstrap", "5", "--model", str(tmp_path / "model")]

@@ -42,14 +42,15 @@ def test_the_outputs_of_a_notebook_are_of_the_shipped_weights(path):
         assert not stale(stamp), "outputs of older weights: python benchmarks/notebooks.py"
 
 
-def test_a_digest_follows_the_weights_and_the_settings(tmp_path):
+def test_a_digest_follows_the_weights_the_settings_and_the_threshold(tmp_path):
     (tmp_path / "unet").mkdir()
     weights, index = tmp_path / "unet" / "model.safetensors", tmp_path / "model_index.json"
     digests = set()
-    for content, settings in ((b"a", {}), (b"b", {}), (b"b", {"noise_level": 500})):
+    level = {"noise_level": 500}
+    for content, settings, threshold in ((b"a", {}, None), (b"b", {}, None), (b"b", level, None), (b"b", level, 0.5)):
         weights.write_bytes(content)
-        index.write_text(json.dumps({"settings": settings, "map_threshold": len(digests)}))
+        index.write_text(json.dumps({"settings": settings, "map_threshold": threshold, "class_names": None}))
         digests.add(checkpoint_digest(tmp_path))
-    assert len(digests) == 3
-    index.write_text(json.dumps({"settings": settings, "map_threshold": 0.5}))
-    assert checkpoint_digest(tmp_path) in digests, "a threshold changes no picture"
+    assert len(digests) == 4
+    index.write_text(json.dumps({"settings": level, "map_threshold": 0.5, "class_names": {"0": "healthy"}}))
+    assert checkpoint_digest(tmp_path) in digests, "class names change no picture"

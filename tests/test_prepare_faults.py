@@ -73,8 +73,8 @@ def test_a_changed_source_is_copied_anew(tmp_path):
 def test_a_source_that_changes_while_it_is_read_is_copied_anew_the_next_time(tmp_path, monkeypatch):
     source = save_image(tmp_path / "in" / "a.png", 50)
 
-    def read_and_change(path):
-        image = read_image(path)
+    def read_and_change(path, **options):
+        image = read_image(path, **options)
         save_image(source, 200, size=(20, 20))
         return image
 

@@ -208,8 +208,9 @@ def test_the_examples_of_the_docs_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "trajectory.md").read_text(), re.DOTALL)
     assert len(examples) == 2
+    names: dict = {}
     for example in examples:
-        exec(example, {})
+        exec(example, names)
     plt.close("all")
     with Image.open("film.webp") as film, Image.open("strip.png") as strip:
-        assert film.n_frames == 20 and strip.width > 1000
+        assert film.n_frames == names["pipeline"].num_timesteps and strip.width > 1000

@@ -4,6 +4,7 @@ import argparse
 import itertools
 import re
 import textwrap
+from pathlib import Path
 
 from .options import PROCESSES, add_command
 
@@ -20,7 +21,8 @@ examples:
 {SEVERAL_GPUS}"""
 
 
-def add(commands):
+def add(commands: argparse._SubParsersAction) -> None:
+    """Add the command to the parser."""
     train = add_command(commands, "train", run, "a model trained from a recipe", TRAIN)
     train.add_argument("--list", action="store_true", help="list the recipes that come with the package")
     train.add_argument("recipe", metavar="RECIPE", nargs="?", help="YAML file, or name of a recipe")
@@ -28,7 +30,8 @@ def add(commands):
     train.add_argument("values", metavar="key=value", nargs=argparse.REMAINDER, help=text)
 
 
-def run(options):
+def run(options: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
     from ..config import CONFIGS
 
     if options.list:
@@ -43,7 +46,7 @@ def run(options):
     return run_program(train, [options.recipe, *options.values], "cxr-diffusers train")
 
 
-def train(arguments):
+def train(arguments: list[str]) -> None:
     """Run the program in training/ that the recipe is for."""
     import torch
 
@@ -56,12 +59,13 @@ def train(arguments):
     state = process_state()
     if state.is_main_process:
         print(f"program: {program}")
-        if torch.cuda.device_count() > state.num_processes:
-            print(f"{state.num_processes} of {torch.cuda.device_count()} GPUs is used; {SEVERAL_GPUS}", end="")
+        gpus = torch.cuda.device_count()
+        if gpus > state.num_processes:
+            print(f"GPUs on this machine: {gpus}, used: {state.num_processes}; {SEVERAL_GPUS}", end="")
     load_program(program).main(arguments)
 
 
-def describe(path):
+def describe(path: Path) -> str:
     """A recipe's name, its program and the first sentence of its comment, over several lines."""
     from ..config import read_sections
     from ..training.recipe import Recipe, program_of

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from ..evaluation.masks import threshold_map
 from ..files import safe_name
-from ..inference.reference_scores import ReferenceScores
+from ..inference.reference_scores import ReferenceScores, short_number
 from ..visualization import contact_sheet, map_colours, side_by_side, to_grey
 from .analysis import Analysis, Step
 from .uploads import Upload
@@ -35,19 +35,13 @@ def headline(
         first = "Other settings than those of the healthy images: no comparison"
     else:
         below, count = reference.share_below(analysis.score)
-        # conformal p-value: the rank of this image among the healthy ones and itself
-        p = (1 + count - below) / (1 + count)
-        first = f"Higher than <b>{below} of {count}</b> healthy images (p = {short_number(p)})"
+        p = short_number(reference.p_value(analysis.score))
+        first = f"Higher than <b>{below} of {count}</b> healthy images (p = {p})"
     notes = "".join(f'<p class="warning" role="status">{escape(text)}</p>' for text in warnings)
     return (
         f'<p class="rank" id="rank">{first}</p><p class="score">Anomaly score <b id="score">{analysis.score:.3f}</b>: '
         f'{meaning}.</p><p class="hint source">{escape(analysis.name)} \u00b7 {escape(analysis.model)}</p>{notes}'
     )
-
-
-def short_number(p: float) -> str:
-    """0.026 -> ".026": two significant digits, without the zero before the point."""
-    return f"{p:.2g}".removeprefix("0") or "0"
 
 
 def comparison_card(analysis: Analysis, reference: ReferenceScores | None, fits: bool) -> str:

@@ -138,13 +138,13 @@ def detect(
 
 
 def open_folder(
-    pipeline: Any, path: Path | str, outputs: Outputs, call_kwargs: dict, paths: list[Path], main: bool
+    pipeline: Any, path: Path | str, outputs: Outputs, call_kwargs: dict, paths: list[Path], may_delete: bool
 ) -> DetectionFolder:
     """The folder of the results, checked against its earlier settings; see `DetectionFolder` and `dicom_algorithm`.
 
     Args:
         paths: of the input images.
-        main: True in the one process that may delete; False in a shard.
+        may_delete: True in one process; in none of a shard.
     """
     settings = {
         "model": str(pipeline.config.get("_name_or_path") or type(pipeline).__name__),
@@ -158,7 +158,7 @@ def open_folder(
         pipeline.config,
         algorithm=dicom_algorithm(pipeline, call_kwargs, paths, outputs.threshold) if outputs.dicom else None,
         reference=healthy_reference(pipeline, call_kwargs),
-        main=main,
+        may_delete=may_delete,
     )
 
 

@@ -92,7 +92,7 @@ class DetectionFolder:
         config: the pipeline's.
         algorithm: `Algorithm` to write DICOM objects, None for none.
         reference: `ReferenceScores` of healthy images with the same settings, or None.
-        main: True in the one process that may delete.
+        may_delete: results of unknown settings; True in one process only.
 
     Raises:
         OtherSettingsError: the folder holds results of other settings.
@@ -106,7 +106,7 @@ class DetectionFolder:
         *,
         algorithm: Algorithm | None = None,
         reference: ReferenceScores | None = None,
-        main: bool = True,
+        may_delete: bool = True,
     ):
         self.path, self.settings, self.config = Path(path), settings, config
         self.algorithm, self.reference = algorithm, reference
@@ -116,11 +116,11 @@ class DetectionFolder:
             check_settings(**self._settings_file)
         except DamagedSettingsError as error:
             logger.warning("%s; the settings of its results are unknown: all images are computed again", error)
-            if main:
+            if may_delete:
                 for row in (self.path / "rows").glob("*.json"):
                     row.unlink(missing_ok=True)
                 (self.path / "settings.json").unlink(missing_ok=True)
-        if main and self.path.is_dir():
+        if may_delete and self.path.is_dir():
             remove_dead(self.path)
 
     def keep_settings(self) -> None:

@@ -54,7 +54,12 @@ class ReferenceScores:
     def headline(self, score: float, view: str | None = None) -> str:
         """Rank of a score among healthy images, such as "higher than 31 of 37 healthy images (p = .18)"."""
         below, count = self.share_below(score, view)
-        return f"higher than {below} of {count} healthy images (p = {self.p_value(score, view):.2g})".replace("0.", ".")
+        return f"higher than {below} of {count} healthy images (p = {short_number(self.p_value(score, view))})"
+
+
+def short_number(p: float) -> str:
+    """0.026 -> ".026": two significant digits, without the zero before the point."""
+    return f"{p:.2g}".removeprefix("0") or "0"
 
 
 def check_healthy(dataset: Dataset, data: str) -> None:

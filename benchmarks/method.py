@@ -1,6 +1,6 @@
 """What each choice of the method is worth and what it costs: the table and the image of docs/method.md.
 
-    cxr-diffusers evaluate --config method root=../shared/cxr --on implants --out results_method
+    cxr-diffusers evaluate --config method root=DATA --on implants --out results_method
     python benchmarks/method.py --results results_method --figure method_cost.png
 
 Of the plan's other data sets, where they were evaluated, it prints a table each. The figures are those of the

@@ -131,8 +131,8 @@ def test_a_distance_that_is_not_defined_is_nan_and_unequal_features_are_refused(
 def test_healed_images_are_called_healthy_and_unchanged_ones_are_not(evaluated):
     assert value(evaluated, "healer", "flip_rate") == 1 and value(evaluated, "healer", "p_healthy_moved") > 0.5
     assert value(evaluated, "harmer", "flip_rate") == 0
-    assert value(evaluated, "the picture itself", "flip_rate") == 0
-    assert value(evaluated, "the picture itself", "p_healthy_moved") == 0
+    assert value(evaluated, "the input itself", "flip_rate") == 0
+    assert value(evaluated, "the input itself", "p_healthy_moved") == 0
 
 
 def test_healthy_images_keep_their_probability(evaluated):
@@ -141,11 +141,11 @@ def test_healthy_images_keep_their_probability(evaluated):
 
 
 def test_healed_images_are_nearer_to_healthy_images_than_diseased_ones(evaluated):
-    assert value(evaluated, "healer", "kid") < 0.5 * value(evaluated, "the picture itself", "kid")
-    assert value(evaluated, "healer", "fid") < value(evaluated, "the picture itself", "fid")
-    assert value(evaluated, "the picture, blurred", "kid") > value(evaluated, "healer", "kid")
+    assert value(evaluated, "healer", "kid") < 0.5 * value(evaluated, "the input itself", "kid")
+    assert value(evaluated, "healer", "fid") < value(evaluated, "the input itself", "fid")
+    assert value(evaluated, "the input, blurred", "kid") > value(evaluated, "healer", "kid")
     split = evaluated.summary["counterfactuals"]["rows"]["healthy, split in two"]
-    assert set(split) == {"kid", "fid"} and split["kid"]["value"] < value(evaluated, "the picture itself", "kid")
+    assert set(split) == {"kid", "fid"} and split["kid"]["value"] < value(evaluated, "the input itself", "kid")
 
 
 def test_the_judges_columns_are_its_own_probabilities(evaluated, judge):

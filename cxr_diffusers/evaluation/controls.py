@@ -18,7 +18,7 @@ LOCATION, EDGES, MEAN = "location prior", "|x - blurred x|", "mean map"
 GATE, BRIGHTNESS, MIRROR = "lung gate", "brightness x gate", "mirror x gate"
 GATED = " x gate"  # ends the name of a control that is multiplied by the lung gate
 # controls of the counterfactuals; the names are keys of summary.json
-UNCHANGED, BLURRED, SPLIT = "the picture itself", "the picture, blurred", "healthy, split in two"
+UNCHANGED, BLURRED, SPLIT = "the input itself", "the input, blurred", "healthy, split in two"
 GRID = 256  # side of the frame in which maps of images of different sizes are averaged
 SIGMA = 2 / 64  # of the Gaussian over brightness and mirror difference, as a fraction of the shorter side
 LOCATION_SIGMA = 0.04  # of the side: few lesions make a patchy prior, which is too easy to beat

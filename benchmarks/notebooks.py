@@ -6,7 +6,6 @@ python benchmarks/notebooks.py 02         # those whose names begin with 02
 
 import base64
 import io
-import os
 import sys
 from pathlib import Path
 
@@ -25,27 +24,29 @@ NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 def main(prefixes: list[str]) -> None:
     """Run and write those notebooks whose names begin with one of the prefixes; all of them without any."""
     paths = sorted(p for p in NOTEBOOKS.glob("*.ipynb") if not prefixes or p.name.startswith(tuple(prefixes)))
-    os.environ["TQDM_DISABLE"] = "1"  # in the kernels: a bar is hundreds of lines in the file
     models = sorted(path.parent.name for path in CHECKPOINTS.glob("*/model_index.json"))
     for path in tqdm(paths, desc="notebooks"):
         notebook = nbformat.read(path, as_version=4)
         NotebookClient(notebook, timeout=3600, resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
-        for cell in notebook.cells:
-            cell.metadata.pop("execution", None)  # times of day: a difference at every run
-            for output in cell.get("outputs", []):
-                shrink(output.get("data", {}))
+        tidy(notebook)
         stamp = " ".join(f"{name}={checkpoint_digest(default_checkpoint(name))}" for name in models)
         notebook.metadata["weights"] = stamp
         nbformat.write(notebook, path)
 
 
-def shrink(data: dict) -> None:
-    """Replace the PNG of an output by a JPEG: radiographs take a tenth of the space."""
-    if "image/png" in data:
-        with io.BytesIO() as buffer:
-            png = PIL.Image.open(io.BytesIO(base64.b64decode(data.pop("image/png"))))
-            png.convert("RGB").save(buffer, "JPEG", quality=75)
-            data["image/jpeg"] = base64.b64encode(buffer.getvalue()).decode()
+def tidy(notebook) -> None:
+    """Remove times of day and progress bars, and store images as JPEG: a radiograph takes a tenth of its PNG."""
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        outputs = [output for output in cell.get("outputs", []) if output.get("name") != "stderr"]
+        for data in (output.get("data", {}) for output in outputs):
+            if "image/png" in data:
+                with io.BytesIO() as buffer:
+                    png = PIL.Image.open(io.BytesIO(base64.b64decode(data.pop("image/png"))))
+                    png.convert("RGB").save(buffer, "JPEG", quality=75)
+                    data["image/jpeg"] = base64.b64encode(buffer.getvalue()).decode()
+        if "outputs" in cell:
+            cell.outputs = outputs
 
 
 if __name__ == "__main__":

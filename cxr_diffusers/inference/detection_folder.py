@@ -20,7 +20,7 @@ from ..files import DamagedSettingsError, check_settings, keep_settings, remove_
 from ..pipelines.cxr_images import restore_map
 from ..visualization import side_by_side, to_grey
 from .dicom_output import ENDINGS, Algorithm, write_objects
-from .panels import PANEL_SIZE, crisp_counterfactual, same_frame
+from .panels import crisp_counterfactual, panel_size, same_frame
 from .reference_scores import ReferenceScores
 from .regions import BOX_FORMATS, coco_boxes, find_boxes, write_yolo
 
@@ -212,8 +212,9 @@ class DetectionFolder:
             save_png(to_grey(crisp), self.path / "counterfactuals" / f"{name}_crisp.png")
         algorithm = self.algorithm if header is not None else None
         if settings["save_panel"] or algorithm is not None:
-            panels = same_frame(image, model_input, counterfactual, anomaly_map, self.config)
-            draw = partial(side_by_side, *panels, vmax=settings["vmax"], panel_size=PANEL_SIZE)
+            longest = panel_size(image)
+            panels = same_frame(image, model_input, counterfactual, anomaly_map, self.config, longest)
+            draw = partial(side_by_side, *panels, vmax=settings["vmax"], panel_size=longest)
             title = f"{self.reference.headline(score)}    " if self.reference is not None else ""
             title += f"score {score:.3f}"
             title += f"    {fraction:.1%} of the image above the threshold" if threshold else ""

@@ -9,6 +9,12 @@ from ..data.images import height_and_width
 from ..pipelines.cxr_images import frame, prepare_image, restore_map
 
 PANEL_SIZE = 512  # longer side: sharp enough to read the chest, three of them fit on a screen
+SMALLEST_PANEL = 320  # longer side of the panels of smaller images
+
+
+def panel_size(image: Image.Image | np.ndarray) -> int:
+    """Longer side of an image's panels in pixels: its own, from `SMALLEST_PANEL` to `PANEL_SIZE`."""
+    return min(max(*height_and_width(image), SMALLEST_PANEL), PANEL_SIZE)
 
 
 def same_frame(

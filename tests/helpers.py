@@ -273,6 +273,12 @@ def compared(ours, theirs):
     return f"mean {difference.mean():.4f}, max {difference.max():.3f}, correlation {correlation(ours, theirs):.4f}"
 
 
+def rows_of(text):
+    """The lines of the Markdown table under its header, as lists of cells."""
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return lines[2:]
+
+
 def correlation(a, b):
     return torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].item()
 

@@ -10,8 +10,8 @@ import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 
-from cxr_diffusers import CFGAnomalyPipeline, DiffPIRDeblurPipeline, FixedPointGANPipeline, load_phantom
-from helpers import toy_generator, toy_unet
+from cxr_diffusers import CFGAnomalyPipeline, DiffPIRDeblurPipeline, load_phantom
+from helpers import rows_of, toy_unet
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -22,7 +22,6 @@ def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
     for name in (
-        "backends",
         "deblurring",
         "deblurring_detection",
         "detect",
@@ -34,12 +33,6 @@ def benchmarks(monkeypatch):
         "training_step",
     ):
         sys.modules.pop(name, None)
-
-
-def rows_of(text):
-    """The lines of the Markdown table under its header, as lists of cells."""
-    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    return lines[2:]
 
 
 def test_the_cost_of_a_map_is_one_table(tmp_path, pipeline, capsys):
@@ -72,19 +65,6 @@ def test_the_cost_of_an_evaluation_is_compared_with_scikit_learn_and_another_ver
     versions = [row for row in rows if len(row) == 7]
     assert [row[0] for row in versions[-2:]] == ["this version", "before"] and versions[-1][4] == "1.00"
     assert all(float(row[5]) >= float(row[6]) > 0 for row in versions[-2:])
-
-
-def test_backends_are_compared_in_one_table(tmp_path, monkeypatch, capsys):
-    import backends
-
-    monkeypatch.setenv("CXR_DIFFUSERS_CACHE", str(tmp_path / "cache"))
-    FixedPointGANPipeline(toy_generator()).save_pretrained(tmp_path / "model")
-    backends.main(["--model", str(tmp_path / "model"), "--batch_size", "2", "--repeat", "2"])
-    rows = rows_of(capsys.readouterr().out)
-    names = [(row[0], row[1]) for row in rows]
-    assert names == [(name, n) for n in ("1", "2") for name in ("torch", "onnx", "openvino")]
-    assert [row[3] for row in rows if row[0] == "torch"] == ["1.00", "1.00"]
-    assert all(float(row[2]) > 0 and float(row[4]) < 1e-4 for row in rows)
 
 
 def test_the_method_table_has_pixel_ap_and_cost_of_each_choice(tmp_path, pipeline, capsys):

@@ -4,8 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -211,20 +209,3 @@ def test_the_command_deblurs_and_estimates_the_time(prior, folder, tmp_path, cap
     assert "7 images: 5 computed, 0 already present, 0 skipped" in shown and "images/s" in shown
     assert main(command) == 0 and "0 computed, 7 already present" in capsys.readouterr().out
     assert main([*command[:-1], "0.7"]) == 2 and "zeta" in capsys.readouterr().err
-
-
-def test_two_processes_share_the_pictures(prior, folder, tmp_path):
-    prior.save_pretrained(tmp_path / "prior")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = ["-m", "cxr_diffusers.cli", "deblur", str(folder), str(tmp_path / "two"), "--kernel", KERNEL]
-    command += ["--model", str(tmp_path / "prior"), "--num-inference-steps", "2", "--dtype", "float32"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*launch, *command], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    assert "7 images: 5 computed" in done.stdout and "2 processes" in done.stdout
-    deblur(prior, folder, tmp_path / "one", kernel=KERNEL, call_kwargs=FAST, progress=False)
-    one, two = pictures(tmp_path / "one"), pictures(tmp_path / "two")
-    assert one.keys() == two.keys()
-    assert all(np.abs(one[name].astype(int) - two[name]).max() <= 1 for name in one)

@@ -1,8 +1,4 @@
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -281,42 +277,6 @@ def test_the_pipelines_progress_bar_keeps_its_settings(pipeline):
     pipeline.set_progress_bar_config(desc="mine")
     quick(pipeline, spot_rows(2), call_kwargs=FAST, n_bootstrap=2)
     assert pipeline._progress_bar_config == {"desc": "mine"}
-
-
-ONE_OF_TWO = """
-import json, sys
-import test_evaluation as t
-from cxr_diffusers.processes import process_state
-
-class Counting(t.BrightSpots):
-    images = 0
-
-    def __call__(self, image, output_type="np"):
-        Counting.images += len(image)
-        return super().__call__(image)
-
-result = t.quick(Counting(), t.spot_rows(5), output_dir=sys.argv[1], batch_size=2)
-pixel_ap = None if result is None else t.value(result, "method", "pixel_ap")
-line = json.dumps([process_state().process_index, Counting.images, pixel_ap])
-print(f"{line}\\n", end="", flush=True)
-"""
-
-
-def test_two_processes_share_the_images_and_give_the_result_of_one(tmp_path):
-    script = tmp_path / "one_of_two.py"
-    script.write_text(ONE_OF_TWO)
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
-    # not `accelerate launch --cpu --num_processes 2`: without MPI that starts one (accelerate 1.15)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [*launch, script, tmp_path / "out"], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert run.returncode == 0, run.stderr
-    lines = sorted(json.loads(line) for line in run.stdout.splitlines() if line.startswith("["))
-    assert [(index, images) for index, images, _ in lines] == [(0, 3), (1, 2)]
-    assert lines[0][2] == value(quick(BrightSpots(), spot_rows(5)), "method", "pixel_ap") and lines[1][2] is None
 
 
 def test_views_and_other_columns_have_tables_of_their_own():

@@ -25,10 +25,11 @@ from cxr_diffusers.inference.export import (
     write_openvino,
 )
 from cxr_diffusers.models.exported_net import ExportedNet, open_openvino
-from helpers import toy_classifier, toy_generator, toy_unet
+from helpers import rows_of, toy_classifier, toy_generator, toy_unet
 
 FAST = {"num_inference_steps": 20, "noise_level": 300}
 FORMATS = ("onnx", "openvino")
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,6 +75,19 @@ def test_an_exported_generator_gives_the_same_maps():
     expected = maps(pipeline, 3)
     assert expected.max() > 0.1
     np.testing.assert_allclose(maps(with_backend(pipeline, "onnx"), 3), expected, atol=1e-4)
+
+
+def test_backends_are_compared_in_one_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import backends
+
+    FixedPointGANPipeline(toy_generator()).save_pretrained(tmp_path / "model")
+    backends.main(["--model", str(tmp_path / "model"), "--batch_size", "2", "--repeat", "2"])
+    rows = rows_of(capsys.readouterr().out)
+    names = [(row[0], row[1]) for row in rows]
+    assert names == [(name, n) for n in ("1", "2") for name in ("torch", "onnx", "openvino")]
+    assert [row[3] for row in rows if row[0] == "torch"] == ["1.00", "1.00"]
+    assert all(float(row[2]) > 0 and float(row[4]) < 1e-4 for row in rows)
 
 
 def test_an_export_is_made_once_for_each_network(cache):

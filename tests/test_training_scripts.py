@@ -19,15 +19,20 @@ from cxr_diffusers.training.script import PROGRAMS, load_program, run_program
 ROOT = Path(__file__).parent.parent
 SMALL = ["data.n=24", "train.batch_size=4", "train.validation_images=2", "unet.block_out_channels=[8, 16, 16]"]
 SMALL += ["unet.attention_head_dim=8", "unet.norm_num_groups=4", "unet.attn_norm_num_groups=4"]
+SMALL += ["pipeline.num_inference_steps=4"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def launch(script, output_dir, *overrides, launcher=("accelerate.commands.launch", "--num_processes", "1"), **extra):
-    command = [sys.executable, "-m", *launcher, str(ROOT / "training" / script), *SMALL]
-    command += [f"train.output_dir={output_dir}", *overrides]
+def start(arguments, folder):
     return subprocess.run(
-        command, capture_output=True, text=True, env={**ENVIRONMENT, **extra}, cwd=output_dir.parent, timeout=600
+        [sys.executable, *arguments], capture_output=True, text=True, env=ENVIRONMENT, cwd=folder, timeout=600
     )
+
+
+def launch(script, output_dir, *overrides):
+    options = [*SMALL, f"train.output_dir={output_dir}", *overrides]
+    launcher = ("-m", "accelerate.commands.launch", "--num_processes", "1")
+    return start([*launcher, str(ROOT / "training" / script), *options], output_dir.parent)
 
 
 def run_here(script, output_dir, *overrides):
@@ -39,13 +44,13 @@ def steps(output_dir):
     return [json.loads(line) for line in (output_dir / "log.jsonl").read_text().splitlines()]
 
 
-def test_train_cfg_with_nothing_after_it_trains_resumes_and_leaves_a_pipeline_and_a_picture(tmp_path):
+def test_train_cfg_with_nothing_after_it_trains_resumes_and_leaves_a_pipeline_and_a_picture(tmp_path, capsys):
     run = tmp_path / "run"
     first = launch("train_cfg.py", run, "train.max_steps=2", "train.save_every=2", "train.report_to=tensorboard")
     assert first.returncode == 0, first.stderr
     assert "chexpert_cfg_256.yaml" in first.stdout and "cxr-diffusers detect" in first.stdout
-    again = launch("train_cfg.py", run, "train.max_steps=3", "train.save_every=2", "train.report_to=tensorboard")
-    assert again.returncode == 0 and "resumed from" in again.stdout, again.stderr
+    run_here("train_cfg", run, "train.max_steps=3", "train.save_every=2", "train.report_to=tensorboard")
+    assert "resumed from" in capsys.readouterr().out
     assert [line["step"] for line in steps(run)] == [1, 2, 3]
     assert (run / "validation" / "step-0000003.png").is_file()
     assert list((run / "logs").rglob("*tfevents*"))
@@ -72,39 +77,55 @@ def test_train_unconditional_leaves_a_prior_that_deblurs(tmp_path, capsys):
     assert restored.shape == (1, 1, 64, 64) and torch.isfinite(restored).all()
 
 
-def test_two_processes_train_one_model_and_resume(tmp_path):
-    run = tmp_path / "two"
-    two = ("torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517")
-    done = launch("train_cfg.py", run, "train.max_steps=2", "train.batch_size=2", launcher=two)
+# each run is two processes, forked from one that has imported the libraries, in the environment that torchrun would set
+RUNS = """if True:
+    import json, os, socket, sys
+    from cxr_diffusers.training.script import load_program
+
+    main = load_program("train_cfg").main
+    for arguments in json.loads(sys.argv[1]):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE="2")
+        children = []
+        for rank in "01":
+            os.environ.update(RANK=rank, LOCAL_RANK=rank)
+            if not (child := os.fork()):
+                sys.exit(main(arguments))
+            children.append(child)
+        assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+"""
+
+
+def two_processes(folder, *runs):
+    """Each run: its folder and its overrides."""
+    arguments = [[*SMALL, "train.batch_size=2", f"train.output_dir={output}", *more] for output, *more in runs]
+    return start(["-c", RUNS, json.dumps(arguments)], folder)
+
+
+def test_two_processes_train_one_model_and_resume_and_so_does_a_run_of_one_process(tmp_path, capsys):
+    """The run of one process does step 2 with two, then step 3 with one again, each from the weights before."""
+    run, straight, moved = tmp_path / "two", tmp_path / "straight", tmp_path / "moved"
+    run_here("train_cfg", moved, "train.max_steps=1", "train.batch_size=2")
+    weights = load_file(moved / "checkpoint-0000001" / "model.safetensors")
+    assert "number of processes" not in capsys.readouterr().out
+
+    two, three = "train.max_steps=2", "train.max_steps=3"
+    done = two_processes(tmp_path, (run, two), (run, three), (straight, three), (moved, two))
     assert done.returncode == 0, done.stderr
-    assert "2 process(es)" in done.stdout
-    assert [line["step"] for line in steps(run)] == [1, 2]
-    assert len(list((run / "checkpoint-0000002").glob("random_states_*"))) == 2
+    assert done.stdout.count("2 process(es)") == 4 and done.stdout.count("resumed from") == 2
+    assert [line["step"] for line in steps(run)] == [1, 2, 3]
+    assert len(list((run / "checkpoint-0000003").glob("random_states_*"))) == 2
+    assert steps(run)[2]["loss"] == pytest.approx(steps(straight)[2]["loss"], rel=1e-5)
     CFGAnomalyPipeline.from_pretrained(run)
 
-    again = launch("train_cfg.py", run, "train.max_steps=3", "train.batch_size=2", launcher=two)
-    assert again.returncode == 0, again.stderr
-    straight = tmp_path / "straight"
-    assert launch("train_cfg.py", straight, "train.max_steps=3", "train.batch_size=2", launcher=two).returncode == 0
-    assert steps(run)[2]["loss"] == pytest.approx(steps(straight)[2]["loss"], rel=1e-5)
-
-
-def test_a_run_resumes_with_another_number_of_processes_and_prints_it(tmp_path, capsys):
-    """From the same weights: steps 2 and 3 of two processes, then of one, follow step 1 in the log and the model."""
-    run = tmp_path / "run"
-    run_here("train_cfg", run, "train.max_steps=1", "train.batch_size=2")
-    weights = load_file(run / "checkpoint-0000001" / "model.safetensors")
-    assert "number of processes" not in capsys.readouterr().out
-    two = ("torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29518")
-    done = launch("train_cfg.py", run, "train.max_steps=2", "train.batch_size=2", launcher=two)
-    assert done.returncode == 0, done.stderr
     warning = "has changed (1, then 2): it continues from the same weights, but its numbers are no longer"
-    assert done.stdout.count(warning) == 1 and "resumed from" in done.stdout
-    moved = load_file(run / "checkpoint-0000002" / "model.safetensors")
-    assert max((moved[key] - weights[key]).abs().max() for key in weights) < 1e-3, "one step away from those weights"
-    run_here("train_cfg", run, "train.max_steps=3", "train.batch_size=2")
+    assert done.stdout.count(warning) == 1
+    after = load_file(moved / "checkpoint-0000002" / "model.safetensors")
+    assert max((after[key] - weights[key]).abs().max() for key in weights) < 1e-3, "one step away from those weights"
+    run_here("train_cfg", moved, "train.max_steps=3", "train.batch_size=2")
     assert "(1, then 2, then 1)" in capsys.readouterr().out
-    assert [line["step"] for line in steps(run)] == [1, 2, 3]
+    assert [line["step"] for line in steps(moved)] == [1, 2, 3]
 
 
 def test_starting_from_other_weights_is_not_starting_anew(tmp_path):

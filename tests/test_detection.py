@@ -15,7 +15,13 @@ from PIL import Image
 from cxr_diffusers.files import as_json, load_map
 from cxr_diffusers.fingerprints import weights_digest
 from cxr_diffusers.inference.detection import detect
-from cxr_diffusers.inference.panels import crisp_counterfactual, in_model_greys
+from cxr_diffusers.inference.panels import (
+    PANEL_SIZE,
+    SMALLEST_PANEL,
+    crisp_counterfactual,
+    in_model_greys,
+    panel_size,
+)
 from cxr_diffusers.inference.reference_scores import ReferenceScores, keep_scores
 from cxr_diffusers.pipelines.cxr_images import restore_map
 from helpers import FEW_STEPS, run_detect, write_dicom
@@ -62,7 +68,7 @@ def test_every_image_gets_a_panel_a_map_and_a_row(pipeline, folder, tmp_path):
         assert anomaly_map.max() == pytest.approx(float(row["map_max"]), abs=1e-5)
         assert row["abnormal_fraction"] == ""  # this model has no threshold
         with Image.open(out / f"{name}.png") as strip:
-            assert strip.mode == "RGB" and strip.width > 3 * 350
+            assert strip.mode == "RGB" and 3 * SMALLEST_PANEL < strip.width < 3 * PANEL_SIZE
     assert summary["seconds_per_image"] == pytest.approx(
         np.mean([float(r["seconds"]) for r in rows.values()]), abs=1e-4
     )
@@ -168,6 +174,11 @@ def test_a_threshold_gives_one_colour_scale_and_a_fraction(pipeline, folder, tmp
     assert json.loads((tmp_path / "settings.json").read_text())["vmax"] == pytest.approx(0.15)
     with Image.open(tmp_path / "counterfactuals" / "a.png") as counterfactual:
         assert (counterfactual.mode, counterfactual.size) == ("L", (16, 16))
+
+
+@pytest.mark.parametrize(("side", "longest"), [(16, 320), (400, 400), (3000, 512)])
+def test_a_panel_has_the_size_of_its_image_within_limits(side, longest):
+    assert panel_size(Image.new("L", (10, side))) == panel_size(np.zeros((side, 10, 1), np.uint8)) == longest
 
 
 @pytest.mark.parametrize("scaling", ["minmax", "dtype"])

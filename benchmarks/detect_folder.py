@@ -4,8 +4,8 @@
     git worktree add ../before 478b6e0; python benchmarks/detect_folder.py --before ../before
     python benchmarks/detect_folder.py --images 500 5000            (does memory grow with the folder?)
 
-Each row is a run of the command line in processes of its own. Start (imports, opening the model) is measured by a run on
-one image and subtracted. Peak memory is the largest process's. The images are phantoms with noise, PNG.
+Each row is a run of the command line in processes of its own. Start (imports, opening the model) is measured by a run
+on one image and subtracted. Peak memory is the largest process's. The images are phantoms with noise, PNG.
 """
 
 import argparse
@@ -28,8 +28,9 @@ MODEL = """
 import sys
 from diffusers import DDIMScheduler, UNet2DModel
 from cxr_diffusers import CFGAnomalyPipeline
-network = dict(sample_size=16, in_channels=1, out_channels=1, num_class_embeds=3, layers_per_block=1, norm_num_groups=4)
-blocks = dict(add_attention=False, block_out_channels=(4,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+network = dict(sample_size=16, in_channels=1, out_channels=1, num_class_embeds=3, layers_per_block=1)
+network |= dict(add_attention=False, block_out_channels=(4,), norm_num_groups=4)
+blocks = dict(down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
 scheduler = DDIMScheduler(clip_sample=False)
 pipeline = CFGAnomalyPipeline(UNet2DModel(**network, **blocks), scheduler, ["healthy", "effusion"], map_threshold=0.02)
 pipeline.save_pretrained(sys.argv[1])

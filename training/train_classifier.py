@@ -24,17 +24,17 @@ from cxr_diffusers import (
     NoisyClassifier,
     PyramidCAMPipeline,
     PyramidClassifier,
-    build_dataset,
 )
 from cxr_diffusers.figures import line_figure
 from cxr_diffusers.files import save_png, write_file
 from cxr_diffusers.hub.loading import load_pipeline
 from cxr_diffusers.training.augmentation import augment
+from cxr_diffusers.training.datasets import open_data, open_validation
 from cxr_diffusers.training.loop import train
 from cxr_diffusers.training.losses import noisy_classification_loss
 from cxr_diffusers.training.recipe import ClassifierRecipe, parse_command_line, section
 from cxr_diffusers.training.run import seeded
-from cxr_diffusers.training.script import finish, run_program, write_card
+from cxr_diffusers.training.script import finish, run_program, validation_file, write_card
 from cxr_diffusers.training.tensors import TensorImages
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "phantom_classifier_32.yaml"
@@ -42,11 +42,8 @@ DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "phantom_classifier_
 
 def main(arguments):
     recipe = parse_command_line(arguments, DEFAULT_RECIPE, ClassifierRecipe)
-    with section("data"):
-        dataset = build_dataset(**recipe.data)
-    with section("validation"):
-        held_out = build_dataset(**{**recipe.data, **recipe.validation})
-    class_names = dataset.features["label"].names
+    dataset, class_names = open_data(recipe)
+    held_out = open_validation(recipe)
     if min(dataset["label"][:]) < 0 or len(set(held_out["label"][:])) < 2:
         raise ValueError(f"expected a label for every image and more than one class to tell apart, got {recipe.data}")
     with seeded(recipe.train.seed):
@@ -71,7 +68,7 @@ def main(arguments):
         write_card(folder, recipe, task.size, len(dataset))
 
     def validate(model, step):
-        path = Path(recipe.train.output_dir) / "validation" / f"step-{step:07d}.png"
+        path = validation_file(recipe.train, step)
         levels, values = measure(task, model, held_out)
         write_file(path.with_suffix(".json"), json.dumps({"noise_level": levels, **values}).encode())
         title = f"step {step}: {len(held_out)} validation images"
@@ -79,12 +76,8 @@ def main(arguments):
         return {"validation": path}
 
     output_dir = train(task.model, loss_fn, images, recipe.train, save=save, validate=validate, identity=task.identity)
-    finish(
-        output_dir,
-        recipe.train,
-        f"detect:  cxr-diffusers detect YOUR_IMAGES --model {output_dir} --out maps",
-        recipe=recipe,
-    )
+    hint = f"detect:  cxr-diffusers detect YOUR_IMAGES --model {output_dir} --out maps"
+    finish(output_dir, recipe.train, hint, recipe=recipe)
 
 
 def task_of(recipe):

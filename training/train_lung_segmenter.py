@@ -15,11 +15,12 @@ import torch.nn.functional as F
 
 from cxr_diffusers import LungSegmenter, build_dataset
 from cxr_diffusers.files import save_png, write_file
+from cxr_diffusers.training.datasets import open_validation
 from cxr_diffusers.training.loop import train
 from cxr_diffusers.training.lungs import LungImages, augment_lungs, paint_opacities
 from cxr_diffusers.training.recipe import SegmenterRecipe, parse_command_line, section
 from cxr_diffusers.training.run import seeded
-from cxr_diffusers.training.script import finish, run_program
+from cxr_diffusers.training.script import finish, run_program, validation_file
 from cxr_diffusers.visualization import contact_sheet
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "cxr_lung_segmenter_64.yaml"
@@ -38,8 +39,7 @@ def main(arguments):
     size = model.config.sample_size
     with section("data, images"):
         images = LungImages(build_dataset(**recipe.data), OVERSAMPLING * size, **recipe.images)
-    with section("validation"):
-        held_out = build_dataset(**{**recipe.data, **recipe.validation})
+    held_out = open_validation(recipe)
     with section("validation, images"):
         held_out = LungImages(held_out, OVERSAMPLING * size, **recipe.images)
 
@@ -51,7 +51,7 @@ def main(arguments):
         return F.binary_cross_entropy_with_logits(logits, masks) + 1 - overlap.mean(), {"dice": overlap.mean()}
 
     def validate(model, step):
-        path = Path(recipe.train.output_dir) / "validation" / f"step-{step:07d}.png"
+        path = validation_file(recipe.train, step)
         write_file(path.with_suffix(".json"), json.dumps(measure(model, held_out, size)).encode())
         x = held_out[: recipe.train.validation_images]["images"]
         fields = model.field(x.to(model.device)).cpu()

@@ -15,12 +15,12 @@ from diffusers import DDIMScheduler
 
 from cxr_diffusers import DiffPIRDeblurPipeline, build_dataset, denoising_loss
 from cxr_diffusers.files import save_png
-from cxr_diffusers.hub.loading import load_unet
 from cxr_diffusers.training.augmentation import augment
 from cxr_diffusers.training.loop import train
+from cxr_diffusers.training.networks import initial_unet
 from cxr_diffusers.training.recipe import Recipe, parse_command_line, section
 from cxr_diffusers.training.run import seeded
-from cxr_diffusers.training.script import finish, new_unet, run_program, write_card
+from cxr_diffusers.training.script import finish, run_program, validation_file, write_card
 from cxr_diffusers.training.tensors import TensorImages
 from cxr_diffusers.visualization import contact_sheet
 
@@ -35,7 +35,7 @@ def main(arguments):
     with section("data, images"):
         images = TensorImages(build_dataset(**recipe.data), size, num_channels=channels, **recipe.images)
     with seeded(config.seed):
-        unet = load_unet(config.init_from, unconditional=True) if config.init_from else new_unet(**recipe.unet)
+        unet = initial_unet(recipe, unconditional=True)
     with section("scheduler"):
         scheduler = DDIMScheduler(**recipe.scheduler)
     if unet.config.num_class_embeds is not None:
@@ -65,7 +65,7 @@ def main(arguments):
 
     def validate(model, step):
         """Write samples of the prior."""
-        path = Path(config.output_dir) / "validation" / f"step-{step:07d}.png"
+        path = validation_file(config, step)
         rows = [{"image": x, "maps": {}} for x in sample(model, scheduler, config.validation_images, **ranges)]
         save_png(contact_sheet(rows, [], title=f"samples at step {step}"), path)
         return {"samples": path}

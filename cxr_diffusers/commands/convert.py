@@ -23,8 +23,7 @@ NOT_NEEDED = (
 
 def add(commands: Any) -> None:
     """Add the command to the subparsers of `cxr-diffusers`."""
-    text = "a guided-diffusion checkpoint to a diffusers folder"
-    convert = add_command(commands, "convert", run, text, CONVERT)
+    convert = add_command(commands, "convert", run, "a guided-diffusion checkpoint to a diffusers folder", CONVERT)
     convert.add_argument("checkpoint", type=Path, help=".pt or .safetensors")
     convert.add_argument("output", type=Path)
     convert.add_argument("--classifier_path", type=Path, help="checkpoint of the encoder classifier that guides it")

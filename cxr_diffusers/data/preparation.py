@@ -119,12 +119,16 @@ def prepare(
     if not part:
         write_csv(output_root / SKIPPED, pd.DataFrame(skipped, columns=["file", "reason"], dtype=object))
         write_text(output_root / SUMMARY, json.dumps(summary, indent=2))
+    _print_summary(summary, output_root, with_table=not part)
+    return summary
+
+
+def _print_summary(summary, output_root, with_table):
     print(f"{output_root}: {summary['images']} images ({summary['kept']} were there), {summary['skipped']} skipped")
     for reason, count in summary["reasons"].items():
         print(f"  {count} x {reason}")
-    if skipped and not part:
+    if summary["skipped"] and with_table:
         print(f"  see {output_root / SKIPPED}")
-    return summary
 
 
 def _run(jobs, output_root, settings, num_workers, journal_file):

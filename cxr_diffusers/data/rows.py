@@ -1,14 +1,17 @@
 """Rows of a loader -> `datasets.Dataset`, with the columns that every data set here has."""
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import PIL.Image
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image, List, Value
+from datasets.features.features import register_feature
 from datasets.table import InMemoryTable
 from datasets.utils.file_utils import is_local_path, xopen
 from tqdm.auto import tqdm
@@ -18,9 +21,37 @@ from .images import binary_mask, decode_image, errors_name, read_image
 from .limits import MAX_BYTES, check_byte_count
 from .tables import check_encodable
 
-# what stays a path until it is looked at; the rest is decoded now, because `datasets.Image` cannot
+# files that `datasets.Image` decodes on access; others are decoded when the data set is made
 LAZY_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 BOXES = List(List(Value("float32"), length=4))  # [x, y, w, h] in pixels
+
+
+@dataclass
+class PathsFeature:
+    """Base of a `datasets` feature for files that its `decode_example` opens on access; a value is a list of texts.
+
+    Only paths are stored: a data set that is moved to another machine needs its files there. A subclass is a dataclass
+    with a class attribute `dtype` and a field `_type`, its own name, decorated with `registered`.
+    """
+
+    pa_type: ClassVar[pa.DataType] = pa.list_(pa.string())
+
+    def __call__(self) -> pa.DataType:
+        return self.pa_type
+
+    def encode_example(self, value: Sequence[Path | str]) -> list[str]:
+        return [str(item) for item in value]
+
+
+Feature = TypeVar("Feature", bound=type[PathsFeature])
+
+
+def registered(feature: Feature) -> Feature:
+    """Class decorator: `datasets` opens saved data sets that have this feature."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # "experimental"
+        register_feature(feature, feature.__name__)
+    return feature
 
 
 class CheckedImage(Image):

@@ -5,6 +5,7 @@ import io
 import json
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -96,14 +97,8 @@ def deblur(
     state, source_root, output_root = process_state(), Path(source_root), Path(output_root)
     check(source_root, output_root, image_format, batch_size)
     fixed_kernel, kernel_name = read_kernel(kernel)
-    settings = {
-        "model": str(pipeline.config.get("_name_or_path") or type(pipeline).__name__),
-        "weights": fingerprint(pipeline, {}, 0),
-        "kernel": kernel_name,
-        "image_format": image_format,
-        "seed": seed,
-        "call": dict(call_kwargs or {}),
-    }
+    settings = {"kernel": kernel_name, "image_format": image_format, "seed": seed, "call": dict(call_kwargs or {})}
+    settings = {**identify_model(pipeline), **settings}
     plan = plan_copy(source_root, output_root, {**SAME_GEOMETRY, "image_format": image_format})
     if state.is_main_process:
         remove_dead(output_root)
@@ -112,9 +107,7 @@ def deblur(
     jobs = shard.of(plan.jobs)
     todo, share = split_pending(jobs, lambda job: (output_root / job[1]).is_file())
 
-    failed: dict[str, str] = {}
     worker = Worker(pipeline, output_root, fixed_kernel, batch_size, seed, call_kwargs or {})
-    # the bar speaks for all processes: they are about equally fast
     with tqdm(
         total=len(jobs),
         initial=len(jobs) - len(todo),
@@ -123,20 +116,7 @@ def deblur(
         smoothing=0.05,
         disable=not (progress and state.is_main_process),
     ) as bar:
-        seen = 0
-        for source, output, is_mask in share:
-            try:  # only what belongs to the source: an error of the run, such as a full disk, stops it
-                image = read_image(source)
-            except (ValueError, OSError) as error:
-                failed[str(source)] = f"broken image: {str(error).removeprefix(f'{source}: ')}"
-            else:
-                try:
-                    worker.take(image, output, is_mask)
-                except TooSmall as error:
-                    failed[str(source)] = f"smaller than the kernel: {error}"
-            bar.update((worker.written + len(failed) - seen) * state.num_processes)
-            seen = worker.written + len(failed)
-        worker.finish()
+        failed = deblur_share(worker, share, lambda count: bar.update(count * state.num_processes))
         bar.update(len(jobs) - bar.n)
     failed = dict(gather_object(list(failed.items())))
     seconds = gather_object([[worker.computed, worker.seconds]])
@@ -144,13 +124,10 @@ def deblur(
         return None
 
     done = {source for source, output, _ in jobs if (output_root / output).is_file()}
-    skipped = list(failed.items())
-    if shard.is_all:
-        plan.finish(done)
-        carry_tables(source_root, output_root, plan)
-        skipped = [item for item in plan.skipped if not item[0].endswith(".csv")] + skipped
+    skipped = finish_tables(plan, source_root, output_root, done) if shard.is_all else []
+    skipped += failed.items()
     computed, spent = (sum(values) for values in zip(*seconds, strict=True))
-    summary = {
+    summary: dict[str, Any] = {
         "images": len(done),
         "computed": computed,
         "kept": len(jobs) - len(todo),
@@ -161,10 +138,57 @@ def deblur(
         "settings": settings,
     }
     if shard.is_all:
-        table = pd.DataFrame(skipped, columns=["file", "reason"])
-        write_file(output_root / SKIPPED, table.to_csv(index=False).encode())
-        write_file(output_root / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+        write_reports(output_root, summary, skipped)
     return summary
+
+
+def identify_model(pipeline: DiffPIRDeblurPipeline) -> dict[str, str]:
+    """The name of the model, and the fingerprint of its weights."""
+    name = str(pipeline.config.get("_name_or_path") or type(pipeline).__name__)
+    return {"model": name, "weights": fingerprint(pipeline, {}, 0)}
+
+
+def finish_tables(plan: Any, source_root: Path, output_root: Path, done: set[Path]) -> list[tuple[str, str]]:
+    """Write the tables of the copy; returns the files that the plan left out, with their reasons."""
+    plan.finish(done)
+    carry_tables(source_root, output_root, plan)
+    return [item for item in plan.skipped if not item[0].endswith(".csv")]
+
+
+def write_reports(output_root: Path, summary: dict[str, Any], skipped: list[tuple[str, str]]) -> None:
+    """Write the summary of a run, and the table of skipped files and their reasons."""
+    table = pd.DataFrame(skipped, columns=["file", "reason"])
+    write_file(output_root / SKIPPED, table.to_csv(index=False).encode())
+    write_file(output_root / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+
+
+def deblur_share(
+    worker: "Worker", share: Iterable[tuple[Path, Path, bool]], on_done: Callable[[int], object]
+) -> dict[str, str]:
+    """Deblur the images of one process; returns {source: reason} of those that cannot be deblurred.
+
+    Args:
+        share: (source, output, whether it is a mask) of each image.
+        on_done: called with the number of images that are done since the last call. The processes are about equally
+            fast, so the progress bar multiplies it by their number.
+    """
+    failed: dict[str, str] = {}
+    before = 0
+    for source, output, is_mask in share:
+        try:  # only errors of the image itself: an error of the run, such as a full disk, stops it
+            image = read_image(source)
+        except (ValueError, OSError) as error:
+            failed[str(source)] = f"broken image: {str(error).removeprefix(f'{source}: ')}"
+        else:
+            try:
+                worker.take(image, output, is_mask)
+            except TooSmall as error:
+                failed[str(source)] = f"smaller than the kernel: {error}"
+        done = worker.written + len(failed)
+        on_done(done - before)
+        before = done
+    worker.finish()
+    return failed
 
 
 class TooSmall(Exception):

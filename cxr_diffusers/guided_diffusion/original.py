@@ -102,12 +102,7 @@ def run_as_original(
     chain = respaced_chain(scheduler, num_steps)
     guided = guidance_scale != -1 and classifier is None
     check_inputs(unet, classifier, scheduler, noise_level, num_steps, target_label, guided)
-    if classifier_at not in ("timestep", "index"):
-        raise ValueError(f"expected `classifier_at` timestep or index, got {classifier_at!r}")
-    if not use_ddim and num_steps <= ANCESTRAL_START:
-        raise ValueError(
-            f"expected more than {ANCESTRAL_START} steps without DDIM, which starts there, got {num_steps}"
-        )
+    check_variant(classifier_at, use_ddim, num_steps)
     x0 = prepare(image, unet, **preparation)
 
     def draw():
@@ -135,9 +130,8 @@ def run_as_original(
             target, indices = guided_output(unet, weights), range(noise_level - 1, -1, -1)
             sample = ancestral_loop(target, latents, chain, indices, clip_denoised, noises, bar.update, steer)
 
-    output = anomaly_output(
-        x0, sample, difference_map(x0, sample, preparation["data_range"]), preparation["data_range"], output_type
-    )
+    data_range = preparation["data_range"]
+    output = anomaly_output(x0, sample, difference_map(x0, sample, data_range), data_range, output_type)
     return OriginalOutput(**output, latents=latents, sample=sample, maps=original_maps(x0, sample))
 
 
@@ -313,3 +307,13 @@ def check_inputs(unet, classifier, scheduler, noise_level, num_steps, target_lab
     last = classes - 2 if guided else classes - 1
     if not 0 <= target_label <= last:
         raise ValueError(f"expected `target_label` in 0..{last}, got {target_label}")
+
+
+def check_variant(classifier_at: str, use_ddim: bool, num_steps: int) -> None:
+    """Raise ValueError for an unknown `classifier_at`, or too few steps for ancestral sampling."""
+    if classifier_at not in ("timestep", "index"):
+        raise ValueError(f"expected `classifier_at` timestep or index, got {classifier_at!r}")
+    if not use_ddim and num_steps <= ANCESTRAL_START:
+        raise ValueError(
+            f"expected more than {ANCESTRAL_START} steps without DDIM, which starts there, got {num_steps}"
+        )

@@ -65,7 +65,7 @@ class ConditionalInstanceNorm2d(nn.InstanceNorm2d):
 
 
 class FixedPointResBlock(nn.Module):
-    """conv, norm, ReLU, conv, norm, and the input added."""
+    """Convolution, norm, ReLU, convolution, norm; the input is added to the result."""
 
     def __init__(self, channels, norm):
         super().__init__()
@@ -165,9 +165,9 @@ class FixedPointDiscriminator(ModelMixin, ConfigMixin):
     """An image -> a score of realism for each of its patches (a critic, unbounded) and logits of its class.
 
     Args:
-        sample_size: side of the image in pixels; 2 ** num_layers divides it.
-        in_channels: of the image.
-        num_classes: number of logits.
+        sample_size: side of the image in pixels, the generator's; 2 ** num_layers divides it.
+        in_channels: of the image, the generator's.
+        num_classes: number of logits, the generator's.
         base_channels: of the first convolution; each further one doubles them.
         num_layers: stride-2 convolutions.
     """
@@ -175,9 +175,9 @@ class FixedPointDiscriminator(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        sample_size: int = 256,
-        in_channels: int = 1,
-        num_classes: int = 2,
+        sample_size: int,
+        in_channels: int,
+        num_classes: int,
         base_channels: int = 64,
         num_layers: int = 6,
     ) -> None:

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from ..files import keep_settings, remove_dead, write, write_csv, write_text
 from .boxes import PREPARED as SETTINGS
-from .copy_plans import NOT_CARRIED, plan_copy
+from .copy_plans import NOT_COPIED, plan_copy
 from .images import equalize as equalize_image
 from .images import fit_image, fit_mask, read_image
 
@@ -111,7 +111,7 @@ def prepare(
         "written": sum(state == "written" for state, _ in results),
         "kept": sum(state == "kept" for state, _ in results),
         "skipped": len(skipped),
-        "failed": sum(reason != NOT_CARRIED for _, reason in skipped),
+        "failed": sum(reason != NOT_COPIED for _, reason in skipped),
         "reasons": dict(Counter(_short(reason) for _, reason in skipped)),
         "seconds": round(time.monotonic() - begin, 1),
         "settings": settings,

@@ -16,8 +16,8 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..data.copy_plans import CopyPlan, Job, plan_copy
 from ..data.images import read_image
-from ..data.preparation import plan_copy
 from ..files import keep_settings, remove_dead, write_file
 from ..fingerprints import fingerprint
 from ..hub.loading import default_checkpoint, load_pipeline
@@ -148,7 +148,7 @@ def identify_model(pipeline: DiffPIRDeblurPipeline) -> dict[str, str]:
     return {"model": name, "weights": fingerprint(pipeline, {}, 0)}
 
 
-def finish_tables(plan: Any, source_root: Path, output_root: Path, done: set[Path]) -> list[tuple[str, str]]:
+def finish_tables(plan: CopyPlan, source_root: Path, output_root: Path, done: set[Path]) -> list[tuple[str, str]]:
     """Write the tables of the copy; returns the files that the plan left out, with their reasons."""
     plan.finish(done)
     carry_tables(source_root, output_root, plan)
@@ -162,9 +162,7 @@ def write_reports(output_root: Path, summary: dict[str, Any], skipped: list[tupl
     write_file(output_root / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
 
 
-def deblur_share(
-    worker: "Worker", share: Iterable[tuple[Path, Path, bool]], on_done: Callable[[int], object]
-) -> dict[str, str]:
+def deblur_share(worker: "Worker", share: Iterable[Job], on_done: Callable[[int], object]) -> dict[str, str]:
     """Deblur the images of one process; returns {source: reason} of those that cannot be deblurred.
 
     Args:

@@ -9,6 +9,7 @@ the script, e.g. `accelerate launch --multi_gpu --num_processes 4 training/train
 """
 
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from cxr_diffusers.training.validation_loss import ValidationLoss
 DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "phantom_cfg_32.yaml"
 
 
-def main(arguments):
+def main(arguments: Sequence[str]) -> None:
     recipe = parse_command_line(arguments, DEFAULT_RECIPE, Recipe)
     config = recipe.train
     dataset, class_names = open_data(recipe)
@@ -85,7 +86,7 @@ def main(arguments):
     finish(output_dir, config, *hints, recipe=recipe)
 
 
-def loss_of(recipe, scheduler, conditions):
+def loss_of(recipe: Recipe, scheduler: DDIMScheduler, conditions: Conditions) -> Callable:
     """The training loss, a function (model, batch) -> scalar; images are augmented as the recipe says."""
     config = recipe.train
     ranges = {key: value for key, value in recipe.images.items() if key == "data_range"}
@@ -109,7 +110,9 @@ def loss_of(recipe, scheduler, conditions):
     return loss_fn
 
 
-def embedding_ids(conditions, labels, views):
+def embedding_ids(
+    conditions: Conditions, labels: torch.Tensor, views: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(B,) class ids and (B,) indices of views, -1 for unknown -> (B,) ids of embeddings, and of their null labels."""
     unknown = labels < 0 if not conditions.views else (labels < 0) | (views < 0)
     view = views.clamp(min=0)

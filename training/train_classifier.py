@@ -12,10 +12,13 @@ resume, run the same command again. `train.init_from` may name a model; training
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import DiffusionPipeline
 from sklearn.metrics import roc_auc_score
 
 from cxr_diffusers import (
@@ -40,7 +43,7 @@ from cxr_diffusers.training.tensors import TensorImages
 DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "phantom_classifier_32.yaml"
 
 
-def main(arguments):
+def main(arguments: Sequence[str]) -> None:
     recipe = parse_command_line(arguments, DEFAULT_RECIPE, ClassifierRecipe)
     dataset, class_names = open_data(recipe)
     held_out = open_validation(recipe)
@@ -80,7 +83,7 @@ def main(arguments):
     finish(output_dir, recipe.train, hint, recipe=recipe)
 
 
-def task_of(recipe):
+def task_of(recipe: ClassifierRecipe) -> "type[NoisyImageTask | ImageTask]":
     """The class below that builds and trains the classifier of a recipe; ValueError for an unknown architecture."""
     architecture = recipe.classifier.get("architecture")
     if architecture not in (None, "pyramid"):
@@ -93,7 +96,7 @@ def task_of(recipe):
 class NoisyImageTask:
     """p(label | x_t, t), with the data range, size and noise schedule of the UNet to be guided."""
 
-    def __init__(self, recipe, class_names, labels):
+    def __init__(self, recipe: ClassifierRecipe, class_names: list[str], labels: Sequence[int]) -> None:
         if not recipe.diffusion.get("model"):
             raise ValueError("give diffusion.model, the pipeline to be guided, or the classifier's model_type")
         if recipe.loss:
@@ -117,15 +120,15 @@ class NoisyImageTask:
         self.identity = {**recipe.identity(), "preparation": self.preparation, "schedule": schedule}
         self.levels = list(range(0, self.scheduler.config.num_train_timesteps, 200))
 
-    def loss(self, model, images, labels):
+    def loss(self, model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Any:
         return noisy_classification_loss(model, self.scheduler, images, labels)
 
-    def logits(self, model, images, level):
+    def logits(self, model: torch.nn.Module, images: torch.Tensor, level: int) -> torch.Tensor:
         timesteps = torch.full((len(images),), level, device=images.device)
         noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(level)).to(images.device)
         return model(self.scheduler.add_noise(images, noise, timesteps), timesteps)
 
-    def pipeline(self, model):
+    def pipeline(self, model: torch.nn.Module) -> DiffusionPipeline:
         return ClassifierGuidedPipeline(
             self.unet,
             model,
@@ -142,7 +145,7 @@ class ImageTask:
 
     levels = [0]
 
-    def __init__(self, recipe, class_names, labels):
+    def __init__(self, recipe: ClassifierRecipe, class_names: list[str], labels: Sequence[int]) -> None:
         options = dict(recipe.images)
         self.size = options.pop("size", None)
         if not self.size or recipe.diffusion:
@@ -159,7 +162,7 @@ class ImageTask:
             self.weights = len(labels) / (len(class_names) * counts.clamp(min=1))
         self.model = self.build(recipe.classifier)
 
-    def build(self, classifier):
+    def build(self, classifier: dict) -> torch.nn.Module:
         from transformers import AutoConfig, AutoModelForImageClassification
 
         names = dict(enumerate(self.class_names))
@@ -167,34 +170,34 @@ class ImageTask:
         config.label2id = {name: i for i, name in names.items()}
         return AutoModelForImageClassification.from_config(config)
 
-    def loss(self, model, images, labels):
+    def loss(self, model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Any:
         logits = self.logits(model, images, level=0).float()
         weights = None if self.weights is None else self.weights.to(logits.device)
         loss = F.cross_entropy(logits, labels, weights, label_smoothing=self.label_smoothing)
         return loss, {"accuracy": (logits.argmax(dim=1) == labels).float().mean()}
 
-    def logits(self, model, images, level):
+    def logits(self, model: torch.nn.Module, images: torch.Tensor, level: int) -> torch.Tensor:
         return model(pixel_values=images).logits
 
-    def pipeline(self, model):
+    def pipeline(self, model: torch.nn.Module) -> DiffusionPipeline:
         return GradCAMPipeline(model, sample_size=self.size, settings=self.settings or None, **self.options)
 
 
 class PyramidImageTask(ImageTask):
     """p(label | x) pooled from the maps of a `PyramidClassifier`."""
 
-    def build(self, classifier):
+    def build(self, classifier: dict) -> torch.nn.Module:
         options = {name: value for name, value in classifier.items() if name != "architecture"}
         return PyramidClassifier(sample_size=self.size, num_classes=len(self.class_names), **options)
 
-    def logits(self, model, images, level):
+    def logits(self, model: torch.nn.Module, images: torch.Tensor, level: int) -> torch.Tensor:
         return model(images).logits
 
-    def pipeline(self, model):
+    def pipeline(self, model: torch.nn.Module) -> DiffusionPipeline:
         return PyramidCAMPipeline(model, self.class_names, settings=self.settings or None, **self.options)
 
 
-def start_from(name, model):
+def start_from(name: str, model: torch.nn.Module) -> None:
     """Load the weights of another pipeline's classifier into `model`; ValueError if they do not fit."""
     classifier = getattr(load_pipeline(name), "classifier", None)
     try:
@@ -204,7 +207,9 @@ def start_from(name, model):
 
 
 @torch.no_grad()
-def measure(task, model, dataset, batch_size=64):
+def measure(
+    task: "NoisyImageTask | ImageTask", model: torch.nn.Module, dataset: TensorImages, batch_size: int = 64
+) -> tuple[list[int], dict[str, list[float]]]:
     """(noise levels, {"accuracy": [...], "AUROC healthy / not": [...]}), per level, of a model in eval mode."""
     device = next(model.parameters()).device
     loader = torch.utils.data.DataLoader(dataset, batch_size=batch_size)

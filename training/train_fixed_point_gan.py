@@ -8,6 +8,7 @@ To resume, run the same command again. The method and our results: docs/fixed_po
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from cxr_diffusers import FixedPointDiscriminator, FixedPointGANPipeline, FixedPointGenerator, train_adversarial
@@ -22,7 +23,7 @@ from cxr_diffusers.training.tensors import TensorImages
 DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "phantom_fixed_point_gan_32.yaml"
 
 
-def main(arguments):
+def main(arguments: Sequence[str]) -> None:
     recipe = parse_command_line(arguments, DEFAULT_RECIPE, AdversarialRecipe)
     config = recipe.train
     dataset, class_names = open_data(recipe)
@@ -63,7 +64,7 @@ def main(arguments):
     finish(output_dir, config, *hints, recipe=recipe)
 
 
-def build_networks(recipe):
+def build_networks(recipe: AdversarialRecipe) -> tuple[FixedPointGenerator, FixedPointDiscriminator]:
     """The recipe's generator and discriminator; size, channels and classes are given once, for the generator."""
     generator = FixedPointGenerator(**recipe.generator)
     shared = {key: generator.config[key] for key in ("sample_size", "in_channels", "num_classes")}

@@ -8,6 +8,7 @@ arguments of `cxr_diffusers.training.lungs.augment_lungs`. To resume, run the sa
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "cxr_lung_segmenter_
 OVERSAMPLING = 2  # images are kept at this many times the network's size, so that zooming in finds detail
 
 
-def main(arguments):
+def main(arguments: Sequence[str]) -> None:
     recipe = parse_command_line(arguments, DEFAULT_RECIPE, SegmenterRecipe)
     if recipe.train.push_to_hub:
         raise ValueError("a segmenter is published with the pipeline that it belongs to: expected no train.push_to_hub")
@@ -67,14 +68,14 @@ def main(arguments):
     finish(output_dir, recipe.train, f"gate:    LungSegmenter.from_pretrained({str(output_dir)!r}).field(images)")
 
 
-def dice(masks, truth):
+def dice(masks: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """(B, 2, H, W) masks in [0, 1] and true masks -> (B,) Dice coefficients of each image, both lungs together."""
     common, total = (masks * truth).flatten(1).sum(dim=1), (masks + truth).flatten(1).sum(dim=1)
     return (2 * common + 1) / (total + 1)
 
 
 @torch.no_grad()
-def measure(model, dataset, size):
+def measure(model: LungSegmenter, dataset: LungImages, size: int) -> dict[str, float]:
     """{name: mean Dice over images} of a model in eval mode: unchanged images, and images with painted opacities."""
     with seeded(0):
         images, masks = augment_lungs(dataset.images, dataset.masks, size)  # only resized

@@ -8,10 +8,12 @@ class-conditional model: training starts from its prediction under the null labe
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, UNet2DModel
 
 from cxr_diffusers import DiffPIRDeblurPipeline, build_dataset, denoising_loss
 from cxr_diffusers.files import save_png
@@ -27,7 +29,7 @@ from cxr_diffusers.visualization import contact_sheet
 DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "phantom_unconditional_32.yaml"
 
 
-def main(arguments):
+def main(arguments: Sequence[str]) -> None:
     recipe = parse_command_line(arguments, DEFAULT_RECIPE, Recipe)
     config = recipe.train
     with section("unet"):
@@ -78,7 +80,13 @@ def main(arguments):
 
 
 @torch.no_grad()
-def sample(unet, scheduler, count, num_inference_steps=50, data_range=(-1.0, 1.0)):
+def sample(
+    unet: UNet2DModel,
+    scheduler: DDIMScheduler,
+    count: int,
+    num_inference_steps: int = 50,
+    data_range: Sequence[float] = (-1.0, 1.0),
+) -> np.ndarray:
     """(count, H, W, C) in [0, 1], drawn by DDIM from seed 0."""
     size, channels = unet.config.sample_size, unet.config.in_channels
     x = torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(0)).to(unet.device)

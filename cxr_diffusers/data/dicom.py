@@ -6,6 +6,7 @@ import logging
 import math
 import warnings
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def open_dicom(path: Path | str, **options: Any) -> Any:
     return dataset
 
 
-def open_with_pixels(path):
+def open_with_pixels(path: Path | str) -> Any:
     """The dataset with its PixelData, also where only the mark of their end is missing."""
     import pydicom
 
@@ -134,22 +135,22 @@ def number(dataset: Any, name: str) -> float | None:
     return first
 
 
-def byte_order(dataset):
+def byte_order(dataset: Any) -> str:
     return ">" if getattr(dataset, "is_original_little_endian", True) is False else "<"
 
 
-def integer(dataset, name, default=None):
+def integer(dataset: Any, name: str, default: int | None = None) -> int:
     """The one integer of an element, `default` where it is absent or empty; ValueError where it is needed or broken."""
     value = number(dataset, name)
     if value is None and default is None:
         raise ValueError(f"{name} is missing")
     if value is not None and (value % 1 or not isinstance(element(dataset, name), (str, float, int))):
         raise ValueError(f"{name} cannot be read as one integer")
-    return default if value is None else int(value)
+    return int(default if value is None else value)  # type: ignore[arg-type]  # one of them is given, see above
 
 
 @contextlib.contextmanager
-def quiet():
+def quiet() -> Iterator[None]:
     """Without pydicom's warnings, which quote values of the header."""
     log, level = logging.getLogger("pydicom"), logging.getLogger("pydicom").level
     with warnings.catch_warnings():
@@ -161,7 +162,7 @@ def quiet():
             log.setLevel(level)
 
 
-def keywords_of(dataset):
+def keywords_of(dataset: Any) -> set[str]:
     import pydicom
 
     return {pydicom.datadict.keyword_for_tag(tag) for tag in dataset.keys()}  # noqa: SIM118

@@ -82,7 +82,7 @@ def warnings_of(dataset: Any) -> list[str]:
     return [sentence.replace(";", ",") for sentence in sentences]
 
 
-def window_of(dataset):
+def window_of(dataset: Any) -> tuple[tuple[float, float, str] | None, str]:
     """((center, width, function) of the first window or None, a sentence about a window that is none or "").
 
     Empty elements count as absent; a width below 1 (or not above 0, for the functions that have no such bound) is none.

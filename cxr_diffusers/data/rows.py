@@ -63,7 +63,7 @@ class CheckedImage(Image):
     def __eq__(self, other):
         return isinstance(other, Image) and (self.mode, self.decode, self.id) == (other.mode, other.decode, other.id)
 
-    def decode_example(self, value, token_per_repo_id=None):
+    def decode_example(self, value: Any, token_per_repo_id: Any = None) -> PIL.Image.Image:
         """{"path", "bytes"} -> PIL image; ValueError that names a file that is damaged, too large or not there."""
         if not self.decode or not isinstance(value, dict) or (value["path"] is None and value["bytes"] is None):
             return super().decode_example(value, token_per_repo_id)

@@ -196,13 +196,21 @@ class TooSmall(Exception):
 class Worker:
     """Takes images one by one, deblurs images of one size together, and writes each under its name when complete."""
 
-    def __init__(self, pipeline, output_root, kernel, batch_size, seed, call_kwargs):
+    def __init__(
+        self,
+        pipeline: DiffPIRDeblurPipeline,
+        output_root: Path,
+        kernel: np.ndarray | None,
+        batch_size: int,
+        seed: int,
+        call_kwargs: dict[str, Any],
+    ) -> None:
         self.pipeline, self.output_root, self.kernel = pipeline, output_root, kernel
         self.batch_size, self.seed, self.call_kwargs = batch_size, seed, call_kwargs
         self.waiting: dict[tuple, list] = {}  # size -> [(image, kernel, output)]
         self.written, self.computed, self.seconds = 0, 0, 0.0
 
-    def take(self, image, output, is_mask):
+    def take(self, image: Image.Image, output: Path, is_mask: bool) -> None:
         """Raises `TooSmall` for an image that is smaller than the kernel, OSError if a result cannot be written."""
         if is_mask or len(np.unique(np.asarray(image))) <= 2:
             self.write(image, output)
@@ -221,11 +229,11 @@ class Worker:
         elif sum(map(len, self.waiting.values())) >= 8 * self.batch_size:  # many sizes: limits the memory
             self.run(max(self.waiting, key=lambda key: len(self.waiting[key])))
 
-    def finish(self):
+    def finish(self) -> None:
         while self.waiting:
             self.run(next(iter(self.waiting)))
 
-    def run(self, key):
+    def run(self, key: tuple) -> None:
         batch = self.waiting.pop(key)
         start = time.perf_counter()
         restored = self.pipeline(
@@ -240,7 +248,7 @@ class Worker:
         for (_, _, output), image in zip(batch, restored, strict=True):
             self.write(image, output)
 
-    def write(self, image, output):
+    def write(self, image: Image.Image, output: Path) -> None:
         write_file(self.output_root / output, encode(image, output.suffix))
         self.written += 1
 
@@ -301,17 +309,17 @@ def read_kernel(kernel: np.ndarray | str) -> tuple[np.ndarray | None, str]:
     return array, f"array of {array.shape} ({hashlib.sha256(array.tobytes()).hexdigest()[:8]})"
 
 
-def kernel_of(image, kernel):
+def kernel_of(image: Image.Image, kernel: np.ndarray | None) -> np.ndarray:
     return estimate_kernel(image) if kernel is None else kernel
 
 
-def generator_of(seed, output):
+def generator_of(seed: int, output: Path) -> torch.Generator:
     """A generator that depends only on the seed and the path of the image below the root."""
     digest = hashlib.sha256(f"{seed}:{Path(output).as_posix()}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7]))
 
 
-def encode(image, suffix):
+def encode(image: Image.Image, suffix: str) -> bytes:
     """PIL image -> the bytes of a PNG, or of a JPEG of 8 bits."""
     with io.BytesIO() as buffer:
         if suffix == ".jpg":
@@ -323,7 +331,7 @@ def encode(image, suffix):
         return buffer.getvalue()
 
 
-def check(source_root, output_root, image_format, batch_size):
+def check(source_root: Path, output_root: Path, image_format: str, batch_size: int) -> None:
     if not source_root.is_dir():
         raise NotADirectoryError(f"expected the folder of a data set, got {source_root}")
     if source_root.resolve() == output_root.resolve():
@@ -334,7 +342,7 @@ def check(source_root, output_root, image_format, batch_size):
         raise ValueError(f"expected a `batch_size` of 1 or more, got {batch_size}")
 
 
-def carry_tables(source_root, output_root, plan):
+def carry_tables(source_root: Path, output_root: Path, plan: CopyPlan) -> None:
     """Copy the CSV files that the plan did not write, with the names of images in them rewritten."""
     outputs = {source.resolve(): output for source, output, _ in plan.jobs}
     for csv in sorted(source_root.rglob("*.csv")):

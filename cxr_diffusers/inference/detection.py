@@ -200,7 +200,7 @@ class Detection:
         seconds: of the model, one number an image; after `run`, of all processes.
     """
 
-    def __init__(self, pipeline: Any, folder: DetectionFolder, call_kwargs: dict, state: Any):
+    def __init__(self, pipeline: Any, folder: DetectionFolder, call_kwargs: dict, state: Any) -> None:
         self.pipeline, self.folder, self.call_kwargs, self.state = pipeline, folder, call_kwargs, state
         self.trajectory = Trajectory() if folder.settings["save_trajectory"] else None
         self.channels = model_channels(pipeline)

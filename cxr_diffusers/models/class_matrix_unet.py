@@ -64,7 +64,14 @@ class ClassMatrixAttention(nn.Module):
         self.to_v = nn.Linear(class_channels, channels)
         self.vectors: torch.Tensor | None = None  # (B, class_channels), of the current call
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         x = hidden_states  # (B, C, H, W)
         tokens = attn.group_norm(x.flatten(2)).transpose(1, 2)
         query = attn.to_q(tokens)
@@ -75,6 +82,7 @@ class ClassMatrixAttention(nn.Module):
         attended = attn.to_out[0](attended).transpose(1, 2).reshape(x.shape)
         return (x + attended) / attn.rescale_output_factor
 
-    def of_matrix(self, linear):
+    def of_matrix(self, linear: nn.Linear) -> torch.Tensor:
         """`linear` of each row c_i c of the matrix: c_i (W c) + b, without the matrix. (B, rows, channels)"""
+        assert self.vectors is not None  # set by the UNet before its forward pass
         return self.vectors[:, :, None] * F.linear(self.vectors, linear.weight)[:, None] + linear.bias

@@ -257,13 +257,6 @@ def handle_run(
     results = [right.viewer, right.caption, right.comparison, right.film, right.buttons["film"], right.factor]
     outputs = [state.analysis, state.control, *run_parts, *answer_parts(right), *results]
 
-    def stop(control: RunControl | None) -> dict[Any, Any]:
-        if control is not None:
-            control.stop.set()
-        if control is not None and control.has_begun:  # `run` answers after its last step
-            return {left.stop: gr.update(visible=False)}
-        return end_of_run(left, right, STOPPED, level="warning")
-
     def prepare(upload: Upload | None) -> dict[Any, Any]:
         return {left.status: message(NO_UPLOAD)} if upload is None else start_of_run(state, left, right)
 
@@ -306,11 +299,20 @@ def handle_run(
     inputs = [state.upload, state.control, left.method, right.factor, *left.sliders]
     started = prepared.success(run, inputs, outputs, concurrency_limit=1, **HIDDEN)
     started.failure(lambda: end_of_run(left, right, FAILED), None, outputs, queue=False, **HIDDEN)
-    left.stop.click(stop, state.control, outputs, queue=False, **HIDDEN)
+    left.stop.click(lambda control: stop_run(left, right, control), state.control, outputs, queue=False, **HIDDEN)
     started.success(None, None, None, js=SCROLL % "#headline", **PRIVATE)
     # not postprocessed: the slider's own way of handling images writes them to disk
     started.success(compare, state.analysis, right.compare, postprocess=False, **HIDDEN)
     started.success(lambda a: a and rendering.film_card(a), state.analysis, right.film, **HIDDEN)
+
+
+def stop_run(left: SimpleNamespace, right: SimpleNamespace, control: RunControl | None) -> dict[Any, Any]:
+    """Stop a run, or a run that waits for its turn; returns the updates."""
+    if control is not None:
+        control.stop.set()
+    if control is not None and control.has_begun:  # it ends with its own updates, after its last step
+        return {left.stop: gr.update(visible=False)}
+    return end_of_run(left, right, STOPPED, level="warning")
 
 
 def work_of(

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
@@ -257,9 +258,6 @@ def handle_run(
     results = [right.viewer, right.caption, right.comparison, right.film, right.buttons["film"], right.factor]
     outputs = [state.analysis, state.control, *run_parts, *answer_parts(right), *results]
 
-    def prepare(upload: Upload | None) -> dict[Any, Any]:
-        return {left.status: message(NO_UPLOAD)} if upload is None else start_of_run(state, left, right)
-
     def run(
         upload: Upload | None, control: RunControl | None, choice: str, factor: float, *values: float
     ) -> Iterator[dict[Any, Any]]:
@@ -294,12 +292,13 @@ def handle_run(
             right.factor: factor_range(analysis, factor),
         }
 
-    prepared = left.start.click(prepare, state.upload, outputs, queue=False, **HIDDEN)
+    begin = partial(start_of_run, state, left, right)
+    prepared = left.start.click(begin, state.upload, outputs, queue=False, **HIDDEN)
     prepared.success(None, None, None, js=SCROLL % "#run", **PRIVATE)
     inputs = [state.upload, state.control, left.method, right.factor, *left.sliders]
     started = prepared.success(run, inputs, outputs, concurrency_limit=1, **HIDDEN)
     started.failure(lambda: end_of_run(left, right, FAILED), None, outputs, queue=False, **HIDDEN)
-    left.stop.click(lambda control: stop_run(left, right, control), state.control, outputs, queue=False, **HIDDEN)
+    left.stop.click(partial(stop_run, left, right), state.control, outputs, queue=False, **HIDDEN)
     started.success(None, None, None, js=SCROLL % "#headline", **PRIVATE)
     # not postprocessed: the slider's own way of handling images writes them to disk
     started.success(compare, state.analysis, right.compare, postprocess=False, **HIDDEN)
@@ -346,8 +345,12 @@ def answer_parts(right: SimpleNamespace) -> list[Any]:
     return [right.headline, right.tools, right.downloads, right.hint, right.details, right.film_card]
 
 
-def start_of_run(state: SimpleNamespace, left: SimpleNamespace, right: SimpleNamespace) -> dict[Any, Any]:
-    """The updates that begin a run."""
+def start_of_run(
+    state: SimpleNamespace, left: SimpleNamespace, right: SimpleNamespace, upload: Upload | None
+) -> dict[Any, Any]:
+    """The updates that begin a run; without an upload, a message that asks for one."""
+    if upload is None:
+        return {left.status: message(NO_UPLOAD)}
     return {
         state.analysis: None,
         state.control: RunControl(),

@@ -82,8 +82,8 @@ def measure(model: LungSegmenter, dataset: LungImages, size: int) -> dict[str, f
         painted = paint_opacities(images, masks, 1.0)
     values = {}
     for name, x in {"dice": images, "dice with painted opacities": painted}.items():
-        answers = [(model(part.to(model.device)) > 0).float().cpu() for part in x.split(64)]
-        values[name] = float(dice(torch.cat(answers), masks).mean())
+        predicted = [(model(part.to(model.device)) > 0).float().cpu() for part in x.split(64)]
+        values[name] = float(dice(torch.cat(predicted), masks).mean())
     return values
 
 

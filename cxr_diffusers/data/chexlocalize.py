@@ -30,7 +30,7 @@ TASKS = (  # as the released files spell them; "Airspace Opacity" is CheXpert's 
     "Pneumothorax",
     DEVICES,
 )
-PATHOLOGIES = tuple(task for task in TASKS if task != DEVICES)  # a pacemaker is no disease
+PATHOLOGIES = tuple(task for task in TASKS if task != DEVICES)  # a pacemaker is not a disease
 ALIASES = {"lung opacity": "Airspace Opacity"}
 
 

@@ -32,7 +32,7 @@ FINDINGS = (
     "Pleural Effusion",
     "Pleural Other",
     "Fracture",
-)  # not "Support Devices": a pacemaker is no disease, and CheXpert's labeller gives it to healthy chests as well
+)  # not "Support Devices": a pacemaker is not a disease, and CheXpert's labeller gives it to healthy chests as well
 LABELS = (NO_FINDING, *FINDINGS, "Support Devices")
 PLUS_COLUMNS = {
     "path_to_image": "Path",
@@ -89,7 +89,7 @@ def load_chexpert(
 
     Raises:
         FileNotFoundError: no CSV, or an image of it (its line and path are named).
-        ValueError: a missing column, an unknown class or option, a cell that is no label or no path, or a box that is
+        ValueError: a missing column, an unknown class or option, a cell that is not a label or path, or a box that is
             none, belongs to no image or reaches beyond it.
     """
     csv = find_csv(root, split)
@@ -232,7 +232,7 @@ def read_boxes(
         splits: those that `keys` cover; rows of others may belong to images that are not there.
 
     Raises:
-        ValueError: a row whose box is none, or that belongs neither to a row of the CSV nor to a file.
+        ValueError: a row with an invalid box, or that belongs neither to a row of the CSV nor to a file.
     """
     path = find_boxes(csv, boxes)
     rows_by_key: dict[str, list[tuple]] = {}
@@ -256,7 +256,7 @@ def key_of(path: PurePosixPath | str) -> str:
 
 
 def key_of_cell(cell: str, csv: Path | str, line: int) -> str:
-    """`key_of` a cell of a table; ValueError, as of `tables.path_of`, where it is no path inside the data set."""
+    """`key_of` a cell of a table; ValueError, as of `tables.path_of`, if it is not a path inside the data set."""
     if not PLAIN_PATH.fullmatch(cell):
         return key_of(path_of(cell, f"{csv}, line {line}"))
     first, slash, rest = cell.partition("/")  # the same, ten times as fast
@@ -330,7 +330,7 @@ def _read_plus(csv, split, report_section):
 
 
 def _read_labels(path):
-    """A JSON object a line -> table with Path and label columns; ValueError naming the line that is none."""
+    """A JSON object a line -> table with Path and label columns; ValueError naming an invalid line."""
     rows = []
     with open(path, errors="surrogateescape") as lines:
         for n, line in enumerate(lines, start=1):

@@ -85,13 +85,13 @@ def to_dataset(rows: Sequence[Mapping[str, Any]], class_names: Sequence[str], im
 
     Args:
         rows: dicts with image (path or PIL image), label (class id, -1 unlabelled), and optionally patient, view, path,
-            boxes (list of [x, y, w, h] in pixels; [] where there are none or none are known), mask (PIL image, the
+            boxes (list of [x, y, w, h] in pixels; []: none, or unknown), mask (PIL image, the
             `png_cell` of one, or None).
         class_names: names of the class ids, healthy first.
         image: a `datasets` feature that opens the rows' image by itself; None: images that PIL or `read_image` opens.
 
     Raises:
-        ValueError: no rows, a box that is none, or a name that is not UTF-8, which a data set cannot hold.
+        ValueError: no rows, an invalid box, or a name that is not UTF-8, which a data set cannot hold.
     """
     if not rows:
         raise ValueError("the data set is empty: no row is left after the filters that were asked for")

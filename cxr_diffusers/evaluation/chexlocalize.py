@@ -305,7 +305,7 @@ def measure(
 
 
 def above(level: np.ndarray, n: int) -> np.ndarray:
-    """(n,) how many of these pixels are above each threshold; `level`: above how many thresholds each pixel is."""
+    """(n,) number of pixels above each threshold; `level`: the number of thresholds below each pixel."""
     return np.bincount(level.ravel(), minlength=n + 1)[::-1].cumsum()[::-1][1:]
 
 

@@ -37,12 +37,12 @@ class ConversionFlags:
     """The flags of `image_train.py`, under their own names: give those that the checkpoint was trained with.
 
     The first group cannot be read from the tensors and has the originals' defaults. The second group can; a value
-    given there is checked against the tensors. Each field's `metadata["help"]` says what it means.
+    given there is checked against the tensors. The `metadata["help"]` of a field describes it.
     """
 
     # not in the tensors
     num_heads: int = flag(4, "attention heads of every attention block")
-    num_head_channels: int = flag(-1, "channels of one attention head; overrules num_heads, -1 leaves it")
+    num_head_channels: int = flag(-1, "channels of one attention head, in place of num_heads; -1: by num_heads")
     num_heads_upsample: int = flag(-1, "attention heads of the decoder, -1: as num_heads")
     use_new_attention_order: bool = flag(False, "rows of the qkv tensors: [all Q, K, V] instead of [q, k, v] per head")
     noise_schedule: str = flag("linear", "linear or cosine")
@@ -65,7 +65,7 @@ class ConversionFlags:
     use_scale_shift_norm: bool | None = flag(None, "the time embedding scales and shifts")
     resblock_updown: bool | None = flag(None, "residual blocks resample")
     class_cond: bool | None = flag(None, "the network takes class labels")
-    num_classes: int | None = flag(None, "how many")
+    num_classes: int | None = flag(None, "number of classes")
     clf_free: bool | None = flag(None, "the CFG fork's class MLP, trained with dropped labels")
     unet_version: str | None = flag(None, "v1 or v2 of the CFG fork")
     classifier_width: int | None = flag(None, "a classifier's base channels")

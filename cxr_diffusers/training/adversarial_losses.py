@@ -1,7 +1,7 @@
-"""What the two players of a Fixed-Point GAN minimise: plain functions of both and a batch.
+"""The losses of the generator and the discriminator of a Fixed-Point GAN, as functions of both and a batch.
 
-Siddiquee et al. 2019 (https://arxiv.org/abs/1908.06965), whose names the terms bear. A generator is a function
-`(images, labels) -> output with .sample`, a discriminator `images -> output with .score and .logits`.
+Siddiquee et al. 2019 (https://arxiv.org/abs/1908.06965); the terms have the names of the paper. A generator is a
+function `(images, labels) -> output with .sample`, a discriminator `images -> output with .score and .logits`.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def discriminator_loss(
     classification: str = "softmax",
     alpha: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The critic's loss: discriminate real from translated images, and classify the real ones.
+    """The loss of the discriminator (a critic): tell real from translated images, and classify the real ones.
 
     Args:
         images: (B, C, H, W) in [-1, 1].
@@ -62,8 +62,8 @@ def generator_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The generator's loss: translation across domains and back, and identity within the image's own domain.
 
-    The terms named `same_` are the fixed-point ones: an image translated to its own labels must look real, be of its
-    class, come back, and be itself (`identity`).
+    The terms named `same_` are those of the fixed point: an image that is translated to its own labels must look real,
+    keep its class, be recovered by a second translation, and equal the input (`identity`).
 
     Args:
         images, labels, target_labels, classification: as in `discriminator_loss`.
@@ -119,7 +119,7 @@ def gradient_penalty(
     patch scores, its norm is over all pixels of an image; always in float32, since it is differentiated once more.
 
     Args:
-        alpha: (B, 1, 1, 1) in [0, 1], how much of the real image; None: drawn uniformly (on the CPU on any device).
+        alpha: (B, 1, 1, 1) in [0, 1], share of the real image; None: drawn uniformly, on the CPU for any device.
     """
     if alpha is None:
         alpha = torch.rand(len(real), 1, 1, 1)

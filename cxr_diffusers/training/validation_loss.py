@@ -50,8 +50,11 @@ class ValidationLoss:
 
     @torch.no_grad()
     def __call__(self, unet: torch.nn.Module) -> dict[str, float]:
-        """{"validation_loss", "validation_loss/CLASS[ VIEW]", "auroc/CLASS"}: mean squared error of v, or of what the
-        UNet predicts, under each image's own class and view; AUROC of healthy against each class."""
+        """The losses and AUROCs of a UNet: {"validation_loss", "validation_loss/CLASS[ VIEW]", "auroc/CLASS"}.
+
+        A loss is the mean squared error of the UNet's output, under each image's own class and view; an AUROC is that
+        of healthy against the class.
+        """
         device = next(unet.parameters()).device
         labels, views = self.batch["labels"].to(device), self.batch["views"].to(device).clamp(min=0)
         num_classes = self.conditions.num_classes

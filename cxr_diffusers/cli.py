@@ -4,6 +4,7 @@ import argparse
 import logging
 import sys
 import warnings
+from collections.abc import Sequence
 
 from .commands import COMMANDS
 from .version import __version__
@@ -12,8 +13,8 @@ from .version import __version__
 ONE_LINE_ERRORS = (ValueError, OSError, ImportError)
 
 
-def main(arguments=None):
-    """Run a command; the exit code: 0 done, 1 done except for some files, 2 not done."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0 done, 1 done except for some files, 2 not done."""
     parser = build_parser()
     options = parser.parse_args(arguments)
     options.arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -33,7 +34,8 @@ def main(arguments=None):
         return 130
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line, with all commands."""
     parser = argparse.ArgumentParser(
         prog="cxr-diffusers", description="See where a chest X-ray is abnormal. Research use only, not for diagnosis."
     )

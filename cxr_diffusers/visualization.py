@@ -94,10 +94,7 @@ def validation_strip(
     anomaly_maps: Sequence[np.ndarray],
     *,
     titles: Sequence[str] | None = None,
-    vmax: float | None = None,
     title: str | None = None,
-    panel_size: int = 128,
-    opacity: float = 0.8,
 ) -> Image.Image:
     """Rows of input | counterfactual | overlay on one colour scale, to follow a training run.
 
@@ -105,22 +102,15 @@ def validation_strip(
         images, counterfactuals: lists of PIL images or arrays, see `to_grey`.
         anomaly_maps: list of (H, W) in [0, 1].
         titles: a short text beside each row.
-        vmax: the map value of the last colour, None: `common_vmax` of the maps. Give it to compare two strips.
-        title, panel_size, opacity: as in `side_by_side`.
+        title: a line above.
     """
-    shared = vmax or common_vmax(anomaly_maps)
+    vmax, size, opacity = common_vmax(anomaly_maps), 128, 0.8
     cells = [
-        [
-            _panel(to_grey(x), panel_size),
-            _panel(to_grey(y), panel_size),
-            _panel(overlay(x, m, shared, opacity), panel_size),
-        ]
+        [_panel(to_grey(x), size), _panel(to_grey(y), size), _panel(overlay(x, m, vmax, opacity), size)]
         for x, y, m in zip(images, counterfactuals, anomaly_maps, strict=True)
     ]
-    note = "fixed colour scale" if vmax else "one colour scale for all rows (99.5 % quantile of these maps)"
-    return _grid(
-        cells, ["input", "counterfactual", "anomaly map"], titles, {2: shared}, title, note, panel_size, opacity
-    )
+    note = "one colour scale for all rows (99.5 % quantile of these maps)"
+    return _grid(cells, ["input", "counterfactual", "anomaly map"], titles, {2: vmax}, title, note, size, opacity)
 
 
 def contact_sheet(

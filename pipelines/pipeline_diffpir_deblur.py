@@ -53,7 +53,7 @@ class DeblurOutput(BaseOutput):
         list of PIL images (mode L, or I;16 for a deeper input) | (B, H, W, C) array | (B, C, H, W) tensor
     image: the input in the same form.
 
-    Pictures of several sizes give a list of (H, W, C) arrays | of (C, H, W) tensors instead.
+    Images of several sizes give a list of (H, W, C) arrays | of (C, H, W) tensors instead.
     """
 
     restored: list | np.ndarray | torch.Tensor
@@ -151,7 +151,7 @@ class DiffPIRDeblurPipeline(PortableMixin, DiffusionPipeline):
 
         Raises:
             TypeError: `image` is not an image. ValueError: an argument out of its range, or a kernel that does not
-            sum to 1 or is larger than the image; each says what was expected.
+            sum to 1 or is larger than the image.
 
         Examples:
         """
@@ -182,7 +182,7 @@ class DiffPIRDeblurPipeline(PortableMixin, DiffusionPipeline):
         with self.progress_bar(total=len(groups) * num_inference_steps) as bar:
             for canvas, members in groups.items():
                 on_step = self.on_step(callback_on_step_end, callback_on_step_end_tensor_inputs, bar)
-                answers = self.restore(
+                results = self.restore(
                     [images[i] for i in members],
                     kernel if len(kernel) == 1 else kernel[members],
                     canvas,
@@ -195,8 +195,8 @@ class DiffPIRDeblurPipeline(PortableMixin, DiffusionPipeline):
                     generator=[generator[i] for i in members] if isinstance(generator, list) else generator,
                     on_step=on_step,
                 )
-                for i, answer in zip(members, answers, strict=True):
-                    restored[i] = answer
+                for i, result in zip(members, results, strict=True):
+                    restored[i] = result
 
         # 3. convert to the output type
         output = DeblurOutput(_as(restored, output_type, deep), _as(images, output_type, deep))
@@ -317,8 +317,8 @@ class DiffPIRDeblurPipeline(PortableMixin, DiffusionPipeline):
                 )
         if given["noise_std"] > 1:
             raise ValueError(
-                f"expected `noise_std` as a share of the grey scale, 0 to 1, got {given['noise_std']}: divide by 255 "
-                "what is in grey levels"
+                f"expected `noise_std` as a share of the grey scale, 0 to 1, got {given['noise_std']}: divide "
+                "grey levels by 255"
             )
         if not 0 <= given["zeta"] <= 1:
             raise ValueError(f"expected a `zeta` from 0 to 1, got {given['zeta']!r}")

@@ -23,8 +23,8 @@ from cxr_diffusers import (
 )
 from cxr_diffusers.data import LOADERS
 from cxr_diffusers.training.lungs import augment_lungs
+from cxr_diffusers.training.networks import new_unet
 from cxr_diffusers.training.recipe import AdversarialRecipe, ClassifierRecipe, Recipe, SegmenterRecipe, load_recipe
-from cxr_diffusers.training.script import new_unet
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))  # plans/ are evaluations: see test_plan.py

@@ -293,7 +293,7 @@ def test_patients_can_be_read_from_file_names(tmp_path):
     for name in ("007_a", "007_b", "008_a"):
         save_image(tmp_path / "healthy" / f"{name}.png")
     assert load_folder(tmp_path, patient_pattern=r"/(\d+)_")["patient"][:] == ["007", "007", "008"]
-    with pytest.raises(ValueError, match="finds no group"):
+    with pytest.raises(ValueError, match="matches no group"):
         load_folder(tmp_path, patient_pattern=r"(x\d)")
 
 

@@ -107,7 +107,7 @@ def test_the_critic_scores_patches_and_classifies_the_image(x):
         (lambda: toy_generator(conditioning="film"), "conditioning"),
         (lambda: toy_generator(squash="sigmoid"), "squash"),
         (lambda: toy_generator(num_classes=0), "at least one class"),
-        (lambda: FixedPointDiscriminator(48, num_layers=5), "2 \\*\\* 5"),
+        (lambda: FixedPointDiscriminator(48, 1, 2, num_layers=5), "2 \\*\\* 5"),
         (lambda: toy_generator()(torch.zeros(2, 1, 16, 16), torch.zeros(2, 3)), r"\(2, 3\)"),
     ],
 )

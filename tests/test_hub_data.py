@@ -358,7 +358,7 @@ def test_masks_and_boxes_of_another_kind_are_refused(column, values):
 
 def test_a_card_describes_its_data_set(folder):
     splits = with_same_columns({"train": load_folder(folder), "test": load_folder(folder).select([1])})
-    text = DatasetCard(card(splits, "me/mine", license="other", license_link="https://terms"))
+    text = DatasetCard(card(splits, "me/mine", None, False, license="other", license_link="https://terms"))
     assert text.data.license == "other" and text.data.license_link == "https://terms"
     assert text.data.task_categories == ["image-classification", "image-segmentation", "object-detection"]
     assert (

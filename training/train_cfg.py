@@ -9,43 +9,40 @@ the script, e.g. `accelerate launch --multi_gpu --num_processes 4 training/train
 """
 
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler
 
-from cxr_diffusers import CFGAnomalyPipeline, build_dataset, denoising_loss
-from cxr_diffusers.files import save_png
-from cxr_diffusers.hub.loading import load_unet
+from cxr_diffusers import CFGAnomalyPipeline, denoising_loss
 from cxr_diffusers.pipelines.cxr_conditions import Conditions
 from cxr_diffusers.training.augmentation import augment
+from cxr_diffusers.training.datasets import diseased_rows, open_data, open_validation
 from cxr_diffusers.training.loop import train
+from cxr_diffusers.training.networks import initial_unet
 from cxr_diffusers.training.recipe import Recipe, parse_command_line, section
 from cxr_diffusers.training.run import seeded
-from cxr_diffusers.training.script import diseased_rows, finish, new_unet, run_program, write_card
+from cxr_diffusers.training.script import finish, run_program, save_strip, write_card
 from cxr_diffusers.training.tensors import TensorImages
 from cxr_diffusers.training.validation_loss import ValidationLoss
-from cxr_diffusers.visualization import validation_strip
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "phantom_cfg_32.yaml"
 
 
-def main(arguments):
+def main(arguments: Sequence[str]) -> None:
     recipe = parse_command_line(arguments, DEFAULT_RECIPE, Recipe)
     config = recipe.train
-    with section("data"):
-        dataset = build_dataset(**recipe.data)
-    class_names = dataset.features["label"].names
+    dataset, class_names = open_data(recipe)
     views = recipe.conditions.get("views") or []
     with section("unet, images"):
         options = dict(num_channels=recipe.unet["in_channels"], views=views, **recipe.images)
-    with section("unet, images"):
         images = TensorImages(dataset, recipe.unet["sample_size"], **options)
     validation_rows = diseased_rows(recipe, dataset, unlabelled=True)
     conditions = Conditions(len(class_names), tuple(views))
 
     with seeded(config.seed):
-        unet = load_unet(config.init_from) if config.init_from else new_unet(**recipe.unet)
+        unet = initial_unet(recipe)
     with section("scheduler"):
         scheduler = DDIMScheduler(**recipe.scheduler)
     if unet.config.num_class_embeds != conditions.num_embeddings:
@@ -54,7 +51,45 @@ def main(arguments):
             f"views {views} and the null label, got {unet.config.num_class_embeds}"
         )
 
-    ranges = {"data_range": recipe.images["data_range"]} if "data_range" in recipe.images else {}
+    def pipeline(model):
+        settings = recipe.pipeline or None
+        return CFGAnomalyPipeline(
+            model, scheduler, class_names, settings=settings, views=views or None, **recipe.images
+        )
+
+    def save(model, folder):
+        pipeline(model).save_pretrained(folder)
+        write_card(folder, recipe, images.size, len(dataset))
+
+    def validate(model, step):
+        detector = pipeline(model)
+        detector.set_progress_bar_config(disable=True)
+        return {"validation": save_strip(detector(validation_rows["image"][:], output_type="np"), config, step)}
+
+    measure = None
+    if config.validation_loss_images:
+        unseen = open_validation(recipe)
+        with section("validation, images"):
+            unseen = TensorImages(unseen, images.size, **options)
+        measure = ValidationLoss(unseen, conditions, class_names, scheduler, config.validation_loss_images)
+
+    with section("pipeline, images"):
+        pipeline(unet)  # reports errors of these sections before training
+    loss_fn = loss_of(recipe, scheduler, conditions)
+    output_dir = train(
+        unet, loss_fn, images, config, save=save, validate=validate, measure=measure, identity=recipe.identity()
+    )
+    hints = [f"detect:  cxr-diffusers detect YOUR_IMAGES --model {output_dir} --out maps"]
+    if recipe.data["name"] == "phantom":
+        command = "accelerate launch training/train_cfg.py configs/chexpert_cfg_256.yaml data.root=/data/CheXpert-v1.0"
+        hints.append(f"CheXpert: {command}")
+    finish(output_dir, config, *hints, recipe=recipe)
+
+
+def loss_of(recipe: Recipe, scheduler: DDIMScheduler, conditions: Conditions) -> Callable:
+    """The training loss, a function (model, batch) -> scalar; images are augmented as the recipe says."""
+    config = recipe.train
+    ranges = {key: value for key, value in recipe.images.items() if key == "data_range"}
 
     def loss_fn(model, batch):
         with section("train.augment"):
@@ -72,43 +107,12 @@ def main(arguments):
             vlb_weight=config.vlb_weight,
         )
 
-    def pipeline(model):
-        settings = recipe.pipeline or None
-        return CFGAnomalyPipeline(
-            model, scheduler, class_names, settings=settings, views=views or None, **recipe.images
-        )
-
-    def save(model, folder):
-        pipeline(model).save_pretrained(folder)
-        write_card(folder, recipe, images.size, len(dataset))
-
-    def validate(model, step):
-        detector = pipeline(model)
-        detector.set_progress_bar_config(disable=True)
-        output = detector(validation_rows["image"][:], output_type="np")
-        path = Path(config.output_dir) / "validation" / f"step-{step:07d}.png"
-        save_png(validation_strip(output.image, output.counterfactual, output.anomaly_map, title=f"step {step}"), path)
-        return {"validation": path}
-
-    measure = None
-    if config.validation_loss_images:
-        with section("validation, images"):
-            unseen = TensorImages(build_dataset(**{**recipe.data, **recipe.validation}), images.size, **options)
-        measure = ValidationLoss(unseen, conditions, class_names, scheduler, config.validation_loss_images)
-
-    with section("pipeline, images"):
-        pipeline(unet)  # reports errors of these sections before training
-    output_dir = train(
-        unet, loss_fn, images, config, save=save, validate=validate, measure=measure, identity=recipe.identity()
-    )
-    hints = [f"detect:  cxr-diffusers detect YOUR_IMAGES --model {output_dir} --out maps"]
-    if recipe.data["name"] == "phantom":
-        command = "accelerate launch training/train_cfg.py configs/chexpert_cfg_256.yaml data.root=/data/CheXpert-v1.0"
-        hints.append(f"CheXpert: {command}")
-    finish(output_dir, config, *hints, recipe=recipe)
+    return loss_fn
 
 
-def embedding_ids(conditions, labels, views):
+def embedding_ids(
+    conditions: Conditions, labels: torch.Tensor, views: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(B,) class ids and (B,) indices of views, -1 for unknown -> (B,) ids of embeddings, and of their null labels."""
     unknown = labels < 0 if not conditions.views else (labels < 0) | (views < 0)
     view = views.clamp(min=0)

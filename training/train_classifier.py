@@ -12,10 +12,13 @@ resume, run the same command again. `train.init_from` may name a model; training
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import DiffusionPipeline
 from sklearn.metrics import roc_auc_score
 
 from cxr_diffusers import (
@@ -24,29 +27,26 @@ from cxr_diffusers import (
     NoisyClassifier,
     PyramidCAMPipeline,
     PyramidClassifier,
-    build_dataset,
 )
 from cxr_diffusers.figures import line_figure
 from cxr_diffusers.files import save_png, write_file
 from cxr_diffusers.hub.loading import load_pipeline
 from cxr_diffusers.training.augmentation import augment
+from cxr_diffusers.training.datasets import open_data, open_validation
 from cxr_diffusers.training.loop import train
 from cxr_diffusers.training.losses import noisy_classification_loss
 from cxr_diffusers.training.recipe import ClassifierRecipe, parse_command_line, section
 from cxr_diffusers.training.run import seeded
-from cxr_diffusers.training.script import finish, run_program, write_card
+from cxr_diffusers.training.script import finish, run_program, validation_file, write_card
 from cxr_diffusers.training.tensors import TensorImages
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "phantom_classifier_32.yaml"
 
 
-def main(arguments):
+def main(arguments: Sequence[str]) -> None:
     recipe = parse_command_line(arguments, DEFAULT_RECIPE, ClassifierRecipe)
-    with section("data"):
-        dataset = build_dataset(**recipe.data)
-    with section("validation"):
-        held_out = build_dataset(**{**recipe.data, **recipe.validation})
-    class_names = dataset.features["label"].names
+    dataset, class_names = open_data(recipe)
+    held_out = open_validation(recipe)
     if min(dataset["label"][:]) < 0 or len(set(held_out["label"][:])) < 2:
         raise ValueError(f"expected a label for every image and more than one class to tell apart, got {recipe.data}")
     with seeded(recipe.train.seed):
@@ -71,7 +71,7 @@ def main(arguments):
         write_card(folder, recipe, task.size, len(dataset))
 
     def validate(model, step):
-        path = Path(recipe.train.output_dir) / "validation" / f"step-{step:07d}.png"
+        path = validation_file(recipe.train, step)
         levels, values = measure(task, model, held_out)
         write_file(path.with_suffix(".json"), json.dumps({"noise_level": levels, **values}).encode())
         title = f"step {step}: {len(held_out)} validation images"
@@ -79,15 +79,11 @@ def main(arguments):
         return {"validation": path}
 
     output_dir = train(task.model, loss_fn, images, recipe.train, save=save, validate=validate, identity=task.identity)
-    finish(
-        output_dir,
-        recipe.train,
-        f"detect:  cxr-diffusers detect YOUR_IMAGES --model {output_dir} --out maps",
-        recipe=recipe,
-    )
+    hint = f"detect:  cxr-diffusers detect YOUR_IMAGES --model {output_dir} --out maps"
+    finish(output_dir, recipe.train, hint, recipe=recipe)
 
 
-def task_of(recipe):
+def task_of(recipe: ClassifierRecipe) -> "type[NoisyImageTask | ImageTask]":
     """The class below that builds and trains the classifier of a recipe; ValueError for an unknown architecture."""
     architecture = recipe.classifier.get("architecture")
     if architecture not in (None, "pyramid"):
@@ -100,7 +96,7 @@ def task_of(recipe):
 class NoisyImageTask:
     """p(label | x_t, t), with the data range, size and noise schedule of the UNet to be guided."""
 
-    def __init__(self, recipe, class_names, labels):
+    def __init__(self, recipe: ClassifierRecipe, class_names: list[str], labels: Sequence[int]) -> None:
         if not recipe.diffusion.get("model"):
             raise ValueError("give diffusion.model, the pipeline to be guided, or the classifier's model_type")
         if recipe.loss:
@@ -124,15 +120,15 @@ class NoisyImageTask:
         self.identity = {**recipe.identity(), "preparation": self.preparation, "schedule": schedule}
         self.levels = list(range(0, self.scheduler.config.num_train_timesteps, 200))
 
-    def loss(self, model, images, labels):
+    def loss(self, model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Any:
         return noisy_classification_loss(model, self.scheduler, images, labels)
 
-    def logits(self, model, images, level):
+    def logits(self, model: torch.nn.Module, images: torch.Tensor, level: int) -> torch.Tensor:
         timesteps = torch.full((len(images),), level, device=images.device)
         noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(level)).to(images.device)
         return model(self.scheduler.add_noise(images, noise, timesteps), timesteps)
 
-    def pipeline(self, model):
+    def pipeline(self, model: torch.nn.Module) -> DiffusionPipeline:
         return ClassifierGuidedPipeline(
             self.unet,
             model,
@@ -149,7 +145,7 @@ class ImageTask:
 
     levels = [0]
 
-    def __init__(self, recipe, class_names, labels):
+    def __init__(self, recipe: ClassifierRecipe, class_names: list[str], labels: Sequence[int]) -> None:
         options = dict(recipe.images)
         self.size = options.pop("size", None)
         if not self.size or recipe.diffusion:
@@ -166,7 +162,7 @@ class ImageTask:
             self.weights = len(labels) / (len(class_names) * counts.clamp(min=1))
         self.model = self.build(recipe.classifier)
 
-    def build(self, classifier):
+    def build(self, classifier: dict) -> torch.nn.Module:
         from transformers import AutoConfig, AutoModelForImageClassification
 
         names = dict(enumerate(self.class_names))
@@ -174,34 +170,34 @@ class ImageTask:
         config.label2id = {name: i for i, name in names.items()}
         return AutoModelForImageClassification.from_config(config)
 
-    def loss(self, model, images, labels):
+    def loss(self, model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Any:
         logits = self.logits(model, images, level=0).float()
         weights = None if self.weights is None else self.weights.to(logits.device)
         loss = F.cross_entropy(logits, labels, weights, label_smoothing=self.label_smoothing)
         return loss, {"accuracy": (logits.argmax(dim=1) == labels).float().mean()}
 
-    def logits(self, model, images, level):
+    def logits(self, model: torch.nn.Module, images: torch.Tensor, level: int) -> torch.Tensor:
         return model(pixel_values=images).logits
 
-    def pipeline(self, model):
+    def pipeline(self, model: torch.nn.Module) -> DiffusionPipeline:
         return GradCAMPipeline(model, sample_size=self.size, settings=self.settings or None, **self.options)
 
 
 class PyramidImageTask(ImageTask):
     """p(label | x) pooled from the maps of a `PyramidClassifier`."""
 
-    def build(self, classifier):
+    def build(self, classifier: dict) -> torch.nn.Module:
         options = {name: value for name, value in classifier.items() if name != "architecture"}
         return PyramidClassifier(sample_size=self.size, num_classes=len(self.class_names), **options)
 
-    def logits(self, model, images, level):
+    def logits(self, model: torch.nn.Module, images: torch.Tensor, level: int) -> torch.Tensor:
         return model(images).logits
 
-    def pipeline(self, model):
+    def pipeline(self, model: torch.nn.Module) -> DiffusionPipeline:
         return PyramidCAMPipeline(model, self.class_names, settings=self.settings or None, **self.options)
 
 
-def start_from(name, model):
+def start_from(name: str, model: torch.nn.Module) -> None:
     """Load the weights of another pipeline's classifier into `model`; ValueError if they do not fit."""
     classifier = getattr(load_pipeline(name), "classifier", None)
     try:
@@ -211,7 +207,9 @@ def start_from(name, model):
 
 
 @torch.no_grad()
-def measure(task, model, dataset, batch_size=64):
+def measure(
+    task: "NoisyImageTask | ImageTask", model: torch.nn.Module, dataset: TensorImages, batch_size: int = 64
+) -> tuple[list[int], dict[str, list[float]]]:
     """(noise levels, {"accuracy": [...], "AUROC healthy / not": [...]}), per level, of a model in eval mode."""
     device = next(model.parameters()).device
     loader = torch.utils.data.DataLoader(dataset, batch_size=batch_size)

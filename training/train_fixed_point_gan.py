@@ -8,32 +8,25 @@ To resume, run the same command again. The method and our results: docs/fixed_po
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from cxr_diffusers import (
-    FixedPointDiscriminator,
-    FixedPointGANPipeline,
-    FixedPointGenerator,
-    build_dataset,
-    train_adversarial,
-)
+from cxr_diffusers import FixedPointDiscriminator, FixedPointGANPipeline, FixedPointGenerator, train_adversarial
 from cxr_diffusers.figures import loss_curves
 from cxr_diffusers.files import save_png
+from cxr_diffusers.training.datasets import diseased_rows, open_data
 from cxr_diffusers.training.recipe import AdversarialRecipe, parse_command_line, section
 from cxr_diffusers.training.run import seeded
-from cxr_diffusers.training.script import diseased_rows, finish, run_program, write_card
+from cxr_diffusers.training.script import finish, run_program, save_strip, write_card
 from cxr_diffusers.training.tensors import TensorImages
-from cxr_diffusers.visualization import validation_strip
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "phantom_fixed_point_gan_32.yaml"
 
 
-def main(arguments):
+def main(arguments: Sequence[str]) -> None:
     recipe = parse_command_line(arguments, DEFAULT_RECIPE, AdversarialRecipe)
     config = recipe.train
-    with section("data"):
-        dataset = build_dataset(**recipe.data)
-    class_names = dataset.features["label"].names
+    dataset, class_names = open_data(recipe)
     with seeded(config.seed):
         with section("generator, discriminator"):
             generator, discriminator = build_networks(recipe)
@@ -54,9 +47,7 @@ def main(arguments):
         write_card(folder, recipe, images.size, len(dataset))
 
     def validate(model, step):
-        output = pipeline(model)(validation_rows["image"][:], output_type="np")
-        path = Path(config.output_dir) / "validation" / f"step-{step:07d}.png"
-        save_png(validation_strip(output.image, output.counterfactual, output.anomaly_map, title=f"step {step}"), path)
+        path = save_strip(pipeline(model)(validation_rows["image"][:], output_type="np"), config, step)
         curves = path.parent.parent / "losses.png"
         save_png(loss_curves({"losses": curves.with_name("log.jsonl")}), curves)
         return {"validation": path, "losses": curves}
@@ -66,17 +57,14 @@ def main(arguments):
     output_dir = train_adversarial(
         generator, discriminator, images, config, save=save, validate=validate, identity=recipe.identity()
     )
-    losses = f"losses:  {output_dir / 'losses.png'}"
-    finish(
-        output_dir,
-        config,
-        losses,
+    hints = [
+        f"losses:  {output_dir / 'losses.png'}",
         f"detect:  cxr-diffusers detect YOUR_IMAGES --model {output_dir} --out maps",
-        recipe=recipe,
-    )
+    ]
+    finish(output_dir, config, *hints, recipe=recipe)
 
 
-def build_networks(recipe):
+def build_networks(recipe: AdversarialRecipe) -> tuple[FixedPointGenerator, FixedPointDiscriminator]:
     """The recipe's generator and discriminator; size, channels and classes are given once, for the generator."""
     generator = FixedPointGenerator(**recipe.generator)
     shared = {key: generator.config[key] for key in ("sample_size", "in_channels", "num_classes")}

@@ -8,26 +8,28 @@ class-conditional model: training starts from its prediction under the null labe
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, UNet2DModel
 
 from cxr_diffusers import DiffPIRDeblurPipeline, build_dataset, denoising_loss
 from cxr_diffusers.files import save_png
-from cxr_diffusers.hub.loading import load_unet
 from cxr_diffusers.training.augmentation import augment
 from cxr_diffusers.training.loop import train
+from cxr_diffusers.training.networks import initial_unet
 from cxr_diffusers.training.recipe import Recipe, parse_command_line, section
 from cxr_diffusers.training.run import seeded
-from cxr_diffusers.training.script import finish, new_unet, run_program, write_card
+from cxr_diffusers.training.script import finish, run_program, validation_file, write_card
 from cxr_diffusers.training.tensors import TensorImages
 from cxr_diffusers.visualization import contact_sheet
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "phantom_unconditional_32.yaml"
 
 
-def main(arguments):
+def main(arguments: Sequence[str]) -> None:
     recipe = parse_command_line(arguments, DEFAULT_RECIPE, Recipe)
     config = recipe.train
     with section("unet"):
@@ -35,7 +37,7 @@ def main(arguments):
     with section("data, images"):
         images = TensorImages(build_dataset(**recipe.data), size, num_channels=channels, **recipe.images)
     with seeded(config.seed):
-        unet = load_unet(config.init_from, unconditional=True) if config.init_from else new_unet(**recipe.unet)
+        unet = initial_unet(recipe, unconditional=True)
     with section("scheduler"):
         scheduler = DDIMScheduler(**recipe.scheduler)
     if unet.config.num_class_embeds is not None:
@@ -65,7 +67,7 @@ def main(arguments):
 
     def validate(model, step):
         """Write samples of the prior."""
-        path = Path(config.output_dir) / "validation" / f"step-{step:07d}.png"
+        path = validation_file(config, step)
         rows = [{"image": x, "maps": {}} for x in sample(model, scheduler, config.validation_images, **ranges)]
         save_png(contact_sheet(rows, [], title=f"samples at step {step}"), path)
         return {"samples": path}
@@ -78,7 +80,13 @@ def main(arguments):
 
 
 @torch.no_grad()
-def sample(unet, scheduler, count, num_inference_steps=50, data_range=(-1.0, 1.0)):
+def sample(
+    unet: UNet2DModel,
+    scheduler: DDIMScheduler,
+    count: int,
+    num_inference_steps: int = 50,
+    data_range: Sequence[float] = (-1.0, 1.0),
+) -> np.ndarray:
     """(count, H, W, C) in [0, 1], drawn by DDIM from seed 0."""
     size, channels = unet.config.sample_size, unet.config.in_channels
     x = torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(0)).to(unet.device)

@@ -1,6 +1,6 @@
-"""The commands of the command line, a file each: `add(commands)` says what it takes, `run(options)` does it.
+"""The commands of the command line, one file each: `add(commands)` declares its options, `run(options)` runs it.
 
-Imports of torch and diffusers take seconds, so each command imports what it needs when it runs.
+Imports of torch and diffusers take seconds, so each command imports its modules when it runs.
 """
 
 from . import (

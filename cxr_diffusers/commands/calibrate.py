@@ -1,8 +1,9 @@
 """cxr-diffusers calibrate: threshold, healthy scores and error range of a model, from validation images."""
 
 import argparse
+from typing import Any
 
-from .options import SETTINGS, add_command, add_device_options, open_pipeline
+from .options import SETTINGS, add_command, add_device_options, keyword_options, open_pipeline
 
 CALIBRATE = """\
 DATA is a folder of images, or NAME:key=value,... as for `cxr-diffusers evaluate`. Take validation images: neither
@@ -18,7 +19,8 @@ examples:
 """
 
 
-def add(commands: argparse._SubParsersAction) -> None:
+def add(commands: Any) -> None:
+    """Add the command to the subparsers of `cxr-diffusers`."""
     text = "threshold and healthy scores of a model, from validation images"
     calibrate = add_command(commands, "calibrate", run, text, CALIBRATE)
     calibrate.add_argument("model", metavar="MODEL", help="the folder of your model")
@@ -36,6 +38,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    """Run the command; prints threshold, healthy scores and error range."""
     from ..data import open_dataset
     from ..inference.calibration import calibrate_model, check_own_folder
     from ..processes import process_state
@@ -45,15 +48,8 @@ def run(options: argparse.Namespace) -> None:
     folder = check_own_folder(options.model)
     healthy = open_dataset(options.healthy)
     diseased = open_dataset(options.diseased) if options.diseased else None
-    result = calibrate_model(
-        folder,
-        healthy,
-        options.named or options.healthy,
-        diseased=diseased,
-        quantile=options.quantile,
-        batch_size=options.batch_size,
-        pipeline=open_pipeline(options),
-    )
+    arguments = keyword_options(options, calibrate_model, diseased=diseased, pipeline=open_pipeline(options))
+    result = calibrate_model(folder, healthy, options.named or options.healthy, **arguments)
     scores = result.scores.scores
     share = f"{result.quantile:.0%} of the pixels of {len(scores)} healthy images"
     print(f"map_threshold: {result.map_threshold:g} ({share} are below it)")

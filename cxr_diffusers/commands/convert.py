@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from .options import add_command
 
@@ -20,9 +21,9 @@ NOT_NEEDED = (
 ).split()
 
 
-def add(commands):
-    text = "a guided-diffusion checkpoint to a diffusers folder"
-    convert = add_command(commands, "convert", run, text, CONVERT)
+def add(commands: Any) -> None:
+    """Add the command to the subparsers of `cxr-diffusers`."""
+    convert = add_command(commands, "convert", run, "a guided-diffusion checkpoint to a diffusers folder", CONVERT)
     convert.add_argument("checkpoint", type=Path, help=".pt or .safetensors")
     convert.add_argument("output", type=Path)
     convert.add_argument("--classifier_path", type=Path, help="checkpoint of the encoder classifier that guides it")
@@ -30,8 +31,8 @@ def add(commands):
     add_conversion_flags(convert)
 
 
-def add_conversion_flags(parser):
-    """The originals' flags, in their own spelling."""
+def add_conversion_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the original programs, in their own spelling."""
     from dataclasses import fields
 
     from ..guided_diffusion.flags import ConversionFlags
@@ -44,13 +45,14 @@ def add_conversion_flags(parser):
         group.add_argument(f"--{name}", help=argparse.SUPPRESS)
 
 
-def run(options):
+def run(options: argparse.Namespace) -> None:
+    """Run the command."""
     from dataclasses import fields
 
     from ..guided_diffusion import ConversionFlags, convert_checkpoint, parse_flag
 
     given = {field.name: getattr(options, field.name) for field in fields(ConversionFlags)}
-    flags = {}
+    flags: dict[str, Any] = {}
     for name, text in given.items():
         try:
             flags |= {name: parse_flag(name, text)} if text is not None else {}

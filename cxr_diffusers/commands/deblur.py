@@ -1,8 +1,18 @@
 """cxr-diffusers deblur: a data set deblurred by a diffusion prior."""
 
+import argparse
 from pathlib import Path
+from typing import Any
 
-from .options import PROCESSES, add_command, add_device_options, add_shard_option, print_shard, shard_of
+from .options import (
+    PROCESSES,
+    add_command,
+    add_device_options,
+    add_shard_option,
+    keyword_options,
+    print_shard,
+    shard_of,
+)
 
 DEBLUR = f"""\
 KERNEL is the blur of the images, in their own pixels:
@@ -17,7 +27,8 @@ examples:
 {PROCESSES.format(command="deblur")}"""
 
 
-def add(commands):
+def add(commands: Any) -> None:
+    """Add the command to the subparsers of `cxr-diffusers`."""
     text = "a data set deblurred by a diffusion prior (DiffPIR), its layout, CSVs, boxes and masks kept"
     deblur = add_command(commands, "deblur", run, text, DEBLUR)
     deblur.add_argument("source", type=Path, help="CheXpert, ChestX-ray14 or VinDr-CXR as downloaded, or any folder")
@@ -31,7 +42,7 @@ def add(commands):
     deblur.add_argument("--zeta", type=float, help="share of fresh noise in each step (default: 0.3)")
     deblur.add_argument("--tile-size", type=int, help="process overlapping tiles of this side, to save memory")
     deblur.add_argument("--batch-size", type=int, default=4, help="images of one size at once (default: 4)")
-    deblur.add_argument("--format", choices=["png", "jpg"], default="png")
+    deblur.add_argument("--format", dest="image_format", choices=["png", "jpg"], default="png")
     deblur.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     add_shard_option(deblur)
     add_device_options(deblur)
@@ -39,7 +50,8 @@ def add(commands):
     deblur.add_argument("--plan", type=int, nargs="?", const=0, metavar="N", help=text)
 
 
-def run(options):
+def run(options: argparse.Namespace) -> int:
+    """Run the command; returns the exit code, 1 if an image was skipped."""
     from ..deblurring.dataset import deblur, describe_plan, load_prior, measure
     from ..precision import use_dtype
     from ..processes import process_state
@@ -50,14 +62,13 @@ def run(options):
     pipeline.set_progress_bar_config(disable=True)
     names = ("num_inference_steps", "noise_std", "lambda_", "zeta", "tile_size")
     call = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    common = dict(kernel=options.kernel, batch_size=options.batch_size, call_kwargs=call)
     if options.plan is not None:
-        seconds, images = measure(pipeline, options.source, **common)
+        seconds, images = measure(pipeline, options.source, **keyword_options(options, measure, call_kwargs=call))
         if state.is_main_process:
             print(describe_plan(options.plan or images, seconds, state.num_processes))
         return 0
-    common |= dict(image_format=options.format, seed=options.seed, shard=shard)
-    summary = deblur(pipeline, options.source, options.output, **common)
+    arguments = keyword_options(options, deblur, call_kwargs=call, shard=shard)
+    summary = deblur(pipeline, options.source, options.output, **arguments)
     if summary is None:  # not the main process
         return 0
     counts = f"{summary['computed']} computed, {summary['kept']} already present, {summary['skipped']} skipped"

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from .options import add_command, add_device_options
+from .options import add_command, add_device_options, keyword_options
 
 DEMO = """\
 examples:
@@ -36,7 +36,7 @@ def add(commands: Any) -> None:
     )
     demo.add_argument("--root-path", help="the path under which a proxy serves it, e.g. /cxr")
     text = "a name under which a proxy serves it, besides IP addresses and the name of this machine; repeatable"
-    demo.add_argument("--allow-host", metavar="NAME", action="append", default=[], help=text)
+    demo.add_argument("--allow-host", dest="allow_hosts", metavar="NAME", action="append", default=[], help=text)
     demo.add_argument("--max-megabytes", type=int, default=64, help="limit of an upload (default: 64)")
     demo.add_argument("--max-megapixels", type=float, default=40, help="limit of an image (default: 40)")
 
@@ -63,16 +63,7 @@ def run(options: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that a stopped service deletes its folder, too
     with temporary_folder():
         page = build_page(models, reference_of, options.max_megapixels)
-        address, _ = launch(
-            page,
-            host=options.host,
-            port=options.port,
-            share=options.share,
-            root_path=options.root_path,
-            max_megabytes=options.max_megabytes,
-            allow_hosts=options.allow_host,
-            wait=False,
-        )
+        address, _ = launch(page, **keyword_options(options, launch, wait=False))
         print(f"{address}    (Ctrl-C stops it)    Research use only. Not for diagnosis.", flush=True)
         if options.host not in ("127.0.0.1", "localhost", "::1"):
             print(

@@ -1,5 +1,6 @@
 """cxr-diffusers detect: an anomaly map for each image."""
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from .options import (
     add_pipeline_options,
     add_shard_option,
     call_kwargs,
+    keyword_options,
     open_pipeline,
     print_shard,
     shard_of,
@@ -25,6 +27,7 @@ examples:
 
 
 def add(commands: Any) -> None:
+    """Add the command to the subparsers of `cxr-diffusers`."""
     detect = add_command(commands, "detect", run, "an anomaly map for each image of a file or folder", DETECT)
     detect.add_argument("images", nargs="+", type=Path, help="png, jpg, tif, npy or DICOM files, or folders")
     detect.add_argument("--out", type=Path, required=True, help="folder for panels, maps and results.csv")
@@ -40,12 +43,14 @@ def add(commands: Any) -> None:
     text = "boxes of the regions above the threshold: boxes.json for all images, or labels/NAME.txt for each"
     detect.add_argument("--save-boxes", choices=["coco", "yolo"], help=text)
     detect.add_argument("--save-masks", action="store_true", help="the map above the threshold, as a PNG of 0 and 255")
-    detect.add_argument("--no-panel", action="store_true", help="no panel NAME.png of each image: less time and space")
+    text = "no panel NAME.png of each image: less time and space"
+    detect.add_argument("--no-panel", action="store_false", dest="save_panel", help=text)
     add_shard_option(detect)
     add_pipeline_options(detect)
 
 
-def run(options: Any) -> int:
+def run(options: argparse.Namespace) -> int:
+    """Run the command; returns the exit code, 1 if an image failed."""
     from ..inference.detection import detect
 
     shard = shard_of(options)
@@ -53,18 +58,7 @@ def run(options: Any) -> int:
         open_pipeline(options),
         options.images,
         options.out,
-        batch_size=options.batch_size,
-        map_format=options.map_format,
-        save_counterfactual=options.save_counterfactual,
-        save_trajectory=options.save_trajectory,
-        vmax=options.vmax,
-        threshold=options.threshold,
-        save_masks=options.save_masks,
-        save_boxes=options.save_boxes,
-        save_panel=not options.no_panel,
-        dicom=options.dicom,
-        call_kwargs=call_kwargs(options),
-        shard=shard,
+        **keyword_options(options, detect, call_kwargs=call_kwargs(options), shard=shard),
     )
     if summary is None:  # not the main process
         return 0
@@ -79,9 +73,7 @@ def run(options: Any) -> int:
         print_file_notes(summary)
     for error in failed.values():
         print(f"failed: {' '.join(error.split())}", file=sys.stderr)
-    if (
-        not shard.is_all
-    ):  # failed images are no reason to start a shard again: the run for the tables tries them once more
+    if not shard.is_all:  # a shard with failed images exits with 0: the run for the tables tries them once more
         print_shard(options, shard, len(failed))
         return 0
     return 1 if failed else 0

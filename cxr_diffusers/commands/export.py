@@ -1,6 +1,8 @@
 """cxr-diffusers export: a model to ONNX or OpenVINO."""
 
+import argparse
 from pathlib import Path
+from typing import Any
 
 from .options import BACKENDS, add_command
 
@@ -13,7 +15,8 @@ examples:
 """
 
 
-def add(commands):
+def add(commands: Any) -> None:
+    """Add the command to the subparsers of `cxr-diffusers`."""
     text = "a model to ONNX or OpenVINO, for faster maps on a CPU"
     export = add_command(commands, "export", run, text, EXPORT)
     export.add_argument("checkpoint", help="pipeline folder, Hub name or name of a shipped model")
@@ -23,7 +26,8 @@ def add(commands):
     export.add_argument("--trust-remote-code", action="store_true", help="run the code that a Hub model brings along")
 
 
-def run(options):
+def run(options: argparse.Namespace) -> None:
+    """Run the command."""
     from ..hub.loading import load_pipeline
     from ..inference.export import TOLERANCE, export_pipeline
 

@@ -1,9 +1,11 @@
-"""What several commands share: options of a pipeline, and the pipeline they ask for."""
+"""Shared by the commands: the options of a pipeline, and the pipeline that they select."""
 
 import argparse
+import inspect
 import shlex
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..processes import Shard
@@ -14,7 +16,7 @@ several GPUs, or several processes on a CPU:
 several machines, or a job array: --shard (docs/scale.md)
 """
 # options of the calls of all pipelines; their defaults stand in the signatures, or in a checkpoint
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "guidance_scale": {"type": float, "help": "w of (1 + w) target - w negative"},
     "noise_level": {
         "type": int,
@@ -47,7 +49,10 @@ SETTINGS = {
 BACKENDS = ("torch", "onnx", "openvino")
 
 
-def add_command(commands, name, run, text, epilog=None):
+def add_command(
+    commands: Any, name: str, run: Callable, text: str, epilog: str | None = None
+) -> argparse.ArgumentParser:
+    """Add a command to the subparsers of `cxr-diffusers`, and return its parser."""
     command = commands.add_parser(
         name,
         help=text,
@@ -59,7 +64,8 @@ def add_command(commands, name, run, text, epilog=None):
     return command
 
 
-def add_pipeline_options(parser, several=False):
+def add_pipeline_options(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """Add the options that select a model, or `several`, and set the arguments of its call."""
     text = "pipeline folder, Hub name or name of a shipped model (default: the default one)"
     if several:
         parser.add_argument("--model", nargs="+", help=f"{text}; several make one table")
@@ -71,7 +77,7 @@ def add_pipeline_options(parser, several=False):
     parser.add_argument(
         "--backend",
         choices=BACKENDS,
-        help="what runs the network (default: torch, or what the model was exported to); onnx and openvino run on the "
+        help="runs the network (default: torch, or the format of an exported model); onnx and openvino run on the "
         "CPU and give the same maps to 1e-4 (docs/export.md)",
     )
     parser.add_argument(
@@ -85,13 +91,14 @@ def add_pipeline_options(parser, several=False):
         call.add_argument(f"--{name.replace('_', '-')}", **option)
 
 
-def add_device_options(parser):
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--device` and `--dtype`."""
     parser.add_argument("--device", help="cuda, mps, cpu (default: the best there is)")
     parser.add_argument(
         "--dtype",
         choices=["auto", "float32", "bfloat16", "float16"],
         default="auto",
-        help="in which the networks compute (default: bfloat16 where the device has it in hardware, else float32)",
+        help="number format of the networks (default: bfloat16 where the device has it in hardware, else float32)",
     )
 
 
@@ -124,7 +131,14 @@ def print_shard(options: argparse.Namespace, shard: "Shard", failed: int = 0, no
     print(f"  cxr-diffusers {shlex.join(arguments)}")
 
 
-def call_kwargs(options):
+def keyword_options(options: argparse.Namespace, function: Callable, **others: Any) -> dict[str, Any]:
+    """The options that `function` has as keyword-only arguments, by name, and `others`, which take precedence."""
+    parameters = inspect.signature(function).parameters.values()
+    names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and hasattr(options, p.name)]
+    return {**{name: getattr(options, name) for name in names}, **others}
+
+
+def call_kwargs(options: argparse.Namespace) -> dict[str, Any]:
     """The pipeline's arguments that were given; a label that is a number is an id, else a name."""
     given = {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}
     if len(given.get("noise_level", [])) == 1:
@@ -132,7 +146,7 @@ def call_kwargs(options):
     return {k: int(v) if k.endswith("_label") and v.isdigit() else v for k, v in given.items()}
 
 
-def open_pipeline(options, model=None):
+def open_pipeline(options: argparse.Namespace, model: str | None = None) -> Any:
     """A model, or that of `--model`, on the device of this process; ValueError where its call lacks a given option."""
     import torch
 
@@ -166,5 +180,5 @@ def open_pipeline(options, model=None):
     scale = "classifier_scale" if "classifier" in pipeline.components else "guidance_scale"
     unknown = sorted(set(call_kwargs(options)) - {scale, "noise_level", "num_inference_steps"})
     if unknown:
-        raise ValueError(f"the original procedure knows no {', '.join(unknown)}: leave it out with --as-original")
+        raise ValueError(f"the original procedure has no {', '.join(unknown)}: leave it out with --as-original")
     return OriginalProcedure(pipeline)

@@ -1,11 +1,14 @@
 """cxr-diffusers prepare: a small grey copy of a data set."""
 
+import argparse
 from pathlib import Path
+from typing import Any
 
-from .options import add_command, add_shard_option, print_shard, shard_of
+from .options import add_command, add_shard_option, keyword_options, print_shard, shard_of
 
 
-def add(commands):
+def add(commands: Any) -> None:
+    """Add the command to the subparsers of `cxr-diffusers`."""
     text = "a small grey copy of a data set, paths in its CSVs rewritten"
     prepare = add_command(commands, "prepare", run, text)
     prepare.add_argument(
@@ -15,11 +18,11 @@ def add(commands):
     prepare.add_argument("--size", type=int, default=256, help="side, in pixels (default: 256)")
     prepare.add_argument("--aspect", choices=["pad", "crop", "squash"], default="pad", help="default: pad")
     prepare.add_argument("--equalize", action="store_true", help="histogram equalisation, as the original did")
-    prepare.add_argument("--format", choices=["png", "jpg"], default="png")
+    prepare.add_argument("--format", dest="image_format", choices=["png", "jpg"], default="png")
     prepare.add_argument("--frontal-only", action="store_true", help="omit lateral views")
     text = "decode large JPEG files at reduced size: several times faster, but changes pixels slightly"
     prepare.add_argument("--fast-jpeg", action="store_true", help=text)
-    prepare.add_argument("--workers", type=int, default=None, help="processes (default: one for each CPU)")
+    prepare.add_argument("--workers", type=int, dest="num_workers", help="processes (default: one for each CPU)")
     prepare.add_argument("--overwrite", action="store_true", help="replace existing copies")
     add_shard_option(prepare)
     pack = prepare.add_argument_group("one file instead of a folder")
@@ -32,34 +35,25 @@ def add(commands):
     pack.add_argument("--quality", type=int, default=92, help="of the JPEG images (default: 92)")
 
 
-def run(options):
+def run(options: argparse.Namespace) -> int:
+    """Run the command; returns the exit code, 1 if an image failed."""
     if options.pack:
         if options.shard:
             raise ValueError(f"expected --pack without --shard, got {options.shard}: it writes one file")
-        return pack(options)
+        pack(options)
+        return 0
     from ..data.preparation import prepare
 
     shard = shard_of(options)
-    summary = prepare(
-        options.source,
-        options.output,
-        size=options.size,
-        aspect=options.aspect,
-        equalize=options.equalize,
-        image_format=options.format,
-        frontal_only=options.frontal_only,
-        fast_jpeg=options.fast_jpeg,
-        num_workers=options.workers,
-        overwrite=options.overwrite,
-        shard=shard,
-    )
+    summary = prepare(options.source, options.output, **keyword_options(options, prepare, shard=shard))
     if not shard.is_all:
         print_shard(options, shard, summary["failed"])
         return 0
     return 1 if summary["failed"] else 0
 
 
-def pack(options):
+def pack(options: argparse.Namespace) -> None:
+    """Run the command with `--pack`."""
     from ..data import open_dataset
     from ..data.packing import pack
     from ..data.views import fill_views
@@ -71,13 +65,6 @@ def pack(options):
         dataset, auroc = fill_views(dataset)
         print("every view is in the table" if auroc is None else f"views filled in; cross-validated AUROC {auroc:.3f}")
     unlabelled = [open_dataset(text) for text in options.unlabelled]
-    path = pack(
-        dataset,
-        options.output,
-        size=options.size,
-        aspect=options.aspect,
-        quality=options.quality,
-        unlabelled=unlabelled,
-    )
+    path = pack(dataset, options.output, **keyword_options(options, pack, unlabelled=unlabelled))
     images = len(dataset) + sum(map(len, unlabelled))
     print(f"{path}: {images} images, {path.stat().st_size / 1e6:.1f} MB")

@@ -1,8 +1,10 @@
 """cxr-diffusers publish: a trained model to the Hub."""
 
+import argparse
 from pathlib import Path
+from typing import Any
 
-from .options import add_command
+from .options import add_command, keyword_options
 
 PUBLISH = """\
 examples:
@@ -12,7 +14,8 @@ examples:
 """
 
 
-def add(commands):
+def add(commands: Any) -> None:
+    """Add the command to the subparsers of `cxr-diffusers`."""
     publish = add_command(commands, "publish", run, "a trained model, with its code and card, to the Hub", PUBLISH)
     publish.add_argument("folder", type=Path, help="a run or pipeline folder")
     publish.add_argument("name", help="USER/NAME")
@@ -25,20 +28,13 @@ def add(commands):
     card.add_argument("--image", help="name of a PNG in the folder, shown in the card")
 
 
-def run(options):
+def run(options: argparse.Namespace) -> None:
+    """Run the command; prints the address of the upload."""
     from ..hub.model_card import write_model_card
     from ..hub.publishing import publish
 
     if options.training:
-        write_model_card(
-            options.folder,
-            training=options.training,
-            evaluation=options.evaluation,
-            evaluated_on=options.evaluated_on,
-            name=options.name,
-            license=options.license,
-            image=options.image,
-        )
+        write_model_card(options.folder, **keyword_options(options, write_model_card))
     elif options.evaluation or options.image:
         raise ValueError("expected --training beside it: a new card names the data, its licence and the training")
     elif options.folder.is_dir() and not (options.folder / "README.md").is_file():

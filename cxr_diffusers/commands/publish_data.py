@@ -1,6 +1,9 @@
 """cxr-diffusers publish-data: a data set to the Hub."""
 
-from .options import add_command
+import argparse
+from typing import Any
+
+from .options import add_command, keyword_options
 
 PUBLISH_DATA = """\
 DATA is a folder, or NAME:key=value,... as for `evaluate`; it becomes the split "train".
@@ -19,7 +22,8 @@ and then, to train and to measure:
 """
 
 
-def add(commands):
+def add(commands: Any) -> None:
+    """Add the command to the subparsers of `cxr-diffusers`."""
     text = "a data set, with its card, to the Hub"
     publish = add_command(commands, "publish-data", run, text, PUBLISH_DATA)
     publish.add_argument("data", metavar="DATA", help="the data set, see below")
@@ -33,10 +37,11 @@ def add(commands):
     publish.add_argument("--private", action="store_true", default=None)
     publish.add_argument("--pseudonyms", action="store_true", help="number patients and files in place of their names")
     text = "confirm that you may share these images although they look like those of a data use agreement"
-    publish.add_argument("--i-may-share-this", action="store_true", help=text)
+    publish.add_argument("--i-may-share-this", dest="may_share", action="store_true", help=text)
 
 
-def run(options):
+def run(options: argparse.Namespace) -> None:
+    """Run the command; prints the address of the upload."""
     from ..data import open_dataset
     from ..hub.datasets import publish_dataset
 
@@ -49,12 +54,6 @@ def run(options):
     address = publish_dataset(
         {name: open_dataset(data) for name, data in data_by_split.items()},
         options.name,
-        license=options.license,
-        license_link=options.license_link,
-        about=options.about,
-        private=options.private,
-        may_share=options.i_may_share_this,
-        pseudonyms=options.pseudonyms,
-        opened_as=" ".join(data_by_split.values()),
+        **keyword_options(options, publish_dataset, opened_as=" ".join(data_by_split.values())),
     )
     print(address)

@@ -5,6 +5,7 @@ import itertools
 import re
 import textwrap
 from pathlib import Path
+from typing import Any
 
 from .options import PROCESSES, add_command
 
@@ -21,8 +22,8 @@ examples:
 {SEVERAL_GPUS}"""
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Add the command to the parser."""
+def add(commands: Any) -> None:
+    """Add the command to the subparsers of `cxr-diffusers`."""
     train = add_command(commands, "train", run, "a model trained from a recipe", TRAIN)
     train.add_argument("--list", action="store_true", help="list the recipes that come with the package")
     train.add_argument("recipe", metavar="RECIPE", nargs="?", help="YAML file, or name of a recipe")

@@ -52,7 +52,7 @@ def read_boxes(path: Path | str) -> list[tuple[str, str, list[float], tuple[floa
     `unit` is (width, height) of the image that a box was drawn on, if the table says so (`UNITS`), else None.
 
     Raises:
-        ValueError: a missing column, or a row whose box is none.
+        ValueError: a missing column, or a row with an invalid box.
     """
     table = read_csv(path, COLUMNS)
     units = units_of(table, path)

@@ -1,7 +1,6 @@
 """BraTS slices: four MRI sequences, a NIfTI file each, are the four channels of an image."""
 
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,13 +10,11 @@ import datasets
 import numpy as np
 import pandas as pd
 import PIL.Image
-import pyarrow as pa
-from datasets.features.features import register_feature
 from tqdm.auto import tqdm
 
 from .folder import UNLABELLED, group_of
 from .images import walk
-from .rows import to_dataset
+from .rows import PathsFeature, registered, to_dataset
 from .selection import Selection, select_rows
 from .tables import check_encodable
 
@@ -196,27 +193,13 @@ def read_nifti(path: Path | str) -> np.ndarray:
     return array
 
 
+@registered
 @dataclass
-class NiftiChannels:
-    """A `datasets` feature: the paths of NIfTI slices, read on access as one (H, W, C) float32 array.
-
-    Only paths are stored: a data set that is moved to another machine needs its files there.
-    """
+class NiftiChannels(PathsFeature):
+    """A `datasets` feature: the paths of NIfTI slices, read on access as one (H, W, C) float32 array."""
 
     dtype: ClassVar[str] = "float32"
-    pa_type: ClassVar[pa.DataType] = pa.list_(pa.string())
     _type: str = field(default="NiftiChannels", init=False, repr=False)
-
-    def __call__(self) -> pa.DataType:
-        return self.pa_type
-
-    def encode_example(self, value: Sequence[Path | str]) -> list[str]:
-        return [str(path) for path in value]
 
     def decode_example(self, value: Sequence[str], token_per_repo_id: Any = None) -> np.ndarray:
         return stack_channels(value)
-
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", UserWarning)  # "experimental"; without it a saved data set would not open
-    register_feature(NiftiChannels, "NiftiChannels")

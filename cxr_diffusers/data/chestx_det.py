@@ -98,8 +98,8 @@ def load_chestx_det(
         | regions_of(entries[row["where"]], names, row["file"], row["where"])
         for row in table.to_dict("records")
     ]
-    shown = [ABNORMAL] if classes is None else list(classes)
-    return files_to_dataset(rows, class_names(shown, other and classes is not None))
+    names_or_any = [ABNORMAL] if classes is None else list(classes)
+    return files_to_dataset(rows, class_names(names_or_any, other and classes is not None))
 
 
 def read_entries(path: Path) -> dict[str, dict[str, Any]]:

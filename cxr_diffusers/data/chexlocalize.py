@@ -2,8 +2,9 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -29,7 +30,7 @@ TASKS = (  # as the released files spell them; "Airspace Opacity" is CheXpert's 
     "Pneumothorax",
     DEVICES,
 )
-PATHOLOGIES = tuple(task for task in TASKS if task != DEVICES)  # a pacemaker is no disease
+PATHOLOGIES = tuple(task for task in TASKS if task != DEVICES)  # a pacemaker is not a disease
 ALIASES = {"lung opacity": "Airspace Opacity"}
 
 
@@ -77,14 +78,14 @@ def load_chexlocalize(
         if size is not None:
             row["image"] = shrink(to_grey(read_image(path)), size)
         if mask is not None:
-            mask = shrink(PIL.Image.fromarray(mask.astype(np.uint8) * 255), size)
+            small = shrink(PIL.Image.fromarray(mask.astype(np.uint8) * 255), size)
             # encoded immediately: hundreds of masks of six million pixels are gigabytes
-            row["mask"] = png_cell(mask.point(lambda value: 255 * (value > 127)))
+            row["mask"] = png_cell(small.point(lambda value: 255 * (value > 127)))
         rows.append(row)
     return to_dataset(rows, ["healthy", "abnormal" if len(tasks) != 1 else tasks[0].lower()])
 
 
-def shrink(image, size):
+def shrink(image: PIL.Image.Image, size: int | None) -> PIL.Image.Image:
     """PIL image -> its longer side at most `size` pixels, by averaging; None: unchanged."""
     scale = 1 if size is None else size / max(image.size)
     if scale >= 1:
@@ -92,7 +93,7 @@ def shrink(image, size):
     return image.resize([max(round(side * scale), 1) for side in image.size], PIL.Image.Resampling.BOX)
 
 
-def chexlocalize_images(root, segmentations, frontal_only=False):
+def chexlocalize_images(root: Path | str, segmentations: Mapping[str, Any], frontal_only: bool = False) -> list[Path]:
     """Sorted paths of a split's images: those with an entry in the JSON, and the others in the same folders.
 
     Args:
@@ -113,7 +114,7 @@ def chexlocalize_images(root, segmentations, frontal_only=False):
     return sorted(path for path in chosen if not (frontal_only and "lateral" in path.stem))
 
 
-def read_segmentations(path):
+def read_segmentations(path: Path | str) -> dict[str, Any]:
     """The released JSON -> {cxr_id: {task: {"size": [H, W], "counts": run lengths}}}.
 
     Every cell is checked here, because pycocotools hangs for minutes or crashes on run lengths that do not fill their
@@ -143,7 +144,7 @@ def read_segmentations(path):
     return content
 
 
-def check_cell(cell, where):
+def check_cell(cell: Mapping[str, Any], where: str) -> None:
     """ValueError unless a cell has the size of an image and run lengths that fill it exactly."""
     size, counts = cell["size"], cell["counts"]
     if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size)):
@@ -157,7 +158,7 @@ def check_cell(cell, where):
         raise ValueError(f"{where}: its run lengths do not fill {size[0]} x {size[1]} pixels")
 
 
-def run_lengths(counts):
+def run_lengths(counts: Any) -> np.ndarray:
     """COCO's text of run lengths -> (N,) int64, alternately outside and inside; ValueError if the text is invalid.
 
     Five bits a letter, the lowest first; the sixth is set if more follow, the fifth of the last is the sign. From the
@@ -178,20 +179,20 @@ def run_lengths(counts):
     return numbers
 
 
-def cxr_id(path):
+def cxr_id(path: Path | str) -> str:
     """.../patient64541/study1/view1_frontal.jpg -> patient64541_study1_view1_frontal, CheXlocalize's name for it."""
     path = Path(path)
     return "_".join([*path.parts[-3:-1], path.stem])
 
 
-def task_named(name):
+def task_named(name: Any) -> str:
     tasks = {task.lower(): task for task in TASKS} | ALIASES
     if str(name).lower() not in tasks:
         raise ValueError(f"unknown task {name!r}, expected some of {', '.join(TASKS)}")
     return tasks[str(name).lower()]
 
 
-def decode(entry, tasks):
+def decode(entry: Mapping[str, Any], tasks: Sequence[str]) -> np.ndarray:
     """The union of some tasks' masks of an image -> (H, W) booleans; a task without an entry is empty."""
     cells = [entry[task] for task in tasks if task in entry]
     if not cells:
@@ -201,19 +202,19 @@ def decode(entry, tasks):
     return masks.decode(masks.merge(cells)).astype(bool)
 
 
-def area(entry, tasks):
+def area(entry: Mapping[str, Any], tasks: Sequence[str]) -> int:
     """The most pixels that any one of some tasks has in an image; 0: all are empty."""
     cells = [entry[task] for task in tasks if task in entry]
     return int(max(coco_masks().area(cells), default=0)) if cells else 0
 
 
-def encode(mask):
+def encode(mask: np.ndarray) -> dict[str, Any]:
     """(H, W) booleans -> the run lengths in the format of the released files."""
     cell = coco_masks().encode(np.asfortranarray(mask, np.uint8))
     return {"size": list(map(int, cell["size"])), "counts": cell["counts"].decode()}
 
 
-def coco_masks():
+def coco_masks() -> Any:
     try:
         from pycocotools import mask
     except ImportError:

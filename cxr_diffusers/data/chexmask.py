@@ -96,7 +96,7 @@ def read_rows(
         keys: of the images to read; the others' rows never take up memory, the table has gigabytes.
 
     Raises:
-        ValueError: a missing column, a size that is none, or a second row of an image.
+        ValueError: a missing column, an invalid size, or a second row of an image.
     """
     needed = [column, QUALITY, *organs, "Height", "Width"]
     table = read_csv(

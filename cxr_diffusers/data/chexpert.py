@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Unpack
 
@@ -32,7 +32,7 @@ FINDINGS = (
     "Pleural Effusion",
     "Pleural Other",
     "Fracture",
-)  # not "Support Devices": a pacemaker is no disease, and CheXpert's labeller gives it to healthy chests as well
+)  # not "Support Devices": a pacemaker is not a disease, and CheXpert's labeller gives it to healthy chests as well
 LABELS = (NO_FINDING, *FINDINGS, "Support Devices")
 PLUS_COLUMNS = {
     "path_to_image": "Path",
@@ -89,7 +89,7 @@ def load_chexpert(
 
     Raises:
         FileNotFoundError: no CSV, or an image of it (its line and path are named).
-        ValueError: a missing column, an unknown class or option, a cell that is no label or no path, or a box that is
+        ValueError: a missing column, an unknown class or option, a cell that is not a label or path, or a box that is
             none, belongs to no image or reaches beyond it.
     """
     csv = find_csv(root, split)
@@ -113,7 +113,9 @@ def load_chexpert(
     return columns_to_dataset(columns, class_names)
 
 
-def label_rows(table, classes, other=False, uncertain="ignore"):
+def label_rows(
+    table: pd.DataFrame, classes: Sequence[str], other: bool = False, uncertain: str = "ignore"
+) -> np.ndarray:
     """Table with CheXpert's label columns -> (N,) class ids, -1 for rows that belong to no class."""
     if uncertain not in ("ignore", "positive", "negative"):
         raise ValueError(f"expected `uncertain` ignore, positive or negative, got {uncertain!r}")
@@ -153,7 +155,7 @@ def is_plus(csv: Path | str) -> bool:
     return Path(csv).name.startswith("df_chexpert_plus")
 
 
-def read_table(csv, split="train", report_section="impression"):
+def read_table(csv: Path | str, split: str = "train", report_section: str = "impression") -> pd.DataFrame:
     """CSV -> table: the label columns, and Path, key, frontal, view, patient, line.
 
     `key` names an image whatever the data set's folder or file type is called: train/patient00001/study1/view1_frontal.
@@ -179,7 +181,7 @@ def read_table(csv, split="train", report_section="impression"):
     return table
 
 
-def check_labels(values, name, csv):
+def check_labels(values: pd.Series, name: str, csv: Path | str) -> pd.Series:
     """The numbers of a label column; ValueError naming the first line that is neither 1, 0, -1 nor blank."""
     wrong = values.index[~(values.isin([1, 0, -1]) | values.isna())]
     if len(wrong):
@@ -187,18 +189,21 @@ def check_labels(values, name, csv):
     return values
 
 
-def locate_images(csv, table, check_files=True, missing_ok=False):
+def locate_images(
+    csv: Path | str, table: pd.DataFrame, check_files: bool = True, missing_ok: bool = False
+) -> list[str | None]:
     """Path (a text) of every row's image, whatever the data set's folder is called; FileNotFoundError names the row.
 
     With `missing_ok`, None for an image that is not there.
     """
     layouts = _layouts(Path(csv).parent)
-    files, layout = [], None
+    files: list[str | None] = []
+    layout = None
     rows = zip(table["Path"], table["line"], strict=True)
     for cell, line in tqdm(rows, total=len(table), desc="checking images", unit="file", leave=False, delay=2):
         # the layout of the row before is almost always this row's as well
         file = _place(layout, cell) if layout else None
-        if not layout or (check_files and not os.path.isfile(file)):
+        if file is None or (check_files and not os.path.isfile(file)):
             hit = next((c for c in layouts if os.path.isfile(_place(c, cell))), None)
             if hit is None and not missing_ok:
                 tried = _place(layout or layouts[0], cell)
@@ -209,7 +214,7 @@ def locate_images(csv, table, check_files=True, missing_ok=False):
     return files
 
 
-def find_boxes(csv, boxes=None):
+def find_boxes(csv: Path | str, boxes: Path | str | None = None) -> Path | None:
     """The table of boxes that belongs to a CSV, if there is one."""
     around = (
         [Path(boxes)] if boxes is not None else [p / "boxes.csv" for p in (Path(csv).parent, Path(csv).parent.parent)]
@@ -217,7 +222,9 @@ def find_boxes(csv, boxes=None):
     return next((path for path in around if boxes is not None or path.is_file()), None)
 
 
-def read_boxes(csv, keys, splits, boxes=None):
+def read_boxes(
+    csv: Path | str, keys: Collection[str], splits: Collection[str], boxes: Path | str | None = None
+) -> dict[str, list[tuple]]:
     """Boxes CSV (columns file, x, y, w, h) -> {key: [(where, box, unit)]}; {} where there is none.
 
     Args:
@@ -225,10 +232,10 @@ def read_boxes(csv, keys, splits, boxes=None):
         splits: those that `keys` cover; rows of others may belong to images that are not there.
 
     Raises:
-        ValueError: a row whose box is none, or that belongs neither to a row of the CSV nor to a file.
+        ValueError: a row with an invalid box, or that belongs neither to a row of the CSV nor to a file.
     """
     path = find_boxes(csv, boxes)
-    rows_by_key = {}
+    rows_by_key: dict[str, list[tuple]] = {}
     for where, file, box, unit in read_box_table(path) if path else ():
         image = path_of(file, where)
         key, split = key_of(image), parts_from_split(image)[0]
@@ -249,7 +256,7 @@ def key_of(path: PurePosixPath | str) -> str:
 
 
 def key_of_cell(cell: str, csv: Path | str, line: int) -> str:
-    """`key_of` a cell of a table; ValueError, as of `tables.path_of`, where it is no path inside the data set."""
+    """`key_of` a cell of a table; ValueError, as of `tables.path_of`, if it is not a path inside the data set."""
     if not PLAIN_PATH.fullmatch(cell):
         return key_of(path_of(cell, f"{csv}, line {line}"))
     first, slash, rest = cell.partition("/")  # the same, ten times as fast
@@ -279,7 +286,7 @@ def _checked_views(views):
     return list(views)
 
 
-def parts_from_split(path):
+def parts_from_split(path: PurePosixPath | str) -> tuple[str, ...]:
     """Components of a CSV path from its split on: the data set's own name, whatever it is, is dropped."""
     parts = PurePosixPath(str(path).replace("\\", "/")).parts
     return parts if parts[0] in SPLITS or len(parts) == 1 else parts[1:]
@@ -323,7 +330,7 @@ def _read_plus(csv, split, report_section):
 
 
 def _read_labels(path):
-    """A JSON object a line -> table with Path and label columns; ValueError naming the line that is none."""
+    """A JSON object a line -> table with Path and label columns; ValueError naming an invalid line."""
     rows = []
     with open(path, errors="surrogateescape") as lines:
         for n, line in enumerate(lines, start=1):

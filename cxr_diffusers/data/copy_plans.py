@@ -1,6 +1,6 @@
-"""Plans of copies of data sets: the images, and the tables, lists, boxes and masks that follow them."""
+"""Plans of copies of data sets: the images, and the tables, lists, boxes and masks that belong to them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,41 +13,48 @@ from .folder import box_rows, images_and_masks, text_of
 from .images import SUFFIXES, fit_boxes, list_images
 from .tables import columns_of, path_of, read_csv
 
-NOT_CARRIED = (
-    "not carried over (of CSVs, only boxes.csv and those of CheXpert, ChestX-ray14 and VinDr-CXR are understood)"
-)
+Job = tuple[Path, Path, bool]  # source, output below the copy's root, whether it is a mask
+
+NOT_COPIED = "not copied (of CSVs, only boxes.csv and the tables of CheXpert, ChestX-ray14 and VinDr-CXR are copied)"
 
 
-def plan_copy(source_root: Path, output_root: Path, settings: Mapping[str, Any]) -> Any:
-    """What a copy of a data set consists of, for `prepare` and whoever else writes one.
+class CopyPlan:
+    """The images of a copy of a data set, and a function that writes the tables that belong to them.
+
+    Attributes:
+        jobs: [(source, output below the copy's root, whether it is a mask)].
+        finish: `finish(done)` writes the tables, boxes and lists for the sources in the set `done`.
+        skipped: [(file, reason)].
+
+    Raises:
+        ValueError: two sources with the same output.
+    """
+
+    def __init__(
+        self, jobs: Sequence[Job], finish: Callable[[set[Path]], None], skipped: Iterable[tuple[str, str]] = ()
+    ) -> None:
+        outputs: dict[Path, Path] = {}
+        for source, output, _ in jobs:
+            if outputs.setdefault(output, source) != source:
+                raise ValueError(f"{outputs[output]} and {source} would both become {output}: rename one")
+        self.jobs, self.finish, self.skipped = jobs, finish, list(skipped)
+
+
+def plan_copy(source_root: Path, output_root: Path, settings: Mapping[str, Any]) -> CopyPlan:
+    """The plan of a copy of a data set, for `prepare` and `deblur`.
 
     Args:
         settings: "size" (None: images keep their size, and boxes their coordinates), "aspect", "image_format" and
             "frontal_only", as `prepare` takes them.
 
-    Returns:
-        a plan with `jobs` [(source, output below the root, is it a mask)], `skipped` [(file, reason)] and
-        `finish(done)`, which writes the tables, boxes and lists for those sources that are done.
-
     Raises:
-        ValueError: no image, two files that would become one, a row whose path leaves the data set, or a box or mask
+        ValueError: no image, two files with the same output, a row whose path leaves the data set, or a box or mask
             that belongs to no image.
     """
     plan = _layout_of(source_root)(source_root, output_root, settings)
     if not plan.jobs and not plan.skipped:
         raise ValueError(f"no image below {source_root}")
     return plan
-
-
-class _Plan:
-    """What is to be copied: jobs (source, output below the root, is it a mask); and how the tables follow."""
-
-    def __init__(self, jobs, finish, skipped=()):
-        outputs = {}
-        for source, output, _ in jobs:
-            if outputs.setdefault(output, source) != source:
-                raise ValueError(f"{outputs[output]} and {source} would both become {output}: rename one")
-        self.jobs, self.finish, self.skipped = jobs, finish, list(skipped)
 
 
 def _layout_of(root):
@@ -72,7 +79,7 @@ def _path_column(csv):
 
 
 def _plan_chexpert(root, output_root, settings):
-    """Rows of train.csv, valid.csv and test.csv; their CSVs, boxes.csv and Plus's label files follow."""
+    """The images in train.csv, valid.csv and test.csv; also copies these CSVs, boxes.csv and Plus's label files."""
     splits = {split: csv for split in chexpert.SPLITS for csv in _chexpert_tables(root, split)}
     tables, jobs, skipped, keys = {}, {}, [], set()
     for csv in dict.fromkeys(splits.values()):
@@ -94,7 +101,7 @@ def _plan_chexpert(root, output_root, settings):
         tables[csv] = (raw, column, files, outputs)
     first = next(iter(tables))
     boxes = chexpert.find_boxes(first)
-    chexpert.read_boxes(first, keys, splits, boxes)  # before anything is written: no box is lost without a word
+    chexpert.read_boxes(first, keys, splits, boxes)  # an invalid box is an error before anything is written
 
     def finish(done):
         copied = {}
@@ -110,11 +117,11 @@ def _plan_chexpert(root, output_root, settings):
         if boxes:
             _write_boxes(boxes, chexpert.key_of, copied, output_root, output_root.name, settings)
 
-    return _Plan(list(jobs.values()), finish, skipped)
+    return CopyPlan(list(jobs.values()), finish, skipped)
 
 
 def _write_boxes(source, key_of, copied, output_root, prefix, settings):
-    """boxes.csv of the copy, all columns kept.
+    """Write boxes.csv of the copy, with all columns.
 
     Args:
         key_of: the path of a row -> key of `copied`.
@@ -137,7 +144,7 @@ def _write_boxes(source, key_of, copied, output_root, prefix, settings):
 
 
 def _plan_nih(root, output_root, settings):
-    """Rows of Data_Entry_2017*.csv to images/; the CSV, the lists and the boxes follow."""
+    """The images in Data_Entry_2017*.csv, as images/; also copies the CSV, the lists and the boxes."""
     csv = nih.find_csv(root)
     raw, keys = read_csv(csv), nih.read_table(csv)["key"]
     files, boxes, unit = nih.index_images(root), nih.read_boxes(root, set(keys)), nih.box_unit(root, raw)
@@ -150,7 +157,7 @@ def _plan_nih(root, output_root, settings):
     def finish(done):
         copied = {key: (file, new[key]) for key, file in sources.items() if file in done}
         kept = keys.isin(list(copied))
-        # its boxes count in the copy's own pixels, as they do beside tables without the original sizes
+        # the boxes of the copy are in its own pixels: its table must not have the original sizes
         table = raw[kept].drop(columns=[name for name in nih.ORIGINAL if boxes and name in raw])
         table["Image Index"] = [new[key].name for key in keys[kept]]
         write_csv(output_root / csv.name, table)
@@ -167,16 +174,16 @@ def _plan_nih(root, output_root, settings):
         if (root / nih.BOXES).is_file():
             write_text(output_root / nih.BOXES, "".join(f"{line}\n" for line in lines))
 
-    return _Plan([(file, new[key], False) for key, file in sources.items()], finish, skipped)
+    return CopyPlan([(file, new[key], False) for key, file in sources.items()], finish, skipped)
 
 
 def _plan_vindr(root, output_root, settings):
-    """train/ and test/; the label tables follow as they are, the boxes' move with their images."""
+    """The images of train/ and test/; also copies the tables of labels, and those of boxes in the copy's pixels."""
     own = {s: {path.stem: path for path in list_images(root / s)} for s in vindr.SPLITS if (root / s).is_dir()}
     files = {key: path for images in own.values() for key, path in images.items()}
     outputs = {file: _renamed(file.relative_to(root), settings) for images in own.values() for file in images.values()}
     tables = {csv: vindr.read_table(csv) for csv in sorted((root / "annotations").glob("*.csv"))}
-    for csv, table in tables.items():  # before anything is written: no box is lost without a word
+    for csv, table in tables.items():  # an invalid box is an error before anything is written
         if set(vindr.CORNERS) <= set(table.columns):
             vindr.rows_of(table, csv)
             vindr.check_images(table, csv, root, csv.stem.rpartition("_")[2], files)
@@ -189,7 +196,7 @@ def _plan_vindr(root, output_root, settings):
                 kept = _move_corners(root, kept, csv, files, settings)
             write_csv(output_root / "annotations" / csv.name, kept)
 
-    return _Plan([(file, output, False) for file, output in outputs.items()], finish)
+    return CopyPlan([(file, output, False) for file, output in outputs.items()], finish)
 
 
 def _move_corners(root, table, csv, files, settings):
@@ -210,14 +217,14 @@ def _move_corners(root, table, csv, files, settings):
 
 
 def _plan_folder(root, output_root, settings):
-    """Every image below a folder; masks, NAME.txt and boxes.csv follow."""
+    """Every image below a folder; also copies masks, NAME.txt and boxes.csv."""
     images, masks = images_and_masks(root, [path for path in list_images(root) if output_root not in path.parents])
     boxes = box_rows(root, images)
     jobs = [(source, _renamed(source.relative_to(root), settings), False) for source in images]
     for mask in dict.fromkeys(masks.values()):
         jobs.append((mask, _renamed(mask.relative_to(root), settings).with_suffix(".png"), True))
     jobs.sort()
-    skipped = [(str(path), NOT_CARRIED) for path in sorted(root.glob("*.csv")) if path.name != "boxes.csv"]
+    skipped = [(str(path), NOT_COPIED) for path in sorted(root.glob("*.csv")) if path.name != "boxes.csv"]
 
     def finish(done):
         copied = {source: (source, output) for source, output, mask in jobs if source in done and not mask}
@@ -230,7 +237,7 @@ def _plan_folder(root, output_root, settings):
         if (root / "boxes.csv").is_file():
             _write_boxes(root / "boxes.csv", root.joinpath, copied, output_root, "", settings)
 
-    return _Plan(jobs, finish, skipped if jobs else ())
+    return CopyPlan(jobs, finish, skipped if jobs else ())
 
 
 def _new_size(size, settings):
@@ -244,6 +251,6 @@ def _fit(boxes, size, settings):
 
 
 def _renamed(path, settings):
-    """Output path of an image: the new suffix in place of a known one, behind any other (DICOM names have dots)."""
+    """Output path of an image: the new suffix replaces an image suffix, and follows any other (of DICOM names)."""
     suffix = f".{settings['image_format']}"
     return path.with_suffix(suffix) if path.suffix.lower() in SUFFIXES else path.with_name(path.name + suffix)

@@ -6,6 +6,7 @@ import logging
 import math
 import warnings
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,14 @@ DEFLATED = "1.2.840.10008.1.2.1.99"
 
 
 def is_dicom(path: Path | str) -> bool:
-    """True for a file that ends as DICOM files do, or has their magic word behind its preamble of 128 bytes."""
+    """Whether a file has a suffix of DICOM files, or the letters DICM after a preamble of 128 bytes."""
     return Path(path).suffix.lower() in DICOM_SUFFIXES or has_magic(path)
 
 
 def has_magic(path: Path | str) -> bool:
-    """Whether a regular file has the four letters DICM behind 128 bytes; False where the file cannot be opened."""
+    """Whether a regular file has the letters DICM after 128 bytes; False if it cannot be opened."""
     try:
-        if not Path(path).is_file():  # a named pipe would never answer
+        if not Path(path).is_file():  # reading a named pipe would block
             return False
         with open(path, "rb") as file:
             return file.read(132)[128:] == b"DICM"
@@ -36,7 +37,7 @@ def has_magic(path: Path | str) -> bool:
 
 
 def read_header(path: Path | str) -> Any:
-    """The pydicom dataset of a DICOM file, without its pixels; ValueError naming a file that is none."""
+    """The pydicom dataset of a DICOM file, without its pixels; ValueError with the path if it is not a DICOM file."""
     try:
         return open_dicom(path, stop_before_pixels=True)
     except ValueError as error:
@@ -44,7 +45,7 @@ def read_header(path: Path | str) -> Any:
 
 
 def dicom_header(path: Path | str) -> tuple[str, str]:
-    """(patient, view) of a DICOM file: PatientID, and ViewPosition where it is PA or AP; "" where unknown.
+    """(patient, view) of a DICOM file: PatientID, and ViewPosition if it is PA or AP; "" if unknown.
 
     Raises:
         ValueError: no DICOM file, or an element that cannot be read.
@@ -58,7 +59,7 @@ def dicom_header(path: Path | str) -> tuple[str, str]:
 
 
 def open_dicom(path: Path | str, **options: Any) -> Any:
-    """`pydicom.dcmread`, quiet, and refused before it is read where a deflated file would fill the memory.
+    """`pydicom.dcmread` without its warnings; a deflated file that would fill the memory is refused first.
 
     Raises:
         ValueError: empty, or no DICOM file.
@@ -72,7 +73,7 @@ def open_dicom(path: Path | str, **options: Any) -> Any:
         if magic:
             _check_deflated(path)
         try:
-            # `force` only where the name says DICOM: some exports lack the preamble
+            # `force` for files that only have the suffix: some exports lack the preamble
             dataset = pydicom.dcmread(path, force=not magic, **options)
         except Exception as error:
             reason = "damaged or cut short" if magic else "no DICOM file"
@@ -82,8 +83,8 @@ def open_dicom(path: Path | str, **options: Any) -> Any:
     return dataset
 
 
-def open_with_pixels(path):
-    """The dataset with its PixelData, also where only the mark of their end is missing."""
+def open_with_pixels(path: Path | str) -> Any:
+    """The dataset with its PixelData, even if the delimiter at the end of the pixels is missing."""
     import pydicom
 
     dataset = open_dicom(path)
@@ -110,7 +111,7 @@ def _ends_early(dataset):
 
 
 def element(dataset: Any, name: str) -> Any:
-    """The value of an element, None where it is absent or empty; ValueError that names one that cannot be read."""
+    """The value of an element, None if it is absent or empty; ValueError with its name if it cannot be read."""
     try:
         value = dataset.get(name)
     except Exception:
@@ -119,12 +120,12 @@ def element(dataset: Any, name: str) -> Any:
 
 
 def number(dataset: Any, name: str) -> float | None:
-    """The (first) number of an element as a float, None where it is absent or empty; ValueError for anything else."""
+    """The first number of an element as a float, None if it is absent or empty; ValueError for anything else."""
     value = element(dataset, name)
     if value is None:
         return None
     try:
-        if isinstance(value, bytes):  # implicit VR leaves "US or SS" open
+        if isinstance(value, bytes):  # with implicit VR the type may be US or SS
             value = np.frombuffer(value, byte_order(dataset) + "u2")
         first = float(value if isinstance(value, (str, float, int)) else value[0])
     except Exception:
@@ -134,23 +135,28 @@ def number(dataset: Any, name: str) -> float | None:
     return first
 
 
-def byte_order(dataset):
+def byte_order(dataset: Any) -> str:
+    """NumPy's sign for the byte order of a dataset: "<" or ">"."""
     return ">" if getattr(dataset, "is_original_little_endian", True) is False else "<"
 
 
-def integer(dataset, name, default=None):
-    """The one integer of an element, `default` where it is absent or empty; ValueError where it is needed or broken."""
+def integer(dataset: Any, name: str, default: int | None = None) -> int:
+    """The integer of an element, `default` if it is absent or empty.
+
+    Raises:
+        ValueError: not one integer; or absent or empty, without a default.
+    """
     value = number(dataset, name)
     if value is None and default is None:
         raise ValueError(f"{name} is missing")
     if value is not None and (value % 1 or not isinstance(element(dataset, name), (str, float, int))):
         raise ValueError(f"{name} cannot be read as one integer")
-    return default if value is None else int(value)
+    return int(default if value is None else value)  # type: ignore[arg-type]  # one of them is given, see above
 
 
 @contextlib.contextmanager
-def quiet():
-    """Without pydicom's warnings, which quote values of the header."""
+def quiet() -> Iterator[None]:
+    """Suppress pydicom's warnings, which quote values of the header."""
     log, level = logging.getLogger("pydicom"), logging.getLogger("pydicom").level
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -161,7 +167,8 @@ def quiet():
             log.setLevel(level)
 
 
-def keywords_of(dataset):
+def keywords_of(dataset: Any) -> set[str]:
+    """The keywords of the elements of a dataset."""
     import pydicom
 
     return {pydicom.datadict.keyword_for_tag(tag) for tag in dataset.keys()}  # noqa: SIM118
@@ -173,7 +180,7 @@ def _check_deflated(path):
     try:
         meta = pydicom.filereader.read_file_meta_info(path)
         begin = 144 + int(meta.get("FileMetaInformationGroupLength") or 0)
-    except Exception:  # which reading it will tell
+    except Exception:  # `dcmread` will report it
         return
     if meta.get("TransferSyntaxUID") != DEFLATED:
         return

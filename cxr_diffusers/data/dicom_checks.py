@@ -1,7 +1,7 @@
-"""Checks of a DICOM header: whether the file holds a radiograph, and one that the models here were made for.
+"""Checks of a DICOM header: is the image a radiograph of the chest, frontal and upright, as the models expect it?
 
-Warnings name elements of the header. They quote a value only if it is one of the words listed here: any other value,
-in whichever element, may be a patient's name.
+Warnings name elements of the header. They quote a value only if it is one of the words listed here: any other value
+may be a patient's name, whatever the element.
 """
 
 import math
@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-MODALITIES = ("CR", "DX", "RG", "DR", "XR")  # the last two are not in the standard, but in the world
+MODALITIES = ("CR", "DX", "RG", "DR", "XR")  # the last two are not in the standard, but are in use
 CHEST = ("CHEST", "THORAX", "THORACIC", "LUNG", "TORAX", "POUMON")
 CHEST_CODES = ("51185008", "816094009", "T-D3000", "39607008", "T-28000", "43799004")  # chest, thorax, lung
 LATERAL = ("LL", "RL", "LAT", "LATERAL", "LLAT", "RLAT")
@@ -25,7 +25,7 @@ OTHER_PARTS = (
 )
 PHOTOMETRIC = ("RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT", "YBR_PARTIAL_420")
 CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
-# beginnings of the UIDs of object types that are no image, or none of a patient
+# beginnings of the UIDs of object types that are not images of a patient
 NO_RADIOGRAPH = (
     "1.2.840.10008.1.3.10",  # table of contents (DICOMDIR)
     "1.2.840.10008.5.1.4.1.1.4.2",  # MR spectroscopy
@@ -43,7 +43,7 @@ NO_RADIOGRAPH = (
 
 
 def non_radiograph_type(path: Path | str) -> str:
-    """The object type of a DICOM file that is no radiograph ("Enhanced SR Storage", "Segmentation Storage"); else "".
+    """The object type of a DICOM file that is not an image ("Enhanced SR Storage", ...); "" for an image.
 
     Reads only the first few hundred bytes. Returns "" also for a file without an object type.
     """
@@ -56,7 +56,7 @@ def non_radiograph_type(path: Path | str) -> str:
             object_class = pydicom.filereader.read_file_meta_info(path).get("MediaStorageSOPClassUID")
         if object_class == CAPTURE and "cxr_diffusers" == _manufacturer(path):
             return "Secondary Capture of cxr_diffusers"
-    except Exception:  # pydicom has many; `read_image` says what is wrong with a broken file
+    except Exception:  # of many types; `read_image` reports the fault of a damaged file
         return ""
     if not object_class or not object_class.startswith(NO_RADIOGRAPH):
         return ""
@@ -66,7 +66,7 @@ def non_radiograph_type(path: Path | str) -> str:
 def warnings_of(dataset: Any) -> list[str]:
     """Reasons in a DICOM header why the map of its image may be meaningless: a list of sentences, often empty.
 
-    A header that says nothing gives no warning; nothing is guessed from the pixels.
+    Missing elements give no warning. The pixels are not examined.
 
     Args:
         dataset: pydicom dataset; its pixels are not needed.
@@ -82,10 +82,10 @@ def warnings_of(dataset: Any) -> list[str]:
     return [sentence.replace(";", ",") for sentence in sentences]
 
 
-def window_of(dataset):
-    """((center, width, function) of the first window or None, a sentence about a window that is none or "").
+def window_of(dataset: Any) -> tuple[tuple[float, float, str] | None, str]:
+    """((center, width, function) of the first window, or None; a warning about an invalid window, or "").
 
-    Empty elements count as absent; a width below 1 (or not above 0, for the functions that have no such bound) is none.
+    Empty elements count as absent. A width is invalid below 1, or, for LINEAR_EXACT and SIGMOID, if it is not above 0.
     """
     try:
         center, width = (_first(dataset.get(name)) for name in ("WindowCenter", "WindowWidth"))
@@ -158,7 +158,7 @@ def _view(dataset):
 
 
 def _orientation(dataset):
-    """A frontal radiograph is seen facing the patient: rows run to the left (L), columns to the foot (F)."""
+    """A frontal radiograph is displayed facing the patient: rows run to the left (L), columns to the feet (F)."""
     value = dataset.get("PatientOrientation")
     if not value or isinstance(value, str) or len(value) != 2 or not all(value):
         return
@@ -178,7 +178,7 @@ def _orientation(dataset):
 
 
 def _greys(dataset):
-    """Bright means dense: where two elements disagree on that, the image may be its own negative."""
+    """Dense tissue should be bright: if two elements disagree on the polarity, the image may be a negative."""
     photometric = _text(dataset, "PhotometricInterpretation")
     if photometric and photometric not in ("MONOCHROME1", "MONOCHROME2"):
         yield f"no grey image ({_quoted('PhotometricInterpretation', photometric, PHOTOMETRIC)})"

@@ -22,14 +22,14 @@ def read_dicom(path: Path) -> PIL.Image.Image:
     """A DICOM file -> PIL image, mode "L", or "I;16" for more than 8 bits stored; see `images.read_image`.
 
     Raises:
-        ValueError: anything but one grey frame that its header describes without contradiction.
+        ValueError: not one grey frame, or a header that contradicts itself or the pixels.
     """
     object_type = non_radiograph_type(path)
     if object_type:
         raise ValueError(f"expected a radiograph, got a {object_type}")
     dataset = open_with_pixels(path)
     with quiet():
-        photometric = _check_kind(dataset)
+        photometric = _check_grey(dataset)
         alloc, bits, shift, signed = _bits(dataset)
         raw = _decode(dataset)
         raw = raw.view(f"u{raw.itemsize}")
@@ -45,21 +45,21 @@ def read_dicom(path: Path) -> PIL.Image.Image:
         logger.warning("%s: %s", path, problem)
     if photometric == "MONOCHROME1":
         table = 1 - table
-    top, kind = (255, np.uint8) if bits <= 8 else (65535, np.uint16)
-    image = (table * top).round().astype(kind)[pattern]
+    top, dtype = (255, np.uint8) if bits <= 8 else (65535, np.uint16)
+    image = (table * top).round().astype(dtype)[pattern]
     if padding.any():
         image[padding] = image[~padding].min()
     return PIL.Image.fromarray(image)
 
 
-def _check_kind(dataset):
-    """MONOCHROME1 or 2; ValueError for any other kind of image, or a too large one."""
+def _check_grey(dataset):
+    """The photometric interpretation, MONOCHROME1 or MONOCHROME2; ValueError for other or too large images."""
     frames = integer(dataset, "NumberOfFrames", 1)
     if frames > 1:
         raise ValueError(f"expected one frame, got {frames}: take one out first")
     photometric = str(element(dataset, "PhotometricInterpretation") or "").strip()
     if photometric not in ("MONOCHROME1", "MONOCHROME2"):
-        got = photometric if photometric in PHOTOMETRIC else "another kind" if photometric else "none"
+        got = photometric if photometric in PHOTOMETRIC else "another one" if photometric else "none"
         raise ValueError(f"expected a grey DICOM image (PhotometricInterpretation MONOCHROME1 or 2), got {got}")
     if integer(dataset, "SamplesPerPixel", 1) != 1:
         raise ValueError("SamplesPerPixel contradicts PhotometricInterpretation: expected 1 for a grey image")
@@ -68,7 +68,7 @@ def _check_kind(dataset):
 
 
 def _bits(dataset):
-    """(bits allocated, bits stored, how far they are shifted to the left, whether they are signed)."""
+    """(bits allocated, bits stored, number of unused low bits, whether values are signed)."""
     alloc, bits = integer(dataset, "BitsAllocated"), integer(dataset, "BitsStored")
     high = integer(dataset, "HighBit", bits - 1)
     signed = integer(dataset, "PixelRepresentation", 0)
@@ -82,7 +82,7 @@ def _bits(dataset):
 
 
 def _decode(dataset):
-    """(H, W) values as stored, all allocated bits; ValueError, before memory is taken, where they do not fit."""
+    """(H, W) values as stored, all allocated bits; ValueError, before memory is allocated, for a wrong size."""
     import pydicom.pixels
 
     meta = dataset.file_meta
@@ -127,13 +127,13 @@ def _decode(dataset):
 
 
 def _without_offsets(pixels):
-    """Encapsulated pixels without their first item, the table of offsets."""
+    """Encapsulated pixels without their first item, the offset table."""
     (length,) = struct.unpack_from("<I", pixels, 4)
     return pixels[8 + length :]
 
 
 def _check_rle(frame, pixels):
-    """ValueError where a segment decodes to fewer bytes than there are pixels, or to far more."""
+    """Raise ValueError if a segment decodes to fewer bytes than there are pixels, or to far more."""
     if len(frame) < 64:
         raise ValueError("cut short: the compressed pixels have no header")
     n, *offsets = struct.unpack_from("<16I", frame)
@@ -157,7 +157,7 @@ def _check_rle(frame, pixels):
 
 
 def _codestream_size(frame):
-    """(rows, columns) that a JPEG, JPEG-LS or JPEG 2000 stream says it has; None where it does not say."""
+    """(rows, columns) in the header of a JPEG, JPEG-LS or JPEG 2000 stream; None if there are none."""
     start = frame.find(b"\xff\x4f\xff\x51", 0, 4096)
     if start >= 0 and len(frame) >= start + 24:
         right, bottom, left, top = struct.unpack_from(">4I", frame, start + 8)
@@ -181,9 +181,9 @@ def _as_signed(array, bits):
 
 
 def _padding(dataset, stored, bits, signed):
-    """(H, W) booleans: the pixels that PixelPaddingValue, and PixelPaddingRangeLimit if given, say are none.
+    """(H, W) booleans: the padding, by PixelPaddingValue and PixelPaddingRangeLimit.
 
-    The header may hold them unsigned for signed pixels, or the other way round: they are compared in the pixels' type.
+    The header may have unsigned values for signed pixels, or the reverse: they are compared in the pixels' type.
     """
     value, limit = number(dataset, "PixelPaddingValue"), number(dataset, "PixelPaddingRangeLimit")
     if value is None:
@@ -199,7 +199,7 @@ def _padding(dataset, stored, bits, signed):
 
 
 def _check_values(dataset, raw, padding, alloc, bits, shift, signed):
-    """ValueError where pixels use bits that the header says they do not."""
+    """Raise ValueError if pixels use bits that the header excludes."""
     image = raw[~padding]
     if not image.size:
         return
@@ -209,14 +209,14 @@ def _check_values(dataset, raw, padding, alloc, bits, shift, signed):
     if not unused or any((group, 0x0102) in dataset for group in range(0x6000, 0x6020, 2)):
         return  # overlays lie in unused bits
     above = image >> (bits + shift)
-    # signed values are followed by their sign, or by zeros
+    # above a signed value the sign bit is repeated, or zeros follow
     sign = (image >> (bits + shift - 1) & 1) * (2**unused - 1) if signed else 0
     if ((above != 0) & (above != sign)).any():
         raise ValueError(f"the pixels hold values above BitsStored {bits}")
 
 
 def _grey_table(dataset, bits, signed):
-    """((2^bits,) floats in [0, 1], bright for large values: the grey of each stored pattern; a warning or "")."""
+    """((2^bits,) floats in [0, 1], the grey value of each stored pattern, bright for large values; a warning or "")."""
     stored = np.arange(2**bits)
     stored = _as_signed(stored, bits) if signed else stored
     lut = _lut(dataset, "ModalityLUTSequence", signed)
@@ -241,7 +241,7 @@ def _grey_table(dataset, bits, signed):
 
 
 def _windowed(values, center, width, function):
-    """DICOM PS3.3 C.11.2.1.2 and .3."""
+    """Values -> grey values in [0, 1], by DICOM PS3.3 C.11.2.1.2 and C.11.2.1.3."""
     if function == "SIGMOID":
         return 1 / (1 + np.exp((-4 * (values - center) / width).clip(-700, 700)))
     if function == "LINEAR_EXACT":
@@ -252,7 +252,7 @@ def _windowed(values, center, width, function):
 
 
 def _lut(dataset, name, signed):
-    """(first value, table, bits) of the first look-up table of a sequence that has one; None where none has."""
+    """(first value, table, bits) of the first look-up table of a sequence; None without any."""
     for item in element(dataset, name) or ():
         descriptor, data = element(item, "LUTDescriptor"), element(item, "LUTData")
         if descriptor is None or data is None:
@@ -267,7 +267,7 @@ def _lut(dataset, name, signed):
                 data = np.frombuffer(data, np.uint8 if len(data) < 2 * count else words)
             else:
                 data = np.atleast_1d(np.asarray(data, np.uint16))
-            if len(data) < count <= 2 * len(data) and bits <= 8:  # two entries a word
+            if len(data) < count <= 2 * len(data) and bits <= 8:  # two entries in each word
                 data = data.astype("<u2").view(np.uint8)
         except Exception:
             raise ValueError(f"{name} cannot be read") from None
@@ -279,5 +279,5 @@ def _lut(dataset, name, signed):
 
 
 def _look_up(values, first, table, bits):
-    """(values of the table, the darkest and the brightest value that it may hold)."""
+    """(values of the table, the lowest and the highest value that its bits allow)."""
     return table[(values - first).clip(0, len(table) - 1)].astype(float), 0.0, float(2**bits - 1)

@@ -1,7 +1,7 @@
 """Image files that are not a named data set: a folder per class, or a CSV with a column of paths."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from datasets import Dataset
@@ -21,14 +21,14 @@ def load_folder(
 ) -> Dataset:
     """A folder of images (png, jpg, bmp, tif, npy, DICOM) -> data set.
 
-    Label: the folder between `root` and the file (or `root` itself) that is called as a class; case does not matter. A
-    folder without any such name is unlabelled: label -1, which `datasets.ClassLabel` reads as "missing".
-    Mask: NAME_mask.* beside the image, or masks/ with the same tree below `root` and files called NAME.* or
-    NAME_mask.*; anything above 0 is inside.
-    Boxes: NAME.txt beside the image ("x y w h" a line, in pixels), or boxes.csv in `root` (file, x, y, w, h, and
-    image_w, image_h where they count in pixels of an image of another size).
+    Label: the class whose name a folder between `root` and the file (or `root` itself) has; case does not matter.
+    Without class folders all images are unlabelled: label -1, which `datasets.ClassLabel` reads as "missing".
+    Mask: NAME_mask.* beside the image, or NAME.* or NAME_mask.* in a folder masks/ with the same subfolders as `root`;
+    values above 0 are inside.
+    Boxes: NAME.txt beside the image (one box "x y w h" in each line, in pixels), or boxes.csv in `root` (columns file,
+    x, y, w, h, and image_w, image_h if the boxes are in pixels of an image of another size).
     Patient: DICOM's PatientID; else the first group of `patient_pattern`, searched in the path below `root`; else the
-    first folder below the class (or below `root`); else the path below `root`, that is, every file is its own patient.
+    first folder below the class (or below `root`); else the path below `root`, so that each file is its own patient.
 
     Returns:
         `datasets.Dataset` with columns image, label, patient, view, path, and boxes and mask if there are any.
@@ -83,14 +83,15 @@ def load_table(
     Args:
         image, mask, patient, view, boxes: names of columns; all but `image` may be None. Boxes are "x,y,w,h", several
             separated by ";". Without a patient column, or where it is blank, every file is its own patient.
-        label: name of a column of class names or ids, or the one class that all rows have.
-        keep: names of further columns to keep, as text, to report by (`evaluate`'s strata).
-        where: {column: value}: only the rows that have it, e.g. {"split": "train"}.
-        root: what the paths are relative to, the CSV's own too if it is not found as it stands; None: the CSV's folder.
+        label: name of a column of class names or ids; or one class, for all rows.
+        keep: names of further columns to keep, as text, for example for `evaluate`'s strata.
+        where: {column: value}: only the rows with these values, e.g. {"split": "train"}.
+        root: the folder that the paths are relative to, also `csv` itself if no such file exists; None: the CSV's.
 
     Raises:
         FileNotFoundError: the CSV, or a file that it names (with its line).
-        ValueError: a missing column, an unknown class, a mask of another size, a box that is none, or a path with "..".
+        ValueError: a missing column, an unknown class, a mask of another size, an invalid box, or a path with
+            "..".
     """
     csv = Path(csv)
     if root and not csv.is_file():
@@ -129,16 +130,21 @@ def load_table(
     return dataset
 
 
-def identity(file, root):
-    """An image's own name as a patient: its path below `root` without suffix, which no other file of it shares."""
+def identity(file: Path, root: Path) -> str:
+    """The path of a file below `root`, without suffix: the patient of an image whose patient is unknown."""
     relative = file.relative_to(root) if root in file.parents else file
     return without_suffix(relative).as_posix()
 
 
-def images_and_masks(root, files):
-    """(images, {image: its mask}); ValueError naming a mask that belongs to no image, or a second one of an image."""
+def images_and_masks(root: Path, files: Iterable[Path]) -> tuple[list[Path], dict[Path, Path]]:
+    """(images, {image: its mask}) among the files below `root`.
+
+    Raises:
+        ValueError: a mask that belongs to no image, or two masks of one image.
+    """
     tree = root / MASK_FOLDER
-    images, claims = {}, []
+    images: dict[str, list[Path]] = {}
+    claims: list[tuple[Path, list[str]]] = []  # masks, each with the possible names of its image
     for file in files:
         if tree in file.parents:
             name = identity(file, tree)
@@ -147,12 +153,12 @@ def images_and_masks(root, files):
             claims.append((file, [name.removesuffix(MASK_ENDING)]))
         else:
             images.setdefault(name, []).append(file)
-    masks = {}
+    masks: dict[Path, Path] = {}
     for file, names in claims:
-        name = next((name for name in names if name in images), None)
-        if name is None:
+        match = next((name for name in names if name in images), None)
+        if match is None:
             raise ValueError(f"{file}: a mask that belongs to no image below {root}")
-        for image in images[name]:
+        for image in images[match]:
             if image in masks:
                 raise ValueError(f"{image} has two masks, {masks[image]} and {file}")
             masks[image] = file
@@ -168,7 +174,7 @@ def _label_of(path, root, classes):
 def _check_labels(root, images, labels, classes):
     outside = next((i for i, label in zip(images, labels, strict=True) if label == UNLABELLED), None)
     if outside:
-        raise ValueError(f"expected every image of {root} in a folder called {' or '.join(classes)}, got {outside}")
+        raise ValueError(f"expected every image of {root} in a folder {' or '.join(classes)}, got {outside}")
     splits = {path.relative_to(root).parts[0].lower() for path in images}
     splits &= {"train", "training", "test", "testing", "val", "valid", "validation"}
     if len(splits) > 1:
@@ -188,24 +194,27 @@ def _patient_of(path, root, classes, pattern):
     return folders[0] if folders else identity(path, root)
 
 
-def group_of(pattern, text):
-    """The first group of a `patient_pattern`; ValueError where it has none, or is no pattern."""
+def group_of(pattern: str, text: str) -> str:
+    """The first group of a `patient_pattern` in a text; ValueError without a match, or for an invalid pattern."""
     try:
         match = re.search(pattern, text)
     except re.error as error:
         raise ValueError(f"expected `patient_pattern` a regular expression, got {pattern!r}: {error}") from None
     if not match or not match.groups() or match.group(1) is None:
-        raise ValueError(f"`patient_pattern` {pattern!r} finds no group in {text}")
+        raise ValueError(f"`patient_pattern` {pattern!r} matches no group in {text}")
     return match.group(1)
 
 
-def box_rows(root, images):
-    """{image: [(where, box, unit)]} of boxes.csv and of the .txt files beside the images; {} if there are none at all.
+def box_rows(root: Path, images: Sequence[Path]) -> dict[Path, list[tuple]]:
+    """{image: [(place, box, unit)]} of boxes.csv and of the .txt files beside the images; {} without any box.
+
+    `place` is the file (and line) of a box, for error messages; `unit` as `to_pixels` takes it.
 
     Raises:
-        ValueError: a row or file whose boxes are none, or belong to no image.
+        ValueError: a row or file with invalid boxes, or with boxes that belong to no image.
     """
-    boxes, members = {}, set(images)
+    boxes: dict[Path, list[tuple]] = {}
+    members = set(images)
     if (root / "boxes.csv").is_file():
         for where, file, box, unit in read_boxes(root / "boxes.csv"):
             image = root / path_of(file, where, absolute=True)
@@ -223,8 +232,8 @@ def box_rows(root, images):
     return boxes
 
 
-def text_of(image):
-    """NAME.txt beside an image, where its boxes may stand."""
+def text_of(image: Path) -> Path:
+    """NAME.txt beside an image, the file of its boxes if it exists."""
     return image.with_name(f"{without_suffix(image).name}.txt")
 
 

@@ -27,9 +27,9 @@ def load_hub(
 ) -> datasets.Dataset:
     """`datasets.load_dataset` (`load_from_disk` for a folder that `save_to_disk` wrote), with a check of the columns.
 
-    Training draws its batches from anywhere in the data set, so that a run resumes to the number; a stream cannot serve
-    it. `streaming` therefore goes through the data set once, without keeping the files that come by, and keeps what is
-    asked for, the first `limit` rows, shrunk to `size`, in the cache of `datasets`. The next run finds it there.
+    Training needs access to every row at any time, so it cannot read from a stream. `streaming` therefore reads the
+    stream once, without storing the downloaded files, and writes the first `limit` rows, with images of `size` pixels,
+    to the cache of `datasets`, where the next run opens them.
 
     Args:
         path: USER/NAME on the Hub, a folder of parquet files, or a saved data set.
@@ -45,8 +45,8 @@ def load_hub(
         they are not there: every image its own patient, the view unknown.
 
     Raises:
-        ValueError: image or label are missing, or a column is of another kind; what is to be streamed is a folder, or
-            does not say its columns; a box that is none; a `size` without `streaming`.
+        ValueError: image or label are missing, or a column has another type; with `streaming`, a folder or a
+            data set that does not declare its columns; an invalid box; a `size` without `streaming`.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"expected a `limit` of 1 or more, or none, got {limit}")
@@ -85,7 +85,7 @@ def check_columns(features: datasets.Features, where: Path | str) -> None:
 
 
 def check_boxes(dataset: datasets.Dataset, where: object) -> None:
-    """Raise ValueError naming the first row with a box that is none."""
+    """Raise ValueError naming the first row with an invalid box."""
     for i, boxes in enumerate(dataset["boxes"] if "boxes" in dataset.column_names else ()):
         for box in boxes or ():
             check_box(box, f"{where}, row {i}")
@@ -101,13 +101,13 @@ def _downloaded(path, split, config, revision):
 def _streamed(path, split, config, revision, limit, size, aspect):
     if Path(path).exists() or not re.fullmatch(HUB_NAME, str(path)):
         raise ValueError(f"expected a name on the Hub to stream from, got {path}: leave `streaming` out for a folder")
-    # what is kept is named after the commit, so that a data set that has changed is read anew
+    # the rows in the cache are named after the commit, so that a changed data set is read again
     if not re.fullmatch("[0-9a-f]{40}", revision or ""):
         revision = HfApi().dataset_info(str(path), revision=revision).sha
     source = {"path": str(path), "name": config, "split": split, "revision": revision}
     stream = datasets.load_dataset(**source, streaming=True)
     if stream.features is None:
-        raise ValueError(f"{path} does not say what its columns are before it is read: leave `streaming` out")
+        raise ValueError(f"{path} does not declare its columns: leave `streaming` out")
     check_columns(stream.features, path)
     kept = {"source": source, "limit": limit, "size": size, "aspect": aspect}
     return datasets.Dataset.from_generator(_rows, features=stream.features, gen_kwargs=kept)

@@ -1,7 +1,6 @@
 """Image files of a data set: finding them, reading DICOM headers, and decoding each file only when it is accessed."""
 
 import logging
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,13 +10,11 @@ import datasets
 import numpy as np
 import pandas as pd
 import PIL.Image
-import pyarrow as pa
-from datasets.features.features import register_feature
 from tqdm.auto import tqdm
 
 from .dicom import dicom_header, is_dicom
 from .images import SUFFIXES, read_image, walk
-from .rows import LAZY_SUFFIXES, to_dataset
+from .rows import LAZY_SUFFIXES, PathsFeature, registered, to_dataset
 from .selection import select_rows
 from .tables import brief, is_file
 
@@ -27,33 +24,21 @@ FRONTAL = ("PA", "AP")
 NEGATIVE = "negative"
 
 
+@registered
 @dataclass
-class RadiographFile:
+class RadiographFile(PathsFeature):
     """A `datasets` feature: the path of an image file (DICOM, tif, npy, ...), decoded by `read_image` on access.
 
-    A value is [path], or [path, "negative"] for a file whose light and dark are exchanged; an example shows a PIL image
-    of mode "L" or "I;16", a negative inverted. Only paths are stored: a data set that is moved to another machine needs
-    its files there.
+    A value is [path], or [path, "negative"] for a file whose light and dark are exchanged. It is decoded to a PIL image
+    of mode "L" or "I;16", a negative inverted.
     """
 
     dtype: ClassVar[str] = "PIL.Image.Image"
-    pa_type: ClassVar[pa.DataType] = pa.list_(pa.string())
     _type: str = field(default="RadiographFile", init=False, repr=False)
-
-    def __call__(self) -> pa.DataType:
-        return self.pa_type
-
-    def encode_example(self, value: Sequence[Path | str]) -> list[str]:
-        return [str(item) for item in value]
 
     def decode_example(self, value: Sequence[str], token_per_repo_id: Any = None) -> PIL.Image.Image:
         image = read_image(value[0])
         return as_negative(image) if value[1:] == [NEGATIVE] else image
-
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", UserWarning)  # "experimental"; without it a saved data set would not open
-    register_feature(RadiographFile, "RadiographFile")
 
 
 def as_negative(image: PIL.Image.Image) -> PIL.Image.Image:

@@ -61,7 +61,7 @@ def load_mimic_cxr(
 
     Raises:
         FileNotFoundError: a missing table, or an image of it (its line and path are named).
-        ValueError: a missing column, an unknown class, split or labeller, or a cell that is no number or file name.
+        ValueError: a missing column, an unknown class, split or labeller, or a cell that is not a number or file name.
 
     Source: Johnson et al., MIMIC-CXR-JPG 2.1.0, PhysioNet, doi 10.13026/jsn5-t979.
     """

@@ -70,7 +70,7 @@ def load_nih(
 
     Raises:
         FileNotFoundError: no CSV, no list of the split, or an image (its line and name are given).
-        ValueError: a missing column, an unknown class or option, or a box that is none, belongs to no row of the table
+        ValueError: a missing column, an unknown class or option, or an invalid box, belongs to no row of the table
             or reaches beyond its image.
     """
     root = Path(root)
@@ -148,7 +148,7 @@ def read_boxes(root: Path | str, keys: Collection[str]) -> dict[str, list[tuple[
         keys: stems of all images of the table.
 
     Raises:
-        ValueError: a row with an unknown finding, a box that is none, or an image that is not one of `keys`.
+        ValueError: a row with an unknown finding, an invalid box, or an image that is not one of `keys`.
     """
     path = Path(root) / BOXES
     boxes: dict[str, list[tuple[str, str, list[float]]]] = {}

@@ -186,7 +186,7 @@ def _heart(x, y, a):
 
 
 def _tissue_and_air(x, y, a, lungs, texture):
-    """(tissue, air): thickness of everything but bone were there no air in it, 0..1, and what the air takes off."""
+    """(tissue, air): the thickness of soft tissue as if without air, 0..1, and the reduction of it by the air."""
     shoulder = 0.20 + 0.95 * _step(y + 0.80 + 0.10 * np.abs(x), 0.10)
     outline = _step(
         np.minimum(shoulder, a["width"] + 0.14 + a["fat"] + 0.30 * _step(-0.45 - y, 0.12)) - np.abs(x), 0.02

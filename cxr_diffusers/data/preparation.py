@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from ..files import keep_settings, remove_dead, write, write_csv, write_text
 from .boxes import PREPARED as SETTINGS
-from .copy_plans import NOT_CARRIED, plan_copy
+from .copy_plans import NOT_COPIED, plan_copy
 from .images import equalize as equalize_image
 from .images import fit_image, fit_mask, read_image
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # imports torch, which takes seconds
 logger = logging.getLogger(__name__)
 
 SUMMARY, SKIPPED, STAMPS = "prepare_summary.json", "skipped.csv", "prepare_sources.jsonl"
-BREAKS = 3  # so often a worker may be killed
+BREAKS = 3  # how many times a worker may be killed
 
 
 def prepare(
@@ -49,23 +49,23 @@ def prepare(
     overwrite: bool = False,
     shard: "Shard | None" = None,
 ) -> dict[str, Any]:
-    """Copy a data set as grey `size` x `size` images; what the loaders open at `source_root`, they open at the copy.
+    """Copy a data set as grey `size` x `size` images; the loaders open the copy as they open `source_root`.
 
     CheXpert (also Plus), ChestX-ray14 and VinDr-CXR keep their CSVs, with paths rewritten and rows dropped whose image
-    is missing or broken. Any other folder keeps its tree. Boxes and masks move with their images. A run that was
-    stopped goes on where it was, and makes those copies anew whose sources have changed since; nothing is ever
-    half-written. What was left out is listed in skipped.csv, with the reason, and counted in prepare_summary.json.
+    is missing or broken. Any other folder keeps its subfolders. Boxes and masks are transformed with their images. A
+    run that was stopped resumes, and repeats the copies whose sources have changed; no file is ever incomplete. Files
+    that are left out are listed in skipped.csv, with the reason, and counted in prepare_summary.json.
 
     Args:
         aspect: "pad", "crop" or "squash" (the original's), see `images.fit_image`.
         equalize: histogram equalisation at full resolution before the resize (the original's), see `images.equalize`.
         image_format: "png" (16 bit stay 16 bit) or "jpg" (8 bit, quality 95).
-        frontal_only: leave CheXpert's lateral images out.
+        frontal_only: leave out CheXpert's lateral images.
         fast_jpeg: decode large JPEG files at a half, a quarter or an eighth of their size, with at least twice `size`
             pixels a side. Several times faster, but it changes pixels: copies are no longer exact area means, boxes
             may be off by half a pixel of the copy, and `equalize` sees the smaller image.
         num_workers: processes; None: one per CPU that this process may use.
-        overwrite: delete the copies and make them anew, also with other settings than the folder's.
+        overwrite: delete the copies and make them again, also with other settings than the folder's.
         shard: the share of the images to copy, without the tables; None: all of them, and the tables. See `Shard`.
 
     Returns:
@@ -76,7 +76,7 @@ def prepare(
         NotADirectoryError: no such source.
         ValueError: an unknown option, `overwrite` in a shard, another setting than the output folder was made with, no
             images, or a copy into the source itself; see also `plan_copy`.
-        OSError: a file cannot be written, or workers were killed again and again; the same call goes on later.
+        OSError: a file cannot be written, or workers were killed repeatedly; the same call resumes later.
     """
     source_root, output_root = Path(source_root), Path(output_root)
     settings = {"size": size, "aspect": aspect, "equalize": equalize, "image_format": image_format}
@@ -111,7 +111,7 @@ def prepare(
         "written": sum(state == "written" for state, _ in results),
         "kept": sum(state == "kept" for state, _ in results),
         "skipped": len(skipped),
-        "failed": sum(reason != NOT_CARRIED for _, reason in skipped),
+        "failed": sum(reason != NOT_COPIED for _, reason in skipped),
         "reasons": dict(Counter(_short(reason) for _, reason in skipped)),
         "seconds": round(time.monotonic() - begin, 1),
         "settings": settings,
@@ -119,12 +119,16 @@ def prepare(
     if not part:
         write_csv(output_root / SKIPPED, pd.DataFrame(skipped, columns=["file", "reason"], dtype=object))
         write_text(output_root / SUMMARY, json.dumps(summary, indent=2))
+    _print_summary(summary, output_root, with_table=not part)
+    return summary
+
+
+def _print_summary(summary, output_root, with_table):
     print(f"{output_root}: {summary['images']} images ({summary['kept']} were there), {summary['skipped']} skipped")
     for reason, count in summary["reasons"].items():
         print(f"  {count} x {reason}")
-    if skipped and not part:
+    if summary["skipped"] and with_table:
         print(f"  see {output_root / SKIPPED}")
-    return summary
 
 
 def _run(jobs, output_root, settings, num_workers, journal_file):

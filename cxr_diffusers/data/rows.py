@@ -1,14 +1,17 @@
 """Rows of a loader -> `datasets.Dataset`, with the columns that every data set here has."""
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import PIL.Image
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image, List, Value
+from datasets.features.features import register_feature
 from datasets.table import InMemoryTable
 from datasets.utils.file_utils import is_local_path, xopen
 from tqdm.auto import tqdm
@@ -18,9 +21,37 @@ from .images import binary_mask, decode_image, errors_name, read_image
 from .limits import MAX_BYTES, check_byte_count
 from .tables import check_encodable
 
-# what stays a path until it is looked at; the rest is decoded now, because `datasets.Image` cannot
+# files that `datasets.Image` decodes on access; others are decoded when the data set is made
 LAZY_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 BOXES = List(List(Value("float32"), length=4))  # [x, y, w, h] in pixels
+
+
+@dataclass
+class PathsFeature:
+    """Base of a `datasets` feature for files that its `decode_example` opens on access; a value is a list of texts.
+
+    Only paths are stored: a data set that is moved to another machine needs its files there. A subclass is a dataclass
+    with a class attribute `dtype` and a field `_type`, its own name, decorated with `registered`.
+    """
+
+    pa_type: ClassVar[pa.DataType] = pa.list_(pa.string())
+
+    def __call__(self) -> pa.DataType:
+        return self.pa_type
+
+    def encode_example(self, value: Sequence[Path | str]) -> list[str]:
+        return [str(item) for item in value]
+
+
+Feature = TypeVar("Feature", bound=type[PathsFeature])
+
+
+def registered(feature: Feature) -> Feature:
+    """Class decorator: `datasets` opens saved data sets that have this feature."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # "experimental"
+        register_feature(feature, feature.__name__)
+    return feature
 
 
 class CheckedImage(Image):
@@ -32,7 +63,7 @@ class CheckedImage(Image):
     def __eq__(self, other):
         return isinstance(other, Image) and (self.mode, self.decode, self.id) == (other.mode, other.decode, other.id)
 
-    def decode_example(self, value, token_per_repo_id=None):
+    def decode_example(self, value: Any, token_per_repo_id: Any = None) -> PIL.Image.Image:
         """{"path", "bytes"} -> PIL image; ValueError that names a file that is damaged, too large or not there."""
         if not self.decode or not isinstance(value, dict) or (value["path"] is None and value["bytes"] is None):
             return super().decode_example(value, token_per_repo_id)
@@ -54,13 +85,13 @@ def to_dataset(rows: Sequence[Mapping[str, Any]], class_names: Sequence[str], im
 
     Args:
         rows: dicts with image (path or PIL image), label (class id, -1 unlabelled), and optionally patient, view, path,
-            boxes (list of [x, y, w, h] in pixels; [] where there are none or none are known), mask (PIL image, the
+            boxes (list of [x, y, w, h] in pixels; []: none, or unknown), mask (PIL image, the
             `png_cell` of one, or None).
         class_names: names of the class ids, healthy first.
         image: a `datasets` feature that opens the rows' image by itself; None: images that PIL or `read_image` opens.
 
     Raises:
-        ValueError: no rows, a box that is none, or a name that is not UTF-8, which a data set cannot hold.
+        ValueError: no rows, an invalid box, or a name that is not UTF-8, which a data set cannot hold.
     """
     if not rows:
         raise ValueError("the data set is empty: no row is left after the filters that were asked for")

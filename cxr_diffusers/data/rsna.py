@@ -52,7 +52,7 @@ def load_rsna(
 
     Raises:
         FileNotFoundError: a missing table, or an image of it (its line and path are named).
-        ValueError: a missing column, a Target other than 0 and 1, a box that is none, tables that contradict each
+        ValueError: a missing column, a Target other than 0 and 1, an invalid box, tables that contradict each
             other, or an image that the mapping lacks.
 
     Source: Shih et al., Radiology: Artificial Intelligence 1 (2019) e180041.

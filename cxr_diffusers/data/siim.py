@@ -46,7 +46,7 @@ def load_siim(
 
     Raises:
         FileNotFoundError: no table, or an image of it (its line and path are named).
-        ValueError: a missing column, or run lengths that are none or leave the image.
+        ValueError: a missing column, or run lengths that are invalid or leave the image.
 
     Source: Filice et al., Journal of Digital Imaging 33 (2020) 490.
     """

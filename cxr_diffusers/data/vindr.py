@@ -58,7 +58,7 @@ def load_vindr(
 
     Raises:
         FileNotFoundError: no folder of a split, or no table where one is needed.
-        ValueError: an unknown split or class, an image without labels, or a box that is none, belongs to no image or
+        ValueError: an unknown split or class, an image without labels, or an invalid box, belongs to no image or
             reaches beyond it.
     """
     check_splits(splits)
@@ -214,7 +214,7 @@ def join_labels(diseases: pd.DataFrame, findings: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_table(csv: Path) -> pd.DataFrame:
-    """One of VinDr's tables; its index is the line of each row. ValueError where an image_id is no file name."""
+    """One of VinDr's tables; its index is the line of each row. ValueError if an image_id is not a file name."""
     table = read_csv(csv, ["image_id"])
     for line, key in table["image_id"].items():
         if len(path_of(key, f"{csv}, line {line}").parts) > 1:
@@ -253,7 +253,7 @@ def read_boxes(
         classes: names of findings, in any case; None: all.
 
     Raises:
-        ValueError: a row whose box is none, or whose image is neither among `images` nor in the table of labels.
+        ValueError: a row with an invalid box, or whose image is neither among `images` nor in the table of labels.
     """
     csv = find_table(root, split, "annotations")
     table = read_table(csv)

@@ -5,6 +5,7 @@ import io
 import json
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..data.copy_plans import CopyPlan, Job, plan_copy
 from ..data.images import read_image
-from ..data.preparation import plan_copy
 from ..files import keep_settings, remove_dead, write_file
 from ..fingerprints import fingerprint
 from ..hub.loading import default_checkpoint, load_pipeline
@@ -96,14 +97,8 @@ def deblur(
     state, source_root, output_root = process_state(), Path(source_root), Path(output_root)
     check(source_root, output_root, image_format, batch_size)
     fixed_kernel, kernel_name = read_kernel(kernel)
-    settings = {
-        "model": str(pipeline.config.get("_name_or_path") or type(pipeline).__name__),
-        "weights": fingerprint(pipeline, {}, 0),
-        "kernel": kernel_name,
-        "image_format": image_format,
-        "seed": seed,
-        "call": dict(call_kwargs or {}),
-    }
+    settings = {"kernel": kernel_name, "image_format": image_format, "seed": seed, "call": dict(call_kwargs or {})}
+    settings = {**identify_model(pipeline), **settings}
     plan = plan_copy(source_root, output_root, {**SAME_GEOMETRY, "image_format": image_format})
     if state.is_main_process:
         remove_dead(output_root)
@@ -112,9 +107,7 @@ def deblur(
     jobs = shard.of(plan.jobs)
     todo, share = split_pending(jobs, lambda job: (output_root / job[1]).is_file())
 
-    failed: dict[str, str] = {}
     worker = Worker(pipeline, output_root, fixed_kernel, batch_size, seed, call_kwargs or {})
-    # the bar speaks for all processes: they are about equally fast
     with tqdm(
         total=len(jobs),
         initial=len(jobs) - len(todo),
@@ -123,20 +116,7 @@ def deblur(
         smoothing=0.05,
         disable=not (progress and state.is_main_process),
     ) as bar:
-        seen = 0
-        for source, output, is_mask in share:
-            try:  # only what belongs to the source: an error of the run, such as a full disk, stops it
-                image = read_image(source)
-            except (ValueError, OSError) as error:
-                failed[str(source)] = f"broken image: {str(error).removeprefix(f'{source}: ')}"
-            else:
-                try:
-                    worker.take(image, output, is_mask)
-                except TooSmall as error:
-                    failed[str(source)] = f"smaller than the kernel: {error}"
-            bar.update((worker.written + len(failed) - seen) * state.num_processes)
-            seen = worker.written + len(failed)
-        worker.finish()
+        failed = deblur_share(worker, share, lambda count: bar.update(count * state.num_processes))
         bar.update(len(jobs) - bar.n)
     failed = dict(gather_object(list(failed.items())))
     seconds = gather_object([[worker.computed, worker.seconds]])
@@ -144,13 +124,10 @@ def deblur(
         return None
 
     done = {source for source, output, _ in jobs if (output_root / output).is_file()}
-    skipped = list(failed.items())
-    if shard.is_all:
-        plan.finish(done)
-        carry_tables(source_root, output_root, plan)
-        skipped = [item for item in plan.skipped if not item[0].endswith(".csv")] + skipped
+    skipped = finish_tables(plan, source_root, output_root, done) if shard.is_all else []
+    skipped += failed.items()
     computed, spent = (sum(values) for values in zip(*seconds, strict=True))
-    summary = {
+    summary: dict[str, Any] = {
         "images": len(done),
         "computed": computed,
         "kept": len(jobs) - len(todo),
@@ -161,10 +138,55 @@ def deblur(
         "settings": settings,
     }
     if shard.is_all:
-        table = pd.DataFrame(skipped, columns=["file", "reason"])
-        write_file(output_root / SKIPPED, table.to_csv(index=False).encode())
-        write_file(output_root / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+        write_reports(output_root, summary, skipped)
     return summary
+
+
+def identify_model(pipeline: DiffPIRDeblurPipeline) -> dict[str, str]:
+    """The name of the model, and the fingerprint of its weights."""
+    name = str(pipeline.config.get("_name_or_path") or type(pipeline).__name__)
+    return {"model": name, "weights": fingerprint(pipeline, {}, 0)}
+
+
+def finish_tables(plan: CopyPlan, source_root: Path, output_root: Path, done: set[Path]) -> list[tuple[str, str]]:
+    """Write the tables of the copy; returns the files that the plan left out, with their reasons."""
+    plan.finish(done)
+    carry_tables(source_root, output_root, plan)
+    return [item for item in plan.skipped if not item[0].endswith(".csv")]
+
+
+def write_reports(output_root: Path, summary: dict[str, Any], skipped: list[tuple[str, str]]) -> None:
+    """Write the summary of a run, and the table of skipped files and their reasons."""
+    table = pd.DataFrame(skipped, columns=["file", "reason"])
+    write_file(output_root / SKIPPED, table.to_csv(index=False).encode())
+    write_file(output_root / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+
+
+def deblur_share(worker: "Worker", share: Iterable[Job], on_done: Callable[[int], object]) -> dict[str, str]:
+    """Deblur the images of one process; returns {source: reason} of those that cannot be deblurred.
+
+    Args:
+        share: (source, output, whether it is a mask) of each image.
+        on_done: called with the number of images that are done since the last call. The processes are about equally
+            fast, so the progress bar multiplies it by their number.
+    """
+    failed: dict[str, str] = {}
+    before = 0
+    for source, output, is_mask in share:
+        try:  # only errors of the image itself: an error of the run, such as a full disk, stops it
+            image = read_image(source)
+        except (ValueError, OSError) as error:
+            failed[str(source)] = f"broken image: {str(error).removeprefix(f'{source}: ')}"
+        else:
+            try:
+                worker.take(image, output, is_mask)
+            except TooSmall as error:
+                failed[str(source)] = f"smaller than the kernel: {error}"
+        done = worker.written + len(failed)
+        on_done(done - before)
+        before = done
+    worker.finish()
+    return failed
 
 
 class TooSmall(Exception):
@@ -174,13 +196,21 @@ class TooSmall(Exception):
 class Worker:
     """Takes images one by one, deblurs images of one size together, and writes each under its name when complete."""
 
-    def __init__(self, pipeline, output_root, kernel, batch_size, seed, call_kwargs):
+    def __init__(
+        self,
+        pipeline: DiffPIRDeblurPipeline,
+        output_root: Path,
+        kernel: np.ndarray | None,
+        batch_size: int,
+        seed: int,
+        call_kwargs: dict[str, Any],
+    ) -> None:
         self.pipeline, self.output_root, self.kernel = pipeline, output_root, kernel
         self.batch_size, self.seed, self.call_kwargs = batch_size, seed, call_kwargs
         self.waiting: dict[tuple, list] = {}  # size -> [(image, kernel, output)]
         self.written, self.computed, self.seconds = 0, 0, 0.0
 
-    def take(self, image, output, is_mask):
+    def take(self, image: Image.Image, output: Path, is_mask: bool) -> None:
         """Raises `TooSmall` for an image that is smaller than the kernel, OSError if a result cannot be written."""
         if is_mask or len(np.unique(np.asarray(image))) <= 2:
             self.write(image, output)
@@ -199,11 +229,11 @@ class Worker:
         elif sum(map(len, self.waiting.values())) >= 8 * self.batch_size:  # many sizes: limits the memory
             self.run(max(self.waiting, key=lambda key: len(self.waiting[key])))
 
-    def finish(self):
+    def finish(self) -> None:
         while self.waiting:
             self.run(next(iter(self.waiting)))
 
-    def run(self, key):
+    def run(self, key: tuple) -> None:
         batch = self.waiting.pop(key)
         start = time.perf_counter()
         restored = self.pipeline(
@@ -218,7 +248,7 @@ class Worker:
         for (_, _, output), image in zip(batch, restored, strict=True):
             self.write(image, output)
 
-    def write(self, image, output):
+    def write(self, image: Image.Image, output: Path) -> None:
         write_file(self.output_root / output, encode(image, output.suffix))
         self.written += 1
 
@@ -279,17 +309,17 @@ def read_kernel(kernel: np.ndarray | str) -> tuple[np.ndarray | None, str]:
     return array, f"array of {array.shape} ({hashlib.sha256(array.tobytes()).hexdigest()[:8]})"
 
 
-def kernel_of(image, kernel):
+def kernel_of(image: Image.Image, kernel: np.ndarray | None) -> np.ndarray:
     return estimate_kernel(image) if kernel is None else kernel
 
 
-def generator_of(seed, output):
+def generator_of(seed: int, output: Path) -> torch.Generator:
     """A generator that depends only on the seed and the path of the image below the root."""
     digest = hashlib.sha256(f"{seed}:{Path(output).as_posix()}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7]))
 
 
-def encode(image, suffix):
+def encode(image: Image.Image, suffix: str) -> bytes:
     """PIL image -> the bytes of a PNG, or of a JPEG of 8 bits."""
     with io.BytesIO() as buffer:
         if suffix == ".jpg":
@@ -301,7 +331,7 @@ def encode(image, suffix):
         return buffer.getvalue()
 
 
-def check(source_root, output_root, image_format, batch_size):
+def check(source_root: Path, output_root: Path, image_format: str, batch_size: int) -> None:
     if not source_root.is_dir():
         raise NotADirectoryError(f"expected the folder of a data set, got {source_root}")
     if source_root.resolve() == output_root.resolve():
@@ -312,7 +342,7 @@ def check(source_root, output_root, image_format, batch_size):
         raise ValueError(f"expected a `batch_size` of 1 or more, got {batch_size}")
 
 
-def carry_tables(source_root, output_root, plan):
+def carry_tables(source_root: Path, output_root: Path, plan: CopyPlan) -> None:
     """Copy the CSV files that the plan did not write, with the names of images in them rewritten."""
     outputs = {source.resolve(): output for source, output, _ in plan.jobs}
     for csv in sorted(source_root.rglob("*.csv")):

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
@@ -253,43 +254,9 @@ def handle_run(
 ) -> None:
     """The button runs the model, one session's at a time, shows its steps and fills the right side."""
     lock = threading.Lock()
-    answer_parts = [right.headline, right.tools, right.downloads, right.hint, right.details, right.film_card]
     run_parts = [left.start, left.stop, left.status, right.live_card, right.live, right.answer]
     results = [right.viewer, right.caption, right.comparison, right.film, right.buttons["film"], right.factor]
-    outputs = [state.analysis, state.control, *run_parts, *answer_parts, *results]
-
-    def idle(*sentences: str, level: str = "error") -> dict[Any, Any]:
-        """Updates that end a run."""
-        return {
-            left.start: gr.update(value=START, interactive=True),
-            left.stop: gr.update(visible=False),
-            left.status: message(*sentences, level=level),
-            right.live_card: gr.update(visible=False),
-            right.answer: gr.update(visible=True),
-        }
-
-    def stop(control: RunControl | None) -> dict[Any, Any]:
-        if control is not None:
-            control.stop.set()
-        if control is not None and control.has_begun:  # `run` answers after its last step
-            return {left.stop: gr.update(visible=False)}
-        return idle(STOPPED, level="warning")
-
-    def prepare(upload: Upload | None) -> dict[Any, Any]:
-        if upload is None:
-            return {left.status: message(NO_UPLOAD)}
-        return {
-            state.analysis: None,
-            state.control: RunControl(),
-            left.start: gr.update(value="Waiting for the model \u2026", interactive=False),
-            left.stop: gr.update(visible=True),
-            left.status: gr.update(visible=False),
-            right.live_card: gr.update(visible=True),
-            right.live: LIVE_FOLLOWS,
-            right.answer: gr.update(visible=False),
-            right.viewer: None,
-            **{part: gr.update(visible=False) for part in answer_parts},
-        }
+    outputs = [state.analysis, state.control, *run_parts, *answer_parts(right), *results]
 
     def run(
         upload: Upload | None, control: RunControl | None, choice: str, factor: float, *values: float
@@ -301,63 +268,133 @@ def handle_run(
         control.has_begun = True
         name = choices[choice]
         pipeline, call = models[name], call_arguments(models[name], values)
-
-        def work(report, is_closed):
-            def is_stopped() -> bool:
-                return is_closed() or control.stop.is_set()
-
-            def scored(number: int, total: int) -> None:
-                if is_stopped():
-                    raise Stopped
-                report(Scored(number, total))
-
-            analysis = analyse(pipeline, name, upload, call, report, is_stopped)
-            unlike = [f"This image {text}." for text in unlikeness_warnings(pipeline, [upload.image])[0]]
-            return analysis, unlike, reference_of(name, scored)
-
         try:
+            work = work_of(name, pipeline, upload, call, control, reference_of)
             with closing(stream(work, lock)) as reports:
                 for report in reports:
-                    if isinstance(report, Step):
-                        live = rendering.live_view(report) if report.panels else gr.skip()
-                        label = f"Step {report.number} of {report.total}"
-                        yield {left.start: gr.update(value=label), right.live: live}
-                    elif isinstance(report, Scored):
-                        label = f"Healthy image {report.number} of {report.total}"
-                        yield {left.start: gr.update(value=label)}
+                    if isinstance(report, Step | Scored):
+                        yield progress_of_run(left, right, report)
                     else:
                         analysis, unlike, reference = report
         except Stopped:
-            yield idle(STOPPED, level="warning")
+            yield end_of_run(left, right, STOPPED, level="warning")
             return
         except ValueError as error:
-            yield idle(str(error))
+            yield end_of_run(left, right, str(error))
             return
         fits = reference is not None and reference.fits(pipeline, call)
         headline = rendering.headline(analysis, reference, fits, pipeline.describe_score(), [*upload.warnings, *unlike])
         yield {
-            **idle(),
-            **{part: gr.update(visible=True) for part in answer_parts},
-            state.analysis: analysis,
+            **end_of_run(left, right),
+            **show_analysis(state, right, analysis),
             right.headline: gr.update(value=headline, visible=True),
-            right.viewer: rendering.viewer_data(analysis),
-            right.caption: caption(analysis),
             right.comparison: rendering.comparison_card(analysis, reference, fits),
-            right.film: FILM_FOLLOWS,
-            right.buttons["film"]: gr.update(interactive=analysis.trajectory is not None),
             right.factor: factor_range(analysis, factor),
         }
 
-    prepared = left.start.click(prepare, state.upload, outputs, queue=False, **HIDDEN)
+    begin = partial(start_of_run, state, left, right)
+    prepared = left.start.click(begin, state.upload, outputs, queue=False, **HIDDEN)
     prepared.success(None, None, None, js=SCROLL % "#run", **PRIVATE)
     inputs = [state.upload, state.control, left.method, right.factor, *left.sliders]
     started = prepared.success(run, inputs, outputs, concurrency_limit=1, **HIDDEN)
-    started.failure(lambda: idle(FAILED), None, outputs, queue=False, **HIDDEN)
-    left.stop.click(stop, state.control, outputs, queue=False, **HIDDEN)
+    started.failure(lambda: end_of_run(left, right, FAILED), None, outputs, queue=False, **HIDDEN)
+    left.stop.click(partial(stop_run, left, right), state.control, outputs, queue=False, **HIDDEN)
     started.success(None, None, None, js=SCROLL % "#headline", **PRIVATE)
     # not postprocessed: the slider's own way of handling images writes them to disk
     started.success(compare, state.analysis, right.compare, postprocess=False, **HIDDEN)
     started.success(lambda a: a and rendering.film_card(a), state.analysis, right.film, **HIDDEN)
+
+
+def stop_run(left: SimpleNamespace, right: SimpleNamespace, control: RunControl | None) -> dict[Any, Any]:
+    """Stop a run, or a run that waits for its turn; returns the updates."""
+    if control is not None:
+        control.stop.set()
+    if control is not None and control.has_begun:  # it ends with its own updates, after its last step
+        return {left.stop: gr.update(visible=False)}
+    return end_of_run(left, right, STOPPED, level="warning")
+
+
+def work_of(
+    name: str,
+    pipeline: Any,
+    upload: Upload,
+    call: Mapping[str, Any],
+    control: RunControl,
+    reference_of: ReferenceOf,
+) -> Callable[[Callable, Callable], tuple[Analysis, list[str], ReferenceScores | None]]:
+    """The work of a run, for `stream`: returns the analysis, warnings about the image, and the healthy scores."""
+
+    def work(report, is_closed):
+        def is_stopped() -> bool:
+            return is_closed() or control.stop.is_set()
+
+        def scored(number: int, total: int) -> None:
+            if is_stopped():
+                raise Stopped
+            report(Scored(number, total))
+
+        analysis = analyse(pipeline, name, upload, call, report, is_stopped)
+        unlike = [f"This image {text}." for text in unlikeness_warnings(pipeline, [upload.image])[0]]
+        return analysis, unlike, reference_of(name, scored)
+
+    return work
+
+
+def answer_parts(right: SimpleNamespace) -> list[Any]:
+    """The parts of the right side that are visible only with an answer."""
+    return [right.headline, right.tools, right.downloads, right.hint, right.details, right.film_card]
+
+
+def start_of_run(
+    state: SimpleNamespace, left: SimpleNamespace, right: SimpleNamespace, upload: Upload | None
+) -> dict[Any, Any]:
+    """The updates that begin a run; without an upload, a message that asks for one."""
+    if upload is None:
+        return {left.status: message(NO_UPLOAD)}
+    return {
+        state.analysis: None,
+        state.control: RunControl(),
+        left.start: gr.update(value="Waiting for the model \u2026", interactive=False),
+        left.stop: gr.update(visible=True),
+        left.status: gr.update(visible=False),
+        right.live_card: gr.update(visible=True),
+        right.live: LIVE_FOLLOWS,
+        right.answer: gr.update(visible=False),
+        right.viewer: None,
+        **{part: gr.update(visible=False) for part in answer_parts(right)},
+    }
+
+
+def progress_of_run(left: SimpleNamespace, right: SimpleNamespace, report: Step | Scored) -> dict[Any, Any]:
+    """The updates that report a step of the model, or a healthy image that has been scored."""
+    noun = "Step" if isinstance(report, Step) else "Healthy image"
+    updates = {left.start: gr.update(value=f"{noun} {report.number} of {report.total}")}
+    if isinstance(report, Step) and report.panels:
+        updates[right.live] = rendering.live_view(report)
+    return updates
+
+
+def end_of_run(left: SimpleNamespace, right: SimpleNamespace, *sentences: str, level: str = "error") -> dict[Any, Any]:
+    """The updates that end a run, with a message of these sentences."""
+    return {
+        left.start: gr.update(value=START, interactive=True),
+        left.stop: gr.update(visible=False),
+        left.status: message(*sentences, level=level),
+        right.live_card: gr.update(visible=False),
+        right.answer: gr.update(visible=True),
+    }
+
+
+def show_analysis(state: SimpleNamespace, right: SimpleNamespace, analysis: Analysis) -> dict[Any, Any]:
+    """The updates that show an analysis."""
+    return {
+        **{part: gr.update(visible=True) for part in answer_parts(right)},
+        state.analysis: analysis,
+        right.viewer: rendering.viewer_data(analysis),
+        right.caption: caption(analysis),
+        right.film: FILM_FOLLOWS,
+        right.buttons["film"]: gr.update(interactive=analysis.trajectory is not None),
+    }
 
 
 def handle_answer(state: SimpleNamespace, right: SimpleNamespace, parcel: gr.Textbox) -> None:

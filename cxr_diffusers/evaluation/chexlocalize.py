@@ -40,6 +40,7 @@ from .report import SHEET_ROWS, is_number, markdown, plain
 from .tables import describe_method
 
 ANY = "any pathology"  # the union of all but support devices, which a map of "abnormal" should mark
+SEED = 0  # of the bootstrap, as in their script
 REGIONS = {**{task: (task,) for task in TASKS}, ANY: PATHOLOGIES}
 THRESHOLDS = tuple(round(0.1 * k, 1) for k in range(2, 9))  # of the stretched map
 CUTOFFS = tuple(round(0.1 * k, 1) for k in range(10))  # quantiles of the validation images' scores
@@ -87,7 +88,6 @@ def evaluate_chexlocalize(
     output_dir: Path | str | None = None,
     batch_size: int = 8,
     n_bootstrap: int = 1000,
-    seed: int = 0,
     call_kwargs: Mapping[str, Any] | None = None,
     progress: bool = True,
     shard: Shard | None = None,
@@ -115,7 +115,6 @@ def evaluate_chexlocalize(
         batch_size, call_kwargs, progress: as for `compare`.
         n_bootstrap: replicates. Images are drawn, not patients, as in their scripts: intervals are too narrow where
             patients have several images.
-        seed: of the bootstrap, whose draws are those of their script.
         shard: the share of the images to predict, without the tables; None: all of them, and the tables. See `Shard`.
 
     Returns:
@@ -139,7 +138,7 @@ def evaluate_chexlocalize(
                 split.images,
                 folder=folder,
                 batch_size=batch_size,
-                seed=seed,
+                seed=SEED,
                 progress=progress,
                 desc=f"{method.name}, {name}",
                 shard=shard,
@@ -157,14 +156,14 @@ def evaluate_chexlocalize(
     for name, method in {**{m.name: m for m in methods}, CENTRE: None}.items():
         table, thresholds, cutoffs = measure_method(name, method, predictions.get(name), splits, candidates, progress)
         regions = {region: table[table.region == region] for region in REGIONS}
-        summary["rows"][name] = {region: numbers(own, n_bootstrap, seed) for region, own in regions.items()}
+        summary["rows"][name] = {region: numbers(own, n_bootstrap) for region, own in regions.items()}
         summary["thresholds"][name], summary["cutoffs"][name] = thresholds, cutoffs
         tables.append(table.assign(method=name))
         if output_dir is not None and method:
             maps = maps_of(method, test, predictions[name]["test"])
             write_predictions(maps, test, thresholds, Path(output_dir) / safe_name(name), progress, name)
     described = {method.name: describe_method(method) for method in methods}
-    summary["settings"] = {"cxr_diffusers": __version__, "methods": described, "n_bootstrap": n_bootstrap, "seed": seed}
+    summary["settings"] = {"cxr_diffusers": __version__, "methods": described, "n_bootstrap": n_bootstrap, "seed": SEED}
     if output_dir is not None:
         write(summary, pd.concat(tables), Path(output_dir))
         write_sheet(methods, test, predictions, Path(output_dir) / "contact_sheet.png")
@@ -306,7 +305,7 @@ def measure(
 
 
 def above(level: np.ndarray, n: int) -> np.ndarray:
-    """(n,) how many of these pixels are above each threshold; `level`: above how many thresholds each pixel is."""
+    """(n,) number of pixels above each threshold; `level`: the number of thresholds below each pixel."""
     return np.bincount(level.ravel(), minlength=n + 1)[::-1].cumsum()[::-1][1:]
 
 
@@ -380,19 +379,19 @@ def image_rows(
     return pd.concat(tables, ignore_index=True)
 
 
-def numbers(table: pd.DataFrame, n_bootstrap: int, seed: int) -> dict[str, dict[str, float]]:
+def numbers(table: pd.DataFrame, n_bootstrap: int) -> dict[str, dict[str, float]]:
     """{metric: {value, low, high, bootstrap_mean}} of one region."""
     measured = {}
     for metric, (column, _) in NUMBERS.items():
         # images without an entry belong to the full set only
         values = (table if "full" in metric else table[table.covered])[column].to_numpy(np.float64)
-        measured[metric] = {"value": float(mean(values)), **bootstrap(values, n_bootstrap, seed)}
+        measured[metric] = {"value": float(mean(values)), **bootstrap(values, n_bootstrap)}
     return measured
 
 
-def bootstrap(values: np.ndarray, n: int, seed: int) -> dict[str, float]:
+def bootstrap(values: np.ndarray, n: int) -> dict[str, float]:
     """The interval of a mean as in their script: of 1,000 sorted replicates the 25th and the 975th."""
-    draw = np.random.RandomState(seed)  # NumPy's legacy generator, as in their script
+    draw = np.random.RandomState(SEED)  # NumPy's legacy generator, as in their script
     replicates = np.sort([mean(values[draw.choice(len(values), len(values))]) for _ in range(n)])
     low, high = (max(int(share * n) - 1, 0) for share in (0.05 / 2, 1 - 0.05 / 2))
     return {"low": replicates[low], "high": replicates[high], "bootstrap_mean": float(mean(replicates))}

@@ -308,7 +308,7 @@ def pairs(methods: Sequence[str], names: Sequence[str]) -> list[tuple[str, str]]
     """The pairs of names to subtract: see `differences`."""
     others = [(methods[0], other) for other in methods[1:]]
     controls = [name for name in names if name not in methods]
-    # the mean map of another method is no control of this one
+    # the mean map of another method is not a control of this one
     return others + [
         (m, c)
         for m in methods

@@ -1,7 +1,11 @@
 """The architecture of a network, read from the names and shapes of its tensors."""
 
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from .flags import CHANNEL_MULT
 
@@ -32,7 +36,7 @@ class Architecture:
     pool: str | None = None
 
 
-def read_architecture(state_dict, image_size=None):
+def read_architecture(state_dict: Mapping[str, torch.Tensor], image_size: int | None = None) -> Architecture:
     """{name: tensor} -> `Architecture`.
 
     Raises:
@@ -54,7 +58,7 @@ def read_architecture(state_dict, image_size=None):
     )
 
 
-def read_encoder(state_dict, layers, levels):
+def read_encoder(state_dict: Mapping[str, torch.Tensor], layers: int, levels: int) -> dict[str, Any]:
     """The fields of `Architecture` that the encoder determines.
 
     Args:
@@ -80,7 +84,7 @@ def read_encoder(state_dict, layers, levels):
     }
 
 
-def read_decoder(state_dict):
+def read_decoder(state_dict: Mapping[str, torch.Tensor]) -> tuple[bool, int, int]:
     """(whether residual blocks resample, residual blocks per encoder level, number of levels).
 
     They are read from the decoder, where the last block of each level but the finest has an upsampler: a `conv` or a
@@ -98,13 +102,13 @@ def read_decoder(state_dict):
     return any(match[2] == "in_layers" for match in upsamplers), (max(blocks) + 1) // levels - 1, levels
 
 
-def has_attention(state_dict, blocks):
+def has_attention(state_dict: Mapping[str, torch.Tensor], blocks: Iterable[int]) -> bool:
     """Whether any of some blocks of the encoder has attention."""
     prefixes = tuple(f"input_blocks.{k}.1." for k in blocks)
     return any(name.startswith(prefixes) for name in state_dict)
 
 
-def shape(state_dict, name, dimensions):
+def shape(state_dict: Mapping[str, torch.Tensor], name: str, dimensions: int) -> tuple[int, ...]:
     """The shape of a tensor; ValueError unless it is there and has `dimensions` dimensions."""
     if name not in state_dict:
         raise ValueError(f"missing tensor {name}")
@@ -114,7 +118,7 @@ def shape(state_dict, name, dimensions):
     return sizes
 
 
-def usual_image_size(channels, model_channels):
+def usual_image_size(channels: Sequence[int], model_channels: int) -> int:
     """The side of the images, from the originals' default channel multipliers: no tensor depends on it."""
     multipliers = tuple(c / model_channels for c in channels)
     for size, usual in CHANNEL_MULT.items():

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -74,7 +74,7 @@ def convert_checkpoint(
     return info
 
 
-def check_pair(unet, classifier, path, classifier_path):
+def check_pair(unet: Any, classifier: Any, path: Path | str, classifier_path: Path | str) -> None:
     """Raise ValueError unless these are a UNet and a classifier of images of the same size and channels."""
     if not isinstance(unet, UNet2DModel):
         raise ValueError(f"expected {path} to hold a UNet, it holds an encoder classifier")
@@ -88,7 +88,9 @@ def check_pair(unet, classifier, path, classifier_path):
         )
 
 
-def build_pipeline(unet, classifier, scheduler, info):
+def build_pipeline(
+    unet: Any, classifier: Any, scheduler: DDIMScheduler, info: dict[str, Any]
+) -> DiffusionPipeline | None:
     """The pipeline of the converted networks; None for a model without classes and for a classifier without a model."""
     from ..pipelines import CFGAnomalyPipeline, ClassifierGuidedPipeline
 
@@ -110,7 +112,7 @@ def build_pipeline(unet, classifier, scheduler, info):
     return CFGAnomalyPipeline(unet, scheduler, settings=settings, has_null_label=False, **preparation)
 
 
-def read_checkpoint(path):
+def read_checkpoint(path: Path | str) -> dict[str, torch.Tensor]:
     """A `.pt` or `.safetensors` file -> {name: tensor}, on the CPU.
 
     Raises ValueError where the file holds anything but named tensors (an optimizer's state, a whole pickled model).

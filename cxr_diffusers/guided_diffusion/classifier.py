@@ -2,23 +2,28 @@
 
 import math
 import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .architecture import Architecture, has_attention, read_encoder, shape, usual_image_size
-from .flags import CHANNEL_MULT, check_flags
+from .flags import CHANNEL_MULT, ConversionFlags, check_flags
+
+if TYPE_CHECKING:
+    from ..models.noisy_classifier import NoisyClassifier
 
 # pool -> the tensor whose first dimension is the logits, and its number of dimensions
 LOGITS = {"attention": ("out.2.c_proj.weight", 3), "adaptive": ("out.3.weight", 4)}
 
 
-def is_classifier(state_dict):
+def is_classifier(state_dict: Mapping[str, torch.Tensor]) -> bool:
     """Whether named tensors are those of an encoder and a head, without a decoder."""
     parts = {name.split(".")[0] for name in state_dict}
     return {"input_blocks", "out"} <= parts and not {"output_blocks", "label_emb"} & parts
 
 
-def build_classifier(architecture, flags):
+def build_classifier(architecture: Architecture, flags: ConversionFlags) -> "NoisyClassifier":
     """A `NoisyClassifier` without weights, on the meta device."""
     from ..models.noisy_classifier import NoisyClassifier
 
@@ -46,7 +51,7 @@ def build_classifier(architecture, flags):
         )
 
 
-def read_classifier(state_dict, flags):
+def read_classifier(state_dict: Mapping[str, torch.Tensor], flags: ConversionFlags) -> Architecture:
     """{name: tensor}, `ConversionFlags` -> `Architecture`.
 
     The tensors of an encoder do not always determine its levels, because residual blocks that downsample have the same
@@ -88,7 +93,7 @@ def read_classifier(state_dict, flags):
     return agreeing[0]
 
 
-def read_pool(state_dict):
+def read_pool(state_dict: Mapping[str, torch.Tensor]) -> str:
     """The head's pool; ValueError for a pool that `NoisyClassifier` does not have."""
     if "out.2.positional_embedding" in state_dict:
         return "attention"
@@ -100,7 +105,7 @@ def read_pool(state_dict):
     raise ValueError("missing tensor out.2.positional_embedding (classifier_pool attention) or out.3.weight (adaptive)")
 
 
-def possible_levels(state_dict):
+def possible_levels(state_dict: Mapping[str, torch.Tensor]) -> Iterator[tuple[int, int, bool]]:
     """(residual blocks per level, levels, whether residual blocks resample) that the encoder's tensors allow."""
     blocks = {int(match[1]) for match in map(re.compile(r"input_blocks\.(\d+)\.").match, state_dict) if match}
     strided = {k for k in blocks if f"input_blocks.{k}.0.op.weight" in state_dict}
@@ -120,29 +125,31 @@ def possible_levels(state_dict):
             yield stride - 1, levels, not strided
 
 
-def is_uniform(state_dict, blocks):
+def is_uniform(state_dict: Mapping[str, torch.Tensor], blocks: Sequence[int]) -> bool:
     """Whether all blocks have the same width, and either all or none have attention: the blocks of one level."""
     widths = {shape(state_dict, f"input_blocks.{k}.0.out_layers.3.weight", 4)[0] for k in blocks}
     return len(widths) == 1 and len({has_attention(state_dict, [k]) for k in blocks}) == 1
 
 
-def may_resample(state_dict, block):
+def may_resample(state_dict: Mapping[str, torch.Tensor], block: int) -> bool:
     """Whether a block can be one that downsamples: without attention, and with an unchanged number of channels."""
     return not has_attention(state_dict, [block]) and f"input_blocks.{block}.0.skip_connection.weight" not in state_dict
 
 
-def image_side(state_dict, pool, levels, encoder, image_size):
+def image_side(
+    state_dict: Mapping[str, torch.Tensor], pool: str, levels: int, encoder: Mapping[str, Any], image_size: int | None
+) -> int:
     """The side of the images: from the attention pool's positions, else the flag, else the default for the channels."""
     if pool == "attention":
         return math.isqrt(shape(state_dict, "out.2.positional_embedding", 2)[1] - 1) * 2 ** (levels - 1)
     return image_size or usual_image_size(encoder["block_out_channels"], encoder["model_channels"])
 
 
-def multipliers(architecture):
+def multipliers(architecture: Architecture) -> tuple[float, ...]:
     return tuple(channels / architecture.model_channels for channels in architecture.block_out_channels)
 
 
-def agrees(architecture, flags):
+def agrees(architecture: Architecture, flags: ConversionFlags) -> bool:
     try:
         check_flags(flags, architecture)
     except ValueError:

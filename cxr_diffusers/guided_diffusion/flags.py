@@ -1,8 +1,12 @@
 """The originals' command-line flags that determine the output of a checkpoint."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import get_args
+from typing import TYPE_CHECKING, Any, get_args
+
+if TYPE_CHECKING:
+    from .architecture import Architecture
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +28,7 @@ SOURCES = {
 }
 
 
-def flag(default, text):
+def flag(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
@@ -33,12 +37,12 @@ class ConversionFlags:
     """The flags of `image_train.py`, under their own names: give those that the checkpoint was trained with.
 
     The first group cannot be read from the tensors and has the originals' defaults. The second group can; a value
-    given there is checked against the tensors. Each field's `metadata["help"]` says what it means.
+    given there is checked against the tensors. The `metadata["help"]` of a field describes it.
     """
 
     # not in the tensors
     num_heads: int = flag(4, "attention heads of every attention block")
-    num_head_channels: int = flag(-1, "channels of one attention head; overrules num_heads, -1 leaves it")
+    num_head_channels: int = flag(-1, "channels of one attention head, in place of num_heads; -1: by num_heads")
     num_heads_upsample: int = flag(-1, "attention heads of the decoder, -1: as num_heads")
     use_new_attention_order: bool = flag(False, "rows of the qkv tensors: [all Q, K, V] instead of [q, k, v] per head")
     noise_schedule: str = flag("linear", "linear or cosine")
@@ -61,7 +65,7 @@ class ConversionFlags:
     use_scale_shift_norm: bool | None = flag(None, "the time embedding scales and shifts")
     resblock_updown: bool | None = flag(None, "residual blocks resample")
     class_cond: bool | None = flag(None, "the network takes class labels")
-    num_classes: int | None = flag(None, "how many")
+    num_classes: int | None = flag(None, "number of classes")
     clf_free: bool | None = flag(None, "the CFG fork's class MLP, trained with dropped labels")
     unet_version: str | None = flag(None, "v1 or v2 of the CFG fork")
     classifier_width: int | None = flag(None, "a classifier's base channels")
@@ -72,7 +76,7 @@ class ConversionFlags:
     classifier_pool: str | None = flag(None, "attention or adaptive (others are refused)")
 
 
-def read_flags(values):
+def read_flags(values: Mapping[str, Any]) -> ConversionFlags:
     """{flag: value} -> `ConversionFlags`; a flag that is None counts as not given, one that is unknown is an error."""
     names = {f.name for f in fields(ConversionFlags)}
     unknown = sorted(set(values) - names)
@@ -93,7 +97,7 @@ def read_flags(values):
     return flags
 
 
-def parse_flag(name, text):
+def parse_flag(name: str, text: str) -> Any:
     """The text of a flag on the command line -> its value; class_names are separated by commas."""
     (annotation,) = [f.type for f in fields(ConversionFlags) if f.name == name]
     types = {t for t in (bool, tuple, int, float, str) if t in (annotation, *get_args(annotation))}
@@ -106,7 +110,7 @@ def parse_flag(name, text):
     return types.pop()(text)
 
 
-def flags_in_tensors(architecture):
+def flags_in_tensors(architecture: "Architecture") -> dict[str, Any]:
     """{flag: value}, the originals' flags as derived from the tensors."""
     a = architecture
     if a.pool:
@@ -138,11 +142,11 @@ def flags_in_tensors(architecture):
     }
 
 
-def sides_with_attention(architecture):
+def sides_with_attention(architecture: "Architecture") -> str:
     return ",".join(str(architecture.image_size // 2**level) for level in architecture.attention_levels)
 
 
-def check_flags(flags, architecture):
+def check_flags(flags: ConversionFlags, architecture: "Architecture") -> None:
     """Raise ValueError, naming the flag, if a given flag contradicts the tensors."""
     # lists may be written in several ways, and resolutions that the network never reaches have no effect
     sides = {str(architecture.image_size // 2**level) for level in range(len(architecture.block_out_channels))}

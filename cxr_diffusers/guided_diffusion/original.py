@@ -1,7 +1,8 @@
 """The original codes' procedure with all its index offsets, to reproduce published results."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
@@ -13,7 +14,10 @@ from ..pipelines.cxr_anomaly import AnomalyOutput, anomaly_output, difference_ma
 from ..pipelines.cxr_classifier import is_image_classifier
 from ..pipelines.cxr_images import prepare_image
 from .flags import SOURCES
-from .original_steps import ancestral_step, ddim_step, first_noising, noised, respaced_chain
+from .original_steps import RespacedChain, ancestral_step, ddim_step, first_noising, noised, respaced_chain
+
+Network = Callable[[torch.Tensor, int], torch.Tensor]  # (x, timestep) -> output
+Steer = Callable[[torch.Tensor, int], torch.Tensor]  # (x, index into the chain) -> gradient
 
 # first index of ancestral sampling, whatever the noise level: a constant of the originals
 ANCESTRAL_START = 499
@@ -102,12 +106,7 @@ def run_as_original(
     chain = respaced_chain(scheduler, num_steps)
     guided = guidance_scale != -1 and classifier is None
     check_inputs(unet, classifier, scheduler, noise_level, num_steps, target_label, guided)
-    if classifier_at not in ("timestep", "index"):
-        raise ValueError(f"expected `classifier_at` timestep or index, got {classifier_at!r}")
-    if not use_ddim and num_steps <= ANCESTRAL_START:
-        raise ValueError(
-            f"expected more than {ANCESTRAL_START} steps without DDIM, which starts there, got {num_steps}"
-        )
+    check_variant(classifier_at, use_ddim, num_steps)
     x0 = prepare(image, unet, **preparation)
 
     def draw():
@@ -135,9 +134,8 @@ def run_as_original(
             target, indices = guided_output(unet, weights), range(noise_level - 1, -1, -1)
             sample = ancestral_loop(target, latents, chain, indices, clip_denoised, noises, bar.update, steer)
 
-    output = anomaly_output(
-        x0, sample, difference_map(x0, sample, preparation["data_range"]), preparation["data_range"], output_type
-    )
+    data_range = preparation["data_range"]
+    output = anomaly_output(x0, sample, difference_map(x0, sample, data_range), data_range, output_type)
     return OriginalOutput(**output, latents=latents, sample=sample, maps=original_maps(x0, sample))
 
 
@@ -160,7 +158,6 @@ class OriginalProcedure:
         guidance_scale: float = 4.0,
         noise_level: int = 500,
         num_inference_steps: int = 1000,
-        target_label: int = 0,
         classifier_scale: float = 100.0,
         generator: torch.Generator | None = None,
         output_type: str = "pil",
@@ -172,7 +169,6 @@ class OriginalProcedure:
             guidance_scale=guidance_scale,
             noise_level=noise_level,
             num_steps=num_inference_steps,
-            target_label=target_label,
             classifier_scale=classifier_scale,
             generator=generator or torch.Generator().manual_seed(0),
             output_type=output_type,
@@ -205,7 +201,16 @@ def minmax(images: torch.Tensor) -> torch.Tensor:
     return (images - low) / (high - low).clamp(min=1e-12)
 
 
-def ddim_loop(predict, x, chain, indices: Iterable[int], direction, clip, on_step=lambda: None, steer=None):
+def ddim_loop(
+    predict: Network,
+    x: torch.Tensor,
+    chain: RespacedChain,
+    indices: Iterable[int],
+    direction: int,
+    clip: bool,
+    on_step: Callable[[], object] = lambda: None,
+    steer: Steer | None = None,
+) -> torch.Tensor:
     """DDIM steps from index to index + `direction` for each of `indices`: +1 encodes, -1 decodes.
 
     `predict(x, t)` -> the noise in x, (B, C, H, W), with `t` a timestep of the training chain.
@@ -219,7 +224,16 @@ def ddim_loop(predict, x, chain, indices: Iterable[int], direction, clip, on_ste
     return x
 
 
-def ancestral_loop(output, x, chain, indices: Iterable[int], clip, noises, on_step=lambda: None, steer=None):
+def ancestral_loop(
+    output: Network,
+    x: torch.Tensor,
+    chain: RespacedChain,
+    indices: Iterable[int],
+    clip: bool,
+    noises: Iterator[torch.Tensor],
+    on_step: Callable[[], object] = lambda: None,
+    steer: Steer | None = None,
+) -> torch.Tensor:
     """`ddim_loop` by ancestral sampling: `output(x, t)` includes the variance; `noises` yields (B, C, H, W) tensors."""
     for index in indices:
         gradient = None if steer is None else steer(x, index)
@@ -229,7 +243,7 @@ def ancestral_loop(output, x, chain, indices: Iterable[int], clip, noises, on_st
     return x
 
 
-def guided_output(unet, weights):
+def guided_output(unet: UNet2DModel, weights: Mapping[int, float]) -> Network:
     """`output(x, t)`: the weighted sum of the UNet's outputs for some labels, {label: weight}.
 
     (1 + w) for the target and -w for the null label is classifier-free guidance (Ho & Salimans 2022,
@@ -247,23 +261,25 @@ def guided_output(unet, weights):
     return output
 
 
-def guided_noise(unet, weights):
+def guided_noise(unet: UNet2DModel, weights: Mapping[int, float]) -> Network:
     """`predict(x, t)`: the predicted noise in x, without a learned variance; `weights` as of `guided_output`."""
     output = guided_output(unet, weights)
     return lambda x, t: output(x, t)[:, : x.shape[1]]
 
 
-def noise_predictor(unet, label):
+def noise_predictor(unet: UNet2DModel, label: int) -> Network:
     """`predict(x, t)`: the predicted noise for one class label."""
     return guided_noise(unet, {label: 1.0})
 
 
-def guided_predictor(unet, target_label, null_label, guidance_scale):
+def guided_predictor(unet: UNet2DModel, target_label: int, null_label: int, guidance_scale: float) -> Network:
     """`predict(x, t)`: the predicted noise under classifier-free guidance."""
     return guided_noise(unet, {target_label: 1 + guidance_scale, null_label: -guidance_scale})
 
 
-def classifier_gradient(classifier, target_label, scale, chain, at="timestep"):
+def classifier_gradient(
+    classifier: Any, target_label: int, scale: float, chain: RespacedChain, at: str = "timestep"
+) -> Steer:
     """`steer(x, index)`: s grad_x log p(target | x_t, t); `at` the "timestep", or at the "index" as Wolleb's code."""
 
     @torch.enable_grad()
@@ -276,7 +292,9 @@ def classifier_gradient(classifier, target_label, scale, chain, at="timestep"):
     return steer
 
 
-def parts(model, classifier, scheduler):
+def parts(
+    model: DiffusionPipeline | UNet2DModel, classifier: Any, scheduler: DDIMScheduler | None
+) -> tuple[UNet2DModel, Any, DDIMScheduler, dict[str, Any]]:
     """(unet, classifier or None, scheduler, preparation of images) of a pipeline or of a bare UNet."""
     if isinstance(model, UNet2DModel):
         preparation = SOURCES["brats" if model.config.in_channels == 4 else "cfg-fork"]
@@ -290,14 +308,24 @@ def parts(model, classifier, scheduler):
     return model.unet, classifier, scheduler or model.scheduler, preparation
 
 
-def prepare(image, unet, data_range, scaling, aspect):
+def prepare(
+    image: PipelineImageInput, unet: UNet2DModel, data_range: Sequence[float], scaling: str, aspect: str
+) -> torch.Tensor:
     size, channels = unet.config.sample_size, unet.config.in_channels
     if not (torch.is_tensor(image) and image.ndim == 4 and tuple(image.shape[1:]) == (channels, size, size)):
         image = prepare_image(image, size, scaling, aspect, data_range, channels)
     return image.to(unet.device, torch.float32)
 
 
-def check_inputs(unet, classifier, scheduler, noise_level, num_steps, target_label, guided):
+def check_inputs(
+    unet: UNet2DModel,
+    classifier: Any,
+    scheduler: DDIMScheduler,
+    noise_level: int,
+    num_steps: int,
+    target_label: int,
+    guided: bool,
+) -> None:
     if scheduler.config.prediction_type != "epsilon":
         raise ValueError(f"expected a model that predicts the noise, got {scheduler.config.prediction_type!r}")
     if not isinstance(noise_level, int) or not 2 <= noise_level <= num_steps:
@@ -313,3 +341,13 @@ def check_inputs(unet, classifier, scheduler, noise_level, num_steps, target_lab
     last = classes - 2 if guided else classes - 1
     if not 0 <= target_label <= last:
         raise ValueError(f"expected `target_label` in 0..{last}, got {target_label}")
+
+
+def check_variant(classifier_at: str, use_ddim: bool, num_steps: int) -> None:
+    """Raise ValueError for an unknown `classifier_at`, or too few steps for ancestral sampling."""
+    if classifier_at not in ("timestep", "index"):
+        raise ValueError(f"expected `classifier_at` timestep or index, got {classifier_at!r}")
+    if not use_ddim and num_steps <= ANCESTRAL_START:
+        raise ValueError(
+            f"expected more than {ANCESTRAL_START} steps without DDIM, which starts there, got {num_steps}"
+        )

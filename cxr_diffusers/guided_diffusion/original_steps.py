@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from diffusers import DDIMScheduler
 
 
 @dataclass(frozen=True)
@@ -13,21 +14,21 @@ class RespacedChain:
     timesteps: np.ndarray
     alphas_cumprod: np.ndarray
 
-    def alpha(self, index):
+    def alpha(self, index: int) -> float:
         """alpha bar at an index: 1 below the chain, 0 above it (the original's own convention)."""
         if index < 0:
             return 1.0
         return float(self.alphas_cumprod[index]) if index < len(self.alphas_cumprod) else 0.0
 
 
-def respaced_chain(scheduler, num_steps):
+def respaced_chain(scheduler: DDIMScheduler, num_steps: int) -> RespacedChain:
     """The original's `ddimN`: the smallest whole stride over the training chain that leaves `num_steps` steps.
 
     1000 training steps allow 62 values of N. diffusers' "leading" spacing divides and rounds down instead, and differs
     for some of them (39 steps: stride 26 there, 25 here).
     """
     betas = training_betas(scheduler)
-    lengths = {}
+    lengths: dict[int, int] = {}  # number of steps -> smallest stride
     for stride in range(1, len(betas)):
         lengths.setdefault(len(range(0, len(betas), stride)), stride)
     if num_steps not in lengths:
@@ -36,7 +37,7 @@ def respaced_chain(scheduler, num_steps):
     return RespacedChain(timesteps, np.cumprod(1 - betas)[timesteps])
 
 
-def training_betas(scheduler):
+def training_betas(scheduler: DDIMScheduler) -> np.ndarray:
     """(T,) float64: the scheduler's betas, recomputed where its float32 table came from a formula."""
     config = scheduler.config
     steps = config.num_train_timesteps
@@ -48,17 +49,24 @@ def training_betas(scheduler):
     return scheduler.betas.double().numpy()
 
 
-def first_noising(x0, noise, chain):
+def first_noising(x0: torch.Tensor, noise: torch.Tensor, chain: RespacedChain) -> torch.Tensor:
     """(B, C, H, W) x 2 -> x at index 0, by random noise: sigma 0.01 with the linear schedule."""
     return noised(x0, noise, chain.alpha(0))
 
 
-def noised(x0, noise, alpha):
+def noised(x0: torch.Tensor, noise: torch.Tensor, alpha: float) -> torch.Tensor:
     """(B, C, H, W) x 2 -> x at alpha bar `alpha`."""
     return alpha**0.5 * x0 + (1 - alpha) ** 0.5 * noise
 
 
-def ddim_step(x, noise, alpha, new_alpha, clip, gradient=None):
+def ddim_step(
+    x: torch.Tensor,
+    noise: torch.Tensor,
+    alpha: float,
+    new_alpha: float,
+    clip: bool,
+    gradient: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """One deterministic DDIM step from alpha bar `alpha` to `new_alpha`: (new x, predicted image), (B, C, H, W) each.
 
     With `clip` the predicted image is clamped to [-1, 1] and the noise recomputed from it. A classifier's gradient
@@ -77,7 +85,15 @@ def ddim_step(x, noise, alpha, new_alpha, clip, gradient=None):
     return new_alpha**0.5 * x0 + (1 - new_alpha) ** 0.5 * noise, x0
 
 
-def ancestral_step(x, output, chain, index, clip, noise, gradient=None):
+def ancestral_step(
+    x: torch.Tensor,
+    output: torch.Tensor,
+    chain: RespacedChain,
+    index: int,
+    clip: bool,
+    noise: torch.Tensor,
+    gradient: torch.Tensor | None = None,
+) -> torch.Tensor:
     """One step of Ho et al. 2020 (https://arxiv.org/abs/2006.11239, algorithm 2), from index to index - 1: the new x.
 
     Args:
@@ -93,7 +109,9 @@ def ancestral_step(x, output, chain, index, clip, noise, gradient=None):
     return mean + (log_variance / 2).exp() * noise if index > 0 else mean
 
 
-def ancestral_distribution(x, output, chain, index, clip):
+def ancestral_distribution(
+    x: torch.Tensor, output: torch.Tensor, chain: RespacedChain, index: int, clip: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(mean, log variance, predicted image) of p(x at index - 1 | x at index), (B, C, H, W) each."""
     alpha, previous = chain.alpha(index), chain.alpha(index - 1)
     beta = 1 - alpha / previous
@@ -109,7 +127,7 @@ def ancestral_distribution(x, output, chain, index, clip):
     return mean, fraction * float(np.log(beta)) + (1 - fraction) * float(np.log(posterior)), x0
 
 
-def posterior_variance(chain, index):
+def posterior_variance(chain: RespacedChain, index: int) -> float:
     """beta~ of Ho et al. (eq. 7)."""
     alpha, previous = chain.alpha(index), chain.alpha(index - 1)
     return (1 - alpha / previous) * (1 - previous) / (1 - alpha)

@@ -1,20 +1,24 @@
 """A guided-diffusion network as `UNet2DModel` or `NoisyClassifier`, and its chain as `DDIMScheduler`."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
-from .architecture import read_architecture
+from .architecture import Architecture, read_architecture
 from .classifier import build_classifier, is_classifier, read_classifier
-from .flags import SOURCES, check_flags, flags_in_tensors, logger, read_flags
+from .flags import SOURCES, ConversionFlags, check_flags, flags_in_tensors, logger, read_flags
 from .weights import convert_weights
 
 # flags that change the result, cannot be read from the tensors, and are reported as assumed if they were not given
 DECISIVE = ("num_heads", "noise_schedule", "source")
 
 
-def convert_state_dict(state_dict, **flags):
+def convert_state_dict(
+    state_dict: Mapping[str, torch.Tensor], **flags: Any
+) -> tuple[Any, DDIMScheduler, dict[str, Any]]:
     """The tensors of a guided-diffusion UNet or encoder classifier as diffusers' classes, exact but for rounding.
 
     Args:
@@ -45,30 +49,32 @@ def convert_state_dict(state_dict, **flags):
         TypeError: an unknown flag.
     """
     given = {name for name, value in flags.items() if value is not None}
-    flags = read_flags(flags)
+    options = read_flags(flags)
     if is_classifier(state_dict):
-        return convert_classifier(state_dict, flags, given)
-    architecture = read_architecture(state_dict, flags.image_size)
-    check_flags(flags, architecture)
+        return convert_classifier(state_dict, options, given)
+    architecture = read_architecture(state_dict, options.image_size)
+    check_flags(options, architecture)
     with torch.device("meta"):
-        unet = unet_class(architecture, flags)(**unet_config(architecture, flags))
-    unet.load_state_dict(convert_weights(state_dict, unet, architecture, flags.use_new_attention_order), assign=True)
-    source = flags.source or guess_source(architecture)
+        unet = unet_class(architecture, options)(**unet_config(architecture, options))
+    unet.load_state_dict(convert_weights(state_dict, unet, architecture, options.use_new_attention_order), assign=True)
+    source = options.source or guess_source(architecture)
     info = {
         "null_label": architecture.class_mlp,
         "source": source,
         **SOURCES[source],
-        "class_names": class_names(flags, architecture),
-        "flags": {**asdict(flags), **flags_in_tensors(architecture), "source": source},
-        "assumed": [name for name in DECISIVE if name not in given and not superseded(name, flags)],
+        "class_names": class_names(options, architecture),
+        "flags": {**asdict(options), **flags_in_tensors(architecture), "source": source},
+        "assumed": [name for name in DECISIVE if name not in given and not superseded(name, options)],
         "num_parameters": sum(p.numel() for p in unet.parameters()),
     }
     if "num_heads" in info["assumed"]:
-        logger.warning("neither num_heads nor num_head_channels was given: assuming %s heads", flags.num_heads)
-    return unet.eval(), build_scheduler(flags), info
+        logger.warning("neither num_heads nor num_head_channels was given: assuming %s heads", options.num_heads)
+    return unet.eval(), build_scheduler(options), info
 
 
-def convert_classifier(state_dict, flags, given):
+def convert_classifier(
+    state_dict: Mapping[str, torch.Tensor], flags: ConversionFlags, given: Collection[str]
+) -> tuple[Any, DDIMScheduler, dict[str, Any]]:
     """(`NoisyClassifier`, `DDIMScheduler`, info) of an encoder classifier; see `convert_state_dict`."""
     architecture = read_classifier(state_dict, flags)
     classifier = build_classifier(architecture, flags)
@@ -84,11 +90,11 @@ def convert_classifier(state_dict, flags, given):
     return classifier.eval(), build_scheduler(flags), info
 
 
-def superseded(name, flags):
+def superseded(name: str, flags: ConversionFlags) -> bool:
     return name == "num_heads" and flags.num_head_channels != -1
 
 
-def guess_source(architecture):
+def guess_source(architecture: Architecture) -> str:
     """The family of a checkpoint: four channels are BraTS, three OpenAI's; only the fork has a class MLP."""
     if architecture.in_channels == 4:
         return "brats"
@@ -97,7 +103,7 @@ def guess_source(architecture):
     return "openai" if architecture.in_channels == 3 else "wolleb"
 
 
-def class_names(flags, architecture):
+def class_names(flags: ConversionFlags, architecture: Architecture) -> list[str] | None:
     """The given names; for the fork's two classes the default is its loaders' order: healthy 0, diseased 1."""
     if flags.class_names is None:
         return ["healthy", "diseased"] if architecture.class_mlp and architecture.num_classes == 2 else None
@@ -107,7 +113,7 @@ def class_names(flags, architecture):
     return list(flags.class_names)
 
 
-def unet_class(architecture, flags):
+def unet_class(architecture: Architecture, flags: ConversionFlags) -> type[UNet2DModel]:
     if not architecture.class_matrix:
         return UNet2DModel
     from ..models.class_matrix_unet import ClassMatrixUNet
@@ -121,7 +127,7 @@ def unet_class(architecture, flags):
     return ClassMatrixUNet
 
 
-def unet_config(architecture, flags):
+def unet_config(architecture: Architecture, flags: ConversionFlags) -> dict[str, Any]:
     """Keyword arguments of `UNet2DModel`."""
     a = architecture
     if a.out_channels not in (a.in_channels, 2 * a.in_channels):
@@ -156,7 +162,7 @@ def unet_config(architecture, flags):
     }
 
 
-def attention_head_dim(architecture, flags):
+def attention_head_dim(architecture: Architecture, flags: ConversionFlags) -> int | None:
     """The channels of one head: UNet2DModel has one number for the whole network (None: one head everywhere)."""
     widths = {architecture.block_out_channels[i] for i in (*architecture.attention_levels, -1)}
     if flags.num_head_channels != -1:
@@ -185,7 +191,7 @@ def attention_head_dim(architecture, flags):
     return width // flags.num_heads
 
 
-def build_scheduler(flags):
+def build_scheduler(flags: ConversionFlags) -> DDIMScheduler:
     """The scheduler of the training chain; `timestep_spacing` as in the originals' `ddimN`."""
     steps = flags.diffusion_steps
     betas = (

@@ -1,9 +1,15 @@
 """The originals' tensors under the names that diffusers gives them."""
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+
+from .architecture import Architecture
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+Move = tuple[str, Sequence[int], dict[str, Change]]  # (original name, shape, {diffusers name: change})
 
 RESIDUAL_BLOCK = {
     "in_layers.0": "norm1",
@@ -23,7 +29,9 @@ ENDS = {
 
 
 @torch.no_grad()
-def convert_weights(state_dict, unet, architecture, new_order):
+def convert_weights(
+    state_dict: Mapping[str, torch.Tensor], unet: torch.nn.Module, architecture: Architecture, new_order: bool
+) -> dict[str, torch.Tensor]:
     """{original name: tensor} -> {diffusers name: float32 tensor} for `unet`, which may lie on the meta device.
 
     `unet` may be a `NoisyClassifier`: an encoder under the UNet's names, and a head.
@@ -45,7 +53,7 @@ def convert_weights(state_dict, unet, architecture, new_order):
     return converted
 
 
-def check_tensors(state_dict, expected):
+def check_tensors(state_dict: Mapping[str, torch.Tensor], expected: Mapping[str, Sequence[int]]) -> None:
     """Raise ValueError unless the state_dict has exactly the tensors {name: shape} of `expected`, all finite."""
     wrong = [f"missing {name} {list(expected[name])}" for name in sorted(set(expected) - set(state_dict))]
     wrong += [f"unexpected {name} {list(state_dict[name].shape)}" for name in sorted(set(state_dict) - set(expected))]
@@ -59,11 +67,11 @@ def check_tensors(state_dict, expected):
         raise ValueError(f"{len(wrong)} tensors do not fit: {'; '.join(wrong[:8])}{rest}")
 
 
-def same(tensor):
+def same(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def plain_moves(unet, architecture):
+def plain_moves(unet: torch.nn.Module, architecture: Architecture) -> Iterator[Move]:
     """Tensors that only change their name: (original name, shape, {diffusers name: change})."""
     modules = dict(ENDS)
     residual = dict(residual_blocks(architecture))
@@ -77,7 +85,7 @@ def plain_moves(unet, architecture):
                 yield f"{old}.{end}", wanted[f"{new}.{end}"].shape, {f"{new}.{end}": same}
 
 
-def attention_moves(unet, architecture, new_order):
+def attention_moves(unet: torch.nn.Module, architecture: Architecture, new_order: bool) -> Iterator[Move]:
     """The same for attention: its 1x1 convolutions over the flattened image become linear layers."""
     modules = dict(unet.named_modules())
     for old, new in attention_blocks(architecture):
@@ -87,21 +95,21 @@ def attention_moves(unet, architecture, new_order):
         for end, tail in (("weight", (channels, 1)), ("bias", ())):
             yield f"{old}.norm.{end}", (channels,), {f"{new}.group_norm.{end}": same}
             yield f"{old}.proj_out.{end}", (channels, *tail), {f"{new}.to_out.0.{end}": as_linear}
-            thirds = {
+            thirds: dict[str, Change] = {
                 f"{new}.to_{name}.{end}": partial(part, index=i, count=3, heads=heads, new_order=new_order)
                 for i, name in enumerate("qkv")
             }
             yield f"{old}.qkv.{end}", (3 * channels, *tail), thirds
             if architecture.class_matrix:
                 tail = (4 * architecture.model_channels, 1) if end == "weight" else ()
-                halves = {
+                halves: dict[str, Change] = {
                     f"{new}.processor.to_{name}.{end}": partial(part, index=i, count=2, heads=heads)
                     for i, name in enumerate("kv")
                 }
                 yield f"{old}.encoder_kv.{end}", (2 * channels, *tail), halves
 
 
-def head_moves(classifier, architecture):
+def head_moves(classifier: torch.nn.Module, architecture: Architecture) -> Iterator[Move]:
     """The same for a classifier's head; a UNet has none."""
     if not architecture.pool:
         return
@@ -117,12 +125,12 @@ def head_moves(classifier, architecture):
         yield f"out.2.{old}.bias", (rows,), {f"head.{new}.bias": same}
 
 
-def as_linear(tensor):
+def as_linear(tensor: torch.Tensor) -> torch.Tensor:
     """(rows, columns, 1) or (rows, columns, 1, 1) -> (rows, columns); a bias stays as it is."""
     return tensor.flatten(1) if tensor.ndim > 1 else tensor
 
 
-def part(tensor, index, count, heads, new_order=False):
+def part(tensor: torch.Tensor, index: int, count: int, heads: int, new_order: bool = False) -> torch.Tensor:
     """The rows of q, k or v (`index` 0, 1, 2) of a qkv tensor (or of k or v of two), head after head."""
     tensor = as_linear(tensor)
     if new_order:
@@ -130,7 +138,7 @@ def part(tensor, index, count, heads, new_order=False):
     return tensor.unflatten(0, (heads, count, -1))[:, index].flatten(0, 1)
 
 
-def residual_blocks(architecture):
+def residual_blocks(architecture: Architecture) -> Iterator[tuple[str, str]]:
     """(original prefix, diffusers prefix) of each residual block, those that resample left out."""
     yield "middle_block.0", "mid_block.resnets.0"
     yield "middle_block.2", "mid_block.resnets.1"
@@ -138,14 +146,14 @@ def residual_blocks(architecture):
         yield f"{old}.0", new.format("resnets")
 
 
-def attention_blocks(architecture):
+def attention_blocks(architecture: Architecture) -> Iterator[tuple[str, str]]:
     """(original prefix, diffusers prefix) of each place where attention may be."""
     yield "middle_block.1", "mid_block.attentions.0"
     for old, new in places(architecture):
         yield f"{old}.1", new.format("attentions")
 
 
-def places(architecture):
+def places(architecture: Architecture) -> Iterator[tuple[str, str]]:
     """(original prefix, diffusers prefix) of the blocks of all levels; the original lists downsamplers among them."""
     n = architecture.layers_per_block
     for i in range(len(architecture.block_out_channels)):
@@ -155,7 +163,7 @@ def places(architecture):
             yield f"output_blocks.{i * (n + 1) + j}", f"up_blocks.{i}.{{}}.{j}"
 
 
-def resamplers(architecture):
+def resamplers(architecture: Architecture) -> Iterator[tuple[str, str]]:
     """(original prefix, diffusers prefix) of the block between two levels: a convolution or a residual block."""
     n, levels = architecture.layers_per_block, len(architecture.block_out_channels)
     op, conv = ("", "") if architecture.updown else (".op", ".conv")
@@ -166,7 +174,7 @@ def resamplers(architecture):
         yield f"output_blocks.{i * (n + 1) + n}.{index}{conv}", f"up_blocks.{i}.upsamplers.0{conv}"
 
 
-def class_shapes(architecture):
+def class_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     if architecture.num_classes is None:
         return {}
     narrow, wide = architecture.model_channels, 4 * architecture.model_channels
@@ -181,7 +189,7 @@ def class_shapes(architecture):
     }
 
 
-def class_table(state_dict, architecture):
+def class_table(state_dict: Mapping[str, torch.Tensor], architecture: Architecture) -> torch.Tensor:
     """The rows of the class embedding; for the fork after its class MLP, with a row of zeros for the null label."""
     table = state_dict["label_emb.weight"].float()
     if not architecture.class_mlp:

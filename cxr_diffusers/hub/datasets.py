@@ -127,7 +127,7 @@ def publish_dataset(
         raise PermissionError(f"{repo_id} exists and is public: make it private on the Hub first, or give another name")
     splits = {name: without_metadata(split, keep_names=not pseudonyms) for name, split in splits.items()}
     splits = pseudonymised(splits) if pseudonyms else {name: with_relative_paths(s) for name, s in splits.items()}
-    text = card(splits, repo_id, license=license, license_link=license_link, about=about, pseudonyms=pseudonyms)
+    text = card(splits, repo_id, about, pseudonyms, license=license, license_link=license_link)
     # first, so that the images are never there without their licence; the upload adds the columns to its YAML
     api.upload_file(
         path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id=repo_id, repo_type="dataset", token=token
@@ -249,23 +249,14 @@ def with_texts(dataset: datasets.Dataset, **columns: list[str]) -> datasets.Data
     return dataset.select_columns(order)
 
 
-def card(
-    splits: dict,
-    repo_id: str,
-    *,
-    license: str,
-    license_link: str | None = None,
-    about: str | None = None,
-    pseudonyms: bool = False,
-) -> str:
-    """The text of a data set's README.md."""
+def card(splits: dict, repo_id: str, about: str | None, pseudonyms: bool, **licence: str | None) -> str:
+    """The text of a data set's README.md; `licence` are `license` and `license_link` of the Hub's metadata."""
     names = next(iter(splits.values())).column_names
     tasks = ["image-classification"]
     tasks += ["image-segmentation"] if "mask" in names else []
     tasks += ["object-detection"] if "boxes" in names else []
     metadata = DatasetCardData(
-        license=license,
-        license_link=license_link,
+        **licence,
         pretty_name=repo_id.split("/")[-1],
         task_categories=tasks,
         size_categories=size_category(sum(map(len, splits.values()))),

@@ -200,7 +200,7 @@ class Detection:
         seconds: of the model, one number an image; after `run`, of all processes.
     """
 
-    def __init__(self, pipeline: Any, folder: DetectionFolder, call_kwargs: dict, state: Any):
+    def __init__(self, pipeline: Any, folder: DetectionFolder, call_kwargs: dict, state: Any) -> None:
         self.pipeline, self.folder, self.call_kwargs, self.state = pipeline, folder, call_kwargs, state
         self.trajectory = Trajectory() if folder.settings["save_trajectory"] else None
         self.channels = model_channels(pipeline)
@@ -261,13 +261,13 @@ class Detection:
         for i, file in enumerate(batch):
             if self.trajectory:  # it holds the last call only
                 self.trajectory.save(self.folder.path / "trajectories" / f"{file.name}.webp", index=i)
-            answer = (output.image[i], output.counterfactual[i], output.anomaly_map[i], float(output.anomaly_score[i]))
-            writing.append((file, seconds, writers.submit(self.write, file, answer, seconds, zones[i])))
+            result = (output.image[i], output.counterfactual[i], output.anomaly_map[i], float(output.anomaly_score[i]))
+            writing.append((file, seconds, writers.submit(self.write, file, result, seconds, zones[i])))
         return writing
 
-    def write(self, file: Input, answer: tuple, seconds: float, zones: dict) -> None:
+    def write(self, file: Input, result: tuple, seconds: float, zones: dict) -> None:
         columns = dict(warnings=file.warnings, seconds=round(seconds, 4), process=self.state.process_index) | zones
-        self.folder.write(file.name, file.path, file.stamp, file.image, answer, file.header, **columns)
+        self.folder.write(file.name, file.path, file.stamp, file.image, result, file.header, **columns)
 
     def finish(self, file: Input, seconds: float, written: Future) -> None:
         """Wait until a file's results are written. A header that gives no DICOM objects is that file's failure."""

@@ -107,7 +107,7 @@ class DetectionFolder:
         algorithm: Algorithm | None = None,
         reference: ReferenceScores | None = None,
         may_delete: bool = True,
-    ):
+    ) -> None:
         self.path, self.settings, self.config = Path(path), settings, config
         self.algorithm, self.reference = algorithm, reference
         self._settings_file: dict[str, Any] = dict(path=self.path / "settings.json", settings=settings)

@@ -134,10 +134,7 @@ def make_segmentation(source: Any, mask: np.ndarray, algorithm: Algorithm) -> An
         pixel_array=mask.astype(np.uint8),
         segmentation_type="BINARY",
         segment_descriptions=[segment],
-        series_instance_uid=make_uid("seg series", source.SeriesInstanceUID, algorithm),
-        series_number=series_number(source, SEGMENTATION_SERIES),
-        sop_instance_uid=make_uid("seg", source.SOPInstanceUID, algorithm),
-        instance_number=instance_number(source),
+        **instance("seg", source, SEGMENTATION_SERIES, algorithm),
         **equipment(algorithm),
         content_label="ANOMALY",
         content_description=f"map above {algorithm.threshold:g}, a threshold from healthy images",
@@ -174,11 +171,8 @@ def make_capture(source: Any, image: Image.Image, algorithm: Algorithm) -> Any:
         "RGB",
         8,
         "PATIENT",
-        series_instance_uid=make_uid("capture series", source.SeriesInstanceUID, algorithm),
-        series_number=series_number(source, CAPTURE_SERIES),
         # the pixels are hashed as well: another colour scale gives another image
-        sop_instance_uid=make_uid(f"capture {sha256(pixels.tobytes()).hexdigest()}", source.SOPInstanceUID, algorithm),
-        instance_number=instance_number(source),
+        **instance("capture", source, CAPTURE_SERIES, algorithm, f" {sha256(pixels.tobytes()).hexdigest()}"),
         manufacturer="cxr_diffusers",
         patient_orientation=("L", "F"),  # mandatory in highdicom; replaced below
         transfer_syntax_uid=ExplicitVRLittleEndian,
@@ -236,10 +230,7 @@ def make_presentation_state(source: Any, mask: np.ndarray, algorithm: Algorithm)
     shape = "INVERSE" if header.PhotometricInterpretation == "MONOCHROME1" else "IDENTITY"
     state = hd.pr.GrayscaleSoftcopyPresentationState(
         [header],
-        series_instance_uid=make_uid("presentation series", header.SeriesInstanceUID, algorithm),
-        series_number=series_number(header, PRESENTATION_SERIES),
-        sop_instance_uid=make_uid("presentation", header.SOPInstanceUID, algorithm),
-        instance_number=instance_number(header),
+        **instance("presentation", header, PRESENTATION_SERIES, algorithm),
         **equipment(algorithm),
         content_label="ANOMALY",
         content_description=f"outlines of the map above {algorithm.threshold:g}",
@@ -255,7 +246,7 @@ def make_presentation_state(source: Any, mask: np.ndarray, algorithm: Algorithm)
 
 
 def copy_display(source: Any, header: Any) -> None:
-    """Copy from a source to a header what decides how its pixels are displayed: LUTs, the first window, polarity."""
+    """Copy the elements that decide the display of the pixels: LUTs, the first window, polarity."""
     header.SamplesPerPixel = source.get("SamplesPerPixel") or 1
     header.PhotometricInterpretation = source.get("PhotometricInterpretation") or "MONOCHROME2"
     for name in ("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "RescaleType", "VOILUTSequence"):
@@ -289,6 +280,21 @@ def equipment(algorithm: Algorithm) -> dict[str, str]:
     }
 
 
+def instance(role: str, source: Any, offset: int, algorithm: Algorithm, content: str = "") -> dict[str, Any]:
+    """The keywords with which highdicom numbers an object: its series and its instance, both after the source's.
+
+    Args:
+        offset: added to the number of the source's series.
+        content: added to `role` in the instance's UID, for objects whose content may differ.
+    """
+    return {
+        "series_instance_uid": make_uid(f"{role} series", source.SeriesInstanceUID, algorithm),
+        "series_number": int(source.get("SeriesNumber") or 0) + offset,
+        "sop_instance_uid": make_uid(f"{role}{content}", source.SOPInstanceUID, algorithm),
+        "instance_number": max(int(source.get("InstanceNumber") or 1), 1),
+    }
+
+
 def pydicom_dataset(**values: Any) -> Any:
     """A pydicom dataset with these elements."""
     from pydicom import Dataset
@@ -303,16 +309,6 @@ def make_uid(role: str, source_uid: str, algorithm: Algorithm) -> str:
     """A UID below pydicom's root, always the same for the same source, weights, settings and threshold."""
     entropy = ["cxr_diffusers", role, str(source_uid), algorithm.fingerprint, repr(algorithm.threshold)]
     return generate_uid(prefix=PYDICOM_ROOT_UID, entropy_srcs=entropy)
-
-
-def series_number(source: Any, offset: int) -> int:
-    """Number of the source's series plus `offset`."""
-    return int(source.get("SeriesNumber") or 0) + offset
-
-
-def instance_number(source: Any) -> int:
-    """Number of the source, 1 or more."""
-    return max(int(source.get("InstanceNumber") or 1), 1)
 
 
 def with_banner(image: Image.Image, text: str) -> Image.Image:

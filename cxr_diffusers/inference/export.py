@@ -216,7 +216,7 @@ def example(net: nn.Module, inputs: list[str], batch: int) -> tuple[torch.Tensor
 class SampleOnly(nn.Module):
     """A network whose output is the plain tensor."""
 
-    def __init__(self, net: nn.Module):
+    def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
 

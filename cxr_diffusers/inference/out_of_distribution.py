@@ -1,6 +1,6 @@
-"""Images that do not look like the training images, recognised by how well a diffusion model denoises them.
+"""Images that do not look like the training images, recognised by the errors of a diffusion model that denoises them.
 
-A network predicts the noise worse in an image of another kind (after Graham et al. 2023,
+A network predicts the noise worse in images unlike those that it was trained on (after Graham et al. 2023,
 https://arxiv.org/abs/2211.07740), and better in one without detail. So the error is taken at several noise levels,
 together with the amount of detail in the image, and compared with those of validation images by a Mahalanobis distance.
 """
@@ -100,7 +100,7 @@ def has_denoiser(pipeline: Any) -> bool:
 def denoising_errors(pipeline: Any, images: list) -> np.ndarray:
     """Features of images: how badly they are denoised at each of three noise levels, and their detail.
 
-    An image is denoised under the label that explains it best: the null label, in each view that the model knows; for a
+    An image is denoised under the label that explains it best: the null label, in each view of the model; for a
     model without a null label, each of its classes. That is 6 evaluations of the network for two views.
 
     Args:
@@ -168,7 +168,7 @@ def unlikeness_warnings(pipeline: Any, images: list) -> list[list[str]]:
     Costs three evaluations of the network an image for each view, none if the model was not calibrated.
 
     Args:
-        pipeline: any; one that is no diffusion model, or not calibrated, never warns.
+        pipeline: any; without a diffusion model, or not calibrated, there are no warnings.
         images: PIL images or arrays.
     """
     reference = reference_errors(pipeline) if images else None

@@ -50,7 +50,7 @@ class Trajectory:
         predicted: False leaves the clean images out (for example with eta > 0, which a callback cannot see).
     """
 
-    def __init__(self, max_frames: int = 48, predicted: bool = True):
+    def __init__(self, max_frames: int = 48, predicted: bool = True) -> None:
         if max_frames < 2:
             raise ValueError(f"expected `max_frames` of 2 or more, got {max_frames}")
         self.max_frames, self.predicted = max_frames, predicted

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
-from torch import nn
+from torch import Tensor, nn
 
 
 class ClassMatrixUNet(UNet2DModel):
@@ -40,11 +40,7 @@ class ClassMatrixUNet(UNet2DModel):
         return [module for module in self.modules() if type(module).__name__ == "Attention"]
 
     def forward(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor | float | int,
-        class_labels: torch.Tensor | None = None,
-        return_dict: bool = True,
+        self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None, return_dict: bool = True
     ) -> UNet2DOutput | tuple:
         """As in `UNet2DModel`; ValueError without class labels."""
         if class_labels is None:
@@ -62,9 +58,16 @@ class ClassMatrixAttention(nn.Module):
         super().__init__()
         self.to_k = nn.Linear(class_channels, channels)
         self.to_v = nn.Linear(class_channels, channels)
-        self.vectors: torch.Tensor | None = None  # (B, class_channels), of the current call
+        self.vectors: Tensor | None = None  # (B, class_channels), of the current call
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
         x = hidden_states  # (B, C, H, W)
         tokens = attn.group_norm(x.flatten(2)).transpose(1, 2)
         query = attn.to_q(tokens)
@@ -75,6 +78,7 @@ class ClassMatrixAttention(nn.Module):
         attended = attn.to_out[0](attended).transpose(1, 2).reshape(x.shape)
         return (x + attended) / attn.rescale_output_factor
 
-    def of_matrix(self, linear):
+    def of_matrix(self, linear: nn.Linear) -> Tensor:
         """`linear` of each row c_i c of the matrix: c_i (W c) + b, without the matrix. (B, rows, channels)"""
+        assert self.vectors is not None  # set by the UNet before its forward pass
         return self.vectors[:, :, None] * F.linear(self.vectors, linear.weight)[:, None] + linear.bias

@@ -104,7 +104,7 @@ class ExportedNet(ModelMixin, ConfigMixin):
         """Open the network's file in `folder` and return this network; FileNotFoundError: no such file."""
         path = Path(folder) / NET_FILES[self.config.format]
         if not path.is_file():
-            raise FileNotFoundError(f"expected the exported network {path.name} in {folder}, there is none")
+            raise FileNotFoundError(f"expected the exported network {path.name} in {folder}, which has none")
         self.folder = Path(folder)
         self.call_net = {"onnx": open_onnx, "openvino": open_openvino}[self.config.format](path)
         return self

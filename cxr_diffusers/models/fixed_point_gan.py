@@ -1,5 +1,6 @@
 """Generator and discriminator of Fixed-Point GAN (Siddiquee et al. 2019, https://arxiv.org/abs/1908.06965)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +57,7 @@ class ConditionalInstanceNorm2d(nn.InstanceNorm2d):
         if self.of_class is not None:
             nn.init.normal_(self.of_class.weight, std=0.1)  # with zeros all classes would start equal
 
-    def forward(self, x, vectors):
+    def forward(self, x: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
         x = super().forward(x)
         if self.of_class is None:
             return x
@@ -65,14 +66,14 @@ class ConditionalInstanceNorm2d(nn.InstanceNorm2d):
 
 
 class FixedPointResBlock(nn.Module):
-    """conv, norm, ReLU, conv, norm, and the input added."""
+    """Convolution, norm, ReLU, convolution, norm; the input is added to the result."""
 
-    def __init__(self, channels, norm):
+    def __init__(self, channels: int, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
         self.conv1, self.norm1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), norm(channels)
         self.conv2, self.norm2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), norm(channels)
 
-    def forward(self, x, vectors):
+    def forward(self, x: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
         h = F.relu(self.norm1(self.conv1(x), vectors))
         return x + self.norm2(self.conv2(h), vectors)
 
@@ -165,9 +166,9 @@ class FixedPointDiscriminator(ModelMixin, ConfigMixin):
     """An image -> a score of realism for each of its patches (a critic, unbounded) and logits of its class.
 
     Args:
-        sample_size: side of the image in pixels; 2 ** num_layers divides it.
-        in_channels: of the image.
-        num_classes: number of logits.
+        sample_size: side of the image in pixels, the generator's; 2 ** num_layers divides it.
+        in_channels: of the image, the generator's.
+        num_classes: number of logits, the generator's.
         base_channels: of the first convolution; each further one doubles them.
         num_layers: stride-2 convolutions.
     """
@@ -175,9 +176,9 @@ class FixedPointDiscriminator(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        sample_size: int = 256,
-        in_channels: int = 1,
-        num_classes: int = 2,
+        sample_size: int,
+        in_channels: int,
+        num_classes: int,
         base_channels: int = 64,
         num_layers: int = 6,
     ) -> None:

@@ -3,10 +3,10 @@
 import inspect
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import Tensor
 
 
 class SpaceToDepthUNet(UNet2DModel):
@@ -47,11 +47,7 @@ class SpaceToDepthUNet(UNet2DModel):
     )
 
     def forward(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor | float | int,
-        class_labels: torch.Tensor | None = None,
-        return_dict: bool = True,
+        self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None, return_dict: bool = True
     ) -> UNet2DOutput | tuple:
         """As in `UNet2DModel`: (B, in_channels, H, W) -> (B, out_channels, H, W)."""
         size = self.config.patch_size

@@ -99,7 +99,7 @@ def train_adversarial(
             optimizer.param_groups[0]["lr"] = rate
 
         with accelerator.autocast():
-            weights = {"lambda_cls": config.lambda_cls, "lambda_gp": config.lambda_gp}
+            weights: dict[str, Any] = {"lambda_cls": config.lambda_cls, "lambda_gp": config.lambda_gp}
             loss, terms = discriminator_loss(generator, discriminator, images, labels, target_labels, **weights)
         values = update("discriminator", loss, terms)
         if (step + 1) % config.n_critic == 0:

@@ -1,26 +1,29 @@
-"""What the two players of a Fixed-Point GAN minimise: plain functions of both and a batch.
+"""The losses of the generator and the discriminator of a Fixed-Point GAN, as functions of both and a batch.
 
-Siddiquee et al. 2019 (https://arxiv.org/abs/1908.06965), whose names the terms bear. A generator is a function
-`(images, labels) -> output with .sample`, a discriminator `images -> output with .score and .logits`.
+Siddiquee et al. 2019 (https://arxiv.org/abs/1908.06965); the terms have the names of the paper. A generator is a
+function `(images, labels) -> output with .sample`, a discriminator `images -> output with .score and .logits`.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 
 def discriminator_loss(
-    generator,
-    discriminator,
-    images,
-    labels,
-    target_labels,
+    generator: Callable[[torch.Tensor, torch.Tensor], Any],
+    discriminator: Callable[[torch.Tensor], Any],
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    target_labels: torch.Tensor,
     *,
-    lambda_cls=1.0,
-    lambda_gp=10.0,
-    classification="softmax",
-    alpha=None,
-):
-    """The critic's loss: discriminate real from translated images, and classify the real ones.
+    lambda_cls: float = 1.0,
+    lambda_gp: float = 10.0,
+    classification: str = "softmax",
+    alpha: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of the discriminator (a critic): tell real from translated images, and classify the real ones.
 
     Args:
         images: (B, C, H, W) in [-1, 1].
@@ -46,21 +49,21 @@ def discriminator_loss(
 
 
 def generator_loss(
-    generator,
-    discriminator,
-    images,
-    labels,
-    target_labels,
+    generator: Callable[[torch.Tensor, torch.Tensor], Any],
+    discriminator: Callable[[torch.Tensor], Any],
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    target_labels: torch.Tensor,
     *,
-    lambda_cls=1.0,
-    lambda_rec=10.0,
-    lambda_id=10.0,
-    classification="softmax",
-):
+    lambda_cls: float = 1.0,
+    lambda_rec: float = 10.0,
+    lambda_id: float = 10.0,
+    classification: str = "softmax",
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The generator's loss: translation across domains and back, and identity within the image's own domain.
 
-    The terms named `same_` are the fixed-point ones: an image translated to its own labels must look real, be of its
-    class, come back, and be itself (`identity`).
+    The terms named `same_` are those of the fixed point: an image that is translated to its own labels must look real,
+    keep its class, be recovered by a second translation, and equal the input (`identity`).
 
     Args:
         images, labels, target_labels, classification: as in `discriminator_loss`.
@@ -85,7 +88,9 @@ def generator_loss(
     return loss, terms
 
 
-def domain_classification_loss(logits, labels, classification="softmax"):
+def domain_classification_loss(
+    logits: torch.Tensor, labels: torch.Tensor, classification: str = "softmax"
+) -> torch.Tensor:
     """Cross-entropy of (B, K) logits, as one scalar.
 
     Args:
@@ -102,14 +107,19 @@ def domain_classification_loss(logits, labels, classification="softmax"):
     raise ValueError(f"expected `classification` softmax or binary, got {classification!r}")
 
 
-def gradient_penalty(discriminator, real, fake, alpha=None):
+def gradient_penalty(
+    discriminator: Callable[[torch.Tensor], Any],
+    real: torch.Tensor,
+    fake: torch.Tensor,
+    alpha: torch.Tensor | None = None,
+) -> torch.Tensor:
     """(|grad of the critic| - 1)^2 between a real and a translated image, mean over the batch, as one scalar.
 
     After Gulrajani et al. 2017 (https://arxiv.org/abs/1704.00028, algorithm 1). The gradient is that of the summed
     patch scores, its norm is over all pixels of an image; always in float32, since it is differentiated once more.
 
     Args:
-        alpha: (B, 1, 1, 1) in [0, 1], how much of the real image; None: drawn uniformly (on the CPU on any device).
+        alpha: (B, 1, 1, 1) in [0, 1], share of the real image; None: drawn uniformly, on the CPU for any device.
     """
     if alpha is None:
         alpha = torch.rand(len(real), 1, 1, 1)

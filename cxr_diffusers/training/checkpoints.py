@@ -5,10 +5,13 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -18,18 +21,20 @@ DIGESTS = "digests.json"  # {file name: SHA-256} of a checkpoint
 RECORDS = ("run.json", "log.jsonl", "validation.jsonl")  # files of the run that a checkpoint keeps a copy of
 
 
-def checkpoints(output_dir):
+def checkpoints(output_dir: Path | str) -> list[Path]:
     """The checkpoint folders of a run, oldest first; other folders with similar names are ignored."""
     folders = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
     return sorted((p for p in folders if p.is_dir()), key=step_of)
 
 
-def step_of(folder):
+def step_of(folder: Path) -> int:
     """The number of steps after which a checkpoint was written."""
     return int(folder.name.split("-")[1])
 
 
-def checkpoint(accelerator, ema, output_dir, step, limit, seconds=0.0):
+def checkpoint(
+    accelerator: Accelerator, ema: EMAModel, output_dir: Path | str, step: int, limit: int, seconds: float = 0.0
+) -> None:
     """Write `checkpoint-STEP`, then delete the oldest ones over `limit` (0 keeps all).
 
     It is written under a temporary name and gets its own once every file is on the disk. It holds the state of the
@@ -64,7 +69,7 @@ def checkpoint(accelerator, ema, output_dir, step, limit, seconds=0.0):
 
 
 @contextmanager
-def removed_if_incomplete(folder):
+def removed_if_incomplete(folder: Path) -> Iterator[None]:
     """Delete `folder` if it cannot be written completely, on a full disk for example.
 
     Raises:
@@ -79,13 +84,13 @@ def removed_if_incomplete(folder):
         raise
 
 
-def sha256(path):
+def sha256(path: Path | str) -> str:
     """The SHA-256 digest of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sync(path):
+def sync(path: Path | str) -> None:
     """Flush a file or the entries of a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -94,13 +99,13 @@ def sync(path):
         os.close(descriptor)
 
 
-def sync_folder(folder):
+def sync_folder(folder: Path) -> None:
     """Flush a folder and everything in it to the disk."""
     for path in [*Path(folder).rglob("*"), folder]:
         sync(path)
 
 
-def find_damage(folder):
+def find_damage(folder: Path) -> str | None:
     """The reason why a checkpoint cannot be used, with the name of the file; None if it is intact.
 
     Checkpoints of versions that wrote no digests count as intact where their last file is present.
@@ -122,12 +127,12 @@ def find_damage(folder):
     return None
 
 
-def newest_intact(accelerator, output_dir):
+def newest_intact(accelerator: Accelerator, output_dir: Path | str) -> Path | None:
     """The newest checkpoint whose files all match their digests, or None; prints which ones are skipped.
 
     The main process verifies and sends the result to the others.
     """
-    chosen = [None]
+    chosen: list[str | None] = [None]
     if accelerator.is_main_process:
         folders = checkpoints(output_dir)
         for folder in reversed(folders):
@@ -140,10 +145,10 @@ def newest_intact(accelerator, output_dir):
             print(f"{output_dir} has no intact checkpoint: training starts anew")
     if accelerator.num_processes > 1:
         chosen = broadcast_object_list(chosen)
-    return chosen[0] and Path(chosen[0])
+    return Path(chosen[0]) if chosen[0] else None
 
 
-def restore_records(folder, output_dir):
+def restore_records(folder: Path, output_dir: Path | str) -> None:
     """Put the copies of `RECORDS` in a checkpoint back into the run's folder; prints which of them were damaged."""
     for name in RECORDS:
         record = Path(output_dir) / name
@@ -161,7 +166,7 @@ def restore_records(folder, output_dir):
             write_file(record, kept)
 
 
-def is_json(content):
+def is_json(content: bytes) -> bool:
     """Whether bytes are a JSON object."""
     try:
         return isinstance(json.loads(content), dict)
@@ -169,7 +174,7 @@ def is_json(content):
         return False
 
 
-def resume(accelerator, ema, folder):
+def resume(accelerator: Accelerator, ema: EMAModel, folder: Path | None) -> tuple[int, float]:
     """Load a checkpoint, if one is given; (steps, seconds) of training already done.
 
     Raises:
@@ -190,7 +195,7 @@ def resume(accelerator, ema, folder):
     return ema.optimization_step, seconds
 
 
-def replace_into(folder, write):
+def replace_into(folder: Path, write: Callable[[Path], object]) -> None:
     """Move the files that `write(temporary)` writes into `folder`, `model_index.json` last: never half a model."""
     temporary = Path(folder) / ".saving"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -212,7 +217,7 @@ class FolderLock:
         BlockingIOError: another process holds the lock.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: Path) -> None:
         self.file = open(Path(folder) / ".lock", "a+")
         try:
             import fcntl
@@ -225,5 +230,5 @@ class FolderLock:
             self.file.close()
             raise BlockingIOError(f"{folder} is being written by another run: wait for it, or end it") from None
 
-    def release(self):
+    def release(self) -> None:
         self.file.close()

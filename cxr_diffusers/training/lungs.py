@@ -2,6 +2,7 @@
 
 import math
 
+import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ class LungImages(torch.utils.data.Dataset):
         ValueError: no row has a mask, or a mask has less than two pieces.
     """
 
-    def __init__(self, dataset, size, aspect="squash"):
+    def __init__(self, dataset: datasets.Dataset, size: int, aspect: str = "squash") -> None:
         images, masks = [], []
         marked = "mask" in dataset.column_names
         for row in dataset if marked else ():
@@ -60,18 +61,18 @@ def split_lungs(mask: np.ndarray, path: str = "mask") -> torch.Tensor:
 
 
 def augment_lungs(
-    images,
-    masks,
-    size,
-    degrees=0.0,
-    zoom=0.0,
-    stretch=0.0,
-    shift=0.0,
-    gamma=0.0,
-    clip=0.0,
-    mirror=0.0,
-    paint=0.0,
-):
+    images: torch.Tensor,
+    masks: torch.Tensor,
+    size: int,
+    degrees: float = 0.0,
+    zoom: float = 0.0,
+    stretch: float = 0.0,
+    shift: float = 0.0,
+    gamma: float = 0.0,
+    clip: float = 0.0,
+    mirror: float = 0.0,
+    paint: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Randomly augmented (images, masks) at `size` x `size`, the same change for an image and its mask.
 
     Args:

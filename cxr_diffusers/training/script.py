@@ -1,24 +1,22 @@
-"""Shared by the programs in training/: errors as one line, validation rows, the model card, the closing hints."""
+"""Shared by the programs in training/: errors as one line, validation images, the model card, the closing hints."""
 
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from ..data import build_dataset
+from ..files import save_png
 from ..hub.model_card import describe_training, trained_on, write_model_card
 from ..hub.publishing import publish
 from ..processes import process_state
-from .recipe import AnyRecipe, RunConfig, section
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from diffusers import UNet2DModel
+from ..visualization import validation_strip
+from .datasets import open_validation
+from .recipe import AnyRecipe, RunConfig
 
 PACKAGE = Path(__file__).parents[1]
 # training/: inside the package when installed, beside it in a checkout
@@ -60,41 +58,16 @@ def run_program(main: Callable, arguments: Sequence[str] | None = None, name: st
     return 0
 
 
-def new_unet(**options: Any) -> "UNet2DModel":
-    """An untrained UNet from a recipe's `unet:` section: a `SpaceToDepthUNet` if it has a `patch_size`.
-
-    Raises:
-        ValueError: invalid options, or a `sample_size` that the levels of the UNet cannot halve.
-    """
-    from diffusers import UNet2DModel
-
-    from ..models.space_to_depth_unet import SpaceToDepthUNet
-
-    with section("unet"):
-        unet = (SpaceToDepthUNet if "patch_size" in options else UNet2DModel)(**options)
-        factor = unet.config.get("patch_size", 1) * 2 ** (len(unet.config.block_out_channels) - 1)
-        if unet.config.sample_size % factor:
-            raise ValueError(f"expected sample_size to be a multiple of {factor}, got {unet.config.sample_size}")
-        return unet
+def validation_file(config: RunConfig, step: int) -> Path:
+    """The image that a validation writes at this step."""
+    return Path(config.output_dir) / "validation" / f"step-{step:07d}.png"
 
 
-def diseased_rows(recipe: AnyRecipe, dataset: "Dataset", unlabelled: bool = False) -> "Dataset":
-    """The diseased validation images to display during training, at most `train.validation_images`.
-
-    Args:
-        dataset: the training data.
-        unlabelled: whether some images of `dataset` may lack a label.
-
-    Raises:
-        ValueError: an image of `dataset` has no label, or none is diseased.
-    """
-    with section("validation"):
-        rows = build_dataset(**{**recipe.data, **recipe.validation})
-    rows = rows.filter(lambda label: label > 0, input_columns="label")
-    labels = dataset["label"][:]
-    if (max(labels) < 1 if unlabelled else min(labels) < 0) or not len(rows):
-        raise ValueError(f"expected a label for every image and diseased ones among them, got {recipe.data}")
-    return rows.select(range(min(recipe.train.validation_images, len(rows))))
+def save_strip(output: Any, config: RunConfig, step: int) -> Path:
+    """Draw a pipeline's output for the validation images as a strip; returns the file."""
+    path = validation_file(config, step)
+    save_png(validation_strip(output.image, output.counterfactual, output.anomaly_map, title=f"step {step}"), path)
+    return path
 
 
 def write_card(folder: str | Path, recipe: AnyRecipe, size: int, num_images: int) -> None:
@@ -110,8 +83,7 @@ def calibrate_on_validation(output_dir: Path, recipe: Any) -> None:
     if not recipe.validation:
         return
     try:
-        dataset = build_dataset(**{**recipe.data, **recipe.validation})
-        for folder in calibrate_trained(output_dir, dataset, recipe.data["name"]):
+        for folder in calibrate_trained(output_dir, open_validation(recipe), recipe.data["name"]):
             print(f"calibrated: {folder}")
     except (ValueError, OSError) as error:  # the model itself is complete
         print(f"not calibrated: {error}; try cxr-diffusers calibrate {output_dir} --healthy DATA", file=sys.stderr)

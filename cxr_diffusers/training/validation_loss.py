@@ -1,9 +1,17 @@
 """A loss of a diffusion model on images it was not trained on, with the same noise each time."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
+from diffusers import SchedulerMixin
 from sklearn.metrics import roc_auc_score
 
+from ..pipelines.cxr_conditions import Conditions
 from ..pipelines.cxr_inversion import class_evidence_errors
+
+if TYPE_CHECKING:
+    from .tensors import TensorImages
 
 
 class ValidationLoss:
@@ -22,7 +30,15 @@ class ValidationLoss:
         batch_size: images at once.
     """
 
-    def __init__(self, images, conditions, class_names, scheduler, limit, batch_size=64):
+    def __init__(
+        self,
+        images: "TensorImages",
+        conditions: Conditions,
+        class_names: Sequence[str],
+        scheduler: SchedulerMixin,
+        limit: int,
+        batch_size: int = 64,
+    ) -> None:
         self.conditions, self.class_names, self.scheduler = conditions, class_names, scheduler
         usable = (images.labels >= 0) & ((images.views >= 0) | (not conditions.views))
         rows = torch.nonzero(usable.cpu()).flatten()
@@ -33,9 +49,12 @@ class ValidationLoss:
         self.batch_size = batch_size
 
     @torch.no_grad()
-    def __call__(self, unet):
-        """{"validation_loss", "validation_loss/CLASS[ VIEW]", "auroc/CLASS"}: mean squared error of v, or of what the
-        UNet predicts, under each image's own class and view; AUROC of healthy against each class."""
+    def __call__(self, unet: torch.nn.Module) -> dict[str, float]:
+        """The losses and AUROCs of a UNet: {"validation_loss", "validation_loss/CLASS[ VIEW]", "auroc/CLASS"}.
+
+        A loss is the mean squared error of the UNet's output, under each image's own class and view; an AUROC is that
+        of healthy against the class.
+        """
         device = next(unet.parameters()).device
         labels, views = self.batch["labels"].to(device), self.batch["views"].to(device).clamp(min=0)
         num_classes = self.conditions.num_classes
@@ -55,7 +74,7 @@ class ValidationLoss:
         losses, noise_errors = torch.cat(losses).cpu(), torch.cat(noise_errors, dim=1).cpu()
         return self.summary(losses, noise_errors)
 
-    def summary(self, losses, noise_errors):
+    def summary(self, losses: torch.Tensor, noise_errors: torch.Tensor) -> dict[str, float]:
         """(N,) losses and (K, N) errors of the noise -> the numbers of a call."""
         labels, views = self.batch["labels"].cpu(), self.batch["views"].cpu()
         values = {"validation_loss": losses.mean()}

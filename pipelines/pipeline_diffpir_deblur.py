@@ -176,7 +176,8 @@ class DiffPIRDeblurPipeline(PortableMixin, DiffusionPipeline):
 
         # 2. images that share a canvas size form a batch
         margin = max(kernel.shape[-2:]) if boundary != "wrap" else 0
-        canvases = [canvas_size(*p.shape[-2:], margin, self.reduction) for p in images]
+        sizes = [p.shape[-2:] for p in images]
+        canvases = [canvas_size(height, width, margin, self.reduction) for height, width in sizes]
         groups = {canvas: [i for i, c in enumerate(canvases) if c == canvas] for canvas in canvases}
         restored = [None] * len(images)
         with self.progress_bar(total=len(groups) * num_inference_steps) as bar:

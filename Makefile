@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 
 demo: $(STAMP)  ## detect on the sample radiographs with the shipped model
 	$(BIN)/cxr-diffusers detect cxr_diffusers/samples --out demo
-	@echo "pictures: demo/*.png    scores: demo/results.csv"
+	@echo "panels:   demo/*.png    scores: demo/results.csv"
 	@echo "yours:    $(BIN)/cxr-diffusers detect YOUR_IMAGES --out maps"
 
 test: $(STAMP)  ## the whole suite

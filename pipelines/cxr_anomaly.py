@@ -8,13 +8,18 @@ import numbers
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
 from diffusers.utils import BaseOutput
+
+if TYPE_CHECKING:  # a type checker sees the methods of the pipeline that the mixin is put before
+    from diffusers import DiffusionPipeline as Base
+else:
+    Base = object
 
 # arguments of a call that are not settings of a checkpoint
 CALL_ONLY = (
@@ -166,7 +171,7 @@ def _to_pil(array):
     return PIL.Image.fromarray(array if array.shape[-1] == 3 else array[..., 0])
 
 
-class ContractMixin:
+class ContractMixin(Base):
     """Put before `DiffusionPipeline` among the bases of a pipeline class that returns an `AnomalyOutput`.
 
     Such a class describes its method to readers of model cards and of the page: `title`, a name; `summary`, one or two
@@ -233,13 +238,14 @@ class ContractMixin:
             ValueError: the number of names differs from the number of classes, or the call has no such setting.
         """
         self.num_classes = num_classes
-        if retired := sorted(set(settings or {}) & set(RETIRED)):
+        given = dict(settings or {})
+        if retired := sorted(set(given) & set(RETIRED)):
             warnings.warn(
                 f"these settings of the checkpoint have been retired and are ignored: "
-                f"{', '.join(f'{name}={settings[name]!r}' for name in retired)}",
+                f"{', '.join(f'{name}={given[name]!r}' for name in retired)}",
                 stacklevel=3,
             )
-            settings = {name: value for name, value in settings.items() if name not in RETIRED}
+            settings = {name: value for name, value in given.items() if name not in RETIRED}
         if unknown := sorted(set(settings or {}) - set(self.ORIGINAL_SETTINGS)):
             raise ValueError(f"expected `settings` among {sorted(self.ORIGINAL_SETTINGS)}, got {unknown}")
         if isinstance(class_names, dict):
@@ -401,6 +407,6 @@ def check_number(name: str, value: Any, low: float = 0.0, high: float = math.inf
     """Raise ValueError unless `value` is a finite number from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"expected `{name}` to be a number, got {value!r}")
-    if not math.isfinite(value) or not low <= value <= high:
+    if not math.isfinite(value) or not low <= float(value) <= high:
         limits = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of {low:g} or more"
         raise ValueError(f"expected a finite `{name}` {limits if math.isfinite(low) else ''}, got {value!r}")

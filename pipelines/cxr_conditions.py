@@ -2,9 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:  # a type checker sees the methods of the pipeline that the mixin is put before
+    from diffusers import DiffusionPipeline as Base
+else:
+    Base = object
 
 
 @dataclass(frozen=True)
@@ -60,13 +65,13 @@ class Conditions:
         return self.num_embeddings - 1
 
 
-class ViewsMixin:
+class ViewsMixin(Base):
     """For a pipeline with a `unet` that may be conditioned on the view, and a method `predict(x, t, labels)`.
 
     `conditions` are the UNet's `Conditions`, set by `register_views`; None for a UNet without class embeddings.
     """
 
-    conditions: Conditions | None = None
+    conditions: Conditions = None  # type: ignore[assignment]  # without class embeddings no label is used
 
     def register_views(
         self, views: Sequence[str] | dict[str, str] | None, has_null_label: bool, num_embeddings: int | None

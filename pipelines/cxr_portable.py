@@ -7,14 +7,19 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
 from diffusers.utils.torch_utils import is_compiled_module
 
+if TYPE_CHECKING:  # a type checker sees the methods of the pipeline that the mixin is put before
+    from diffusers import DiffusionPipeline as Base
+else:
+    Base = object
 
-class PortableMixin:
+
+class PortableMixin(Base):
     """Put before `DiffusionPipeline` among the bases of a pipeline class.
 
     However it is saved (`save_pretrained`, `push_to_hub`), the folder contains the pipeline's file and the siblings

@@ -198,7 +198,7 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
 
         # 3. x_0 -> x_L: inversion, once for all noise levels
         self.count_timesteps(*(timesteps_below(self.scheduler, n, num_inference_steps) for n in [max(levels), *levels]))
-        span = dict(num_inference_steps=num_inference_steps, on_step=on_step, views=views)
+        span: dict[str, Any] = dict(num_inference_steps=num_inference_steps, on_step=on_step, views=views)
         encoded = self.encode(image, source, levels, **span)
 
         # 4. x_L -> x_0': denoising, guided to the target class; and the map of the change
@@ -289,8 +289,9 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         on_step: Callable | None = None,
     ) -> torch.Tensor:
         """(B, C, H, W) image in the model's range -> (B, C, H, W) latents at `noise_level`."""
-        span = dict(num_inference_steps=num_inference_steps, num_refinements=num_refinements, views=views)
-        return self.encode(x, source_label, [noise_level], on_step=on_step, **span)[noise_level]
+        span: dict[str, Any] = dict(num_refinements=num_refinements, views=views, on_step=on_step)
+        levels = self.encode(x, source_label, [noise_level], num_inference_steps=num_inference_steps, **span)
+        return levels[noise_level]
 
     def encode(
         self,
@@ -367,7 +368,7 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         return x
 
 
-def noise_levels(noise_level: int | Sequence[int]) -> list[int]:
+def noise_levels(noise_level: int | list[int] | tuple[int, ...]) -> list[int]:
     """One noise level or several -> a list, ascending."""
     return sorted(set(noise_level)) if isinstance(noise_level, (list, tuple)) else [noise_level]
 

@@ -145,7 +145,7 @@ class ClassifierGuidedPipeline(ContractMixin, ViewsMixin, PortableMixin, Diffusi
         target = self.find_label(target_label, "target_label", self.num_classes)
         label = self.unet_class(unet_label, target)
         on_step = self.on_step(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        span = dict(noise_level=noise_level, num_inference_steps=num_inference_steps, on_step=on_step)
+        span: dict[str, Any] = dict(noise_level=noise_level, num_inference_steps=num_inference_steps, on_step=on_step)
 
         # 2. image -> x_0
         image = prepare_image(image, **self.image_format(self.unet)).to(self._execution_device)
@@ -256,7 +256,7 @@ class ClassifierGuidedPipeline(ContractMixin, ViewsMixin, PortableMixin, Diffusi
         precision: in half precision gradients of this size would be lost.
         """
         takes_noise = not is_image_classifier(self.classifier)
-        output = self.predict(x, t, label) if takes_noise else None
+        output: Any = self.predict(x, t, label) if takes_noise else None
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             x = x.detach().float().requires_grad_()
             if takes_noise:

@@ -176,7 +176,8 @@ class DiffPIRDeblurPipeline(PortableMixin, DiffusionPipeline):
 
         # 2. images that share a canvas size form a batch
         margin = max(kernel.shape[-2:]) if boundary != "wrap" else 0
-        canvases = [canvas_size(*p.shape[-2:], margin, self.reduction) for p in images]
+        sizes = [p.shape[-2:] for p in images]
+        canvases = [canvas_size(height, width, margin, self.reduction) for height, width in sizes]
         groups = {canvas: [i for i, c in enumerate(canvases) if c == canvas] for canvas in canvases}
         restored = [None] * len(images)
         with self.progress_bar(total=len(groups) * num_inference_steps) as bar:
@@ -270,7 +271,10 @@ class DiffPIRDeblurPipeline(PortableMixin, DiffusionPipeline):
         zeta: float,
         fresh: torch.Tensor,
     ) -> torch.Tensor:
-        """x_{t-1}: x0 with noise of the next level: a share of 1 - zeta is the noise in x, the rest is `fresh`."""
+        """The latents of the next step: x0 with noise at alpha bar `new_alpha` (Zhu et al. 2023, algorithm 1).
+
+        The noise is mixed from the noise in x, with variance 1 - zeta, and from `fresh` noise, with variance zeta.
+        """
         noise = (x - alpha**0.5 * x0) / (1 - alpha) ** 0.5
         mixed = (1 - zeta) ** 0.5 * noise + zeta**0.5 * fresh
         return new_alpha**0.5 * x0 + (1 - new_alpha) ** 0.5 * mixed

@@ -10,19 +10,21 @@ import PIL.Image
 import pydicom
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import DDIMScheduler, UNet2DModel
 from goldens.original_unet import OriginalUNet
 from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian, generate_uid
+from safetensors.torch import load_file
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from cxr_diffusers import FixedPointGenerator, NoisyClassifier, PyramidClassifier
+from cxr_diffusers import FixedPointGenerator, NoisyClassifier, PyramidClassifier, denoising_loss, train
 from cxr_diffusers.guided_diffusion import convert_state_dict
 from cxr_diffusers.inference.detection import detect
 from cxr_diffusers.pipelines import AnomalyOutput
 from cxr_diffusers.pipelines.cxr_anomaly import score_map
 from cxr_diffusers.pipelines.cxr_images import prepare_image
+from cxr_diffusers.training.recipe import TrainConfig
 
 torch.set_num_threads(1)
 
@@ -320,3 +322,45 @@ OFFSET_VARIANTS = {
     "no clamp": dict(clip=False),
     "all of these": dict(noising=False, first=0, below=0, clip=False),
 }
+
+
+TOY_TRAINING = dict(
+    batch_size=4, learning_rate=1e-3, save_every=2, validate_every=1000, ema_decay=0.9, lr_warmup_steps=3
+)
+
+
+class ToyImages(torch.utils.data.Dataset):
+    """13 images of noise, 16 x 16, of two classes in turn."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(1)
+        self.images = torch.rand(13, 1, 16, 16, generator=generator) * 2 - 1
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return {"images": self.images[i], "labels": i % 2}
+
+
+def train_toy(output_dir, steps, identity=None, **changes):
+    """Train a toy UNet; (lines of its log, its weights)."""
+    config = TrainConfig(output_dir=str(output_dir), max_steps=steps, **{**TOY_TRAINING, **changes})
+    scheduler = DDIMScheduler(clip_sample=False)
+
+    def loss_fn(model, batch):
+        return denoising_loss(model, scheduler, batch["images"], batch["labels"])
+
+    def save(model, folder):
+        model.save_pretrained(folder)
+
+    train(toy_unet(dropout=0.1), loss_fn, ToyImages(), config, save=save, identity=identity)
+    return log_of(output_dir), load_file(Path(output_dir) / "diffusion_pytorch_model.safetensors")
+
+
+def log_of(output_dir):
+    return [json.loads(line) for line in (Path(output_dir) / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -140,7 +140,7 @@ def test_the_critic_cannot_tell_an_image_from_itself_and_its_step_leaves_the_gen
 SETTINGS = dict(batch_size=4, learning_rate=1e-3, n_critic=2, save_every=3, validate_every=1000, ema_decay=0.9)
 
 
-class Pictures(torch.utils.data.Dataset):
+class ToyImages(torch.utils.data.Dataset):
     """Label 1 is the brighter below."""
 
     def __init__(self):
@@ -169,7 +169,7 @@ def run(output_dir, steps, stop_at=None, squash="tanh", **changes):
         model.save_pretrained(folder)
 
     try:
-        train_adversarial(*players(squash=squash), Pictures(), config, save=save)
+        train_adversarial(*players(squash=squash), ToyImages(), config, save=save)
     except Stopped:
         return log_of(output_dir), None
     return log_of(output_dir), load_file(Path(output_dir) / "diffusion_pytorch_model.safetensors")
@@ -269,11 +269,11 @@ def test_two_processes_hold_the_same_players(tmp_path):
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from cxr_diffusers import train_adversarial
         from cxr_diffusers.training.recipe import AdversarialConfig
-        from test_adversarial import SETTINGS, Pictures, players
+        from test_adversarial import SETTINGS, ToyImages, players
 
         both = players()
         config = AdversarialConfig(output_dir="two", max_steps=4, **{{**SETTINGS, "batch_size": 2}})
-        train_adversarial(*both, Pictures(), config, save=lambda model, folder: model.save_pretrained(folder))
+        train_adversarial(*both, ToyImages(), config, save=lambda model, folder: model.save_pretrained(folder))
         print("weights", [p.double().sum().item() for player in both for p in player.parameters()])
     """
     (tmp_path / "two_players.py").write_text(code)

@@ -11,10 +11,10 @@ import pytest
 from pydicom import Dataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
-from test_images import write_dicom
 
 from cxr_diffusers.data.dicom_checks import warnings_of
 from cxr_diffusers.data.images import dicom_header, read_header, read_image
+from helpers import write_dicom
 
 # values in a narrow band of 12 bits; the left half is for padding
 BAND = (np.arange(256, dtype=np.uint16).reshape(16, 16) * 4 + 1000)[:, ::-1].copy()

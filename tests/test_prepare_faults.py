@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from test_data import save_image, write_chexpert
 
 from cxr_diffusers.cli import main
 from cxr_diffusers.data import list_images, preparation, prepare, read_image
 from cxr_diffusers.files import remove_dead, write
+from helpers import save_image, write_chexpert
 
 COMMAND = "from cxr_diffusers.cli import main; import sys; sys.exit(main(sys.argv[1:]))"
 
@@ -126,7 +126,7 @@ def test_odd_names_are_copied(tmp_path):
 
 
 def test_a_name_that_is_too_long_for_a_copy_is_one_broken_image(tmp_path):
-    from test_images import write_dicom
+    from helpers import write_dicom
 
     (tmp_path / "in").mkdir()
     save_image(tmp_path / "in" / "a.png")

@@ -1,6 +1,5 @@
 """A run that was stopped is the run that was not."""
 
-import json
 import os
 import signal
 import subprocess
@@ -11,75 +10,36 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 
-from cxr_diffusers import denoising_loss, train
 from cxr_diffusers.training.checkpoints import checkpoints
-from cxr_diffusers.training.recipe import TrainConfig
 from cxr_diffusers.training.run import ShuffledForever
-from helpers import TOY_UNET, toy_unet
-
-SETTINGS = dict(batch_size=4, learning_rate=1e-3, save_every=2, validate_every=1000, ema_decay=0.9, lr_warmup_steps=3)
-
-
-class Pictures(torch.utils.data.Dataset):
-    def __init__(self):
-        generator = torch.Generator().manual_seed(1)
-        self.images = torch.rand(13, 1, 16, 16, generator=generator) * 2 - 1
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return {"images": self.images[i], "labels": i % 2}
-
-
-def run(output_dir, steps, identity=None, **changes):
-    config = TrainConfig(output_dir=str(output_dir), max_steps=steps, **{**SETTINGS, **changes})
-    scheduler = DDIMScheduler(clip_sample=False)
-
-    def loss_fn(model, batch):
-        return denoising_loss(model, scheduler, batch["images"], batch["labels"])
-
-    def save(model, folder):
-        model.save_pretrained(folder)
-
-    train(toy_unet(dropout=0.1), loss_fn, Pictures(), config, save=save, identity=identity)
-    return log_of(output_dir), load_file(Path(output_dir) / "diffusion_pytorch_model.safetensors")
-
-
-def log_of(output_dir):
-    return [json.loads(line) for line in (Path(output_dir) / "log.jsonl").read_text().splitlines()]
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+from helpers import TOY_UNET, assert_same, toy_unet, train_toy
 
 
 def test_stopping_and_resuming_gives_the_same_numbers_to_the_bit(tmp_path):
-    straight, weights = run(tmp_path / "straight", 7)
-    run(tmp_path / "resumed", 3, lr_scheduler="constant_with_warmup")
-    resumed, again = run(tmp_path / "resumed", 7)
+    straight, weights = train_toy(tmp_path / "straight", 7)
+    train_toy(tmp_path / "resumed", 3, lr_scheduler="constant_with_warmup")
+    resumed, again = train_toy(tmp_path / "resumed", 7)
     assert straight == resumed and [line["step"] for line in resumed] == list(range(1, 8))
     assert_same(weights, again)
 
 
 def test_so_does_accumulating_gradients(tmp_path):
-    straight, weights = run(tmp_path / "straight", 4, gradient_accumulation_steps=2, batch_size=2)
-    run(tmp_path / "resumed", 2, gradient_accumulation_steps=2, batch_size=2)
-    resumed, again = run(tmp_path / "resumed", 4, gradient_accumulation_steps=2, batch_size=2)
+    straight, weights = train_toy(tmp_path / "straight", 4, gradient_accumulation_steps=2, batch_size=2)
+    train_toy(tmp_path / "resumed", 2, gradient_accumulation_steps=2, batch_size=2)
+    resumed, again = train_toy(tmp_path / "resumed", 4, gradient_accumulation_steps=2, batch_size=2)
     assert straight == resumed
     assert_same(weights, again)
 
 
 def test_kill_minus_nine_in_the_middle_costs_nothing_but_the_steps_since_the_checkpoint(tmp_path):
-    straight, weights = run(tmp_path / "straight", 12, save_every=3)
+    straight, weights = train_toy(tmp_path / "straight", 12, save_every=3)
     script = f"""if True:
         import sys
         sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from test_training_loop import run
-        run({str(tmp_path / "killed")!r}, 100_000, save_every=3)
+        from helpers import train_toy
+        train_toy({str(tmp_path / "killed")!r}, 100_000, save_every=3)
     """
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
@@ -94,38 +54,38 @@ def test_kill_minus_nine_in_the_middle_costs_nothing_but_the_steps_since_the_che
         later.rename(later.with_suffix(".tmp"))
     if done[0].name != "checkpoint-0000003":
         pytest.skip("the machine was too fast: the first checkpoint is gone")
-    resumed, again = run(tmp_path / "killed", 12, save_every=3)
+    resumed, again = train_toy(tmp_path / "killed", 12, save_every=3)
     assert straight == resumed
     assert_same(weights, again)
 
 
 def test_old_checkpoints_go_and_no_half_written_thing_stays(tmp_path):
-    run(tmp_path, 8, checkpoints_total_limit=2)
+    train_toy(tmp_path, 8, checkpoints_total_limit=2)
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-0000006", "checkpoint-0000008"]
     assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / ".saving").exists()
 
 
 def test_the_saved_weights_are_the_average_and_not_the_last(tmp_path):
-    _, saved = run(tmp_path, 4)
+    _, saved = train_toy(tmp_path, 4)
     last = load_file(checkpoints(tmp_path)[-1] / "model.safetensors")
     assert any(not torch.equal(saved[k], last[k]) for k in saved)
 
 
 def test_the_learning_rate_warms_up(tmp_path):
-    log, _ = run(tmp_path, 5)
+    log, _ = train_toy(tmp_path, 5)
     rates = [line["lr"] for line in log]
     assert rates == sorted(rates) and rates[0] < rates[2] == rates[4] == pytest.approx(1e-3)
 
 
 def test_the_loss_falls_on_a_few_pictures(tmp_path):
-    log, _ = run(tmp_path, 60, learning_rate=3e-3, save_every=1000)
+    log, _ = train_toy(tmp_path, 60, learning_rate=3e-3, save_every=1000)
     losses = [line["loss"] for line in log]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(ValueError, match="learning_rate"):
-        run(tmp_path, 50, learning_rate=1e30, max_grad_norm=1e30, lr_warmup_steps=0)
+        train_toy(tmp_path, 50, learning_rate=1e30, max_grad_norm=1e30, lr_warmup_steps=0)
 
 
 def test_every_picture_comes_once_an_epoch_and_processes_share_them():
@@ -157,28 +117,28 @@ def test_the_toy_has_dropout_where_the_run_does():
 
 
 def test_another_run_does_not_go_on_where_one_has_begun(tmp_path):
-    run(tmp_path, 2)
+    train_toy(tmp_path, 2)
     with pytest.raises(ValueError, match="seed: 0, now 1"):
-        run(tmp_path, 4, seed=1)
+        train_toy(tmp_path, 4, seed=1)
     with pytest.raises(ValueError, match="width: None, now 16"):
-        run(tmp_path, 4, identity={"width": 16})
-    run(tmp_path, 4, save_every=1)
+        train_toy(tmp_path, 4, identity={"width": 16})
+    train_toy(tmp_path, 4, save_every=1)
 
 
 def test_a_run_stopped_after_its_last_checkpoint_still_leaves_its_model(tmp_path):
-    _, weights = run(tmp_path, 4)
+    _, weights = train_toy(tmp_path, 4)
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
-    _, again = run(tmp_path, 4)
+    _, again = train_toy(tmp_path, 4)
     assert_same(weights, again)
 
 
 def test_the_precision_of_the_recipe_takes_precedence_over_the_launcher(tmp_path, monkeypatch):
-    straight, _ = run(tmp_path / "float32", 2)
+    straight, _ = train_toy(tmp_path / "float32", 2)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     AcceleratorState._reset_state(True)
-    rounded, _ = run(tmp_path / "bf16", 2)
+    rounded, _ = train_toy(tmp_path / "bf16", 2)
     AcceleratorState._reset_state(True)
-    same, _ = run(tmp_path / "no", 2, mixed_precision="no")
+    same, _ = train_toy(tmp_path / "no", 2, mixed_precision="no")
     AcceleratorState._reset_state(True)
     assert same == straight and rounded != straight
     assert rounded[1]["loss"] == pytest.approx(straight[1]["loss"], rel=0.05)

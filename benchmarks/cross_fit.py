@@ -4,11 +4,11 @@
     python benchmarks/cross_fit.py --results results_method --data implants boxes
     python benchmarks/cross_fit.py --results results_method --data boxes effusion --metric image_auroc
 
-A setting that is the best of many on some images is less good on others. Here each half of the patients gets the row that
-was best on the other half, so the figures of the column "cross-fitted" are of images that had no part in the choice. The
-program reads `per_image.csv` of each data set: nothing is computed again. The best row has the highest sum of the
-metric over the data sets; a patient is in the same half in all of them. Brackets are 95 % bootstrap intervals over
-patients, given the choice.
+A setting that is the best of many on some images is less good on others. Here each half of the patients gets the row
+that was best on the other half, so the figures of the column "cross-fitted" are of images that had no part in the
+choice. The program reads `per_image.csv` of each data set: nothing is computed again. The best row has the highest sum
+of the metric over the data sets; a patient is in the same half in all of them. Brackets are 95 % bootstrap intervals
+over patients, given the choice.
 """
 
 import argparse

@@ -147,9 +147,9 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
                 more (in the sense of `direction`) for `negative_label` than for `target_label`; see `class_evidence`.
                 14 evaluations of the UNet for each image, shared with the score; 0: none.
             score: "map": the mean of the map's highest 5 % of pixels. "change": the same of the change to the decoded
-                image without high-pass, so that overall brightness counts, too. "evidence": how much better the UNet predicts the
-                noise for `negative_label` than for `target_label`, as the log of the ratio of the errors: 0 equally
-                well, 0.01 one percent better.
+                image of the highest level without high-pass, so that overall brightness counts, too. "evidence": how
+                much better the UNet predicts the noise for `negative_label` than for `target_label`, as the log of the
+                ratio of the errors: 0 equally well, 0.01 one percent better.
             view: "PA" or "AP", or a list with one for each image, for a model that is conditioned on the view; None
                 or "" if it is unknown: then the view that explains the image best is used (six more evaluations).
             generator: of the noise of the class evidence. None: fixed noise, the same in every call and on any device.

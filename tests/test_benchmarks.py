@@ -98,7 +98,7 @@ def test_a_setting_is_reported_on_the_patients_it_was_not_chosen_on(tmp_path, ca
     assert "lucky 1, even 1" in printed
 
     healthy, ill = np.linspace(0.1, 0.5, 10), np.linspace(0.3, 0.7, 10)
-    tables = [per_image_table({"even": column, "worse": 1 - column}, label) for label, column in ((0, healthy), (1, ill))]
+    tables = [per_image_table({"even": x, "worse": 1 - x}, label) for label, x in ((0, healthy), (1, ill))]
     tables[0]["path"] = "healthy/" + tables[0]["path"]
     pd.concat(tables).to_csv(path, index=False)
     cross_fit.main([*call, "--metric", "image_auroc"])

@@ -52,7 +52,8 @@ class AnomalyOutput(BaseOutput):
 
     image: the model's input (scaled, resized, square), values in [0, 1].
         list of PIL images (mode L) | (B, H, W, C) array | (B, C, H, W) tensor
-    counterfactual: the same chest as if healthy, in the same scale and format as `image`.
+    counterfactual: the same chest as if healthy, in the same scale and format as `image`; with the setting
+        `keep_below` it is the image itself where the map is low.
     anomaly_map: the change of each pixel, in [0, 1]: 0 none, 1 from black to white; it depends on the settings of the
         map (see the call of the pipeline).
         list of PIL images (mode I;16, value / 65535) | (B, H, W) array | (B, H, W) tensor
@@ -127,6 +128,20 @@ def smooth_map(anomaly_map: torch.Tensor, sigma: float) -> torch.Tensor:
     kernel = kernel / kernel.sum()
     maps = F.pad(anomaly_map[:, None], (radius,) * 4, mode="replicate")
     return F.conv2d(F.conv2d(maps, kernel[None, None, None]), kernel[None, None, :, None])[:, 0]
+
+
+def composite(
+    image: torch.Tensor, counterfactual: torch.Tensor, anomaly_map: torch.Tensor, keep_below: float
+) -> torch.Tensor:
+    """(B, C, H, W) counterfactual that differs from the (B, C, H, W) image only where the (B, H, W) map is high.
+
+    The image is kept where the map is below `keep_below`, the counterfactual where it is above twice this value; in
+    between, their weights change linearly with the map. A `keep_below` of 0 keeps the whole counterfactual.
+    """
+    if not keep_below:
+        return counterfactual
+    weight = (anomaly_map / keep_below - 1).clamp(0, 1)[:, None]
+    return image + weight * (counterfactual - image)
 
 
 def score_map(anomaly_map: torch.Tensor, fraction: float = 0.05) -> torch.Tensor:
@@ -325,16 +340,28 @@ class ContractMixin(Base):
         output_type: str,
         return_dict: bool,
         score: torch.Tensor | None = None,
+        keep_below: float = 0.0,
+        scored_map: torch.Tensor | None = None,
     ) -> AnomalyOutput | tuple:
         """The last step of a call: restrict the map to `region`, offload the models, and convert the output.
+
+        Args:
+            score: (B,), the anomaly score; None: `score_map` of `scored_map`.
+            keep_below: see `composite`.
+            scored_map: (B, H, W), restricted to `region` as well; None: the anomaly map.
 
         Returns:
             `AnomalyOutput`, or its tuple with `return_dict` False.
         """
+        scored_map = anomaly_map if scored_map is None else scored_map
         if region == "lungs":
             segmenter = self.lung_segmenter
             images = image.mean(dim=1, keepdim=True).to(segmenter.device)  # offloading does not move the segmenter
-            anomaly_map = anomaly_map * segmenter.field(images).to(anomaly_map.device)
+            gate = segmenter.field(images).to(anomaly_map.device)
+            anomaly_map, scored_map = anomaly_map * gate, scored_map * gate
+        low, high = data_range
+        counterfactual = composite(image, counterfactual.clamp(low, high), anomaly_map, keep_below)
+        score = score_map(scored_map.float().clamp(0, 1)) if score is None else score
         output = anomaly_output(image, counterfactual, anomaly_map, data_range, output_type, score)
         self.maybe_free_model_hooks()
         self._interrupt = False  # for `invert` and `decode` called on their own
@@ -357,13 +384,21 @@ class ContractMixin(Base):
         raise ValueError(f"expected `{name}` among {', '.join(labels)}, got {label!r}")
 
     def check_map(
-        self, output_type: str, *, smoothing: float, region: str, direction: str = "both", highpass: float = 0.0
+        self,
+        output_type: str,
+        *,
+        smoothing: float,
+        region: str,
+        direction: str = "both",
+        highpass: float = 0.0,
+        keep_below: float = 0.0,
     ) -> None:
         """Raise ValueError for invalid settings of the map, or an invalid `output_type`."""
         if direction not in ("both", "bright", "dark"):
             raise ValueError(f"expected `direction` both, bright or dark, got {direction!r}")
         check_number("highpass", highpass)
         check_number("smoothing", smoothing)
+        check_number("keep_below", keep_below)
         if region not in ("image", "lungs"):
             raise ValueError(f"expected `region` image or lungs, got {region!r}")
         if region == "lungs" and self.lung_segmenter is None:

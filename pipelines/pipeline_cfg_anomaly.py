@@ -107,6 +107,7 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         smoothing: float = 0.0,
         highpass: float = 0.0,
         region: str = "image",
+        keep_below: float = 0.0,
         evidence: float = 0.0,
         score: str = "map",
         view: str | list[str | None] | None = None,
@@ -139,12 +140,16 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
             highpass: sigma of a Gaussian, in pixels of an image of 64 pixels (scaled with the model's resolution); the
                 difference of image and counterfactual blurred by it is subtracted before `direction` applies. 0: off.
             region: "image", or "lungs": the map is multiplied by the soft lung mask of the pipeline's `lung_segmenter`.
+            keep_below: a value of the map. Where the map is below it, the returned counterfactual is the image itself;
+                above twice the value, it is the decoded image, and in between a mixture. Neither the map nor the score
+                depends on it. 0: the decoded image everywhere.
             evidence: weight of the class evidence in the map: where the UNet, given the image under noise, predicts
                 more (in the sense of `direction`) for `negative_label` than for `target_label`; see `class_evidence`.
                 14 evaluations of the UNet for each image, shared with the score; 0: none.
-            score: "map": the mean of the map's highest 5 % of pixels. "evidence": how much better the UNet predicts the
-                noise for `negative_label` than for `target_label`, as the log of the ratio of the errors: 0 equally
-                well, 0.01 one percent better.
+            score: "map": the mean of the map's highest 5 % of pixels. "change": the same of the change to the decoded
+                image of the highest level without high-pass, so that overall brightness counts, too. "evidence": how
+                much better the UNet predicts the noise for `negative_label` than for `target_label`, as the log of the
+                ratio of the errors: 0 equally well, 0.01 one percent better.
             view: "PA" or "AP", or a list with one for each image, for a model that is conditioned on the view; None
                 or "" if it is unknown: then the view that explains the image best is used (six more evaluations).
             generator: of the noise of the class evidence. None: fixed noise, the same in every call and on any device.
@@ -181,7 +186,8 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
             score,
             callback_on_step_end_tensor_inputs,
         )
-        self.check_map(output_type, direction=direction, smoothing=smoothing, highpass=highpass, region=region)
+        map_settings = dict(direction=direction, smoothing=smoothing, highpass=highpass)
+        self.check_map(output_type, **map_settings, region=region, keep_below=keep_below)
         target = self.label_id(target_label, "target_label")
         source = self.label_id(source_label, "source_label")
         # without guidance and evidence the negative label is not used and may be missing
@@ -212,7 +218,7 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
                 negative_label=negative,
                 **span,
             )
-            maps.append(self.map_change(image, counterfactual, direction, highpass, smoothing))
+            maps.append(self.map_change(image, counterfactual, **map_settings))
         anomaly_map, ratio = torch.stack(maps).mean(dim=0), None
 
         # 5. class evidence: the comparison of the two labels
@@ -223,16 +229,32 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
             ratio = ratio if score == "evidence" else None
 
         # 6. the output
+        change = None
+        if score == "change":
+            change = self.map_change(image, counterfactual, **{**map_settings, "highpass": 0.0})
         data_range = self.config.data_range
-        return self.finish(image, counterfactual, anomaly_map, data_range, region, output_type, return_dict, ratio)
+        return self.finish(
+            image,
+            counterfactual,
+            anomaly_map,
+            data_range,
+            region,
+            output_type,
+            return_dict,
+            score=ratio,
+            keep_below=keep_below,
+            scored_map=change,
+        )
 
     ORIGINAL_SETTINGS = default_settings(__call__)
 
     def describe_score(self) -> str:
         """The meaning of the `anomaly_score` under the checkpoint's own settings."""
-        if self.settings()["score"] == "evidence":
-            return "how much better the disease explains the image than health does; 0: neither, 0.01: by 1 %"
-        return self.score_meaning
+        return {
+            "map": self.score_meaning,
+            "change": "mean of the highest 5 % of pixels of the change to a healthy image, with its overall brightness",
+            "evidence": "how much better the disease explains the image than health does; 0: neither, 0.01: by 1 %",
+        }[self.settings()["score"]]
 
     def label_id(self, label: int | str, name: str = "label") -> int:
         """Class id of a class id, a class name or "null" (the number of classes)."""
@@ -256,8 +278,8 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
             self.check_steps(level, num_inference_steps, tensor_inputs)
         check_number("guidance_scale", guidance_scale, low=-math.inf)
         check_number("evidence", evidence)
-        if score not in ("map", "evidence"):
-            raise ValueError(f"expected `score` map or evidence, got {score!r}")
+        if score not in ("map", "change", "evidence"):
+            raise ValueError(f"expected `score` map, change or evidence, got {score!r}")
 
     def predict(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) latents, a timestep, (B,) labels -> (B, C, H, W) float32; a learned variance is split off."""

@@ -100,6 +100,7 @@ class ClassifierGuidedPipeline(ContractMixin, ViewsMixin, PortableMixin, Diffusi
         smoothing: float = 0.0,
         highpass: float = 0.0,
         region: str = "image",
+        keep_below: float = 0.0,
         view: str | list[str | None] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -118,7 +119,7 @@ class ClassifierGuidedPipeline(ContractMixin, ViewsMixin, PortableMixin, Diffusi
             target_label: the class to decode to, as an id or a name of the classifier; 0 is healthy.
             unet_label: the class given to a UNet with classes, in inversion and decoding: an id, a name, "null", or
                 "target" (as Wolleb et al. do). None: "null" if the UNet has a null label, else "target".
-            num_inference_steps, direction, smoothing, highpass, region, view, output_type, return_dict,
+            num_inference_steps, direction, smoothing, highpass, region, keep_below, view, output_type, return_dict,
             callback_on_step_end, callback_on_step_end_tensor_inputs: see the call of `CFGAnomalyPipeline`.
 
         Returns:
@@ -141,7 +142,8 @@ class ClassifierGuidedPipeline(ContractMixin, ViewsMixin, PortableMixin, Diffusi
         check_scheduler(self.scheduler)
         check_number("classifier_scale", classifier_scale)
         self.check_steps(noise_level, num_inference_steps, callback_on_step_end_tensor_inputs)
-        self.check_map(output_type, direction=direction, smoothing=smoothing, highpass=highpass, region=region)
+        map_settings = dict(direction=direction, smoothing=smoothing, highpass=highpass)
+        self.check_map(output_type, **map_settings, region=region, keep_below=keep_below)
         target = self.find_label(target_label, "target_label", self.num_classes)
         label = self.unet_class(unet_label, target)
         on_step = self.on_step(callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -163,9 +165,10 @@ class ClassifierGuidedPipeline(ContractMixin, ViewsMixin, PortableMixin, Diffusi
         counterfactual = self.decode(latents, target, label, classifier_scale=classifier_scale, **span)
 
         # 5. the map of the change
-        anomaly_map = self.map_change(image, counterfactual, direction, highpass, smoothing)
+        anomaly_map = self.map_change(image, counterfactual, **map_settings)
         data_range = self.config.data_range
-        return self.finish(image, counterfactual, anomaly_map, data_range, region, output_type, return_dict)
+        output = image, counterfactual, anomaly_map, data_range, region, output_type, return_dict
+        return self.finish(*output, keep_below=keep_below)
 
     ORIGINAL_SETTINGS = default_settings(__call__)
 

@@ -66,6 +66,7 @@ class FixedPointGANPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         smoothing: float = 0.0,
         highpass: float = 0.0,
         region: str = "image",
+        keep_below: float = 0.0,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> AnomalyOutput | tuple:
@@ -76,7 +77,7 @@ class FixedPointGANPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
 
         Args:
             target_label: the class to translate to, as an id or a name; 0 is healthy.
-            image, direction, smoothing, highpass, region, output_type, return_dict: see the call of
+            image, direction, smoothing, highpass, region, keep_below, output_type, return_dict: see the call of
                 `CFGAnomalyPipeline`.
 
         Returns:
@@ -96,7 +97,8 @@ class FixedPointGANPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
             ```
         """
         # 1. check the arguments
-        self.check_map(output_type, direction=direction, smoothing=smoothing, highpass=highpass, region=region)
+        map_settings = dict(direction=direction, smoothing=smoothing, highpass=highpass)
+        self.check_map(output_type, **map_settings, region=region, keep_below=keep_below)
         target = self.label_id(target_label)
 
         # 2. image -> x
@@ -106,9 +108,10 @@ class FixedPointGANPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         counterfactual = self.translate(image, target)
 
         # 4. the map of the change
-        anomaly_map = self.map_change(image, counterfactual, direction, highpass, smoothing)
+        anomaly_map = self.map_change(image, counterfactual, **map_settings)
         data_range = self.config.data_range
-        return self.finish(image, counterfactual, anomaly_map, data_range, region, output_type, return_dict)
+        output = image, counterfactual, anomaly_map, data_range, region, output_type, return_dict
+        return self.finish(*output, keep_below=keep_below)
 
     ORIGINAL_SETTINGS = default_settings(__call__)
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -22,6 +23,7 @@ def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
     for name in (
+        "cross_fit",
         "deblurring",
         "deblurring_detection",
         "detect",
@@ -67,7 +69,46 @@ def test_the_cost_of_an_evaluation_is_compared_with_scikit_learn_and_another_ver
     assert all(float(row[5]) >= float(row[6]) > 0 for row in versions[-2:])
 
 
+def per_image_table(values, label=1):
+    """What evaluate writes of images that have a patient each; `values`: {method: one a patient}."""
+    rows = [
+        {"method": name, "part": "dataset", "path": f"{i}.png", "patient": f"p{i}", "label": label}
+        | {"pixel_ap": value, "score": value, "hit": 0.0}
+        for name, column in values.items()
+        for i, value in enumerate(column)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_a_setting_is_reported_on_the_patients_it_was_not_chosen_on(tmp_path, capsys):
+    import cross_fit
+
+    first = set(np.random.default_rng(0).permutation([f"p{i}" for i in range(10)])[:5])
+    in_first = np.array([f"p{i}" in first for i in range(10)])
+    lucky = np.where(in_first, 0.9, 0.1)  # good where it is chosen, bad on the other half
+    (tmp_path / "boxes").mkdir()
+    path = tmp_path / "boxes" / "per_image.csv"
+    per_image_table({"even": [0.4] * 10, "lucky": lucky}).to_csv(path, index=False)
+    call = ["--results", str(tmp_path), "--data", "boxes", "--splits", "1"]
+    cross_fit.main(call)
+    printed = capsys.readouterr().out
+    assert "chosen on one half lucky, on the other even" in printed
+    cells = [float(cell.split(" [")[0]) for cell in rows_of(printed)[0][1:]]
+    assert cells == [0.25, 0.4, 0.5, -0.15], "of 0.1 and 0.4, not the 0.5 of all patients"
+    assert "lucky 1, even 1" in printed
+
+    healthy, ill = np.linspace(0.1, 0.5, 10), np.linspace(0.3, 0.7, 10)
+    tables = [per_image_table({"even": x, "worse": 1 - x}, label) for label, x in ((0, healthy), (1, ill))]
+    tables[0]["path"] = "healthy/" + tables[0]["path"]
+    pd.concat(tables).to_csv(path, index=False)
+    cross_fit.main([*call, "--metric", "image_auroc"])
+    row = rows_of(capsys.readouterr().out)[0]
+    parts = [[(a < b) + (a == b) / 2 for a in healthy[side] for b in ill[side]] for side in (in_first, ~in_first)]
+    assert float(row[1].split(" [")[0]) == pytest.approx(np.mean([np.mean(part) for part in parts]), abs=6e-4)
+
+
 def test_the_method_table_has_pixel_ap_and_cost_of_each_choice(tmp_path, pipeline, capsys):
+    import cross_fit
     import method
     import yaml
 
@@ -99,6 +140,8 @@ def test_the_method_table_has_pixel_ap_and_cost_of_each_choice(tmp_path, pipelin
     assert [int(row[-1]) for row in rows[:4]] == [2 + 4, 2 + 4 + 4, 2 + 2, 5 + 10]
     assert all("[" in row[2] for row in rows[1:4]) and rows[0][2].strip() == "–"
     assert Image.open(image).width > 300
+    cross_fit.main(["--results", str(tmp_path / "out"), "--data", "implants", "boxes", "--splits", "2"])
+    assert [row[0] for row in rows_of(capsys.readouterr().out)] == ["implants", "boxes"]
 
 
 def test_the_cost_of_a_training_step_is_one_table(capsys):

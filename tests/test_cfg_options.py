@@ -14,6 +14,7 @@ from cxr_diffusers import (
     ClassifierGuidedPipeline,
     FixedPointGANPipeline,
     GradCAMPipeline,
+    LungSegmenter,
     PyramidCAMPipeline,
 )
 from cxr_diffusers.commands.options import SETTINGS
@@ -166,6 +167,18 @@ def test_evidence_of_an_image_does_not_depend_on_its_batch(pipeline, images):
         torch.testing.assert_close(alone.anomaly_score[0], together.anomaly_score[i], atol=1e-5, rtol=0)
 
 
+def test_the_score_of_the_change_is_that_of_the_map_without_highpass(pipeline, images):
+    pipeline.register_modules(lung_segmenter=LungSegmenter(sample_size=16, block_out_channels=(4, 4)))
+    call = {**FAST, "smoothing": 1.0, "region": "lungs", "direction": "both", "keep_below": 0.01}
+    plain, scored = pipeline(images, **call), pipeline(images, **call, highpass=8.0, score="change")
+    torch.testing.assert_close(scored.anomaly_score, plain.anomaly_score)
+    filtered = pipeline(images, **call, highpass=8.0)
+    torch.testing.assert_close(scored.anomaly_map, filtered.anomaly_map)
+    assert (filtered.anomaly_score < 0.99 * plain.anomaly_score).all()
+    levels = {**call, "noise_level": [200, 300], "score": "change"}  # the change to the returned image: the last level
+    torch.testing.assert_close(pipeline(images, **levels).anomaly_score, plain.anomaly_score, atol=1e-5, rtol=0)
+
+
 def test_identical_labels_give_no_evidence(pipeline, images):
     weight = pipeline.unet.class_embedding.weight
     weight.data[1] = weight.data[0]
@@ -184,7 +197,8 @@ def test_the_levels_of_evidence_are_shares_of_the_chain():
     "wrong, message",
     [
         (dict(evidence=-1.0), "expected a finite `evidence` of 0 or more, got -1.0"),
-        (dict(score="mean"), "expected `score` map or evidence, got 'mean'"),
+        (dict(score="mean"), "expected `score` map, change or evidence, got 'mean'"),
+        (dict(keep_below=-0.1), "expected a finite `keep_below` of 0 or more, got -0.1"),
         (dict(score="evidence", guidance_scale=0.0, negative_label=9), "expected `negative_label` among"),
         ({"noise_level": []}, "expected at least one `noise_level`"),
         ({"noise_level": [300, 2000]}, "expected `noise_level` to be a timestep, 1..1000, got 2000"),

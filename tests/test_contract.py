@@ -155,6 +155,26 @@ def test_region_lungs_multiplies_the_map_by_the_soft_mask(pipeline, images):
     torch.testing.assert_close(inside.counterfactual, plain.counterfactual)
 
 
+def test_keep_below_keeps_the_image_where_the_map_is_low(pipeline, images):
+    if "keep_below" not in pipeline.ORIGINAL_SETTINGS:
+        pytest.skip("a method without counterfactuals")
+    raw = pipeline(images, output_type="pt")
+    value = 0.4 * float(raw.anomaly_map.max())
+    kept = pipeline(images, keep_below=value, output_type="pt")
+    torch.testing.assert_close(kept.anomaly_map, raw.anomaly_map)
+    torch.testing.assert_close(kept.anomaly_score, raw.anomaly_score)
+    low, high = ((raw.anomaly_map[:, None] < limit) for limit in (value, 2 * value))
+    assert low.any() and (~high).any()
+    torch.testing.assert_close(kept.counterfactual[low], raw.image[low])
+    torch.testing.assert_close(kept.counterfactual[~high], raw.counterfactual[~high])
+    between = kept.counterfactual - raw.image
+    assert (between.abs() <= (raw.counterfactual - raw.image).abs() + 1e-6).all()
+    with_segmenter(pipeline)  # the counterfactual changes where the returned map is high, which is in the lungs
+    lungs = pipeline(images, keep_below=value, region="lungs", output_type="pt")
+    low = lungs.anomaly_map[:, None] < value
+    torch.testing.assert_close(lungs.counterfactual[low], raw.image[low])
+
+
 def test_the_lung_segmenter_is_saved_with_the_pipeline(pipeline, images, tmp_path):
     with_segmenter(pipeline).register_to_config(settings={**pipeline.config.settings, "region": "lungs"})
     pipeline.save_pretrained(tmp_path)

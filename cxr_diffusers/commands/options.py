@@ -38,12 +38,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "help": "without changes that are wider than this, in pixels of an image of 64 pixels; 0: off",
     },
     "region": {"choices": ["image", "lungs"], "help": "part of the image that the map covers"},
+    "keep_below": {
+        "type": float,
+        "metavar": "VALUE",
+        "help": "of the map, below which the counterfactual is the image itself; 0: off",
+    },
     "evidence": {
         "type": float,
         "metavar": "WEIGHT",
         "help": "of the class evidence in the map: where the model predicts more for the negative label",
     },
-    "score": {"choices": ["map", "evidence"], "help": "of the map, or how much better the negative label explains it"},
+    "score": {
+        "choices": ["map", "change", "evidence"],
+        "help": "of the map, of the change without high-pass, or how much better the negative label explains the image",
+    },
 }
 
 BACKENDS = ("torch", "onnx", "openvino")

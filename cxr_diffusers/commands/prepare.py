@@ -1,5 +1,6 @@
 """cxr-diffusers prepare: a small grey copy of a data set."""
 
+import sys
 from pathlib import Path
 
 from .options import add_command, add_shard_option, print_shard, shard_of
@@ -71,7 +72,7 @@ def pack(options):
         dataset, auroc = fill_views(dataset)
         print("every view is in the table" if auroc is None else f"views filled in; cross-validated AUROC {auroc:.3f}")
     unlabelled = [open_dataset(text) for text in options.unlabelled]
-    path = pack(
+    failed = pack(
         dataset,
         options.output,
         size=options.size,
@@ -79,5 +80,8 @@ def pack(options):
         quality=options.quality,
         unlabelled=unlabelled,
     )
-    images = len(dataset) + sum(map(len, unlabelled))
-    print(f"{path}: {images} images, {path.stat().st_size / 1e6:.1f} MB")
+    images = len(dataset) + sum(map(len, unlabelled)) - len(failed)
+    print(f"{options.output}: {images} images, {options.output.stat().st_size / 1e6:.1f} MB")
+    for error in failed.values():
+        print(f"left out: {error}", file=sys.stderr)
+    return 1 if failed else 0

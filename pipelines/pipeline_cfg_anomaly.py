@@ -186,7 +186,7 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
             score,
             callback_on_step_end_tensor_inputs,
         )
-        map_settings = dict(direction=direction, smoothing=smoothing, highpass=highpass)
+        map_settings: dict[str, Any] = dict(direction=direction, smoothing=smoothing, highpass=highpass)
         self.check_map(output_type, **map_settings, region=region, keep_below=keep_below)
         target = self.label_id(target_label, "target_label")
         source = self.label_id(source_label, "source_label")

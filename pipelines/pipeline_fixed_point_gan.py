@@ -97,7 +97,7 @@ class FixedPointGANPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
             ```
         """
         # 1. check the arguments
-        map_settings = dict(direction=direction, smoothing=smoothing, highpass=highpass)
+        map_settings: dict[str, Any] = dict(direction=direction, smoothing=smoothing, highpass=highpass)
         self.check_map(output_type, **map_settings, region=region, keep_below=keep_below)
         target = self.label_id(target_label)
 

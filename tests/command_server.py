@@ -7,6 +7,7 @@ process, which leads a process group of its own, and, when it has ended, its exi
 import importlib
 import json
 import os
+import signal
 import sys
 
 from cxr_diffusers import cli, commands
@@ -21,6 +22,7 @@ training.run training.recipe training.validation_loss
 def run(job):
     """Become the command."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background hands on that it is ignored
     os.chdir(job["folder"])
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream, target in ((os.open(os.devnull, os.O_RDONLY), 0), (log, 1), (log, 2)):

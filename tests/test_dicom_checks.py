@@ -102,7 +102,11 @@ def test_a_broken_entry_is_a_warning_and_stops_nothing():
     tag = Tag("PixelIntensityRelationshipSign")
     made[tag] = RawDataElement(tag, "SS", 1, b"\x01", 0, False, True)  # one byte where there should be two
     sentences = warnings_of(made)
-    assert len(sentences) == 3 and "cannot be read" in sentences[-1] and ";" not in "".join(sentences)
+    assert (
+        len(sentences) == 3
+        and "cannot be read (PixelIntensityRelationshipSign)" in sentences[-1]
+        and ";" not in "".join(sentences)
+    )
 
 
 def test_reports_and_presentation_states_in_a_tree_are_left_out_with_a_note(tmp_path, caplog):

@@ -9,16 +9,20 @@ import numpy as np
 import pydicom
 import pytest
 from PIL import Image
+from pydicom import Dataset
 
 from cxr_diffusers.cli import main
+from cxr_diffusers.data.images import read_header, read_image
 from cxr_diffusers.files import load_map
 from cxr_diffusers.inference import detection
 from cxr_diffusers.inference.dicom_output import (
     ENDINGS,
     Algorithm,
+    DicomOutputError,
     make_capture,
     make_presentation_state,
     make_segmentation,
+    write_objects,
 )
 from helpers import FEW_STEPS, run_detect, write_source
 
@@ -198,6 +202,41 @@ def test_objects_need_a_threshold_and_a_dicom_file_that_names_its_study(pipeline
     assert {path.name for path in (tmp_path / "out" / "dicom").iterdir()} == {
         f"whole_{ending}.dcm" for ending in ENDINGS
     }
+
+
+@pytest.mark.parametrize(
+    "tags, reason",
+    [
+        ({"PatientSex": "UNKNOWN"}, "PatientSex: expected M, F or O"),
+        ({"PatientBirthDate": "19.5.1950"}, "PatientBirthDate: expected a date YYYYMMDD"),
+        ({"StudyTime": "ten o'clock"}, "StudyTime: expected a time HHMMSS"),
+        ({"SpecificCharacterSet": "ISO_IR 999"}, "SpecificCharacterSet: expected a character set of DICOM"),
+        ({"PatientSex": "QQ", "StudyDate": "1/2/26"}, "PatientSex: expected M, F or O, got another value, StudyDate: "),
+    ],
+)
+def test_the_reason_names_each_element_and_what_was_expected(tmp_path, tags, reason):
+    source = read_header(write_source(tmp_path / "a.dcm", **tags))
+    with pytest.raises(DicomOutputError, match="no DICOM objects can be made from this header: ") as error:
+        write_objects(tmp_path / "a", source, np.ones((24, 18), bool), Image.new("RGB", (60, 30)), ALGORITHM)
+    assert reason in str(error.value) and not any(value in str(error.value) for value in tags.values())
+
+
+@pytest.mark.parametrize(
+    "tags, rescale",
+    [
+        ({"RescaleSlope": "-1"}, (-1, 0)),
+        ({"RescaleIntercept": "-1024"}, (1, -1024)),
+        ({"RescaleSlope": "2", "RescaleIntercept": ""}, (2, 0)),
+        ({"RescaleSlope": "-0.5", "RescaleIntercept": "4095", "VOILUTSequence": [Dataset()]}, (-0.5, 4095)),
+        ({"SpecificCharacterSet": None, "VOILUTSequence": []}, None),
+    ],
+)
+def test_half_a_rescale_and_empty_elements_are_mended_as_the_reader_does(tmp_path, tags, rescale):
+    path = write_source(tmp_path / "a.dcm", **tags)
+    read_image(path)
+    write_objects(tmp_path / "a", read_header(path), np.ones((24, 18), bool), Image.new("RGB", (60, 30)), ALGORITHM)
+    state = pydicom.dcmread(tmp_path / "a_gsps.dcm")
+    assert rescale is None or (state.RescaleSlope, state.RescaleIntercept) == rescale
 
 
 def test_an_invalid_header_fails_only_its_own_file(model, tmp_path):

@@ -233,7 +233,7 @@ def test_images_of_a_single_value_are_left_out_counted_and_named(tmp_path, caplo
     assert json.dumps(result.summary["rows"]) == json.dumps(expected.summary["rows"])  # NaN equals NaN
     assert result.per_image.path.tolist() == expected.per_image.path.tolist()
     text = (tmp_path / "summary.md").read_text()
-    assert "left out, images of a single value: 2 (a/flat.png, b/flat.png)" in text
+    assert "left out, images that cannot be read or of a single value: 2 (a/flat.png, b/flat.png)" in text
     assert expected.summary["failed"] == {} and expected.summary["n_failed"] == 0
 
 
@@ -420,7 +420,7 @@ def test_similarity_is_measured_outside_the_true_region():
         (lambda d: dict(dataset=d, healthy=d), r"label 0.*got labels \[1\]"),
         (
             lambda d: dict(dataset=[{**d[0], "image": Image.new("L", (32, 32), 7)}]),
-            "images with contrast, got 1 of a single value: spot/0.png",
+            "images with contrast, got 1 without: spot/0.png: expected an image with contrast",
         ),
         (
             lambda d: dict(dataset=[{**d[0], "mask": Image.new("L", (9, 9))}]),

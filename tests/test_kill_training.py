@@ -1,5 +1,6 @@
 """A training that is killed at random moments ends, after the same command, with the files of an undisturbed run."""
 
+import contextlib
 import hashlib
 import os
 import random
@@ -25,7 +26,9 @@ def start(folder, launcher=()):
     folder.mkdir(exist_ok=True)
     command = [sys.executable, *launcher, str(ROOT / "training" / "train_cfg.py"), *OPTIONS, "train.output_dir=run"]
     log = open(folder / "output.txt", "ab")
-    return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True)
+    options = dict(cwd=folder, env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True)
+    # a test run in the background hands on that Ctrl-C is ignored
+    return subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options)
 
 
 def finish(folder):
@@ -111,6 +114,7 @@ def test_the_launcher_killed_alone_leaves_the_folder_to_its_child_until_that_end
         output = (tmp_path / "output.txt").read_text()
         assert code == 0 or (code == 2 and "is being written by another run" in output), output[-2000:]
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # the child has ended by itself
+            os.killpg(process.pid, signal.SIGKILL)
     time.sleep(0.5)
     assert finish(tmp_path) == undisturbed

@@ -123,7 +123,8 @@ def as_dataset(rows):
 
 def test_a_packed_data_set_comes_back_with_labels_and_unlabelled_images(tmp_path):
     labelled, more = as_dataset(noisy_chests(4, "PA")), as_dataset(noisy_chests(3, "AP", seed=1))
-    path = pack(labelled, tmp_path / "train.parquet", size=32, quality=95, unlabelled=[more])
+    path = tmp_path / "train.parquet"
+    pack(labelled, path, size=32, quality=95, unlabelled=[more])
     assert [p.name for p in tmp_path.iterdir()] == ["train.parquet"], "no temporary file stays"
     everything = load_packed(path)
     assert everything["label"][:] == [0, 1, 0, 1, -1, -1, -1]
@@ -147,7 +148,8 @@ def test_a_wrong_packed_data_set_is_refused(tmp_path):
     (tmp_path / "text.parquet").write_text("text")
     with pytest.raises(ValueError, match="expected a packed data set"):
         load_packed(tmp_path / "text.parquet")
-    path = pack(labelled, tmp_path / "x.parquet", size=16)
+    path = tmp_path / "x.parquet"
+    pack(labelled, path, size=16)
     with pytest.raises(ValueError, match="`part` all, labelled or unlabelled"):
         load_packed(path, part="half")
 

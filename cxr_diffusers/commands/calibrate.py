@@ -1,6 +1,7 @@
 """cxr-diffusers calibrate: threshold, healthy scores and error range of a model, from validation images."""
 
 import argparse
+import sys
 from typing import Any
 
 from .options import SETTINGS, add_command, add_device_options, keyword_options, open_pipeline
@@ -37,14 +38,14 @@ def add(commands: Any) -> None:
     calibrate.set_defaults(**dict.fromkeys(SETTINGS))
 
 
-def run(options: argparse.Namespace) -> None:
-    """Run the command; prints threshold, healthy scores and error range."""
+def run(options: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
     from ..data import open_dataset
     from ..inference.calibration import calibrate_model, check_own_folder
     from ..processes import process_state
 
     if not process_state().is_main_process:
-        return
+        return 0
     folder = check_own_folder(options.model)
     healthy = open_dataset(options.healthy)
     diseased = open_dataset(options.diseased) if options.diseased else None
@@ -58,3 +59,6 @@ def run(options: argparse.Namespace) -> None:
         print(f"  {view}: {len(of_view)} images, {of_view[0]:.4g} to {of_view[-1]:.4g}")
     if result.errors is not None:
         print(result.errors.describe())
+    for error in result.failed.values():
+        print(f"left out: {error}", file=sys.stderr)
+    return 1 if result.failed else 0

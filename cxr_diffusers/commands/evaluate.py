@@ -1,6 +1,7 @@
 """cxr-diffusers evaluate: one table for methods and controls."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,8 @@ def add(commands: Any) -> None:
     add_pipeline_options(evaluate, several=True)
 
 
-def run(options: argparse.Namespace) -> None:
-    """Run the command; prints the tables and the names of the files that hold them."""
+def run(options: argparse.Namespace) -> int:
+    """Run the command; prints the tables and the names of the files that hold them. Returns the exit code."""
     from ..config import PLANS, config_file
     from ..data import open_dataset
     from ..evaluation import compare, load_plan, run_plan
@@ -101,6 +102,11 @@ def run(options: argparse.Namespace) -> None:
         print(plan_table(results))
         files = [folder / name for folder in folders for name in ("summary.md", "contact_sheet.png")]
         print("See " + ", ".join(str(file) for file in files if file.is_file()))
+        failed = sum(result.summary["n_failed"] for result in results.values())
+        if failed:
+            print(f"left out: {failed} images, see `failed` in summary.json", file=sys.stderr)
+        return 1 if failed else 0
+    return 0
 
 
 def open_judge(name: str | None) -> dict[str, Any]:

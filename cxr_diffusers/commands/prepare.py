@@ -1,6 +1,7 @@
 """cxr-diffusers prepare: a small grey copy of a data set."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,7 @@ def run(options: argparse.Namespace) -> int:
     if options.pack:
         if options.shard:
             raise ValueError(f"expected --pack without --shard, got {options.shard}: it writes one file")
-        pack(options)
-        return 0
+        return pack(options)
     from ..data.preparation import prepare
 
     shard = shard_of(options)
@@ -52,8 +52,8 @@ def run(options: argparse.Namespace) -> int:
     return 1 if summary["failed"] else 0
 
 
-def pack(options: argparse.Namespace) -> None:
-    """Run the command with `--pack`."""
+def pack(options: argparse.Namespace) -> int:
+    """Run the command with `--pack`; returns the exit code."""
     from ..data import open_dataset
     from ..data.packing import pack
     from ..data.views import fill_views
@@ -65,6 +65,9 @@ def pack(options: argparse.Namespace) -> None:
         dataset, auroc = fill_views(dataset)
         print("every view is in the table" if auroc is None else f"views filled in; cross-validated AUROC {auroc:.3f}")
     unlabelled = [open_dataset(text) for text in options.unlabelled]
-    path = pack(dataset, options.output, **keyword_options(options, pack, unlabelled=unlabelled))
-    images = len(dataset) + sum(map(len, unlabelled))
-    print(f"{path}: {images} images, {path.stat().st_size / 1e6:.1f} MB")
+    failed = pack(dataset, options.output, **keyword_options(options, pack, unlabelled=unlabelled))
+    images = len(dataset) + sum(map(len, unlabelled)) - len(failed)
+    print(f"{options.output}: {images} images, {options.output.stat().st_size / 1e6:.1f} MB")
+    for error in failed.values():
+        print(f"left out: {error}", file=sys.stderr)
+    return 1 if failed else 0

@@ -50,7 +50,23 @@ def dicom_header(path: Path | str) -> tuple[str, str]:
     Raises:
         ValueError: no DICOM file, or an element that cannot be read.
     """
-    dataset = read_header(path)
+    return _patient_and_view(read_header(path), path)
+
+
+def patient_and_view(path: Path | str) -> tuple[str, str]:
+    """As `dicom_header`; ("", "") for a file of another type or a broken one: reading its pixels gives the reason.
+
+    Raises:
+        ValueError: an element that cannot be read.
+    """
+    try:
+        dataset = read_header(path) if is_dicom(path) else None
+    except (ValueError, OSError):
+        dataset = None
+    return ("", "") if dataset is None else _patient_and_view(dataset, path)
+
+
+def _patient_and_view(dataset, path):
     try:
         patient, view = (str(element(dataset, name) or "").strip() for name in ("PatientID", "ViewPosition"))
     except ValueError as error:

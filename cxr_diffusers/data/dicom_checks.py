@@ -72,13 +72,14 @@ def warnings_of(dataset: Any) -> list[str]:
         dataset: pydicom dataset; its pixels are not needed.
     """
     sentences = []
-    for check in (_burned_in, _modality, _body_part, _view, _orientation, _greys, _window):
+    for check, elements in CHECKS.items():
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # pydicom's warnings quote values
                 sentences += check(dataset)
-        except Exception as error:  # an element that pydicom cannot read must not stop a run
-            sentences.append(f"a part of the header cannot be read ({type(error).__name__})")
+        except Exception:  # an element that pydicom cannot read must not stop a run
+            broken = [name for name in elements if not _can_be_read(dataset, name)] or elements
+            sentences.append(f"a part of the header cannot be read ({', '.join(broken)})")
     return [sentence.replace(";", ",") for sentence in sentences]
 
 
@@ -190,6 +191,25 @@ def _greys(dataset):
     sign = dataset.get("PixelIntensityRelationshipSign")
     if (photometric, sign) in (("MONOCHROME1", -1), ("MONOCHROME2", 1)):
         yield f"may be a negative (PhotometricInterpretation {photometric}, PixelIntensityRelationshipSign {int(sign)})"
+
+
+CHECKS = {  # a check -> the elements that it reads
+    _burned_in: ("BurnedInAnnotation",),
+    _modality: ("Modality", "PresentationIntentType"),
+    _body_part: ("BodyPartExamined", "AnatomicRegionSequence"),
+    _view: ("ViewPosition", "ViewCodeSequence"),
+    _orientation: ("PatientOrientation",),
+    _greys: ("PhotometricInterpretation", "PresentationLUTShape", "PixelIntensityRelationshipSign"),
+    _window: ("WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence"),
+}
+
+
+def _can_be_read(dataset, name):
+    try:
+        str(dataset.get(name))
+    except Exception:
+        return False
+    return True
 
 
 def _quoted(name, value, allowed):

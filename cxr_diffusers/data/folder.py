@@ -7,7 +7,8 @@ from pathlib import Path
 from datasets import Dataset
 
 from .boxes import image_size, parse_boxes, read_boxes, to_pixels
-from .images import dicom_header, is_dicom, list_images, without_suffix
+from .dicom import patient_and_view
+from .images import list_images, without_suffix
 from .rows import read_mask, to_dataset
 from .tables import brief, existing_file, is_file, missing_columns, path_of, read_csv
 
@@ -48,7 +49,7 @@ def load_folder(
     boxes = box_rows(root, images)
     rows = []
     for path, label in zip(images, labels, strict=True):
-        patient, view = dicom_header(path) if is_dicom(path) else ("", "")
+        patient, view = patient_and_view(path)
         mask = masks.get(path)
         rows.append(
             {
@@ -238,7 +239,10 @@ def text_of(image: Path) -> Path:
 
 
 def _pixels(rows, image):
-    size = image_size(image) if rows else None
+    try:
+        size = image_size(image) if rows else None
+    except (ValueError, OSError):  # raised again when its row is used
+        return []
     return [to_pixels(box, unit, size, image, where) for where, box, unit in rows]
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 import PIL.Image
 from tqdm.auto import tqdm
 
-from .dicom import dicom_header, is_dicom
+from .dicom import patient_and_view
 from .images import SUFFIXES, read_image, walk
 from .rows import LAZY_SUFFIXES, PathsFeature, registered, to_dataset
 from .selection import select_rows
@@ -113,9 +113,9 @@ def locate_files(
 
 
 def read_headers(files: Sequence[Path]) -> list[tuple[str, str]]:
-    """[(patient, view)] of DICOM files, see `dicom.dicom_header`; ("", "") for files of other types."""
+    """[(patient, view)] of files, see `dicom.patient_and_view`."""
     bar = tqdm(files, desc="reading headers", unit="file", leave=False, delay=2)
-    return [dicom_header(file) if is_dicom(file) else ("", "") for file in bar]
+    return [patient_and_view(file) for file in bar]
 
 
 def check_views(views: Sequence[str] | None, choices: Sequence[str] = (*FRONTAL, "")) -> list[str] | None:

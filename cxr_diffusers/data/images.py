@@ -25,6 +25,7 @@ PIL_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 SUFFIXES = (*PIL_SUFFIXES, ".npy", *DICOM_SUFFIXES)
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "GIF", "WEBP", "JPEG2000")  # other formats may start external programs
 
+NPY_MAGIC = b"\x93NUMPY"
 ORIENTATION = 0x0112  # EXIF tag: how to turn the stored pixels
 
 # table of contents of an exported CD: a DICOM file without an image
@@ -318,10 +319,13 @@ def _unreadable(error):
 
 
 def _read_array(path):
-    array = np.load(path, mmap_mode="r", allow_pickle=False)  # its header alone, however much that promises
-    if not isinstance(array, np.ndarray):
-        array.close()
+    with open(path, "rb") as file:
+        begin = file.read(len(NPY_MAGIC))
+    if begin.startswith(b"PK"):
         raise ValueError("expected one array, got an archive")
+    if begin != NPY_MAGIC:  # NumPy's own message advises to load it unsafely
+        raise ValueError("cannot be read as an array (damaged or of another format)")
+    array = np.load(path, mmap_mode="r", allow_pickle=False)  # its header alone, however much that promises
     if array.ndim >= 2:
         check_pixel_count(array.shape[1], array.shape[0])
     return array_to_image(np.array(array) if array.size <= MAX_BYTES else array)

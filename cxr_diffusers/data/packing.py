@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..files import new_file, remove_dead_of
 from .images import fit_image, to_grey
-from .rows import check_images
+from .rows import check_images, each_row
 
 COLUMNS = ("image", "label", "patient", "view", "path")
 
@@ -26,7 +26,7 @@ def pack(
     aspect: str = "pad",
     quality: int = 92,
     unlabelled: Sequence[Dataset] = (),
-) -> Path:
+) -> dict[str, str]:
     """Write a data set as one Parquet file of JPEG images, which `load_packed` and the Hub open.
 
     Args:
@@ -38,10 +38,10 @@ def pack(
         unlabelled: further data sets, whose images are stored without a class (label -1).
 
     Returns:
-        The path.
+        {path: error} of the images that cannot be read, which are left out and logged.
 
     Raises:
-        ValueError: an option out of its range, or an image that cannot be read (named).
+        ValueError: an option out of its range, or no image that can be read.
     """
     if size < 8 or not 1 <= quality <= 100:
         raise ValueError(f"expected a `size` of 8 pixels or more and a `quality` of 1 to 100, got {size} and {quality}")
@@ -49,18 +49,21 @@ def pack(
     features = Features({**dataset.select_columns(list(COLUMNS)).features, "image": Image()})
     parts = [(dataset, None), *((more, -1) for more in unlabelled)]
     columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+    failed: dict[str, str] = {}
     with tqdm(total=sum(len(part) for part, _ in parts), desc="packing", unit="image") as bar:
         for part, label in parts:
-            for row in part:
+            for _, row in each_row(part, failed, contrast=False):
                 image = _shrunk(row, size, aspect, quality)
                 columns["image"].append({"bytes": image, "path": None})
                 columns["label"].append(row["label"] if label is None else label)
                 for name in ("patient", "view", "path"):
                     columns[name].append(row[name])
                 bar.update()
+    if not columns["image"]:
+        raise ValueError(f"expected images that can be read, got none: {next(iter(failed.values()), 'no image')}")
     with new_file(path) as temporary:
         Dataset.from_dict(columns, features=features).to_parquet(temporary)
-    return Path(path)
+    return failed
 
 
 def load_packed(root: Path | str, *, part: str = "all") -> Dataset:

@@ -1,8 +1,9 @@
 """Rows of a loader -> `datasets.Dataset`, with the columns that every data set here has."""
 
 import io
+import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -17,9 +18,11 @@ from datasets.utils.file_utils import is_local_path, xopen
 from tqdm.auto import tqdm
 
 from .boxes import check_box, image_size
-from .images import binary_mask, decode_image, errors_name, read_image
+from .images import binary_mask, check_has_contrast, decode_image, errors_name, read_image
 from .limits import MAX_BYTES, check_byte_count
 from .tables import check_encodable
+
+logger = logging.getLogger(__name__)
 
 # files that `datasets.Image` decodes on access; others are decoded when the data set is made
 LAZY_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
@@ -67,8 +70,11 @@ class CheckedImage(Image):
         """{"path", "bytes"} -> PIL image; ValueError that names a file that is damaged, too large or not there."""
         if not self.decode or not isinstance(value, dict) or (value["path"] is None and value["bytes"] is None):
             return super().decode_example(value, token_per_repo_id)
-        with errors_name(value["path"] or "an image of the data set"):
-            image = decode_image(_content(value["path"]) if value["bytes"] is None else value["bytes"])
+        if value["bytes"] is None and not _is_lazy(value["path"]) and is_local_path(value["path"]):
+            image = read_image(value["path"])  # of a broken file, see `_image_cell`: raises its error
+        else:
+            with errors_name(value["path"] or "an image of the data set"):
+                image = decode_image(_content(value["path"]) if value["bytes"] is None else value["bytes"])
         return image if self.mode in (None, image.mode) else image.convert(self.mode)
 
 
@@ -151,9 +157,50 @@ def _texts(values, name):
     return texts
 
 
-def read_mask(path: Path, image_path: Path) -> PIL.Image.Image:
-    """The mask of an image as PIL "L", 0 / 255; ValueError unless it is as large as its image."""
-    mask, size = binary_mask(read_image(path)), image_size(image_path)
+def each_row(dataset: Any, failed: dict[str, str], contrast: bool = True) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Yield (index, row) of each row whose image can be read.
+
+    Args:
+        dataset: a sequence of rows with `image` and, where it is known, `path`.
+        failed: {path: error} of the others is added to it, and logged.
+        contrast: leave out images of a single value, too.
+    """
+    for i in range(len(dataset)):
+        try:
+            row = dataset[i]
+            if contrast:
+                check_has_contrast(row["image"], row.get("path") or f"row {i}")
+        except (ValueError, OSError) as error:
+            logger.warning("left out: %s", error)
+            failed[column_of(dataset, "path")[i] or f"row {i}"] = str(error)
+        else:
+            yield i, row
+
+
+def readable_images(dataset: Dataset) -> tuple[Dataset, dict[str, str]]:
+    """(the rows of `each_row`, {path: error} of the others)."""
+    failed: dict[str, str] = {}
+    kept = [i for i, _ in each_row(dataset, failed)]
+    return dataset.select(kept) if failed else dataset, failed
+
+
+def column_of(dataset: Any, name: str) -> list[Any]:
+    """A column of a sequence of rows, None where it has none; images of a `datasets.Dataset` are not decoded."""
+    if not isinstance(dataset, Dataset):
+        return [row.get(name) for row in dataset]
+    return dataset[name][:] if name in dataset.column_names else [None] * len(dataset)
+
+
+def read_mask(path: Path, image_path: Path) -> PIL.Image.Image | dict[str, Any]:
+    """The mask of an image as PIL "L", 0 / 255; a cell that raises when it is decoded if either file is broken.
+
+    Raises:
+        ValueError: the mask has another size than its image.
+    """
+    try:
+        mask, size = binary_mask(read_image(path)), image_size(image_path)
+    except (ValueError, OSError):
+        return {"path": str(path), "bytes": None}
     if mask.size != size:
         raise ValueError(
             f"{path}: expected a mask of {size[0]} x {size[1]}, as its image {image_path}, got {mask.size}"
@@ -189,7 +236,10 @@ def _image_cell(image, bar):
     if _is_lazy(image):
         return {"path": str(image), "bytes": None}
     bar.update()
-    return png_cell(read_image(image))
+    try:
+        return png_cell(read_image(image))
+    except (ValueError, OSError):  # raised again when its row is used: one file does not stop the others
+        return {"path": str(image), "bytes": None}
 
 
 def png_cell(image: PIL.Image.Image) -> dict[str, Any]:

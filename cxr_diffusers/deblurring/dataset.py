@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -25,6 +26,8 @@ from ..pipelines import DiffPIRDeblurPipeline
 from ..processes import Shard, process_state, split_pending
 from .degradations import make_kernel
 from .kernel_estimation import estimate_kernel
+
+logger = logging.getLogger(__name__)
 
 SETTINGS, SUMMARY, SKIPPED = "deblur_settings.json", "deblur_summary.json", "skipped.csv"
 ESTIMATE = "estimate"
@@ -215,12 +218,7 @@ class Worker:
         if is_mask or len(np.unique(np.asarray(image))) <= 2:
             self.write(image, output)
             return
-        try:
-            kernel = kernel_of(image, self.kernel)
-        except ValueError as error:  # too small to estimate one
-            raise TooSmall(str(error)) from None
-        if max(kernel.shape) > min(image.size):
-            raise TooSmall(f"{image.width} x {image.height} pixels, kernel {kernel.shape}")
+        kernel = kernel_of(image, self.kernel)
         # kernels of one size are one batch
         key = (image.size, kernel.shape)
         self.waiting.setdefault(key, []).append((image, kernel, output))
@@ -265,19 +263,32 @@ def measure(
     """(seconds per image in one process, number of images), measured on `sample` images (None: two batches).
 
     The images are spread evenly over the data set; nothing is written, and a first call for warm-up does not count.
+    Broken images, and those smaller than the kernel, are left out.
+
+    Raises:
+        ValueError: no image is left.
     """
     fixed_kernel, _ = read_kernel(kernel)
     plan = plan_copy(Path(source_root), Path(source_root) / ".planned", {**SAME_GEOMETRY, "image_format": "png"})
     sources = [source for source, _, is_mask in plan.jobs if not is_mask]
     count = min(sample or 2 * batch_size, len(sources))
     sources = [sources[i * len(sources) // count] for i in range(count)]
-    images = [read_image(source) for source in sources]
-    pipeline(images[0], kernel=kernel_of(images[0], fixed_kernel), **{**(call_kwargs or {}), "num_inference_steps": 1})
+    images = []
+    for source in sources:
+        try:
+            image = read_image(source)
+            images.append((image, kernel_of(image, fixed_kernel)))
+        except (ValueError, OSError, TooSmall) as error:
+            reason = f"{source}: {str(error).removeprefix(f'{source}: ')}"
+            logger.warning("left out: %s", reason)
+    if not images:
+        raise ValueError(f"expected an image that can be deblurred, got none: {reason}")
+    image, kernel = images[0]
+    pipeline(image, kernel=kernel, **{**(call_kwargs or {}), "num_inference_steps": 1})
     start = time.perf_counter()
     groups: dict[tuple, list] = {}
-    for image in images:
-        own = kernel_of(image, fixed_kernel)
-        groups.setdefault((image.size, own.shape), []).append((image, own))
+    for image, kernel in images:
+        groups.setdefault((image.size, kernel.shape), []).append((image, kernel))
     for members in groups.values():
         for first in range(0, len(members), batch_size):
             some = members[first : first + batch_size]
@@ -310,7 +321,14 @@ def read_kernel(kernel: np.ndarray | str) -> tuple[np.ndarray | None, str]:
 
 
 def kernel_of(image: Image.Image, kernel: np.ndarray | None) -> np.ndarray:
-    return estimate_kernel(image) if kernel is None else kernel
+    """The kernel, or an estimated one where it is None; `TooSmall` if the image is smaller than it."""
+    try:
+        kernel = estimate_kernel(image) if kernel is None else kernel
+    except ValueError as error:  # too small to estimate one
+        raise TooSmall(str(error)) from None
+    if max(kernel.shape) > min(image.size):
+        raise TooSmall(f"{image.width} x {image.height} pixels, kernel {kernel.shape}")
+    return kernel
 
 
 def generator_of(seed: int, output: Path) -> torch.Generator:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..data.rows import column_of
 from ..files import remove_dead
 from ..processes import Shard, process_state
 from ..version import __version__
@@ -83,7 +84,8 @@ def compare(
         brightness x gate  the image stretched to [0, 1], smoothed by a Gaussian of 2/64 of the shorter side
         mirror x gate      likewise max(0, image - its left-right mirror image): brighter than the other lung
 
-    Images of a single value are left out: the log and the summary (`failed`, `n_failed`) name them.
+    Images that cannot be read, or of a single value, are left out: the log and the summary (`failed`, `n_failed`) name
+    them.
 
     Pixel sensitivity and specificity are pooled over the pixels, at the same threshold as Dice. Image sensitivity and
     specificity are those of scores above the 95 % quantile of the healthy images' scores, over the data set's own
@@ -347,10 +349,11 @@ def check(
         raise ValueError("expected a data set with at least one row, got none")
     if output_dir is None and (process_state().num_processes > 1 or not shard.is_all):
         raise ValueError("expected `output_dir` with several processes or a shard, which keep their results there")
-    unknown = [s for s in strata if s not in dataset[0]]
+    columns = getattr(dataset, "column_names", None) or dataset[0]
+    unknown = [s for s in strata if s not in columns]
     if unknown:
-        raise ValueError(f"expected `strata` among the columns {sorted(dataset[0])}, got {unknown}")
-    labels = {row.get("label") for row in healthy} - {0, None}
+        raise ValueError(f"expected `strata` among the columns {sorted(columns)}, got {unknown}")
+    labels = set(column_of(healthy, "label")) - {0, None}
     if labels:
         raise ValueError(f"expected healthy rows (label 0) in `healthy`, got labels {sorted(labels)}")
 

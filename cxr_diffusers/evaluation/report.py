@@ -158,7 +158,7 @@ def left_out(failed: Mapping[str, str]) -> list[str]:
         return []
     names = list(failed)
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return [f"- left out, images of a single value: {len(names)} ({', '.join(names[:5])}{more})"]
+    return [f"- left out, images that cannot be read or of a single value: {len(names)} ({', '.join(names[:5])}{more})"]
 
 
 def write(result: Evaluation, folder: Path, rows: Sequence[dict[str, Any]]) -> None:

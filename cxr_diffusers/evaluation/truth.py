@@ -1,20 +1,18 @@
 """Size, label, patient, view and true region of the images to evaluate."""
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from ..data.images import check_has_contrast, height_and_width
+from ..data.images import height_and_width
+from ..data.rows import each_row
 from .lazy import Lazy
 from .metrics import box_mask
 from .predictions import Predictions
 
 Row = dict[str, Any]  # path, patient, group, label, view, height, width, truth, and the strata; see `describe_row`
-
-logger = logging.getLogger(__name__)
 
 
 class Region:
@@ -53,7 +51,7 @@ class ImageSet:
 
 
 def open_images(dataset: Any, strata: Iterable[str] = ()) -> ImageSet:
-    """Describe the images of a data set; those of a single value are logged, counted and left out.
+    """Describe the images of a data set; broken ones and those of a single value are logged, counted and left out.
 
     Args:
         dataset: sequence of rows with `image` and, where they are known, `label`, `patient`, `view`, `path`, `mask`,
@@ -61,22 +59,16 @@ def open_images(dataset: Any, strata: Iterable[str] = ()) -> ImageSet:
         strata: names of further columns to keep.
 
     Raises:
-        ValueError: a mask of another size than its image, or images of a single value only.
+        ValueError: a mask of another size than its image, or no image that can be read and has contrast.
     """
     strata = tuple(strata)
-    rows, kept, failed = [], [], {}
-    for i, row in enumerate(dataset):
-        path = row.get("path") or f"row {i}"
-        try:
-            check_has_contrast(row["image"], path)
-        except ValueError as error:
-            logger.warning("left out: %s", error)
-            failed[path] = str(error)
-            continue
-        rows.append(describe_row(row, path, strata))
+    rows, kept = [], []
+    failed: dict[str, str] = {}
+    for i, row in each_row(dataset, failed):
+        rows.append(describe_row(row, row.get("path") or f"row {i}", strata))
         kept.append(i)
     if failed and not rows:
-        raise ValueError(f"expected images with contrast, got {len(failed)} of a single value: {', '.join(failed)}")
+        raise ValueError(f"expected images with contrast, got {len(failed)} without: {next(iter(failed.values()))}")
     return ImageSet(Lazy(len(kept), lambda i: dataset[kept[i]]) if failed else dataset, rows, failed)
 
 

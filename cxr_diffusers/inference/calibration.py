@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from ..data.images import height_and_width
+from ..data.rows import readable_images
 from ..evaluation.masks import healthy_threshold
 from ..evaluation.predictions import load_prediction, save_prediction
 from ..files import remove_dead, write_file
@@ -34,12 +35,14 @@ class Calibration:
 
     map_threshold: the map value that a share of `quantile` of the healthy images' pixels stays below. scores: of the
     healthy images. errors: of the healthy and diseased images; None for a model without a denoising network.
+    failed: {path: error} of the images that were left out.
     """
 
     map_threshold: float
     quantile: float
     scores: ReferenceScores
     errors: ReferenceErrors | None
+    failed: dict[str, str]
 
 
 def calibrate_model(
@@ -58,7 +61,8 @@ def calibrate_model(
     Written are `map_threshold` in model_index.json (with its quantile and the number of images as `_map_threshold`),
     healthy_scores.json (also by view, if the views are known), and denoising_errors.json for a diffusion model, from
     which images are recognised that do not look like the training images. The same images give the same files. An
-    interrupted calibration continues where it stopped; the files in the folder change only at the end.
+    interrupted calibration continues where it stopped; the files in the folder change only at the end. Images that
+    cannot be read, or of a single value, are left out and logged.
 
     Args:
         model: the folder of a pipeline.
@@ -78,6 +82,12 @@ def calibrate_model(
     if not 0 < quantile < 1:
         raise ValueError(f"expected a quantile between 0 and 1, got {quantile}")
     check_healthy(healthy, data)
+    healthy, failed = readable_images(healthy)
+    if not len(healthy):
+        raise ValueError(f"expected healthy images with contrast in {data}, got none: {next(iter(failed.values()))}")
+    if diseased is not None:
+        diseased, failed_diseased = readable_images(diseased)
+        failed |= failed_diseased
     remove_dead(folder)
     if pipeline is None:
         pipeline = load_pipeline(folder).to(process_state().device)
@@ -93,7 +103,7 @@ def calibrate_model(
         keep_errors(errors, folder)
     write_threshold(folder, threshold, quantile=quantile, images=len(healthy), data=data)
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
-    return Calibration(threshold, quantile, scores, errors)
+    return Calibration(threshold, quantile, scores, errors, failed)
 
 
 def check_own_folder(model: Path | str) -> Path:

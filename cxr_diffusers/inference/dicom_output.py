@@ -28,6 +28,19 @@ COPIED = (
     "SliceThickness PatientOrientation Laterality BurnedInAnnotation LossyImageCompression LossyImageCompressionRatio "
     "LossyImageCompressionMethod"
 ).split()
+# elements that decide how the pixels are displayed
+DISPLAY = "ModalityLUTSequence RescaleSlope RescaleIntercept RescaleType VOILUTSequence".split()
+# by an element's name, or by its value representation, for messages
+EXPECTED = {
+    "PatientSex": "M, F or O",
+    "SpecificCharacterSet": "a character set of DICOM",
+    "CS": "a code in capital letters",
+    "DA": "a date YYYYMMDD",
+    "DS": "a number",
+    "IS": "an integer",
+    "TM": "a time HHMMSS",
+    "UI": "a UID",
+}
 WARNING = "RESEARCH USE ONLY - NOT FOR DIAGNOSIS"
 SEGMENT_LABEL = "Unusual to the model (research)"
 HOME = "https://github.com/cxr-diffusers/cxr_diffusers"
@@ -82,7 +95,7 @@ def filing_header(dataset: Any) -> Any:
     header = pydicom_dataset(**{name: None for name in EMPTY_ALLOWED})
     header.file_meta = getattr(dataset, "file_meta", None)
     for name in (*NEEDED, *EMPTY_ALLOWED, *COPIED):
-        if name in dataset:
+        if name in dataset and (name not in COPIED or has_value(dataset.get(name))):
             header[name] = dataset[name]
     return header
 
@@ -249,11 +262,16 @@ def copy_display(source: Any, header: Any) -> None:
     """Copy the elements that decide the display of the pixels: LUTs, the first window, polarity."""
     header.SamplesPerPixel = source.get("SamplesPerPixel") or 1
     header.PhotometricInterpretation = source.get("PhotometricInterpretation") or "MONOCHROME2"
-    for name in ("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "RescaleType", "VOILUTSequence"):
-        if has_value(source.get(name)):
-            header[name] = source[name]
-    if "RescaleSlope" in header and "RescaleType" not in header:
-        header.RescaleType = "US"  # unspecified; mandatory beside a slope
+    for name in ("ModalityLUTSequence", "VOILUTSequence"):
+        tables = [item for item in source.get(name) or () if {"LUTDescriptor", "LUTData"} <= set(item.dir())]
+        if tables:
+            setattr(header, name, tables)
+    rescale = {name: source.get(name) for name in ("RescaleSlope", "RescaleIntercept")}
+    if any(map(has_value, rescale.values())) and "ModalityLUTSequence" not in header:
+        # one alone is mended as `read_image` reads it; a type is mandatory beside them, US: unspecified
+        defaults = {"RescaleSlope": 1, "RescaleIntercept": 0, "RescaleType": "US"}
+        for name, default in defaults.items():
+            setattr(header, name, source.get(name) if has_value(source.get(name)) else default)
     window = window_of(source)[0]
     if window is not None and "VOILUTSequence" not in header:
         header.WindowCenter, header.WindowWidth, header.VOILUTFunction = window
@@ -325,6 +343,35 @@ class DicomOutputError(ValueError):
     """The header of a source is too damaged to make DICOM objects from it."""
 
 
+def make_objects(source: Any, mask: np.ndarray, image: Image.Image, algorithm: Algorithm) -> tuple[Any, Any, Any]:
+    """(`make_segmentation`, `make_capture`, `make_presentation_state`)."""
+    return (
+        make_segmentation(source, mask, algorithm),
+        make_capture(source, image, algorithm),
+        make_presentation_state(source, mask, algorithm),
+    )
+
+
+def refused_elements(source: Any, algorithm: Algorithm) -> list[str]:
+    """["NAME: expected ..., got another value"] for each element that, alone beside `NEEDED`, gives no objects.
+
+    No value is quoted: any may be a patient's name.
+    """
+    needed = {name: source.get(name) for name in NEEDED} | {"Rows": 8, "Columns": 8}  # small: it is tried often
+    refused = []
+    for name in (*EMPTY_ALLOWED, *COPIED, *DISPLAY):
+        if name not in source:
+            continue
+        header = pydicom_dataset(**needed)
+        header[name] = source.get_item(name)
+        try:
+            make_objects(header, np.zeros((8, 8), bool), Image.new("RGB", (8, 8)), algorithm)
+        except Exception:
+            expected = EXPECTED.get(name) or EXPECTED.get(str(source.get_item(name).VR), "a value that DICOM allows")
+            refused.append(f"{name}: expected {expected}, got another value")
+    return refused
+
+
 def write_objects(stem: Path, source: Any, mask: np.ndarray, image: Image.Image, algorithm: Algorithm) -> None:
     """Write STEM_seg.dcm, STEM_overlay.dcm and STEM_gsps.dcm.
 
@@ -334,15 +381,11 @@ def write_objects(stem: Path, source: Any, mask: np.ndarray, image: Image.Image,
         DicomOutputError: no valid objects can be made from the header of `source`.
     """
     try:
-        made = (
-            make_segmentation(source, mask, algorithm),
-            make_capture(source, image, algorithm),
-            make_presentation_state(source, mask, algorithm),
-        )
+        made = make_objects(source, mask, image, algorithm)
     except Exception as error:  # highdicom and pydicom raise many types, for example for an invalid date
         # their messages are not repeated: they quote the header, and a birth date must not get into failed.csv
-        reason = f"no DICOM objects can be made from this header ({type(error).__name__})"
-        raise DicomOutputError(f"{reason}: check it, for example with dciodvfy") from error
+        reasons = refused_elements(source, algorithm) or [f"expected a valid DICOM header, got {type(error).__name__}"]
+        raise DicomOutputError(f"no DICOM objects can be made from this header: {', '.join(reasons)}") from error
     for ending, dataset in zip(ENDINGS, made, strict=True):
         save_dicom(dataset, stem.with_name(f"{stem.name}_{ending}.dcm"))
 

@@ -92,4 +92,5 @@ class TensorImages(torch.utils.data.Dataset):
         try:
             return prepare_image(self.images[int(index)]["image"], **self.options)[0]
         except Exception as error:  # PIL and datasets raise many types, none of which names the file
-            raise ValueError(f"{self.paths[index]}: {error}") from error
+            text = str(error).removeprefix(f"{self.paths[index]}: ")
+            raise ValueError(f"{self.paths[index]}: {text}") from error

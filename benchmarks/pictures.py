@@ -3,22 +3,25 @@
     python benchmarks/pictures.py hero --root DATA --results RESULTS     # docs/images/hero.png
     python benchmarks/pictures.py examples --root DATA                   # example.png of each shipped model
     python benchmarks/pictures.py sheet --results RESULTS                # docs/images/methods.jpg
+    python benchmarks/pictures.py phantoms --model RUN                   # docs/images/phantoms.jpg
     python benchmarks/pictures.py stamp FILE MODEL...                    # mark an image that another program drew
 
 DATA holds NIH radiographs in CheXpert's layout with `boxes.csv` beside it, RESULTS is the output folder of
-`cxr-diffusers evaluate --config evaluate`. The images are not chosen by eye: of the images with boxes sorted by the
-model's pixel AP, those at the 75th, 50th and 25th percentile. Every image carries a digest of the weights
-and settings that drew it; tests/test_pictures.py says which images are older than the shipped models.
+`cxr-diffusers evaluate --config evaluate`, RUN a training of `training/train_cfg.py` on phantoms. The images are not
+chosen by eye: of the images with boxes sorted by the model's pixel AP, those at the 75th, 50th and 25th percentile; the
+first diseased phantoms. Every image of a shipped model carries a digest of the weights and settings that drew it;
+tests/test_pictures.py says which images are older than the shipped models.
 """
 
 import argparse
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from cxr_diffusers import build_dataset, load_pipeline
+from cxr_diffusers import build_dataset, load_phantom, load_pipeline
 from cxr_diffusers.fingerprints import checkpoint_digest
 from cxr_diffusers.hub.loading import CHECKPOINTS, DEFAULT, default_checkpoint
 from cxr_diffusers.pipelines.cxr_images import restore_map
@@ -61,6 +64,22 @@ def panel(pipeline, row: dict, title: str | None = None) -> Image.Image:
     return side_by_side(image, counterfactual, anomaly_map, boxes=boxes, vmax=vmax, title=title, panel_size=300)
 
 
+def phantoms(model: str, count: int = 2) -> Image.Image:
+    """Input with the outline of the true mask, counterfactual and map of the first diseased phantoms of a new set."""
+    pipeline = use_dtype(load_pipeline(model))
+    chests = load_phantom(60, seed=5, size=64)
+    diseased = [i for i, label in enumerate(chests["label"][:]) if label == 1][:count]
+    panels = []
+    for row in (chests[i] for i in diseased):
+        size = (row["image"].height, row["image"].width)
+        output = pipeline(row["image"], output_type="np")
+        counterfactual = restore_map(output.counterfactual[0].mean(-1), *size, pipeline.config.aspect)
+        anomaly_map = restore_map(output.anomaly_map[0], *size, pipeline.config.aspect)
+        options = {"mask": np.asarray(row["mask"]) > 0, "vmax": 3 * pipeline.config.map_threshold, "panel_size": 220}
+        panels.append(side_by_side(row["image"], counterfactual, anomaly_map, **options))
+    return above_each_other(panels)
+
+
 def takes_view(pipeline, row: dict) -> bool:
     return row["view"] in ((pipeline.config.get("views") or {}).values())
 
@@ -87,13 +106,16 @@ def opened(name: str):
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("figure", choices=["hero", "examples", "sheet", "stamp"])
+    parser.add_argument("figure", choices=["hero", "examples", "sheet", "phantoms", "stamp"])
     parser.add_argument("rest", nargs="*", help="of stamp: FILE MODEL...")
     parser.add_argument("--root", type=Path)
     parser.add_argument("--results", type=Path)
+    parser.add_argument("--model", default="runs/phantom_cfg_32")
     options = parser.parse_args(arguments)
     if options.figure == "stamp":
         stamp(Path(options.rest[0]), options.rest[1:])
+    elif options.figure == "phantoms":
+        phantoms(options.model).save(IMAGES / "phantoms.jpg", quality=88)
     elif options.figure == "sheet":
         with Image.open(options.results / "boxes" / "contact_sheet.png") as sheet:
             sheet.convert("RGB").save(IMAGES / "methods.jpg")

@@ -13,7 +13,7 @@ from cxr_diffusers.hub.loading import CHECKPOINTS
 
 ROOT = Path(__file__).parent.parent
 # images that no shipped model has drawn
-OTHERS = {"deblurring.png"}
+OTHERS = {"deblurring.png", "phantoms.jpg"}
 PICTURES = [p for p in sorted((ROOT / "docs" / "images").iterdir()) if p.name not in OTHERS]
 PICTURES += sorted(CHECKPOINTS.glob("*/example.png"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

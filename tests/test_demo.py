@@ -234,6 +234,7 @@ def test_a_score_is_compared_only_with_scores_of_the_same_model_and_settings(toy
     card = rendering.comparison_card(analysis, reference, True)
     assert "3 &lt;healthy&gt; chests" in card and "svg+xml" in card
     assert reference.fits(toy, {"noise_level": 300}) and not reference.fits(toy, {"noise_level": 200})
+    assert reference.fits(toy, {"keep_below": 0.02}), "it changes no score"
     headline = rendering.headline(analysis, reference, reference.fits(toy, {"noise_level": 200}), "a mean", [])
     other = rendering.comparison_card(analysis, reference, False)
     assert "no comparison" in headline and "2 of 3" not in headline and "cannot be compared" in other

@@ -16,6 +16,7 @@ from ..hub.loading import hub_file, is_hub_name
 from ..processes import quiet
 
 SCORES_FILE = "healthy_scores.json"  # in a model's folder
+COUNTERFACTUAL_ONLY = ("keep_below",)  # settings that change neither map nor score
 
 
 @dataclass
@@ -33,9 +34,13 @@ class ReferenceScores:
     by_view: dict[str, list[float]] = field(default_factory=dict)
 
     def fits(self, pipeline: DiffusionPipeline, call_kwargs: Mapping) -> bool:
-        """True if a call of `pipeline` with `call_kwargs` has the settings and weights of the calls measured here."""
-        call = as_json(pipeline.current_settings(self.call))
-        return call == as_json(pipeline.settings(**call_kwargs)) and self.weights == weights_digest(pipeline)
+        """True if a call of `pipeline` with `call_kwargs` has the settings and weights of the calls measured here.
+
+        Settings that change only the counterfactual may differ.
+        """
+        calls = (pipeline.current_settings(self.call), pipeline.settings(**call_kwargs))
+        measured, call = ({k: v for k, v in as_json(c).items() if k not in COUNTERFACTUAL_ONLY} for c in calls)
+        return call == measured and self.weights == weights_digest(pipeline)
 
     def share_below(self, score: float, view: str | None = None) -> tuple[int, int]:
         """(number of healthy images with a lower score, number of healthy images).

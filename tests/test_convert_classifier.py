@@ -216,4 +216,4 @@ def test_the_command_line_converts_both_and_detects_as_the_original(files, tmp_p
     assert main([*detect, "--out", str(tmp_path / "maps"), *options]) == 0
     assert (tmp_path / "maps" / "maps" / "chest.png").is_file()
     assert main([*detect, "--out", str(tmp_path / "other"), "--guidance-scale", "3", *options]) == 2
-    assert "knows no guidance_scale" in capsys.readouterr().err
+    assert "the original procedure has no guidance_scale" in capsys.readouterr().err

@@ -123,7 +123,7 @@ def open_page(browser, server):
     def open_page(**options):
         page = browser.new_page(**{"viewport": {"width": 1280, "height": 900}, **options})
         pages.append(page)
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(240_000)  # a busy machine
         page.on("console", lambda entry: errors.append(entry.text) if entry.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("request", lambda request: requests.append(request.url))

@@ -316,7 +316,7 @@ SMALL += ["generator.sample_size=16", "generator.base_channels=4", "generator.nu
 SMALL += ["discriminator.base_channels=4", "train.n_critic=1", "train.max_steps=2"]
 
 
-def test_the_script_trains_resumes_and_leaves_a_pipeline_a_picture_and_a_card(tmp_path, capsys):
+def test_the_script_trains_resumes_and_leaves_a_pipeline_an_image_and_a_card(tmp_path, capsys):
     run = tmp_path / "run"
     main = script().main
     main([*SMALL, f"train.output_dir={run}"])

@@ -62,7 +62,7 @@ def test_channels_label_mask_and_patient_are_the_files(root):
     assert mask[4:7, 3:6].min() == 255 and mask.sum() == 9 * 255
 
 
-def test_pictures_are_read_when_they_are_looked_at_and_survive_filtering_and_saving(root, tmp_path):
+def test_images_are_read_on_access_and_survive_filtering_and_saving(root, tmp_path):
     dataset = load_brats(root).filter(lambda label: label == 1, input_columns="label")
     assert len(dataset) == 3
     dataset.save_to_disk(tmp_path / "saved")

@@ -65,7 +65,7 @@ def test_any_size_and_sizes_mixed(deblur):
     torch.testing.assert_close(mixed[2], alone, atol=5e-5, rtol=0)
 
 
-def test_each_picture_can_have_its_own_kernel(deblur, images):
+def test_each_image_can_have_its_own_kernel(deblur, images):
     kernels = np.stack([motion_kernel(5, 0.5, 0), motion_kernel(5, 0.5, 1)])
     both = deblur(images, generator=seeds(2), **{**FAST, "kernel": kernels}).restored
     second = deblur(images[1], generator=seeds(1, 1), **{**FAST, "kernel": kernels[1]}).restored

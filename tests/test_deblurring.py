@@ -92,14 +92,14 @@ def test_chexpert_keeps_its_rows_and_boxes_and_bad_files_are_told(prior, tmp_pat
     ).read_text().replace(".0", "")
 
 
-def test_a_picture_smaller_than_the_kernel_is_left_out_alone(prior, tmp_path):
+def test_a_image_smaller_than_the_kernel_is_left_out_alone(prior, tmp_path):
     for i, size in enumerate([(20, 18), (5, 30), (20, 18)]):
         save_noise(tmp_path / "in" / f"{i}.png", i, size)
     summary = deblur(prior, tmp_path / "in", tmp_path / "out", kernel=KERNEL, call_kwargs=FAST, progress=False)
     assert summary["computed"] == 2 and summary["reasons"] == {"smaller than the kernel": 1}
 
 
-def test_tables_follow_their_pictures_to_new_names_and_16_bits_stay(prior, tmp_path):
+def test_tables_follow_their_images_to_new_names_and_16_bits_stay(prior, tmp_path):
     root = tmp_path / "in"
     (root / "a").mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 4096, (16, 16)).astype(np.uint16)
@@ -113,7 +113,7 @@ def test_tables_follow_their_pictures_to_new_names_and_16_bits_stay(prior, tmp_p
     assert len(np.unique(deep % 257)) > 10, "not 8 bits in 16"
 
 
-def test_a_picture_comes_out_the_same_in_any_company(prior, folder, tmp_path):
+def test_a_image_comes_out_the_same_in_any_company(prior, folder, tmp_path):
     options = dict(kernel=KERNEL, call_kwargs=FAST, progress=False)
     deblur(prior, folder, tmp_path / "one", batch_size=1, **options)
     deblur(prior, folder, tmp_path / "many", batch_size=3, **options)
@@ -125,7 +125,7 @@ def test_a_picture_comes_out_the_same_in_any_company(prior, folder, tmp_path):
     assert np.abs(one["healthy/0.png"].astype(int) - other["healthy/0.png"]).max() > 1
 
 
-def test_each_picture_can_get_the_kernel_it_is_estimated_to_need(prior, folder, tmp_path):
+def test_each_image_can_get_the_kernel_it_is_estimated_to_need(prior, folder, tmp_path):
     summary = deblur(prior, folder, tmp_path / "out", kernel="estimate", call_kwargs=FAST, progress=False)
     assert summary["computed"] == 5 and summary["settings"]["kernel"] == "estimate"
 

@@ -79,7 +79,7 @@ def test_the_adjoint_is_the_adjoint(kernel, boundary):
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 @pytest.mark.parametrize("delta", [linear_motion_kernel(1), disk_kernel(0.3), gaussian_kernel(0.01)])
-def test_a_delta_changes_nothing_and_a_flat_picture_stays_flat(delta, boundary):
+def test_a_delta_changes_nothing_and_a_flat_image_stays_flat(delta, boundary):
     x = image(1, 1, 16, 16)
     torch.testing.assert_close(blur(x, delta, boundary), x)
     flat = torch.full((16, 16), 0.3)
@@ -190,7 +190,7 @@ def test_the_data_step_solves_its_normal_equations(rho):
     assert residual.abs().max() < 1e-6
 
 
-def test_the_data_step_believes_the_prior_or_the_picture_as_it_is_told():
+def test_the_data_step_weighs_prior_and_image_by_the_noise():
     kernel = KERNELS["gaussian"]
     x0, y = image(1, 1, 24, 24), image(1, 1, 24, 24, seed=1)
     otf = transfer_function(torch.from_numpy(kernel)[None].double(), 24, 24)
@@ -242,7 +242,7 @@ def test_canvas_sides_have_small_prime_factors(length, multiple, expected):
 
 
 @pytest.mark.parametrize("size", [(16, 16), (17, 23), (5, 40)])
-def test_an_extended_picture_repeats_without_a_seam_and_is_its_own_middle(size):
+def test_an_extended_image_repeats_without_a_seam_and_is_its_own_middle(size):
     smooth = torch.outer(torch.linspace(0, 1, size[0]), torch.linspace(0, 1, size[1]))[None]
     canvas = canvas_size(*size, margin=7, multiple=8)
     assert all(c % 8 == 0 and c >= s + 14 for c, s in zip(canvas, size, strict=True))

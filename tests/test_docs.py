@@ -97,7 +97,7 @@ def test_every_make_target_is_there(page):
         assert set(word for word in line[1:] if "=" not in word) <= set(targets), line
 
 
-def test_every_link_and_picture_is_there(page):
+def test_every_link_and_image_is_there(page):
     text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
     links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text)]
     assert not [link for link in links if link and ":" not in link and not (page.parent / link).exists()]

@@ -41,7 +41,7 @@ def steps(run):
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
-def test_a_classifier_of_noised_pictures_ends_around_the_unet_that_it_guides(script, guided, pipeline, tmp_path):
+def test_a_classifier_of_noisy_images_ends_around_the_unet_that_it_guides(script, guided, pipeline, tmp_path):
     script.main(guided)
     run = tmp_path / "run"
     script.main([*guided, "train.max_steps=3"])  # resumes
@@ -61,7 +61,7 @@ def test_a_classifier_of_noised_pictures_ends_around_the_unet_that_it_guides(scr
     assert output.anomaly_map.shape == (2, 16, 16) and torch.isfinite(output.anomaly_map).all()
 
 
-def test_a_classifier_of_pictures_ends_in_grad_cam(script, tmp_path):
+def test_a_classifier_of_images_ends_in_grad_cam(script, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         json.dumps(

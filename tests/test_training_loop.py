@@ -77,7 +77,7 @@ def test_the_learning_rate_warms_up(tmp_path):
     assert rates == sorted(rates) and rates[0] < rates[2] == rates[4] == pytest.approx(1e-3)
 
 
-def test_the_loss_falls_on_a_few_pictures(tmp_path):
+def test_the_loss_falls_on_a_few_images(tmp_path):
     log, _ = train_toy(tmp_path, 60, learning_rate=3e-3, save_every=1000)
     losses = [line["loss"] for line in log]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
@@ -88,7 +88,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         train_toy(tmp_path, 50, learning_rate=1e30, max_grad_norm=1e30, lr_warmup_steps=0)
 
 
-def test_every_picture_comes_once_an_epoch_and_processes_share_them():
+def test_every_image_comes_once_an_epoch_and_processes_share_them():
     whole = ShuffledForever(12, batch_size=2, seed=0)
     shares = [ShuffledForever(12, 2, 0, process_index=i, num_processes=2) for i in range(2)]
     epoch = [next(batches) for batches in [iter(whole)] for _ in range(6)]

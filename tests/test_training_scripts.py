@@ -44,7 +44,7 @@ def steps(output_dir):
     return [json.loads(line) for line in (output_dir / "log.jsonl").read_text().splitlines()]
 
 
-def test_train_cfg_with_nothing_after_it_trains_resumes_and_leaves_a_pipeline_and_a_picture(tmp_path, capsys):
+def test_train_cfg_without_arguments_trains_resumes_and_saves_a_pipeline_and_an_image(tmp_path, capsys):
     run = tmp_path / "run"
     first = launch("train_cfg.py", run, "train.max_steps=2", "train.save_every=2", "train.report_to=tensorboard")
     assert first.returncode == 0, first.stderr

@@ -92,7 +92,7 @@ def test_chexpert_keeps_its_rows_and_boxes_and_bad_files_are_told(prior, tmp_pat
     ).read_text().replace(".0", "")
 
 
-def test_a_image_smaller_than_the_kernel_is_left_out_alone(prior, tmp_path):
+def test_an_image_smaller_than_the_kernel_is_left_out_alone(prior, tmp_path):
     for i, size in enumerate([(20, 18), (5, 30), (20, 18)]):
         save_noise(tmp_path / "in" / f"{i}.png", i, size)
     summary = deblur(prior, tmp_path / "in", tmp_path / "out", kernel=KERNEL, call_kwargs=FAST, progress=False)
@@ -113,7 +113,7 @@ def test_tables_follow_their_images_to_new_names_and_16_bits_stay(prior, tmp_pat
     assert len(np.unique(deep % 257)) > 10, "not 8 bits in 16"
 
 
-def test_a_image_comes_out_the_same_in_any_company(prior, folder, tmp_path):
+def test_an_image_comes_out_the_same_in_any_company(prior, folder, tmp_path):
     options = dict(kernel=KERNEL, call_kwargs=FAST, progress=False)
     deblur(prior, folder, tmp_path / "one", batch_size=1, **options)
     deblur(prior, folder, tmp_path / "many", batch_size=3, **options)

@@ -26,7 +26,7 @@ def stale(stamp):
 
 
 @pytest.mark.parametrize("path", PICTURES, ids=lambda path: f"{path.parent.name}-{path.name}")
-def test_a_image_is_drawn_by_the_shipped_weights(path):
+def test_an_image_is_drawn_by_the_shipped_weights(path):
     with Image.open(path) as image:
         info = image.info.get("weights") or image.info.get("comment", b"").decode()
     assert "=" in info, "expected a stamp: python benchmarks/pictures.py stamp FILE MODEL..."

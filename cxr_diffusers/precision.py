@@ -31,7 +31,8 @@ def has_fast_bfloat16(device: torch.device | str) -> bool:
 def use_dtype(pipeline: DiffusionPipeline, dtype: str = "auto") -> DiffusionPipeline:
     """Let the networks of a pipeline, where it is placed now, compute in `dtype`: their forward pass under autocast.
 
-    The weights, their fingerprint and the files of `save_pretrained` are unchanged; outputs are float32.
+    The values of the weights, their fingerprint and the files of `save_pretrained` are unchanged; outputs are float32.
+    Weights lie in the order `torch.channels_last`. Command line, page and Ray call this, and give the same maps.
     Classifiers of transformers stay in float32: Grad-CAM differentiates by their feature maps, which a conversion of
     the output would copy.
 
@@ -55,4 +56,6 @@ def use_dtype(pipeline: DiffusionPipeline, dtype: str = "auto") -> DiffusionPipe
             component.forward = plain
             if dtype != "float32":
                 component.forward = convert_outputs_to_fp32(torch.autocast(device.type, DTYPES[dtype])(plain))
+        if isinstance(component, torch.nn.Module):
+            component.to(memory_format=torch.channels_last)  # convolutions take three quarters of the time
     return pipeline

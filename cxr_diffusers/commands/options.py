@@ -156,8 +156,6 @@ def call_kwargs(options: argparse.Namespace) -> dict[str, Any]:
 
 def open_pipeline(options: argparse.Namespace, model: str | None = None) -> Any:
     """A model, or that of `--model`, on the device of this process; ValueError where its call lacks a given option."""
-    import torch
-
     from ..evaluation.plan import checked_call
     from ..hub.loading import load_pipeline
     from ..inference.export import with_backend
@@ -178,9 +176,6 @@ def open_pipeline(options: argparse.Namespace, model: str | None = None) -> Any:
     pipeline = pipeline.to(options.device or state.device)
     # an exported network computes as it was exported; the original procedure as the original did
     use_dtype(pipeline, "float32" if options.backend in BACKENDS[1:] or options.as_original else options.dtype)
-    for part in pipeline.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.to(memory_format=torch.channels_last)  # convolutions take three quarters of the time in this order
     if not options.as_original:
         return checked_call(pipeline, call_kwargs(options), model)[0]
     from ..guided_diffusion.original import OriginalProcedure

@@ -111,7 +111,8 @@ def copy_file(source: Path | str, target: Path | str) -> None:
 def remove_dead(folder: Path | str) -> None:
     """Delete temporary files and folders below a folder if their process has ended or they are older than an hour."""
     for place, folders, names in os.walk(folder):
-        dead = [name for name in [*names, *folders] if _is_dead(Path(place, name))]
+        temporary = [name for name in [*names, *folders] if TEMPORARY.fullmatch(name)]
+        dead = [name for name in temporary if _is_dead(Path(place, name))]
         folders[:] = [name for name in folders if name not in dead]
         for name in dead:
             _remove(Path(place, name))

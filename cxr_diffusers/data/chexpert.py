@@ -288,7 +288,8 @@ def _checked_views(views):
 
 def parts_from_split(path: PurePosixPath | str) -> tuple[str, ...]:
     """Components of a CSV path from its split on: the data set's own name, whatever it is, is dropped."""
-    parts = PurePosixPath(str(path).replace("\\", "/")).parts
+    text = str(path).replace("\\", "/")  # a `PurePosixPath` takes ten times as long
+    parts = ("/",) * text.startswith("/") + tuple(part for part in text.split("/") if part not in ("", "."))
     return parts if parts[0] in SPLITS or len(parts) == 1 else parts[1:]
 
 

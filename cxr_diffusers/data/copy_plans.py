@@ -85,7 +85,7 @@ def _plan_chexpert(root, output_root, settings):
     for csv in dict.fromkeys(splits.values()):
         raw, column = read_csv(csv), _path_column(csv)
         paths = [path_of(cell, f"{csv}, line {line}") for line, cell in raw[column].items()]
-        keys |= {chexpert.key_of(path) for path in paths}
+        keys |= {chexpert.key_of_cell(cell, csv, line) for line, cell in raw[column].items()}
         view = next((name for name in ("Frontal/Lateral", "frontal_lateral") if name in raw), None)
         if settings["frontal_only"] and view:
             frontal = raw[view].str.lower().str.startswith("frontal")

@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 .PHONY: demo test smoke slow style quality docs env clean
 
-demo: $(STAMP)  ## detect on the sample radiographs with the shipped model
+demo: $(STAMP)  ## detect on the synthetic sample chests with the shipped model
 	$(BIN)/cxr-diffusers detect cxr_diffusers/samples --out demo
 	@echo "panels:   demo/*.png    scores: demo/results.csv"
 	@echo "yours:    $(BIN)/cxr-diffusers detect YOUR_IMAGES --out maps"

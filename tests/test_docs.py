@@ -181,6 +181,15 @@ def test_the_first_python_block_of_the_readme_runs(tmp_path, monkeypatch):
     assert (tmp_path / "map.png").is_file() and (tmp_path / "as_if_healthy.png").is_file()
 
 
+def test_the_synthetic_dicom_file_of_the_clinic_page_gives_dicom_results(tmp_path, monkeypatch, capsys):
+    text = (ROOT / "docs" / "clinic.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    exec(blocks(text, "python")[0], {})
+    line = next(line for line in lines(text, "cxr-diffusers ") if "synthetic.dcm" in line)
+    assert main([*line[1:], "--num-inference-steps", "4"]) == 0, capsys.readouterr().err
+    assert len(list((tmp_path / "synthetic_maps" / "dicom").glob("synthetic_*.dcm"))) == 3
+
+
 def test_the_readme_shows_commands_training_lines_and_links():
     text = (ROOT / "README.md").read_text()
     assert len(list(lines(text, "cxr-diffusers "))) >= 4

@@ -30,6 +30,7 @@ from cxr_diffusers.visualization import side_by_side
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 CREDIT = "Radiograph: NIH Clinical Center, ChestX-ray14; boxes: radiologists. Not used for training."
+PERCENTILES = (75, 50, 25)  # of the hero
 
 
 def stamp(path: Path, models: list[str]) -> None:
@@ -52,7 +53,7 @@ def at_percentiles(results: Path, percentiles: tuple[int, ...]) -> list[str]:
     return [table["path"].iloc[round(p / 100 * (len(table) - 1))] for p in percentiles]
 
 
-def panel(pipeline, row: dict, title: str | None = None) -> Image.Image:
+def panel(pipeline, row: dict, title: str | None = None, note: bool = True) -> Image.Image:
     """Input with boxes, counterfactual and map of one image."""
     image = row["image"]
     output = pipeline(image, output_type="np", **({"view": row["view"]} if takes_view(pipeline, row) else {}))
@@ -60,8 +61,8 @@ def panel(pipeline, row: dict, title: str | None = None) -> Image.Image:
     counterfactual = restore_map(output.counterfactual[0].mean(-1), *size, aspect)
     anomaly_map = restore_map(output.anomaly_map[0], *size, aspect)
     vmax = 3 * pipeline.config.map_threshold  # as in `cxr-diffusers detect`
-    boxes = row["boxes"]
-    return side_by_side(image, counterfactual, anomaly_map, boxes=boxes, vmax=vmax, title=title, panel_size=300)
+    options = {"boxes": row["boxes"], "vmax": vmax, "title": title, "note": note, "panel_size": 300}
+    return side_by_side(image, counterfactual, anomaly_map, **options)
 
 
 def phantoms(model: str, count: int = 2) -> Image.Image:
@@ -76,7 +77,8 @@ def phantoms(model: str, count: int = 2) -> Image.Image:
         counterfactual = restore_map(output.counterfactual[0].mean(-1), *size, pipeline.config.aspect)
         anomaly_map = restore_map(output.anomaly_map[0], *size, pipeline.config.aspect)
         options = {"mask": np.asarray(row["mask"]) > 0, "vmax": 3 * pipeline.config.map_threshold, "panel_size": 220}
-        panels.append(side_by_side(row["image"], counterfactual, anomaly_map, **options))
+        note = len(panels) == len(diseased) - 1  # only below the last
+        panels.append(side_by_side(row["image"], counterfactual, anomaly_map, note=note, **options))
     return above_each_other(panels)
 
 
@@ -123,12 +125,13 @@ def main(arguments: list[str] | None = None) -> None:
         stamp(IMAGES / "methods.jpg", shipped)
     else:
         rows = boxed_rows(options.root)
-        paths = at_percentiles(options.results, (75, 50, 25))
+        paths = at_percentiles(options.results, PERCENTILES)
         if options.figure == "hero":
-            pipeline = opened(DEFAULT)
-            titles = [f"{p}th percentile of pixel AP. {CREDIT}" for p in (75, 50, 25)]
-            page = above_each_other([panel(pipeline, rows[path], t) for path, t in zip(paths, titles, strict=True)])
-            page.save(IMAGES / "hero.png")
+            pipeline, panels = opened(DEFAULT), []
+            for percentile, path in zip(PERCENTILES, paths, strict=True):
+                title = f"{percentile}th percentile of pixel AP. {CREDIT}"
+                panels.append(panel(pipeline, rows[path], title, note=percentile == PERCENTILES[-1]))
+            above_each_other(panels).save(IMAGES / "hero.png")
             stamp(IMAGES / "hero.png", [DEFAULT])
         else:
             for folder in sorted(path.parent for path in CHECKPOINTS.glob("*/model_index.json")):

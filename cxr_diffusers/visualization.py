@@ -49,6 +49,7 @@ def side_by_side(
     boxes: Sequence[Sequence[float]] | None = None,
     vmax: float | None = None,
     title: str | None = None,
+    note: bool = True,
     panel_size: int = 320,
     opacity: float = 0.8,
 ) -> Image.Image:
@@ -61,6 +62,7 @@ def side_by_side(
         boxes: true boxes [x, y, w, h] in pixels of `image`; None: unknown.
         vmax: the map value of the last colour. None: the map's own 99.5 % quantile; a note in the image says so.
         title: a line above.
+        note: whether a line below explains outline and colour scale; False for all but the last of several panels.
         panel_size: longer side of a panel, in pixels.
         opacity: of the last colour.
 
@@ -82,7 +84,7 @@ def side_by_side(
         None,
         {2: vmax},
         title,
-        _note(has_truth, scale),
+        _note(has_truth, scale) if note else "",
         panel_size,
         opacity,
     )
@@ -255,7 +257,7 @@ def _grid(cells, column_titles, row_titles, bars, title, note, size, opacity):
     left = GAP + (text + GAP if row_titles and any(row_titles) else 0)
     top = GAP + (text + 2 * GAP if title else 0) + text + GAP
     bar = max(8, round(0.7 * text))
-    foot = bar + 3 * text + 2 * GAP
+    foot = bar + (3 if note else 1) * text + 2 * GAP
     page = Image.new(
         "RGB", (left + sum(widths) + GAP * len(widths), top + sum(heights) + GAP * len(heights) + foot), PAPER
     )

@@ -102,6 +102,12 @@ def test_a_panel_with_its_own_colour_scale_is_labelled(image, anomaly_map):
     assert (one[-30:] != fixed[-30:]).any()  # the notes are not
 
 
+def test_a_panel_without_its_note_is_shorter_and_else_the_same(image, anomaly_map):
+    full, short = (np.asarray(side_by_side(image, image, anomaly_map, vmax=0.2, note=n)) for n in (True, False))
+    assert len(short) < len(full) - 20 and (short == full[: len(short)]).all()
+    assert (full[len(short) :] < 200).any() and (short[-3:] == 255).all()
+
+
 def test_a_title_and_a_long_name_fit_the_page(image, anomaly_map):
     name = "a method with a name that goes on and on and on and on and on"
     row = {"image": image, "maps": {name: anomaly_map}, "title": "a patient whose number is longer than the panel"}

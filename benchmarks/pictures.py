@@ -127,7 +127,8 @@ def main(arguments: list[str] | None = None) -> None:
         rows = boxed_rows(options.root)
         paths = at_percentiles(options.results, PERCENTILES)
         if options.figure == "hero":
-            pipeline, panels = opened(DEFAULT), []
+            pipeline = opened(DEFAULT)
+            panels = []
             for percentile, path in zip(PERCENTILES, paths, strict=True):
                 title = f"{percentile}th percentile of pixel AP. {CREDIT}"
                 panels.append(panel(pipeline, rows[path], title, note=percentile == PERCENTILES[-1]))

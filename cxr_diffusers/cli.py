@@ -27,11 +27,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options) or 0
     except ONE_LINE_ERRORS as error:
-        print(f"cxr-diffusers {options.command}: {error}", file=sys.stderr)
+        say(f"cxr-diffusers {options.command}: {error}")
         return 2
     except KeyboardInterrupt:
-        print(f"cxr-diffusers {options.command}: stopped", file=sys.stderr)
+        say(f"cxr-diffusers {options.command}: stopped")
         return 130
+
+
+def say(message: str) -> None:
+    """Print a line on stderr, above the progress bars that are still open."""
+    from tqdm.auto import tqdm
+
+    tqdm.write(message, file=sys.stderr)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -144,12 +144,32 @@ def test_detect_hands_the_options_to_the_pipeline(model, folder, tmp_path):
         (["--noise-level", "5000"], "`noise_level` to be a timestep"),
         (["--negative-label", "pneumonia"], "got 'pneumonia'"),
         (["--batch-size", "0"], "--batch-size of 1 or more"),
+        (["--device", "foo"], "expected a device that PyTorch can use here, such as cpu, got 'foo': "),
+        (["--device", "meta"], "expected a device that PyTorch can use here, such as cpu, got 'meta': "),
+        (["--device", "cuda:99"], "expected a device that PyTorch can use here, such as cpu, got 'cuda:99': "),
     ],
 )
 def test_an_invalid_argument_is_refused_in_one_line(model, folder, tmp_path, capsys, arguments, message):
     assert main(["detect", str(folder), "--out", str(tmp_path / "out"), *model, *arguments]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("cxr-diffusers detect: ") and message in said
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["evaluate", "phantom:n=2,size=32", "--out", "out"],
+        ["deblur", "data", "out", "--kernel", "gaussian:sigma=1"],
+        ["demo"],
+    ],
+)
+def test_every_command_refuses_an_unusable_device(command, tmp_path, monkeypatch, capsys):
+    if command == ["demo"]:
+        pytest.importorskip("gradio")
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, "--device", "foo"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith(f"cxr-diffusers {command[0]}: expected a device") and len(said.splitlines()) == 1
 
 
 def test_an_empty_folder_is_said_to_be_empty(model, tmp_path, capsys):

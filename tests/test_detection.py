@@ -167,13 +167,19 @@ def test_missing_inputs_and_invalid_options_are_refused(pipeline, folder, tmp_pa
 
 
 def test_a_threshold_gives_one_colour_scale_and_a_fraction(pipeline, folder, tmp_path):
-    pipeline.register_to_config(map_threshold=0.05)
+    pipeline.register_to_config(map_threshold=0.05, settings=FEW_STEPS)
     run_detect(pipeline, [folder / "a.png"], tmp_path, save_counterfactual=True)
     anomaly_map = load_map(tmp_path / "maps" / "a.png")
     assert float(table(tmp_path)["a"]["abnormal_fraction"]) == pytest.approx(np.mean(anomaly_map > 0.05), abs=0.01)
     assert json.loads((tmp_path / "settings.json").read_text())["vmax"] == pytest.approx(0.15)
     with Image.open(tmp_path / "counterfactuals" / "a.png") as counterfactual:
         assert (counterfactual.mode, counterfactual.size) == ("L", (16, 16))
+    # the threshold was measured with the model's own settings; those of the counterfactual alone may differ
+    for setting, has_fraction in ({"keep_below": 0.1}, True), ({"guidance_scale": 3.0}, False):
+        out = tmp_path / next(iter(setting))
+        detect(pipeline, [folder / "a.png"], out, call_kwargs={**FEW_STEPS, **setting}, progress=False)
+        assert bool(table(out)["a"]["abnormal_fraction"]) == has_fraction
+        assert json.loads((out / "settings.json").read_text())["vmax"] == pytest.approx(0.15)
 
 
 @pytest.mark.parametrize(("side", "longest"), [(16, 320), (400, 400), (3000, 512)])

@@ -229,6 +229,7 @@ class DetectionFolder:
             draw = partial(side_by_side, *panels, vmax=settings["vmax"], panel_size=longest)
             title = f"{self.reference.headline(score)}    " if self.reference is not None else ""
             title += f"score {score:.3f}"
+            title += f"    largest part in the {columns['zone']} zone" if columns.get("zone") else ""
             title += f"    {fraction:.1%} of the image above the threshold" if threshold else ""
             title += f"    {columns['warnings']}" if columns.get("warnings") else ""
         if settings["save_panel"]:

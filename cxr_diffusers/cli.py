@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module=r"pydicom\.")
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     try:
+        check_output(options)
         return options.run(options) or 0
     except ONE_LINE_ERRORS as error:
         print(f"cxr-diffusers {options.command}: {error}", file=sys.stderr)
@@ -32,6 +33,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"cxr-diffusers {options.command}: stopped", file=sys.stderr)
         return 130
+
+
+def check_output(options: argparse.Namespace) -> None:
+    """Raise ValueError if the command has an output folder that cannot be written, before it reads or computes."""
+    place = getattr(options, "out", None) or getattr(options, "output", None)
+    if place is not None:
+        from .files import check_output_folder
+
+        check_output_folder(place.parent if getattr(options, "pack", False) else place)
 
 
 def build_parser() -> argparse.ArgumentParser:

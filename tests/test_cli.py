@@ -172,6 +172,38 @@ def test_every_command_refuses_an_unusable_device(command, tmp_path, monkeypatch
     assert said.startswith(f"cxr-diffusers {command[0]}: expected a device") and len(said.splitlines()) == 1
 
 
+@pytest.mark.parametrize("out", ["file", "file/below", "/proc/nowhere"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "detect data --out {out}",
+        "evaluate data --out {out}",
+        "chexlocalize data data.json --out {out}",
+        "prepare data {out}",
+        "deblur data {out} --kernel gaussian:sigma=1",
+        "convert data.pt {out}",
+        "export default {out}",
+        "train phantom_cfg_32 train.output_dir={out}",
+        "prepare data {out}/a.parquet --pack",
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_read(command, out, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    arguments = command.format(out=out).split()
+    assert main(arguments) == 2
+    said = capsys.readouterr().err.strip()
+    assert (
+        len(said.splitlines()) == 1 and f"expected a folder that can be written, got {Path(out).absolute()}: " in said
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_missing_checkpoint_is_named(tmp_path, capsys):
+    assert main(["convert", str(tmp_path / "no.pt"), str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.strip() == f"cxr-diffusers convert: expected a file, got {tmp_path / 'no.pt'}"
+
+
 def test_an_empty_folder_is_said_to_be_empty(model, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert main(["detect", str(tmp_path / "empty"), "--out", str(tmp_path / "out"), *model]) == 2

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from ..config import build, config_file, override_value, read_sections
+from ..files import check_output_folder
 
 
 @dataclass
@@ -230,7 +231,8 @@ def parse_command_line(arguments: Sequence[str], default_recipe: str | Path, rec
     RECIPE is a YAML file or the name of a recipe that comes with the package.
 
     Raises:
-        FileNotFoundError, ValueError: see `load_recipe`; also ValueError for a recipe of another type.
+        FileNotFoundError, ValueError: see `load_recipe`; also ValueError for a recipe of another type, or an output
+            folder that cannot be written.
     """
     path = default_recipe
     if arguments and "=" not in arguments[0] and not arguments[0].startswith("-"):
@@ -239,6 +241,7 @@ def parse_command_line(arguments: Sequence[str], default_recipe: str | Path, rec
     if not isinstance(recipe, recipe_type):
         names, program = [f.name for f in fields(recipe_type)], program_of(vars(recipe))
         raise ValueError(f"{path}: expected a recipe with the sections {names}, got one for {program}.py")
+    check_output_folder(recipe.train.output_dir)
     return recipe
 
 

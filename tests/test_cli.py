@@ -144,6 +144,7 @@ def test_detect_hands_the_options_to_the_pipeline(model, folder, tmp_path):
         (["--noise-level", "5000"], "`noise_level` to be a timestep"),
         (["--negative-label", "pneumonia"], "got 'pneumonia'"),
         (["--batch-size", "0"], "--batch-size of 1 or more"),
+        (["--guidance-scale", "nan"], "expected a finite `guidance_scale`, got nan"),
         (["--device", "foo"], "expected a device that PyTorch can use here, such as cpu, got 'foo': "),
         (["--device", "meta"], "expected a device that PyTorch can use here, such as cpu, got 'meta': "),
         (["--device", "cuda:99"], "expected a device that PyTorch can use here, such as cpu, got 'cuda:99': "),
@@ -243,6 +244,7 @@ def test_a_table_is_opened_as_in_the_help(tmp_path):
         ("nothing:root=x", "with NAME of brats"),
         ("phantom:n", "got 'n' in"),
         ("phantom:colour=red", "unknown key 'colour'"),
+        ("phantom:n=3,seed=abc", "seed: expected int, got 'abc'"),
     ],
 )
 def test_an_invalid_data_set_argument_is_refused_with_the_syntax(text, message):

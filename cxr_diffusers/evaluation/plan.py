@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import build, checked, override_value, read_sections
+from ..config import build, checked, is_number, override_value, read_sections
 from ..data import build_dataset
 from ..files import write_file
 from .comparison import Evaluation, compare
@@ -90,7 +90,7 @@ def check_options(options: Mapping[str, Any], where: str) -> None:
     for name, value in options.items():
         if name not in allowed:
             raise ValueError(f"{where}: expected some of {', '.join(allowed)}, got {name!r}")
-        if parameters[name].annotation in (int, float, bool):
+        if is_number(parameters[name].annotation):
             checked(value, parameters[name].annotation, f"{where}: {name}")
 
 

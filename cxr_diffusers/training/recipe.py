@@ -75,6 +75,9 @@ class TrainConfig(RunConfig):
     init_from: str | None = None  # pipeline folder or Hub name; training starts from its weights
 
 
+SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # of DDIMScheduler
+
+
 @dataclass
 class Recipe:
     """Recipe of a UNet: data, model, noise schedule and training."""
@@ -87,6 +90,12 @@ class Recipe:
     validation: dict = field(default_factory=dict)  # keys of `data` that differ for the validation images
     conditions: dict = field(default_factory=dict)  # `views`, e.g. [PA, AP]: the network is conditioned on the view too
     pipeline: dict = field(default_factory=dict)  # the pipeline's `settings`: defaults of its call
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for an unknown `beta_schedule`."""
+        name = self.scheduler.get("beta_schedule", SCHEDULES[0])
+        if name not in SCHEDULES:
+            raise ValueError(f"scheduler.beta_schedule: expected {' or '.join(SCHEDULES)}, got {name!r}")
 
     def identity(self) -> dict[str, Any]:
         """The settings outside `train` that determine the result: a run resumes only if they are the same."""

@@ -149,7 +149,7 @@ def test_an_invalid_recipe_is_refused_with_the_reason(tmp_path, override, messag
     [
         ("train_cfg", "unet.chanels=3", "unet: .*chanels"),
         ("train_cfg", "unet.in_channels=one", "unet.*: "),
-        ("train_cfg", "scheduler.beta_schedule=square", "scheduler: square"),
+        ("train_cfg", "scheduler.beta_schedule=square", "got .square"),
         ("train_cfg", "scheduler.betas=3", "scheduler: .*betas"),
         ("train_cfg", "images.scalling=minmax", "images: .*scalling"),
         ("train_cfg", "data.amount=3", "data.*: .*amount"),

@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module=r"pydicom\.")
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     try:
+        check_output(options)
         return options.run(options) or 0
     except ONE_LINE_ERRORS as error:
         say(f"cxr-diffusers {options.command}: {error}")
@@ -39,6 +40,15 @@ def say(message: str) -> None:
     from tqdm.auto import tqdm
 
     tqdm.write(message, file=sys.stderr)
+
+
+def check_output(options: argparse.Namespace) -> None:
+    """Raise ValueError if the command has an output folder that cannot be written, before it reads or computes."""
+    place = getattr(options, "out", None) or getattr(options, "output", None)
+    if place is not None:
+        from .files import check_output_folder
+
+        check_output_folder(place.parent if getattr(options, "pack", False) else place)
 
 
 def build_parser() -> argparse.ArgumentParser:

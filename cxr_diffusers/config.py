@@ -90,6 +90,12 @@ def build(cls: type[T], values: dict, where: str) -> T:
         raise ValueError(f"{where}: {error}") from None
 
 
+def is_number(annotation: typing.Any) -> bool:
+    """Whether an annotation is int, float or bool, or one of them or None."""
+    parts = set(typing.get_args(annotation)) or {annotation}
+    return parts <= {int, float, bool, type(None)}
+
+
 def checked(value: typing.Any, annotation: typing.Any, where: str) -> typing.Any:
     """`value` if it has the annotated type (an int is accepted for a float), else ValueError.
 
@@ -102,12 +108,14 @@ def checked(value: typing.Any, annotation: typing.Any, where: str) -> typing.Any
         value = "no" if value is False and "no" in choices else value
         if value in choices or value is None and type(None) in allowed:
             return value
-        raise ValueError(f"{where} must be {' or '.join(map(str, choices))}, got {value!r}")
+        raise ValueError(f"{where}: expected {' or '.join(map(str, choices))}, got {value!r}")
     if isinstance(value, int) and not isinstance(value, bool) and float in allowed:
         return float(value)
+    if float in allowed and str(value).lower().lstrip("+-") in ("nan", "inf", "infinity"):  # for YAML these are texts
+        raise ValueError(f"{where}: expected a finite number, got {value}")
     if isinstance(value, bool) and bool not in allowed or not isinstance(value, allowed):
         hint = " (YAML reads no, off, yes and on as false and true: quote it)" if isinstance(value, bool) else ""
         # a section that has a dataclass of its own is written as a dict
         names = " or ".join("dict" if is_dataclass(part) else part.__name__ for part in allowed)
-        raise ValueError(f"{where} must be {names}, got {value!r}{hint}")
+        raise ValueError(f"{where}: expected {names}, got {value!r}{hint}")
     return value

@@ -8,6 +8,7 @@ import platform
 import re
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -176,6 +177,16 @@ def _runs(process):
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (OSError, IndexError):
         return True
+
+
+def check_output_folder(folder: Path | str) -> None:
+    """Raise ValueError if files cannot be written into a folder, which need not exist; it is not made."""
+    folder = Path(folder).absolute()
+    try:
+        place = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
+        tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=place).cleanup()
+    except OSError as error:
+        raise ValueError(f"expected a folder that can be written, got {folder}: {error.strerror}") from None
 
 
 class OtherSettingsError(FileExistsError, ValueError):

@@ -38,6 +38,22 @@ def process_state() -> PartialState:
     return state
 
 
+def usable_device(name: str | None = None) -> torch.device:
+    """The device of this name, such as "cpu" or "cuda:1"; without a name the device of this process.
+
+    Raises:
+        ValueError: no device of this name can be used here.
+    """
+    if name is None:
+        return process_state().device
+    try:
+        torch.empty(0, device=name).cpu()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"expected a device that PyTorch can use here, such as cpu, got {name!r}: {reason}") from None
+    return torch.device(name)
+
+
 def leave() -> None:
     """End the process group before Python exits: a thread of it that outlives its data would abort the process."""
     if torch.distributed.is_initialized():

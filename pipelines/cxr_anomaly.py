@@ -443,5 +443,5 @@ def check_number(name: str, value: Any, low: float = 0.0, high: float = math.inf
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"expected `{name}` to be a number, got {value!r}")
     if not math.isfinite(value) or not low <= float(value) <= high:
-        limits = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of {low:g} or more"
-        raise ValueError(f"expected a finite `{name}` {limits if math.isfinite(low) else ''}, got {value!r}")
+        limits = f" from {low:g} to {high:g}" if math.isfinite(high) else f" of {low:g} or more"
+        raise ValueError(f"expected a finite `{name}`{limits if math.isfinite(low) else ''}, got {value!r}")

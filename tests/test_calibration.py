@@ -290,6 +290,15 @@ def test_the_command_makes_a_model_ready_for_masks_and_warnings(model, tmp_path,
     assert all(row["abnormal_fraction"] for row in rows.values())
 
 
+def test_a_plain_folder_given_as_healthy_is_healthy(model, tmp_path, capsys):
+    plain = save_images(tmp_path / "normal", phantoms(0, n=3))
+    assert main(["calibrate", str(model), "--healthy", str(plain)]) == 0
+    assert len(kept_scores(model).scores) == 3
+    assert "warning: only 3 healthy images: threshold and p-values are coarse" in capsys.readouterr().err
+    evaluate = ["evaluate", "phantom:n=4,size=32", "--model", str(model), "--healthy", str(plain), "--bootstrap", "5"]
+    assert main([*evaluate, "--out", str(tmp_path / "out")]) == 0
+
+
 def test_the_warning_is_written_into_the_panel(calibrated, tmp_path, monkeypatch):
     from cxr_diffusers.inference import detection_folder
 

@@ -144,12 +144,65 @@ def test_detect_hands_the_options_to_the_pipeline(model, folder, tmp_path):
         (["--noise-level", "5000"], "`noise_level` to be a timestep"),
         (["--negative-label", "pneumonia"], "got 'pneumonia'"),
         (["--batch-size", "0"], "--batch-size of 1 or more"),
+        (["--guidance-scale", "nan"], "expected a finite `guidance_scale`, got nan"),
+        (["--device", "foo"], "expected a device that PyTorch can use here, such as cpu, got 'foo': "),
+        (["--device", "meta"], "expected a device that PyTorch can use here, such as cpu, got 'meta': "),
+        (["--device", "cuda:99"], "expected a device that PyTorch can use here, such as cpu, got 'cuda:99': "),
     ],
 )
 def test_an_invalid_argument_is_refused_in_one_line(model, folder, tmp_path, capsys, arguments, message):
     assert main(["detect", str(folder), "--out", str(tmp_path / "out"), *model, *arguments]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("cxr-diffusers detect: ") and message in said
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["evaluate", "phantom:n=2,size=32", "--out", "out"],
+        ["deblur", "data", "out", "--kernel", "gaussian:sigma=1"],
+        ["demo"],
+    ],
+)
+def test_every_command_refuses_an_unusable_device(command, tmp_path, monkeypatch, capsys):
+    if command == ["demo"]:
+        pytest.importorskip("gradio")
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, "--device", "foo"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith(f"cxr-diffusers {command[0]}: expected a device") and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("out", ["file", "file/below", "/proc/nowhere"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "detect data --out {out}",
+        "evaluate data --out {out}",
+        "chexlocalize data data.json --out {out}",
+        "prepare data {out}",
+        "deblur data {out} --kernel gaussian:sigma=1",
+        "convert data.pt {out}",
+        "export default {out}",
+        "train phantom_cfg_32 train.output_dir={out}",
+        "prepare data {out}/a.parquet --pack",
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_read(command, out, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    arguments = command.format(out=out).split()
+    assert main(arguments) == 2
+    said = capsys.readouterr().err.strip()
+    assert (
+        len(said.splitlines()) == 1 and f"expected a folder that can be written, got {Path(out).absolute()}: " in said
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_missing_checkpoint_is_named(tmp_path, capsys):
+    assert main(["convert", str(tmp_path / "no.pt"), str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.strip() == f"cxr-diffusers convert: expected a file, got {tmp_path / 'no.pt'}"
 
 
 def test_an_empty_folder_is_said_to_be_empty(model, tmp_path, capsys):
@@ -191,6 +244,7 @@ def test_a_table_is_opened_as_in_the_help(tmp_path):
         ("nothing:root=x", "with NAME of brats"),
         ("phantom:n", "got 'n' in"),
         ("phantom:colour=red", "unknown key 'colour'"),
+        ("phantom:n=3,seed=abc", "seed: expected int, got 'abc'"),
     ],
 )
 def test_an_invalid_data_set_argument_is_refused_with_the_syntax(text, message):

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from cxr_diffusers.files import as_json, load_map
 from cxr_diffusers.fingerprints import weights_digest
+from cxr_diffusers.inference import detection_folder
 from cxr_diffusers.inference.detection import detect
 from cxr_diffusers.inference.panels import (
     PANEL_SIZE,
@@ -167,13 +169,19 @@ def test_missing_inputs_and_invalid_options_are_refused(pipeline, folder, tmp_pa
 
 
 def test_a_threshold_gives_one_colour_scale_and_a_fraction(pipeline, folder, tmp_path):
-    pipeline.register_to_config(map_threshold=0.05)
+    pipeline.register_to_config(map_threshold=0.05, settings=FEW_STEPS)
     run_detect(pipeline, [folder / "a.png"], tmp_path, save_counterfactual=True)
     anomaly_map = load_map(tmp_path / "maps" / "a.png")
     assert float(table(tmp_path)["a"]["abnormal_fraction"]) == pytest.approx(np.mean(anomaly_map > 0.05), abs=0.01)
     assert json.loads((tmp_path / "settings.json").read_text())["vmax"] == pytest.approx(0.15)
     with Image.open(tmp_path / "counterfactuals" / "a.png") as counterfactual:
         assert (counterfactual.mode, counterfactual.size) == ("L", (16, 16))
+    # the threshold was measured with the model's own settings; those of the counterfactual alone may differ
+    for setting, has_fraction in ({"keep_below": 0.1}, True), ({"guidance_scale": 3.0}, False):
+        out = tmp_path / next(iter(setting))
+        detect(pipeline, [folder / "a.png"], out, call_kwargs={**FEW_STEPS, **setting}, progress=False)
+        assert bool(table(out)["a"]["abnormal_fraction"]) == has_fraction
+        assert json.loads((out / "settings.json").read_text())["vmax"] == pytest.approx(0.15)
 
 
 @pytest.mark.parametrize(("side", "longest"), [(16, 320), (400, 400), (3000, 512)])
@@ -378,15 +386,21 @@ def test_the_crisp_counterfactual_is_the_input_plus_the_enlarged_change():
         np.testing.assert_allclose((crisp - grey)[rows][inside[rows]], change, atol=1e-5)
 
 
-def test_a_pipeline_with_a_lung_segmenter_fills_the_zone_columns(pipeline, folder, tmp_path):
+def test_a_pipeline_with_a_lung_segmenter_fills_the_zone_columns(pipeline, folder, tmp_path, monkeypatch):
     from cxr_diffusers import CFGAnomalyPipeline, LungSegmenter
 
     run_detect(pipeline, [folder / "a.png"], tmp_path / "without")
     assert table(tmp_path / "without")["a"]["zone"] == ""
+    torch.manual_seed(0)
     segmenter = LungSegmenter(sample_size=16, block_out_channels=(4, 4))
     with_lungs = CFGAnomalyPipeline(pipeline.unet, pipeline.scheduler, lung_segmenter=segmenter)
+    titles, draw = [], detection_folder.side_by_side
+    monkeypatch.setattr(
+        detection_folder, "side_by_side", lambda *panels, **kw: titles.append(kw["title"]) or draw(*panels, **kw)
+    )
     run_detect(with_lungs, [folder / "a.png"], tmp_path / "with", save_counterfactual=True)
     row = table(tmp_path / "with")["a"]
+    assert row["zone"] and f"largest part in the {row['zone']} zone" in titles[0]
     assert 0 <= float(row["zone_share"]) <= 1 and 0 <= float(row["outside_lungs"]) <= 1
     with Image.open(tmp_path / "with" / "counterfactuals" / "a_crisp.png") as crisp:
         assert (crisp.mode, crisp.size) == ("L", (18, 24))

@@ -32,7 +32,7 @@ THRESHOLD = 0.05
 
 @pytest.fixture
 def model(pipeline):
-    pipeline.register_to_config(map_threshold=THRESHOLD)
+    pipeline.register_to_config(map_threshold=THRESHOLD, settings=FEW_STEPS)
     return pipeline
 
 
@@ -193,7 +193,12 @@ def test_objects_need_a_threshold_and_a_dicom_file_that_names_its_study(pipeline
     Image.fromarray(pydicom.dcmread(whole).pixel_array).save(tmp_path / "x.png")
     with pytest.raises(ValueError, match="threshold from healthy .* got one without"):
         run_detect(pipeline, [whole], tmp_path / "out", dicom=True)
-    pipeline.register_to_config(map_threshold=THRESHOLD)
+    pipeline.register_to_config(map_threshold=THRESHOLD, settings=FEW_STEPS)
+    other = dict(call_kwargs={**FEW_STEPS, "guidance_scale": 3.0}, dicom=True, progress=False)
+    with pytest.raises(ValueError, match="expected `threshold` for `dicom`, .*got other settings: guidance_scale"):
+        detection.detect(pipeline, [whole], tmp_path / "other", **other)
+    assert not (tmp_path / "other").exists()
+    assert detection.detect(pipeline, [whole], tmp_path / "other", threshold=0.04, **other)["computed"] == 1
     with pytest.raises(ValueError, match="at least one DICOM file"):
         run_detect(pipeline, [tmp_path / "x.png"], tmp_path / "out", dicom=True)
     summary = run_detect(pipeline, [whole, lost, tmp_path / "x.png"], tmp_path / "out", dicom=True)

@@ -147,6 +147,10 @@ def test_every_row_of_the_ablation_is_a_different_valid_call(pipeline):
         (dict(data={"a": {"images": {}, "mask": 1}}), "data.a: unknown key 'mask'"),
         (dict(root="???"), "give root"),
         (dict(models={}), "unknown key 'models'"),
+        (dict(options={"n_bootstrp": 5}), "options: expected some of batch_size, n_bootstrap, .*, got 'n_bootstrp'"),
+        (dict(options={"output_dir": "x"}), "options: expected some of .*, got 'output_dir'"),
+        (dict(options={"n_bootstrap": "many"}), "options: n_bootstrap.*int, got 'many'"),
+        (dict(data={"a": {"images": {"n": 6}}}), "data.a.images: expected the `name` of a loader, got {'n': 6}"),
     ],
 )
 def test_an_invalid_plan_is_refused_with_the_reason(tmp_path, changes, message):

@@ -68,7 +68,7 @@ def test_a_section_that_is_no_dict_is_named(path, section, values):
 @pytest.mark.parametrize("section", ["data", "unet", "scheduler", "train"])
 def test_an_empty_section_is_named(path, section):
     path.write_text(yaml.safe_dump({**MINIMAL, section: None}))
-    with pytest.raises(ValueError, match=f"{section} must be dict, got None"):
+    with pytest.raises(ValueError, match=f"{section}: expected dict, got None"):
         load_recipe(path, ["data.root=/data"] if section != "data" else [])
 
 
@@ -77,16 +77,19 @@ def test_an_empty_section_is_named(path, section):
     [
         ("train.batchsize=8", "unknown key 'batchsize'.*batch_size"),
         ("training.batch_size=8", "unknown key 'training'.*train"),
-        ("train.learning_rate=fast", "must be float, got 'fast'"),
-        ("train.learning_rate=.nan", "finite"),
-        ("train.mixed_precision=fp8", "must be no or fp16 or bf16 or auto, got 'fp8'"),
-        ("train.output_dir=no", "must be str, got False.*quote it"),
+        ("train.learning_rate=fast", ": expected float, got 'fast'"),
+        ("train.learning_rate=.nan", "learning_rate: expected a finite number, got nan"),
+        ("train.learning_rate=nan", "learning_rate: expected a finite number, got nan"),
+        ("train.max_steps=many", "max_steps: expected int, got 'many'"),
+        ("scheduler.beta_schedule=foo", "expected linear or scaled_linear or squaredcos_cap_v2, got 'foo'"),
+        ("train.mixed_precision=fp8", ": expected no or fp16 or bf16 or auto, got 'fp8'"),
+        ("train.output_dir=no", ": expected str, got False.*quote it"),
         ("train.max_steps=0", "train.max_steps: expected 1 or more, got 0"),
         ("train.batch_size=-4", "train.batch_size: expected 1 or more, got -4"),
-        ("train.augment=3", "must be dict or NoneType, got 3"),
+        ("train.augment=3", ": expected dict or NoneType, got 3"),
         ("train.seed=[1,", "YAML value in .train.seed=.1,., got while parsing"),
-        ("train.batch_size=2.5", "must be int"),
-        ("train.push_to_hub=1", "must be bool"),
+        ("train.batch_size=2.5", ": expected int"),
+        ("train.push_to_hub=1", ": expected bool"),
         ("data.seed.deep=3", None),
         ("batch_size=8", "section.key=value"),
         ("train.seed", "section.key=value"),

@@ -86,7 +86,10 @@ def test_a_classifier_of_images_ends_in_grad_cam(script, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("diffusion.model=runs/not_there", "diffusion.model: .*train_cfg.py trains one"),
+        (
+            "diffusion.model=runs/not_there",
+            "diffusion.model: .*; train one: .*train_cfg.py configs/phantom_cfg_32.yaml",
+        ),
         ("diffusion.model=null", "give diffusion.model"),
         ("data.fraction_healthy=1.0", "more than one class|unknown key"),
         ("classifier.pool=spatial", "expected `pool`"),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from cxr_diffusers import CFGAnomalyPipeline, DiffPIRDeblurPipeline, FixedPointGANPipeline, load_phantom
 from cxr_diffusers.cli import main
 from cxr_diffusers.config import CONFIGS
+from cxr_diffusers.training import script
 from cxr_diffusers.training.script import PROGRAMS, load_program, run_program
 
 ROOT = Path(__file__).parent.parent
@@ -148,7 +149,7 @@ def test_an_invalid_recipe_is_refused_with_the_reason(tmp_path, override, messag
     [
         ("train_cfg", "unet.chanels=3", "unet: .*chanels"),
         ("train_cfg", "unet.in_channels=one", "unet.*: "),
-        ("train_cfg", "scheduler.beta_schedule=square", "scheduler: square"),
+        ("train_cfg", "scheduler.beta_schedule=square", "got .square"),
         ("train_cfg", "scheduler.betas=3", "scheduler: .*betas"),
         ("train_cfg", "images.scalling=minmax", "images: .*scalling"),
         ("train_cfg", "data.amount=3", "data.*: .*amount"),
@@ -200,6 +201,14 @@ def test_the_train_command_runs_the_program_of_the_recipe(tmp_path, capsys):
     assert "program: train_fixed_point_gan" in capsys.readouterr().out
     assert len(steps(tmp_path / "gan")) == 1
     FixedPointGANPipeline.from_pretrained(tmp_path / "gan")
+
+
+def test_the_closing_hint_can_be_run_where_the_program_runs(monkeypatch):
+    assert script.train_command("train_cfg", "phantom_cfg_32") == (
+        "accelerate launch training/train_cfg.py configs/phantom_cfg_32.yaml"
+    )
+    monkeypatch.setattr(script, "PROGRAMS", script.PACKAGE / "training_programs")  # as in an installed package
+    assert script.train_command("train_cfg", "phantom_cfg_32") == "cxr-diffusers train phantom_cfg_32"
 
 
 def test_the_train_command_lists_every_recipe_with_its_program(capsys):

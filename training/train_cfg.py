@@ -23,7 +23,7 @@ from cxr_diffusers.training.loop import train
 from cxr_diffusers.training.networks import initial_unet
 from cxr_diffusers.training.recipe import Recipe, parse_command_line, section
 from cxr_diffusers.training.run import seeded
-from cxr_diffusers.training.script import finish, run_program, save_strip, write_card
+from cxr_diffusers.training.script import finish, run_program, save_strip, train_command, write_card
 from cxr_diffusers.training.tensors import TensorImages
 from cxr_diffusers.training.validation_loss import ValidationLoss
 
@@ -81,8 +81,8 @@ def main(arguments: Sequence[str]) -> None:
     )
     hints = [f"detect:  cxr-diffusers detect YOUR_IMAGES --model {output_dir} --out maps"]
     if recipe.data["name"] == "phantom":
-        command = "accelerate launch training/train_cfg.py configs/chexpert_cfg_256.yaml data.root=/data/CheXpert-v1.0"
-        hints.append(f"CheXpert: {command}")
+        command = train_command("train_cfg", "chexpert_cfg_256")
+        hints.append(f"CheXpert: {command} data.root=/data/CheXpert-v1.0")
     finish(output_dir, config, *hints, recipe=recipe)
 
 

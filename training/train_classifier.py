@@ -37,7 +37,7 @@ from cxr_diffusers.training.loop import train
 from cxr_diffusers.training.losses import noisy_classification_loss
 from cxr_diffusers.training.recipe import ClassifierRecipe, parse_command_line, section
 from cxr_diffusers.training.run import seeded
-from cxr_diffusers.training.script import finish, run_program, validation_file, write_card
+from cxr_diffusers.training.script import finish, run_program, train_command, validation_file, write_card
 from cxr_diffusers.training.tensors import TensorImages
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "phantom_classifier_32.yaml"
@@ -104,7 +104,9 @@ class NoisyImageTask:
         try:
             guided = load_pipeline(recipe.diffusion["model"])
         except FileNotFoundError as error:
-            raise ValueError(f"diffusion.model: {error}; accelerate launch training/train_cfg.py trains one") from None
+            raise ValueError(
+                f"diffusion.model: {error}; train one: {train_command('train_cfg', 'phantom_cfg_32')}"
+            ) from None
         self.unet, self.scheduler = guided.unet.eval(), guided.scheduler
         self.size, self.class_names, self.settings = guided.unet.config.sample_size, class_names, recipe.pipeline
         self.preparation = {name: guided.config[name] for name in ("scaling", "aspect", "data_range")}

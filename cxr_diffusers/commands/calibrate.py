@@ -41,7 +41,8 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     from ..data import open_dataset
-    from ..inference.calibration import calibrate_model, check_own_folder
+    from ..inference.calibration import TRAINING_IMAGES, calibrate_model, check_own_folder
+    from ..inference.out_of_distribution import FEWEST
     from ..processes import process_state
 
     if not process_state().is_main_process:
@@ -57,6 +58,9 @@ def run(options: argparse.Namespace) -> int:
     print(f"healthy scores: {scores[0]:.4g} to {scores[-1]:.4g}, median {scores[len(scores) // 2]:.4g}")
     for view, of_view in result.scores.by_view.items():
         print(f"  {view}: {len(of_view)} images, {of_view[0]:.4g} to {of_view[-1]:.4g}")
+    if len(scores) < FEWEST:
+        advice = f"threshold and p-values are coarse, {TRAINING_IMAGES} or more are recommended"
+        print(f"warning: only {len(scores)} healthy images: {advice}", file=sys.stderr)
     if result.errors is not None:
         print(result.errors.describe())
     for error in result.failed.values():

@@ -54,10 +54,11 @@ def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code, 1 if an image was skipped."""
     from ..deblurring.dataset import deblur, describe_plan, load_prior, measure
     from ..precision import use_dtype
-    from ..processes import process_state
+    from ..processes import process_state, usable_device
 
     state, shard = process_state(), shard_of(options)
-    pipeline = load_prior(options.model, options.trust_remote_code).to(options.device or state.device)
+    device = usable_device(options.device)
+    pipeline = load_prior(options.model, options.trust_remote_code).to(device)
     use_dtype(pipeline, options.dtype)
     pipeline.set_progress_bar_config(disable=True)
     names = ("num_inference_steps", "noise_std", "lambda_", "zeta", "tile_size")

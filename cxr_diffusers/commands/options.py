@@ -160,20 +160,20 @@ def open_pipeline(options: argparse.Namespace, model: str | None = None) -> Any:
     from ..hub.loading import load_pipeline
     from ..inference.export import with_backend
     from ..precision import use_dtype
-    from ..processes import process_state
+    from ..processes import process_state, usable_device
 
     if options.batch_size < 1:
         raise ValueError(f"expected --batch-size of 1 or more, got {options.batch_size}")
     if options.backend in BACKENDS[1:] and options.device not in (None, "cpu"):
         raise ValueError(f"expected --device cpu with --backend {options.backend}, got {options.device}")
-    state = process_state()
+    state, device = process_state(), usable_device(options.device)
     model = model or options.model or "default"
     pipeline = load_pipeline(model, options.trust_remote_code)
     on_terminal = state.is_main_process and sys.stderr.isatty()
     pipeline.set_progress_bar_config(disable=not on_terminal, leave=False, position=1)
     if options.backend:
         pipeline = with_backend(pipeline, options.backend)
-    pipeline = pipeline.to(options.device or state.device)
+    pipeline = pipeline.to(device)
     # an exported network computes as it was exported; the original procedure as the original did
     use_dtype(pipeline, "float32" if options.backend in BACKENDS[1:] or options.as_original else options.dtype)
     if not options.as_original:

@@ -17,7 +17,7 @@ examples:
       --split validation=chexpert:root=/data/chexpert-256,split=valid
   cxr-diffusers publish-data phantom:n=200 me/phantoms --split test=phantom:n=50,seed=1 --license apache-2.0
 and then, to train and to measure:
-  accelerate launch training/train_cfg.py configs/chexpert_cfg_256.yaml data.name=hub data.path=me/mine
+  cxr-diffusers train chexpert_cfg_256 data.name=hub data.path=me/mine
   cxr-diffusers evaluate hub:path=me/phantoms,split=test --out report
 """
 

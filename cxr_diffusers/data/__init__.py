@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from datasets import Dataset
 
+from ..config import checked, is_number
 from .brats import load_brats
 from .chestx_det import load_chestx_det
 from .chexlocalize import load_chexlocalize
@@ -56,7 +57,8 @@ def build_dataset(name: str, **kwargs: Any) -> Dataset:
     """Open a data set: `LOADERS[name](**kwargs)`; see the loader for its keywords and columns.
 
     Raises:
-        ValueError: an unknown name, an unknown keyword or a missing one; the message lists the valid ones.
+        ValueError: an unknown name, an unknown keyword (the message lists the valid ones), a missing one, or a number
+            of the wrong type.
     """
     if name not in LOADERS:
         raise ValueError(f"unknown data set {name!r}, expected one of {', '.join(LOADERS)}")
@@ -69,6 +71,9 @@ def build_dataset(name: str, **kwargs: Any) -> Dataset:
     needed = [key for key, p in parameters.items() if p.default is p.empty and key not in kwargs]
     if needed:
         raise ValueError(f"data set {name!r}: give {needed[0]!r}")
+    for key, value in kwargs.items():
+        if is_number(parameters[key].annotation):
+            checked(value, parameters[key].annotation, f"data set {name!r}: {key}")
     return LOADERS[name](**kwargs)
 
 

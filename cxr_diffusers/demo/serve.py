@@ -43,11 +43,12 @@ def open_models(
 
     Raises:
         ValueError: a model for images of several channels, one that returns no anomaly map, or two of `names` with
-            the same last part.
+            the same last part; or a `device` that cannot be used.
     """
     from ..inference.detection import model_channels
-    from ..processes import process_state
+    from ..processes import usable_device
 
+    place = usable_device(device)
     shipped = sorted((path.parent.name for path in CHECKPOINTS.glob("*/model_index.json")), key=lambda x: x != DEFAULT)
     models = {}
     for name in (*names, *shipped):
@@ -62,7 +63,7 @@ def open_models(
                 f"{name}: expected a model that returns anomaly maps of radiographs, got a {type(pipeline).__name__}"
             )
         pipeline.set_progress_bar_config(disable=True)
-        models[short] = use_dtype(pipeline.to(device or process_state().device), dtype)
+        models[short] = use_dtype(pipeline.to(place), dtype)
     return models
 
 

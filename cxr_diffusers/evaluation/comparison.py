@@ -353,7 +353,7 @@ def check(
     unknown = [s for s in strata if s not in columns]
     if unknown:
         raise ValueError(f"expected `strata` among the columns {sorted(columns)}, got {unknown}")
-    labels = set(column_of(healthy, "label")) - {0, None}
+    labels = set(column_of(healthy, "label")) - {0, -1, None}  # without a label: healthy by the user's word
     if labels:
         raise ValueError(f"expected healthy rows (label 0) in `healthy`, got labels {sorted(labels)}")
 

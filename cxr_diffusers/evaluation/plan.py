@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import build, override_value, read_sections
+from ..config import build, checked, is_number, override_value, read_sections
 from ..data import build_dataset
 from ..files import write_file
 from .comparison import Evaluation, compare
 from .report import COLUMNS, counterfactual_table, summary_table
+
+OWN_OPTIONS = ("healthy", "strata", "output_dir", "maps_dir", "shard")  # of `compare`, not among a plan's `options`
 
 
 @dataclass
@@ -48,8 +50,8 @@ def load_plan(
         skip: the names of methods to leave out.
 
     Raises:
-        ValueError: no YAML, an unknown key (the message lists the valid ones), a method without a model, or a value
-            `???`, which has to be overridden.
+        ValueError: no YAML, an unknown key or option (the message lists the valid ones), a method without a model,
+            images without the name of a loader, or a value `???`, which has to be overridden.
     """
     values = read_sections(path, Plan)
     for override in overrides:
@@ -70,9 +72,26 @@ def load_plan(
     for name, method in plan.methods.items():
         if not isinstance(method, dict) or "model" not in method:
             raise ValueError(f"{path}: methods.{name}: expected a `model` and arguments of its call, got {method!r}")
+    for name, data in plan.data.items():
+        for part in ("images", "healthy"):
+            section = getattr(data, part)
+            if "name" not in section and (section or part == "images"):
+                raise ValueError(f"{path}: data.{name}.{part}: expected the `name` of a loader, got {section!r}")
+    check_options(plan.options, f"{path}: options")
     if not plan.methods or not plan.data:
         raise ValueError(f"{path}: expected at least one method and one data set")
     return plan
+
+
+def check_options(options: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError if `compare` has no such option, or one of another type."""
+    parameters = inspect.signature(compare).parameters
+    allowed = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY and name not in OWN_OPTIONS]
+    for name, value in options.items():
+        if name not in allowed:
+            raise ValueError(f"{where}: expected some of {', '.join(allowed)}, got {name!r}")
+        if is_number(parameters[name].annotation):
+            checked(value, parameters[name].annotation, f"{where}: {name}")
 
 
 def chosen(items: Mapping[str, Any], names: Iterable[str], message: str) -> dict[str, Any]:

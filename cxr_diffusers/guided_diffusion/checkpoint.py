@@ -115,9 +115,12 @@ def build_pipeline(
 def read_checkpoint(path: Path | str) -> dict[str, torch.Tensor]:
     """A `.pt` or `.safetensors` file -> {name: tensor}, on the CPU.
 
-    Raises ValueError where the file holds anything but named tensors (an optimizer's state, a whole pickled model).
+    Raises FileNotFoundError without such a file, and ValueError where it holds anything but named tensors (an
+    optimizer's state, a whole pickled model).
     """
     path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a file, got {path}")
     if path.suffix == ".safetensors":
         try:
             return load_file(path)

@@ -38,7 +38,7 @@ Chest radiographs in the columns of [`cxr_diffusers`](https://github.com/cxr-dif
 ## How to use
 
 ```bash
-accelerate launch training/train_cfg.py configs/chexpert_cfg_256.yaml data.name=hub data.path={name}
+cxr-diffusers train chexpert_cfg_256 data.name=hub data.path={name}
 cxr-diffusers evaluate hub:path={name},split={last} --out report
 ```
 

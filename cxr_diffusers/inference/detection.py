@@ -19,7 +19,7 @@ from .detection_folder import DetectionFolder, Outputs, file_stamp
 from .dicom_output import Algorithm, DicomOutputError, import_highdicom
 from .inputs import Input, find_images, model_channels, read_input
 from .out_of_distribution import unlikeness_warnings
-from .reference_scores import ReferenceScores, kept_scores
+from .reference_scores import ReferenceScores, changed_settings, kept_scores
 from .regions import zone_columns
 from .trajectory import Trajectory, check_steps
 
@@ -73,7 +73,8 @@ def detect(
         p_value                   conformal: (1 + number of healthy scores >= this one) / (healthy_images + 1)
         anomaly_score             see `AnomalyOutput`
         zone, zone_share, outside_lungs     where the map lies, if the pipeline has a lung segmenter: see `zone_columns`
-        abnormal_fraction         share of the pixels above the threshold
+        abnormal_fraction         share of the pixels above the threshold; only with `threshold`, or with a threshold
+                                  of the model and its own settings, for which that was measured
         map_max, height, width    of the map; of the input
         seconds                   of the model alone
         warnings                  reasons why the map may be meaningless (a lateral view, another body part, colour,
@@ -88,9 +89,10 @@ def detect(
         batch_size: images in each call of the pipeline.
         map_format: "png" or "npy".
         save_counterfactual, save_trajectory, save_masks, save_boxes ("coco" or "yolo"), save_panel: see above.
-        vmax: the map value of the last colour. None: three times the threshold, so all panels have one scale; without
-            a threshold each panel's own 99.5 % quantile.
-        threshold: map value in (0, 1) above which a pixel is abnormal. None: the model's, from healthy images.
+        vmax: the map value of the last colour. None: three times the threshold (with other settings, the model's), so
+            all panels have one scale; without a threshold each panel's own 99.5 % quantile.
+        threshold: map value in (0, 1) above which a pixel is abnormal. None: the model's, from healthy images, if the
+            call has the model's own settings, else none. Settings of the counterfactual alone may differ.
         dicom: write DICOM objects, too, for those images that are DICOM files.
         call_kwargs: arguments of the pipeline's call.
         shard: the share of the images to compute, without the tables; None: all of them, and the tables. See `Shard`.
@@ -120,7 +122,7 @@ def detect(
         threshold=threshold,
         vmax=vmax,
     )
-    outputs.complete(pipeline.config.get("map_threshold"))
+    outputs.complete(pipeline.config.get("map_threshold"), changed_settings(pipeline, call_kwargs or {}))
     if save_trajectory:
         check_steps(pipeline)
     call_kwargs, state, shard = dict(call_kwargs or {}), process_state(), shard or Shard()

@@ -6,7 +6,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -52,8 +52,12 @@ class Outputs:
     threshold: float | None = None
     vmax: float | None = None
 
-    def complete(self, model_threshold: float | None) -> None:
+    def complete(self, model_threshold: float | None, changed: Sequence[str] = ()) -> None:
         """Check the values, and set the threshold and `vmax` that were not given.
+
+        Args:
+            model_threshold: measured with the model's own settings; for others it only scales the colours.
+            changed: names of the settings that are not the model's own.
 
         Raises:
             ValueError: an invalid value, or an output that needs a threshold without one.
@@ -66,15 +70,23 @@ class Outputs:
             raise ValueError(f"expected `threshold` between 0 and 1, got {self.threshold!r}")
         if self.save_boxes not in (None, *BOX_FORMATS):
             raise ValueError(f"expected `save_boxes` coco or yolo, got {self.save_boxes!r}")
-        self.threshold = self.threshold or model_threshold
-        for name in ("save_masks", "save_boxes"):
-            if getattr(self, name) and not self.threshold:
+        scale = self.threshold or model_threshold
+        self.threshold = self.threshold or (None if changed else model_threshold)
+        for name in ("save_masks", "save_boxes", "dicom"):
+            if not getattr(self, name) or self.threshold:
+                continue
+            if model_threshold:
+                raise ValueError(
+                    f"expected `threshold` for `{name}`, or the model's own settings, for which its threshold was "
+                    f"measured, got other settings: {', '.join(changed)}"
+                )
+            if name != "dicom":  # `dicom_algorithm` says what it needs
                 raise ValueError(
                     f"expected `threshold`, or a model with one (`map_threshold`), for `{name}`, got neither: run "
                     "`cxr-diffusers calibrate MODEL --healthy DATA`"
                 )
-        if self.vmax is None and self.threshold:
-            self.vmax = 3 * self.threshold
+        if self.vmax is None and scale:
+            self.vmax = 3 * scale
 
     def settings(self) -> dict:
         """Plain values for settings.json."""
@@ -217,6 +229,7 @@ class DetectionFolder:
             draw = partial(side_by_side, *panels, vmax=settings["vmax"], panel_size=longest)
             title = f"{self.reference.headline(score)}    " if self.reference is not None else ""
             title += f"score {score:.3f}"
+            title += f"    largest part in the {columns['zone']} zone" if columns.get("zone") else ""
             title += f"    {fraction:.1%} of the image above the threshold" if threshold else ""
             title += f"    {columns['warnings']}" if columns.get("warnings") else ""
         if settings["save_panel"]:

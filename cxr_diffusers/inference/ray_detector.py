@@ -8,7 +8,7 @@ import numpy as np
 
 from ..hub.loading import load_pipeline
 from ..precision import use_dtype
-from ..processes import process_state
+from ..processes import usable_device
 from .detection import warn_of_unlike_images
 from .inputs import model_channels, read_input
 
@@ -39,9 +39,10 @@ class RayDetector:
         dtype: str = "auto",
         trust_remote_code: bool = False,
     ) -> None:
+        place = usable_device(device)
         self.pipeline = load_pipeline(model, trust_remote_code)
         self.pipeline.set_progress_bar_config(disable=True)
-        self.pipeline.to(device or process_state().device)
+        self.pipeline.to(place)
         use_dtype(self.pipeline, dtype)
         self.channels = model_channels(self.pipeline)
         configs = [self.pipeline.config, *(getattr(part, "config", {}) for part in self.pipeline.components.values())]

@@ -5,11 +5,13 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
+from ..data.rows import column_of
 from ..files import as_json, cache_folder, write_file
 from ..fingerprints import fingerprint, image_digest, weights_digest
 from ..hub.loading import hub_file, is_hub_name
@@ -62,19 +64,32 @@ class ReferenceScores:
         return f"higher than {below} of {count} healthy images (p = {short_number(self.p_value(score, view))})"
 
 
+def changed_settings(pipeline: Any, call_kwargs: Mapping) -> list[str]:
+    """Names of the settings of a call that change the map and are not the checkpoint's own.
+
+    ["procedure"] for a pipeline without settings of its own, such as `OriginalProcedure`.
+    """
+    if not hasattr(pipeline, "settings"):
+        return ["procedure"]
+    own, given = as_json(pipeline.settings()), as_json(pipeline.settings(**call_kwargs))
+    return [name for name in given if name not in COUNTERFACTUAL_ONLY and given[name] != own.get(name)]
+
+
 def short_number(p: float) -> str:
     """0.026 -> ".026": two significant digits, without the zero before the point."""
     return f"{p:.2g}".removeprefix("0") or "0"
 
 
 def check_healthy(dataset: Dataset, data: str) -> None:
-    """Raise ValueError if there is no image, or an image with another label than healthy (0)."""
+    """Raise ValueError if there is no image, or an image of another class than healthy (0).
+
+    Images without a label, such as those of a plain folder, are healthy by the user's word.
+    """
     if len(dataset) == 0:
         raise ValueError(f"expected at least one healthy image, got none in {data}")
-    labels = dataset["label"] if "label" in dataset.column_names else []
-    if any(label != 0 for label in labels):
+    others = sum(label not in (0, -1, None) for label in column_of(dataset, "label"))
+    if others:
         names = dataset.features["label"].names
-        others = sum(label != 0 for label in labels)
         raise ValueError(f"expected healthy images alone in {data}, got {others} that are {' or '.join(names[1:])}")
 
 

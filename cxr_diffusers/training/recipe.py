@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from ..config import build, config_file, override_value, read_sections
+from ..files import check_output_folder
 
 
 @dataclass
@@ -74,6 +75,9 @@ class TrainConfig(RunConfig):
     init_from: str | None = None  # pipeline folder or Hub name; training starts from its weights
 
 
+SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # of DDIMScheduler
+
+
 @dataclass
 class Recipe:
     """Recipe of a UNet: data, model, noise schedule and training."""
@@ -86,6 +90,12 @@ class Recipe:
     validation: dict = field(default_factory=dict)  # keys of `data` that differ for the validation images
     conditions: dict = field(default_factory=dict)  # `views`, e.g. [PA, AP]: the network is conditioned on the view too
     pipeline: dict = field(default_factory=dict)  # the pipeline's `settings`: defaults of its call
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for an unknown `beta_schedule`."""
+        name = self.scheduler.get("beta_schedule", SCHEDULES[0])
+        if name not in SCHEDULES:
+            raise ValueError(f"scheduler.beta_schedule: expected {' or '.join(SCHEDULES)}, got {name!r}")
 
     def identity(self) -> dict[str, Any]:
         """The settings outside `train` that determine the result: a run resumes only if they are the same."""
@@ -230,7 +240,8 @@ def parse_command_line(arguments: Sequence[str], default_recipe: str | Path, rec
     RECIPE is a YAML file or the name of a recipe that comes with the package.
 
     Raises:
-        FileNotFoundError, ValueError: see `load_recipe`; also ValueError for a recipe of another type.
+        FileNotFoundError, ValueError: see `load_recipe`; also ValueError for a recipe of another type, or an output
+            folder that cannot be written.
     """
     path = default_recipe
     if arguments and "=" not in arguments[0] and not arguments[0].startswith("-"):
@@ -239,6 +250,7 @@ def parse_command_line(arguments: Sequence[str], default_recipe: str | Path, rec
     if not isinstance(recipe, recipe_type):
         names, program = [f.name for f in fields(recipe_type)], program_of(vars(recipe))
         raise ValueError(f"{path}: expected a recipe with the sections {names}, got one for {program}.py")
+    check_output_folder(recipe.train.output_dir)
     return recipe
 
 

@@ -33,6 +33,13 @@ def load_program(name: str) -> ModuleType:
     return module
 
 
+def train_command(program: str, recipe: str) -> str:
+    """The command that trains a recipe of the package: from a checkout by the program, else by `cxr-diffusers`."""
+    if PROGRAMS.parent == PACKAGE:
+        return f"cxr-diffusers train {recipe}"
+    return f"accelerate launch training/{program}.py configs/{recipe}.yaml"
+
+
 def run_program(main: Callable, arguments: Sequence[str] | None = None, name: str | None = None) -> int:
     """Call `main(arguments)` and return an exit code: 0, 2 after an error that the user can correct, 130 after Ctrl-C.
 

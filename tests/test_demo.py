@@ -8,6 +8,7 @@ import struct
 import sys
 import threading
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,14 @@ import torch
 from PIL import Image
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-from cxr_diffusers import FixedPointGANPipeline, GradCAMPipeline, load_phantom, read_image
+from cxr_diffusers import (
+    CFGAnomalyPipeline,
+    FixedPointGANPipeline,
+    GradCAMPipeline,
+    LungSegmenter,
+    load_phantom,
+    read_image,
+)
 from cxr_diffusers.cli import main
 from cxr_diffusers.demo import rendering
 from cxr_diffusers.demo.analysis import Step, Stopped, analyse, stream
@@ -32,6 +40,7 @@ from cxr_diffusers.inference.reference_scores import (
     kept_scores,
     measure_scores,
 )
+from cxr_diffusers.inference.regions import ZONES
 from cxr_diffusers.pipelines.cxr_images import restore_map
 from helpers import TEN_STEPS, chest, picture_of, toy_generator, toy_resnet, write_dicom
 
@@ -223,6 +232,14 @@ def test_methods_of_one_step_have_no_film_and_grad_cam_no_counterfactual(upload)
     assert picture_of(rendering.panels_file(cam)[1]).width < picture_of(rendering.panels_file(gan)[1]).width
 
 
+def test_an_analysis_names_the_lung_zone_where_the_model_has_a_lung_segmenter(toy, upload):
+    torch.manual_seed(0)
+    segmenter = LungSegmenter(sample_size=16, block_out_channels=(4, 4))
+    with_lungs = CFGAnomalyPipeline(toy.unet, toy.scheduler, settings=TEN_STEPS, lung_segmenter=segmenter)
+    with_lungs.set_progress_bar_config(disable=True)
+    assert analyse(with_lungs, "toy", upload, {}).zone in ZONES and analyse(toy, "toy", upload, {}).zone == ""
+
+
 def test_a_score_is_compared_only_with_scores_of_the_same_model_and_settings(toy, upload, tmp_path):
     analysis = analyse(toy, "toy", upload, {})
     scores = [analysis.score - 0.01, analysis.score - 0.005, analysis.score + 0.01]
@@ -230,7 +247,9 @@ def test_a_score_is_compared_only_with_scores_of_the_same_model_and_settings(toy
     headline = rendering.headline(analysis, reference, reference.fits(toy, {}), "a mean", ["An <odd> view."])
     assert "Higher than <b>2 of 3</b> healthy images (p = .5)" in headline and "An &lt;odd&gt; view." in headline
     assert headline.index("Higher than") < headline.index(f"{analysis.score:.3f}") < headline.index("a mean")
-    assert "chest &lt;1&gt;.png" in headline
+    assert "chest &lt;1&gt;.png" in headline and " zone." not in headline, "a model without a lung segmenter"
+    in_a_zone = rendering.headline(replace(analysis, zone="left lower"), reference, True, "a mean", [])
+    assert "The largest part of the map lies in the left lower zone." in in_a_zone
     card = rendering.comparison_card(analysis, reference, True)
     assert "3 &lt;healthy&gt; chests" in card and "svg+xml" in card
     assert reference.fits(toy, {"noise_level": 300}) and not reference.fits(toy, {"noise_level": 200})

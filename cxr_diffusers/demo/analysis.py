@@ -10,6 +10,7 @@ import numpy as np
 import PIL.Image
 
 from ..inference.panels import same_frame
+from ..inference.regions import zone_columns
 from ..inference.trajectory import Trajectory, check_steps
 from ..pipelines.cxr_images import restore_map
 from ..pipelines.cxr_inversion import timesteps_below
@@ -32,6 +33,7 @@ class Analysis:
     threshold: the checkpoint's map threshold; without one (`has_own_threshold` False), a third of `vmax`.
     vmax: the map value at the end of the colour scale.
     trajectory: the recorded steps; None for a method of one step.
+    zone: the lung zone with the largest part of the map, see `zone_columns`; "" where it is unknown.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Analysis:
     has_own_threshold: bool
     vmax: float
     trajectory: Trajectory | None
+    zone: str = ""
 
     def full_map(self) -> np.ndarray:
         """(H, W) anomaly map at the resolution of the uploaded image; computed on demand because it may be large."""
@@ -111,6 +114,8 @@ def analyse(
         raise Stopped
     square, counterfactual, anomaly_map = output.image[0], output.counterfactual[0], output.anomaly_map[0]
     grey, healthy, display_map = same_frame(image, square, counterfactual, anomaly_map, config, DISPLAY_SIZE)
+    segmenter = pipeline.components.get("lung_segmenter")
+    [zones] = zone_columns(segmenter, output.image, output.anomaly_map, [(image.height, image.width)], config["aspect"])
     own_threshold = config.get("map_threshold")
     threshold = float(own_threshold or common_vmax([anomaly_map]) / 3)
     return Analysis(
@@ -127,6 +132,7 @@ def analyse(
         has_own_threshold=bool(own_threshold),
         vmax=min(1.0, 3 * threshold),  # a map has no higher values
         trajectory=trajectory,
+        zone=zones.get("zone", ""),
     )
 
 

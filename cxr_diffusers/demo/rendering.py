@@ -37,10 +37,11 @@ def headline(
         below, count = reference.share_below(analysis.score)
         p = short_number(reference.p_value(analysis.score))
         first = f"Higher than <b>{below} of {count}</b> healthy images (p = {p})"
+    zone = f" The largest part of the map lies in the {analysis.zone} zone." if analysis.zone else ""
     notes = "".join(f'<p class="warning" role="status">{escape(text)}</p>' for text in warnings)
     return (
         f'<p class="rank" id="rank">{first}</p><p class="score">Anomaly score <b id="score">{analysis.score:.3f}</b>: '
-        f'{meaning}.</p><p class="hint source">{escape(analysis.name)} \u00b7 {escape(analysis.model)}</p>{notes}'
+        f'{meaning}.{zone}</p><p class="hint source">{escape(analysis.name)} \u00b7 {escape(analysis.model)}</p>{notes}'
     )
 
 

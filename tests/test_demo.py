@@ -249,7 +249,7 @@ def test_a_score_is_compared_only_with_scores_of_the_same_model_and_settings(toy
     assert headline.index("Higher than") < headline.index(f"{analysis.score:.3f}") < headline.index("a mean")
     assert "chest &lt;1&gt;.png" in headline and " zone." not in headline, "a model without a lung segmenter"
     in_a_zone = rendering.headline(replace(analysis, zone="left lower"), reference, True, "a mean", [])
-    assert "The largest part of the map lies in the left lower zone." in in_a_zone
+    assert "Largest part of the map: left lower zone." in in_a_zone
     card = rendering.comparison_card(analysis, reference, True)
     assert "3 &lt;healthy&gt; chests" in card and "svg+xml" in card
     assert reference.fits(toy, {"noise_level": 300}) and not reference.fits(toy, {"noise_level": 200})

@@ -37,7 +37,7 @@ def headline(
         below, count = reference.share_below(analysis.score)
         p = short_number(reference.p_value(analysis.score))
         first = f"Higher than <b>{below} of {count}</b> healthy images (p = {p})"
-    zone = f" The largest part of the map lies in the {analysis.zone} zone." if analysis.zone else ""
+    zone = f" Largest part of the map: {analysis.zone} zone." if analysis.zone else ""
     notes = "".join(f'<p class="warning" role="status">{escape(text)}</p>' for text in warnings)
     return (
         f'<p class="rank" id="rank">{first}</p><p class="score">Anomaly score <b id="score">{analysis.score:.3f}</b>: '

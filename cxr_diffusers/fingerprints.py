@@ -1,4 +1,4 @@
-"""Fingerprints of images, of a model's weights, and of a pipeline with its settings."""
+"""Fingerprints of images, of a model's weights, and of a pipeline with its settings; comparison of settings."""
 
 import hashlib
 import json
@@ -10,7 +10,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from .files import as_json
 from .version import __version__
+
+COUNTERFACTUAL_ONLY = ("keep_below",)  # settings that change neither map nor score
 
 
 def fingerprint(pipeline: Any, call_kwargs: Mapping, seed: int) -> str:
@@ -83,3 +86,14 @@ def checkpoint_digest(folder: Path | str) -> str:
             ]  # three thresholds are a panel's last colour
             digest.update(json.dumps(drawn_with, sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def changed_settings(pipeline: Any, call_kwargs: Mapping) -> list[str]:
+    """Names of the settings of a call that change the map and are not the checkpoint's own.
+
+    ["procedure"] for a pipeline without settings of its own, such as `OriginalProcedure`.
+    """
+    if not hasattr(pipeline, "settings"):
+        return ["procedure"]
+    own, given = as_json(pipeline.settings()), as_json(pipeline.settings(**call_kwargs))
+    return [name for name in given if name not in COUNTERFACTUAL_ONLY and given[name] != own.get(name)]

@@ -240,6 +240,12 @@ def test_an_analysis_names_the_lung_zone_where_the_model_has_a_lung_segmenter(to
     assert analyse(with_lungs, "toy", upload, {}).zone in ZONES and analyse(toy, "toy", upload, {}).zone == ""
 
 
+def test_the_threshold_of_a_model_holds_for_its_own_settings_only(toy, upload):
+    own, other = analyse(toy, "toy", upload, {}), analyse(toy, "toy", upload, {"smoothing": 2.0})
+    assert own.has_own_threshold and own.threshold == toy.config.map_threshold and not other.has_own_threshold
+    assert analyse(toy, "toy", upload, {"keep_below": 0.01}).has_own_threshold, "it changes no map"
+
+
 def test_a_score_is_compared_only_with_scores_of_the_same_model_and_settings(toy, upload, tmp_path):
     analysis = analyse(toy, "toy", upload, {})
     scores = [analysis.score - 0.01, analysis.score - 0.005, analysis.score + 0.01]
@@ -416,7 +422,10 @@ def test_the_threshold_slider_has_the_range_of_the_colour_scale_and_explains_1(t
     assert "model's own" in page.factor_range(analysis, 1)["info"]
     toy.register_to_config(map_threshold=None)
     analysis = analyse(toy, "toy", upload, {})
-    assert "has none" in page.factor_range(analysis, 1)["info"] and page.factor_range(analysis, 3)["maximum"] >= 2.95
+    assert (
+        "none was measured" in page.factor_range(analysis, 1)["info"]
+        and page.factor_range(analysis, 3)["maximum"] >= 2.95
+    )
     assert analysis.vmax == pytest.approx(np.quantile(analysis.square_map, 0.995), rel=1e-5)
 
 

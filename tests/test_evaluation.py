@@ -180,8 +180,10 @@ def test_the_threshold_comes_from_healthy_images_else_from_the_pipeline(pipeline
     assert result.summary["settings"]["threshold"]["method"] == pytest.approx(np.quantile(flat, 0.9), abs=1e-4)
     assert quick(BrightSpots(), spot_rows()).summary["settings"]["threshold"]["method"] is None
     assert np.isnan(value(quick(BrightSpots(), spot_rows()), "method", "dice"))
-    stored = CFGAnomalyPipeline(**pipeline.components, map_threshold=0.25)
+    stored = CFGAnomalyPipeline(**pipeline.components, map_threshold=0.25, settings=FAST)
     assert quick(stored, spot_rows(), call_kwargs=FAST).summary["settings"]["threshold"]["method"] == 0.25
+    other = quick(stored, spot_rows(), call_kwargs={"smoothing": 2.0})
+    assert other.summary["settings"]["threshold"]["method"] is None, "measured with other settings"
 
 
 def test_controls_mark_as_many_pixels_as_the_method():

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 import PIL.Image
 
+from ..fingerprints import changed_settings
 from ..inference.panels import same_frame
 from ..inference.regions import zone_columns
 from ..inference.trajectory import Trajectory, check_steps
@@ -30,7 +31,8 @@ class Analysis:
         method makes none.
     display_map: (h, w), the anomaly map at the same size. square_map: the map as the model returns it.
     size: (height, width) of the uploaded image.
-    threshold: the checkpoint's map threshold; without one (`has_own_threshold` False), a third of `vmax`.
+    threshold: the checkpoint's map threshold; without one, and with other settings than those it was measured with
+        (`has_own_threshold` False), a third of `vmax`.
     vmax: the map value at the end of the colour scale.
     trajectory: the recorded steps; None for a method of one step.
     zone: the lung zone with the largest part of the map, see `zone_columns`; "" where it is unknown.
@@ -116,7 +118,7 @@ def analyse(
     grey, healthy, display_map = same_frame(image, square, counterfactual, anomaly_map, config, DISPLAY_SIZE)
     segmenter = pipeline.components.get("lung_segmenter")
     [zones] = zone_columns(segmenter, output.image, output.anomaly_map, [(image.height, image.width)], config["aspect"])
-    own_threshold = config.get("map_threshold")
+    own_threshold = None if changed_settings(pipeline, call_kwargs) else config.get("map_threshold")
     threshold = float(own_threshold or common_vmax([anomaly_map]) / 3)
     return Analysis(
         name=upload.name,

@@ -50,9 +50,9 @@ FILES = {  # downloads: name -> (label, description)
     "panels": ("Images", "one PNG of all three"),
     "film": ("Film", "WebP of all steps"),
 }
-THRESHOLD = {  # meaning of the threshold's unit, by whether the model has a threshold
+THRESHOLD = {  # meaning of the threshold's unit, by whether the model has one for these settings
     True: "1 is the model's own, chosen on healthy chests",
-    False: "the model has none: 3 is the highest 0.5 % of this map",
+    False: "none was measured with these settings: 3 is the highest 0.5 % of this map",
 }
 SLIDERS = {  # arguments of a call: label, description, lowest, highest, step
     "guidance_scale": (

@@ -10,6 +10,7 @@ import pandas as pd
 
 from ..data.rows import column_of
 from ..files import remove_dead
+from ..fingerprints import changed_settings
 from ..processes import Shard, process_state
 from ..version import __version__
 from . import metrics, statistics
@@ -106,7 +107,8 @@ def compare(
             pipeline is anything that answers `pipeline(list of PIL images, output_type="np")` with an `AnomalyOutput`.
         dataset: rows with `image` and, if known, `label` (0 healthy), `patient`, `view`, `path`, `mask`, `boxes`.
         healthy: rows of healthy VALIDATION images: their maps' `quantile` is the threshold. Without them it is the
-            pipeline's own `config.map_threshold`; without that, Dice and IoU are not defined.
+            pipeline's own `config.map_threshold`; without that, and with other settings than the pipeline's own, Dice
+            and IoU are not defined.
         output_dir: folder for per_image.csv, summary.json, summary.md, contact_sheet.png, precision_recall.png,
             roc.png and maps/; None writes nothing.
         batch_size: images a call.
@@ -234,9 +236,10 @@ class Comparison:
         return [i for i, row in enumerate(self.images.rows) if has_region(row)]
 
     def threshold_of(self, method: Method) -> float | None:
-        """From the healthy images, or else the pipeline's own; None if there is neither."""
+        """From the healthy images, else the pipeline's own, which holds for its own settings; None without either."""
         if not self.healthy.rows:
-            return method.option("map_threshold")
+            changed = changed_settings(method.pipeline, method.call_kwargs)
+            return None if changed else method.option("map_threshold")
         predictions = self.healthy.predictions[method.name]
         return healthy_threshold(method.maps(predictions, self.healthy.rows, self.smoothing), self.quantile)
 

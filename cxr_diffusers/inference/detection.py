@@ -13,13 +13,13 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from ..data.images import height_and_width, is_dicom
-from ..fingerprints import fingerprint
+from ..fingerprints import changed_settings, fingerprint
 from ..processes import Shard, process_state, split_pending
 from .detection_folder import DetectionFolder, Outputs, file_stamp
 from .dicom_output import Algorithm, DicomOutputError, import_highdicom
 from .inputs import Input, find_images, model_channels, read_input
 from .out_of_distribution import unlikeness_warnings
-from .reference_scores import ReferenceScores, changed_settings, kept_scores
+from .reference_scores import ReferenceScores, kept_scores
 from .regions import zone_columns
 from .trajectory import Trajectory, check_steps
 

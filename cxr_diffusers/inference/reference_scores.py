@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
 from diffusers import DiffusionPipeline
@@ -13,12 +12,11 @@ from tqdm.auto import tqdm
 
 from ..data.rows import column_of
 from ..files import as_json, cache_folder, write_file
-from ..fingerprints import fingerprint, image_digest, weights_digest
+from ..fingerprints import COUNTERFACTUAL_ONLY, fingerprint, image_digest, weights_digest
 from ..hub.loading import hub_file, is_hub_name
 from ..processes import quiet
 
 SCORES_FILE = "healthy_scores.json"  # in a model's folder
-COUNTERFACTUAL_ONLY = ("keep_below",)  # settings that change neither map nor score
 
 
 @dataclass
@@ -62,17 +60,6 @@ class ReferenceScores:
         """Rank of a score among healthy images, such as "higher than 31 of 37 healthy images (p = .18)"."""
         below, count = self.share_below(score, view)
         return f"higher than {below} of {count} healthy images (p = {short_number(self.p_value(score, view))})"
-
-
-def changed_settings(pipeline: Any, call_kwargs: Mapping) -> list[str]:
-    """Names of the settings of a call that change the map and are not the checkpoint's own.
-
-    ["procedure"] for a pipeline without settings of its own, such as `OriginalProcedure`.
-    """
-    if not hasattr(pipeline, "settings"):
-        return ["procedure"]
-    own, given = as_json(pipeline.settings()), as_json(pipeline.settings(**call_kwargs))
-    return [name for name in given if name not in COUNTERFACTUAL_ONLY and given[name] != own.get(name)]
 
 
 def short_number(p: float) -> str:

@@ -54,11 +54,9 @@ def run(options: argparse.Namespace) -> None:
     healthy = None
     if options.healthy:
         from ..data import open_dataset
-        from ..data.rows import readable_images
+        from ..inference.reference_scores import readable_healthy
 
-        healthy, failed = readable_images(open_dataset(options.healthy))
-        if not len(healthy):
-            raise ValueError(f"expected healthy images with contrast, got none: {next(iter(failed.values()))}")
+        healthy, _ = readable_healthy(open_dataset(options.healthy), options.healthy)
     models = open_models(options.model, options.device, options.trust_remote_code, options.dtype)
     data = f"{len(healthy)} images given with --healthy" if healthy is not None else ""
     reference_of = references(models, healthy, data)

@@ -89,8 +89,8 @@ def load_chexpert(
 
     Raises:
         FileNotFoundError: no CSV, or an image of it (its line and path are named).
-        ValueError: a missing column, an unknown class or option, a cell that is not a label or path, or a box that is
-            none, belongs to no image or reaches beyond it.
+        ValueError: a missing column, an unknown class or option, a cell that is not a label or path, an invalid
+            box, or one that belongs to no image or reaches beyond it.
     """
     csv = find_csv(root, split)
     table = read_table(csv, split, report_section)
@@ -288,7 +288,7 @@ def _checked_views(views):
 
 def parts_from_split(path: PurePosixPath | str) -> tuple[str, ...]:
     """Components of a CSV path from its split on: the data set's own name, whatever it is, is dropped."""
-    text = str(path).replace("\\", "/")  # a `PurePosixPath` takes ten times as long
+    text = str(path).replace("\\", "/")  # a `PurePosixPath` takes longer
     parts = ("/",) * text.startswith("/") + tuple(part for part in text.split("/") if part not in ("", "."))
     return parts if parts[0] in SPLITS or len(parts) == 1 else parts[1:]
 

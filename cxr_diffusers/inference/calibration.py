@@ -22,7 +22,7 @@ from ..hub.loading import CHECKPOINTS, is_hub_name, load_pipeline, read_index, s
 from ..pipelines.cxr_images import restore_map
 from ..processes import process_state, quiet
 from .out_of_distribution import ReferenceErrors, denoising_errors, has_denoiser, keep_errors
-from .reference_scores import ReferenceScores, check_healthy, keep_scores, reference_scores
+from .reference_scores import ReferenceScores, keep_scores, readable_healthy, reference_scores
 
 UNFINISHED = ".calibration"  # in a model's folder: results of single images, deleted at the end
 LOWEST = 2e-5  # threshold, about one step of a map in 16 bits: 0 means no threshold
@@ -81,10 +81,7 @@ def calibrate_model(
     folder = check_own_folder(model)
     if not 0 < quantile < 1:
         raise ValueError(f"expected a quantile between 0 and 1, got {quantile}")
-    check_healthy(healthy, data)
-    healthy, failed = readable_images(healthy)
-    if not len(healthy):
-        raise ValueError(f"expected healthy images with contrast in {data}, got none: {next(iter(failed.values()))}")
+    healthy, failed = readable_healthy(healthy, data)
     if diseased is not None:
         diseased, failed_diseased = readable_images(diseased)
         failed |= failed_diseased

@@ -10,7 +10,7 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
-from ..data.rows import column_of
+from ..data.rows import column_of, readable_images
 from ..files import as_json, cache_folder, write_file
 from ..fingerprints import COUNTERFACTUAL_ONLY, fingerprint, image_digest, weights_digest
 from ..hub.loading import hub_file, is_hub_name
@@ -78,6 +78,15 @@ def check_healthy(dataset: Dataset, data: str) -> None:
     if others:
         names = dataset.features["label"].names
         raise ValueError(f"expected healthy images alone in {data}, got {others} that are {' or '.join(names[1:])}")
+
+
+def readable_healthy(dataset: Dataset, data: str) -> tuple[Dataset, dict[str, str]]:
+    """`readable_images` of healthy images; ValueError as of `check_healthy`, or if none of them can be read."""
+    check_healthy(dataset, data)
+    readable, failed = readable_images(dataset)
+    if not len(readable):
+        raise ValueError(f"expected healthy images with contrast in {data}, got none: {next(iter(failed.values()))}")
+    return readable, failed
 
 
 def reference_scores(

@@ -1,5 +1,6 @@
 """The models and the samples that are shipped with the package."""
 
+import json
 import re
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from cxr_diffusers import (
     read_image,
 )
 from cxr_diffusers.data import list_images
-from cxr_diffusers.hub.loading import load_pipeline
+from cxr_diffusers.hub.loading import CHECKPOINTS, load_pipeline
 from cxr_diffusers.hub.model_card import HEADLINES
 
 PIPELINES = sorted(path.parent for path in Path(default_checkpoint()).parent.glob("*/model_index.json"))
@@ -90,6 +91,13 @@ def test_the_other_models_open_by_their_names_and_have_complete_cards(name):
     assert pipeline.classifier.dtype == torch.float32, "stored in half precision, used in single"
     output = pipeline(samples(1), output_type="np")
     assert 0 < pipeline.config.map_threshold < output.anomaly_map.max()
+
+
+@pytest.mark.parametrize("index", sorted(CHECKPOINTS.glob("*/model_index.json")), ids=lambda path: path.parent.name)
+def test_a_card_lists_the_settings_of_its_model(index):
+    settings = json.loads(index.read_text()).get("settings") or {}
+    card = (index.parent / "README.md").read_text()
+    assert [name for name, value in settings.items() if f"`{name}={value!r}`" not in card] == []
 
 
 def test_a_classifier_guides_the_one_unet_to_higher_probability_of_healthy(shipped):

@@ -56,6 +56,9 @@ def run(options: argparse.Namespace) -> int:
     share = f"{result.quantile:.0%} of the pixels of {len(scores)} healthy images"
     print(f"map_threshold: {result.map_threshold:g} ({share} are below it)")
     print(f"healthy scores: {scores[0]:.4g} to {scores[-1]:.4g}, median {scores[len(scores) // 2]:.4g}")
+    quantiles, values = list(result.scores.map_quantiles), list(result.scores.map_quantiles.values())
+    text = f"pixels of healthy maps: {values[0]:g} to {values[-1]:g}, their quantiles {quantiles[0]} to {quantiles[-1]}"
+    print(f"{text} (`detect --threshold healthy:0.99`)")
     for view, of_view in result.scores.by_view.items():
         print(f"  {view}: {len(of_view)} images, {of_view[0]:.4g} to {of_view[-1]:.4g}")
     if len(scores) < FEWEST:

@@ -22,6 +22,7 @@ examples:
   cxr-diffusers detect chest.png --out maps
   cxr-diffusers detect /data/pacs_export --out maps --dicom
   cxr-diffusers detect /data/dicom --out maps --model runs/chexpert_cfg_256 --noise-level 500
+  cxr-diffusers detect chest.png --out maps --save-masks --threshold healthy:0.99
 
 {PROCESSES.format(command="detect")}"""
 
@@ -38,8 +39,11 @@ def add(commands: Any) -> None:
     detect.add_argument("--dicom", action="store_true", help=text)
     detect.add_argument("--save-trajectory", action="store_true", help="an animation (WebP) of inversion and decoding")
     detect.add_argument("--vmax", type=float, help="map value of the last colour (default: 3 x the model's threshold)")
-    text = "map value above which a pixel is abnormal, from 0 to 1 (default: the model's, from healthy images)"
-    detect.add_argument("--threshold", type=float, help=text)
+    text = (
+        "above which a pixel is abnormal: a map value from 0 to 1, or a quantile of the pixels of healthy images, such "
+        "as healthy:0.99 (default: the model's, from healthy images)"
+    )
+    detect.add_argument("--threshold", metavar="VALUE", help=text)
     text = "boxes of the regions above the threshold: boxes.json for all images, or labels/NAME.txt for each"
     detect.add_argument("--save-boxes", choices=["coco", "yolo"], help=text)
     detect.add_argument("--save-masks", action="store_true", help="the map above the threshold, as a PNG of 0 and 255")
@@ -52,7 +56,10 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code, 1 if an image failed."""
     from ..inference.detection import detect
+    from ..inference.thresholds import parse_threshold
 
+    if options.threshold is not None:
+        parse_threshold(options.threshold)  # before the model is opened
     shard = shard_of(options)
     summary = detect(
         open_pipeline(options),

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,11 @@ from .reference_scores import ReferenceScores, keep_scores, readable_healthy, re
 
 UNFINISHED = ".calibration"  # in a model's folder: results of single images, deleted at the end
 LOWEST = 2e-5  # threshold, about one step of a map in 16 bits: 0 means no threshold
+# of the pixels of healthy maps, for `detect --threshold healthy:Q`; closer together where maps rise steeply
+QUANTILES = (
+    *(0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.96, 0.97, 0.975, 0.98, 0.985),
+    *(0.99, 0.9925, 0.995, 0.996, 0.997, 0.998, 0.9985, 0.999, 0.9995, 0.9999),
+)
 TRAINING_IMAGES = 100  # healthy validation images, and as many diseased ones, after a training
 
 
@@ -34,8 +39,8 @@ class Calibration:
     """What `calibrate_model` measured.
 
     map_threshold: the map value that a share of `quantile` of the healthy images' pixels stays below. scores: of the
-    healthy images. errors: of the healthy and diseased images; None for a model without a denoising network.
-    failed: {path: error} of the images that were left out.
+    healthy images, with quantiles of their maps. errors: of the healthy and diseased images; None for a model without a
+    denoising network. failed: {path: error} of the images that were left out.
     """
 
     map_threshold: float
@@ -59,8 +64,9 @@ def calibrate_model(
     """Measure a model on validation images and write the results into its folder.
 
     Written are `map_threshold` in model_index.json (with its quantile and the number of images as `_map_threshold`),
-    healthy_scores.json (also by view, if the views are known), and denoising_errors.json for a diffusion model, from
-    which images are recognised that do not look like the training images. The same images give the same files. An
+    healthy_scores.json (also by view, if the views are known, and with quantiles of the healthy maps), and
+    denoising_errors.json for a diffusion model, from which images are recognised that do not look like the training
+    images. The same images give the same files. An
     interrupted calibration continues where it stopped; the files in the folder change only at the end. Images that
     cannot be read, or of a single value, are left out and logged.
 
@@ -92,8 +98,10 @@ def calibrate_model(
     with quiet(pipeline):
         results = compute_once(folder, healthy, maps_and_scores, pipeline, "healthy images", **run)
         errors = measure_errors(folder, healthy, diseased, pipeline, data, **run) if has_denoiser(pipeline) else None
-    threshold = max(LOWEST, round(healthy_threshold([result["map"] for result in results], quantile), 5))
+    maps = [result["map"] for result in results]
+    threshold = threshold_at(quantile, maps)
     scores = reference_scores(pipeline, healthy, data, [float(result["score"]) for result in results])
+    scores = replace(scores, map_quantiles={f"{q:g}": threshold_at(q, maps) for q in QUANTILES})
 
     keep_scores(scores, folder)
     if errors is not None:
@@ -170,6 +178,11 @@ def maps_and_scores(pipeline: Any, images: list) -> list[dict]:
 def errors_of(pipeline: Any, images: list) -> list[dict]:
     """Denoising errors of each image."""
     return [{"errors": errors} for errors in denoising_errors(pipeline, images)]
+
+
+def threshold_at(quantile: float, maps: list[np.ndarray]) -> float:
+    """The quantile of all pixels of the maps, to five decimals and at least `LOWEST`."""
+    return max(LOWEST, round(float(healthy_threshold(maps, quantile)), 5))
 
 
 def unpad(anomaly_map: np.ndarray, image: Any, aspect: str) -> np.ndarray:

@@ -21,6 +21,7 @@ from .inputs import Input, find_images, model_channels, read_input
 from .out_of_distribution import unlikeness_warnings
 from .reference_scores import ReferenceScores, kept_scores
 from .regions import zone_columns
+from .thresholds import HEALTHY, parse_threshold
 from .trajectory import Trajectory, check_steps
 
 WORKERS = max(2, min(8, os.cpu_count() or 1))  # threads that read, and threads that write
@@ -36,7 +37,7 @@ def detect(
     save_counterfactual: bool = False,
     save_trajectory: bool = False,
     vmax: float | None = None,
-    threshold: float | None = None,
+    threshold: float | str | None = None,
     save_masks: bool = False,
     save_boxes: str | None = None,
     save_panel: bool = True,
@@ -91,8 +92,10 @@ def detect(
         save_counterfactual, save_trajectory, save_masks, save_boxes ("coco" or "yolo"), save_panel: see above.
         vmax: the map value of the last colour. None: three times the threshold (with other settings, the model's), so
             all panels have one scale; without a threshold each panel's own 99.5 % quantile.
-        threshold: map value in (0, 1) above which a pixel is abnormal. None: the model's, from healthy images, if the
-            call has the model's own settings, else none. Settings of the counterfactual alone may differ.
+        threshold: map value in (0, 1) above which a pixel is abnormal; or, as "healthy:0.99", the value that a share
+            of 0.99 of the pixels of healthy images stays below: from a calibrated model (see `calibrate_model`), for
+            its own settings only. None: the model's `map_threshold`, from healthy images, if the call has the model's
+            own settings, else none. Settings of the counterfactual alone may differ.
         dicom: write DICOM objects, too, for those images that are DICOM files.
         call_kwargs: arguments of the pipeline's call.
         shard: the share of the images to compute, without the tables; None: all of them, and the tables. See `Shard`.
@@ -106,11 +109,15 @@ def detect(
         FileNotFoundError: no such file or folder, or no image in it.
         FileExistsError: `output_dir` holds results of another model or other settings.
         ValueError: `output_dir` is the folder of the images; an unknown `map_format`, a `vmax` of 0 or less, a
-            threshold outside (0, 1), an unknown `save_boxes`, `save_trajectory` for a pipeline without steps; `dicom`,
-            `save_masks` or `save_boxes` without a threshold; `dicom` without any DICOM file.
+            threshold outside (0, 1), a quantile outside the measured range, of a model without quantiles of healthy
+            maps, or with other settings than the model's, an unknown `save_boxes`, `save_trajectory` for a pipeline
+            without steps; `dicom`, `save_masks` or `save_boxes` without a threshold; `dicom` without any DICOM file.
         OSError: a result cannot be written (disk full, no permission); the same call resumes afterwards.
         ImportError: `dicom`, and highdicom is not installed.
     """
+    value, quantile = (None, None) if threshold is None else parse_threshold(threshold)
+    if quantile is not None:
+        value = healthy_map_value(pipeline, call_kwargs or {}, quantile)
     outputs = Outputs(
         map_format=map_format,
         save_counterfactual=save_counterfactual,
@@ -119,7 +126,8 @@ def detect(
         save_boxes=save_boxes,
         save_panel=save_panel,
         dicom=dicom,
-        threshold=threshold,
+        threshold=value,
+        healthy_quantile=quantile,
         vmax=vmax,
     )
     outputs.complete(pipeline.config.get("map_threshold"), changed_settings(pipeline, call_kwargs or {}))
@@ -158,7 +166,7 @@ def open_folder(
         path,
         settings,
         pipeline.config,
-        algorithm=dicom_algorithm(pipeline, call_kwargs, paths, outputs.threshold) if outputs.dicom else None,
+        algorithm=dicom_algorithm(pipeline, call_kwargs, paths, outputs) if outputs.dicom else None,
         reference=healthy_reference(pipeline, call_kwargs),
         may_delete=may_delete,
     )
@@ -328,7 +336,33 @@ def healthy_reference(pipeline: Any, call_kwargs: dict) -> ReferenceScores | Non
     return reference if reference is not None and reference.scores and reference.fits(pipeline, call_kwargs) else None
 
 
-def dicom_algorithm(pipeline: Any, call_kwargs: dict, paths: Iterable[Path], threshold: float | None) -> Algorithm:
+def healthy_map_value(pipeline: Any, call_kwargs: dict, quantile: float) -> float:
+    """The map value at a quantile of the pixels of the healthy images that a model was calibrated on.
+
+    Raises:
+        ValueError: other settings than the model's own, a model without quantiles of healthy maps or with those of
+            other weights, a quantile outside the measured range.
+    """
+    option, changed = f"`threshold` {HEALTHY}{quantile:g}", changed_settings(pipeline, call_kwargs)
+    if changed:
+        raise ValueError(
+            f"expected the model's own settings for {option}, for which its quantiles of healthy maps were measured, "
+            f"got other settings: {', '.join(changed)}"
+        )
+    model = pipeline.config.get("_name_or_path")
+    reference = kept_scores(model) if model else None
+    advice = "run `cxr-diffusers calibrate MODEL --healthy DATA`"
+    if reference is None or not reference.map_quantiles:
+        raise ValueError(f"expected a model with quantiles of healthy maps for {option}, got one without: {advice}")
+    if not reference.fits(pipeline, call_kwargs):
+        raise ValueError(
+            f"expected quantiles of healthy maps of the model's present weights and settings for {option}, got those "
+            f"of earlier ones: {advice}"
+        )
+    return reference.map_value(quantile)
+
+
+def dicom_algorithm(pipeline: Any, call_kwargs: dict, paths: Iterable[Path], outputs: Outputs) -> Algorithm:
     """`Algorithm` that DICOM objects name as their maker.
 
     Raises:
@@ -336,7 +370,7 @@ def dicom_algorithm(pipeline: Any, call_kwargs: dict, paths: Iterable[Path], thr
         ValueError: no threshold, or no DICOM file among `paths`.
     """
     import_highdicom()
-    if not threshold:
+    if not outputs.threshold:
         raise ValueError(
             "expected a model with a threshold from healthy validation images (`map_threshold`) to write DICOM "
             "segmentations, got one without: run `cxr-diffusers calibrate MODEL --healthy DATA`"
@@ -345,4 +379,5 @@ def dicom_algorithm(pipeline: Any, call_kwargs: dict, paths: Iterable[Path], thr
         raise ValueError("expected at least one DICOM file to write DICOM objects beside, got other images only")
     name = str(pipeline.config.get("_name_or_path") or "")
     model = Path(name).resolve().name if Path(name).is_dir() else name
-    return Algorithm(type(pipeline).__name__, model or "unnamed", fingerprint(pipeline, call_kwargs, 0), threshold)
+    weights = fingerprint(pipeline, call_kwargs, 0)
+    return Algorithm(type(pipeline).__name__, model or "unnamed", weights, outputs.threshold, outputs.healthy_quantile)

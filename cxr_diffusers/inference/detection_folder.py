@@ -23,6 +23,7 @@ from .dicom_output import ENDINGS, Algorithm, write_objects
 from .panels import crisp_counterfactual, panel_size, same_frame
 from .reference_scores import ReferenceScores
 from .regions import BOX_FORMATS, coco_boxes, find_boxes, write_yolo
+from .thresholds import describe_threshold
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +36,16 @@ REQUIRED = ("image", "name", "anomaly_score", "file")  # of a row that is whole
 RESULTS = ("maps", "masks", "labels", "counterfactuals", "trajectories", "dicom")
 # of settings that older files lack
 DEFAULTS = {"save_trajectory": False, "dicom": False, "save_masks": False, "save_boxes": None, "save_panel": True}
+DEFAULTS |= {"healthy_quantile": None}
 MAX_NAME = 150  # bytes: file systems allow 255, and endings follow
 
 
 @dataclass
 class Outputs:
-    """What a detection writes for each image; the arguments of `detect` of these names say more."""
+    """What a detection writes for each image; the arguments of `detect` of these names say more.
+
+    threshold: a map value. healthy_quantile: the quantile of healthy images' pixels that gave it; None for any other.
+    """
 
     map_format: str = "png"
     save_counterfactual: bool = False
@@ -50,6 +55,7 @@ class Outputs:
     save_panel: bool = True
     dicom: bool = False
     threshold: float | None = None
+    healthy_quantile: float | None = None
     vmax: float | None = None
 
     def complete(self, model_threshold: float | None, changed: Sequence[str] = ()) -> None:
@@ -66,8 +72,6 @@ class Outputs:
             raise ValueError(f"expected `map_format` png or npy, got {self.map_format!r}")
         if self.vmax is not None and not self.vmax > 0:
             raise ValueError(f"expected `vmax` above 0, got {self.vmax!r}")
-        if self.threshold is not None and not 0 < self.threshold < 1:
-            raise ValueError(f"expected `threshold` between 0 and 1, got {self.threshold!r}")
         if self.save_boxes not in (None, *BOX_FORMATS):
             raise ValueError(f"expected `save_boxes` coco or yolo, got {self.save_boxes!r}")
         scale = self.threshold or model_threshold
@@ -230,7 +234,9 @@ class DetectionFolder:
             title = f"{self.reference.headline(score)}    " if self.reference is not None else ""
             title += f"score {score:.3f}"
             title += f"    largest part in the {columns['zone']} zone" if columns.get("zone") else ""
-            title += f"    {fraction:.1%} of the image above the threshold" if threshold else ""
+            quantile = settings["healthy_quantile"]
+            threshold_text = "the threshold" if quantile is None else describe_threshold(threshold, quantile)
+            title += f"    {fraction:.1%} of the image above {threshold_text}" if threshold else ""
             title += f"    {columns['warnings']}" if columns.get("warnings") else ""
         if settings["save_panel"]:
             file_name = "".join(c if c.isprintable() else "\ufffd" for c in path.name)

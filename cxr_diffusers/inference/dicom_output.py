@@ -14,6 +14,7 @@ from ..data.dicom_checks import has_value, window_of
 from ..files import write_file
 from ..version import __version__
 from .regions import find_outlines
+from .thresholds import describe_threshold
 
 NEEDED = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Rows", "Columns")
 # type 2: mandatory, but possibly empty; many sources lack some
@@ -58,12 +59,18 @@ class Algorithm:
     model: name of the checkpoint, without its path.
     fingerprint: of weights, settings and code version.
     threshold: map value above which a pixel is in the segment.
+    healthy_quantile: the quantile of healthy images' pixels that gave the threshold; None for any other.
     """
 
     name: str
     model: str
     fingerprint: str
     threshold: float
+    healthy_quantile: float | None = None
+
+    def describe_threshold(self) -> str:
+        """See the function of this name in `thresholds`."""
+        return describe_threshold(self.threshold, self.healthy_quantile)
 
 
 def import_highdicom() -> Any:
@@ -122,6 +129,13 @@ def make_segmentation(source: Any, mask: np.ndarray, algorithm: Algorithm) -> An
     source = filing_header(source)
     if mask.shape != (source.Rows, source.Columns):
         raise ValueError(f"expected a mask of the source's size {(source.Rows, source.Columns)}, got {mask.shape}")
+    parameters = {
+        "model": algorithm.model,
+        "fingerprint": algorithm.fingerprint,
+        "threshold": f"{algorithm.threshold:g}",
+    }
+    if algorithm.healthy_quantile is not None:
+        parameters["quantile of healthy images"] = f"{algorithm.healthy_quantile:g}"
     segment = hd.seg.SegmentDescription(
         segment_number=1,
         segment_label=SEGMENT_LABEL,
@@ -133,11 +147,7 @@ def make_segmentation(source: Any, mask: np.ndarray, algorithm: Algorithm) -> An
             family=codes.CID7162.ArtificialIntelligence,
             version=__version__,
             source=HOME,
-            parameters={
-                "model": algorithm.model,
-                "fingerprint": algorithm.fingerprint,
-                "threshold": f"{algorithm.threshold:g}",
-            },
+            parameters=parameters,
         ),
         anatomic_regions=[codes.CID4.Thorax],
         display_color=hd.color.CIELabColor.from_string("orangered"),
@@ -150,7 +160,7 @@ def make_segmentation(source: Any, mask: np.ndarray, algorithm: Algorithm) -> An
         **instance("seg", source, SEGMENTATION_SERIES, algorithm),
         **equipment(algorithm),
         content_label="ANOMALY",
-        content_description=f"map above {algorithm.threshold:g}, a threshold from healthy images",
+        content_description=f"map above {algorithm.describe_threshold()}",
         series_description=f"RESEARCH USE ONLY: {algorithm.name} segmentation",
         omit_empty_frames=False,  # "nothing above the threshold" is a result, too
         transfer_syntax_uid=ExplicitVRLittleEndian,
@@ -233,7 +243,7 @@ def make_presentation_state(source: Any, mask: np.ndarray, algorithm: Algorithm)
     copy_display(source, header)
     layer = hd.pr.GraphicLayer("ANOMALY", 1, "Research use only", hd.color.CIELabColor.from_string("orangered"))
     warning = hd.pr.TextObject(
-        f"{WARNING}: {algorithm.name} {algorithm.model}, map above {algorithm.threshold:g}",
+        f"{WARNING}: {algorithm.name} {algorithm.model}, map above {algorithm.describe_threshold()}",
         "DISPLAY",
         bounding_box=(0.02, 0.02, 0.98, 0.07),
         text_justification="LEFT",
@@ -326,6 +336,7 @@ def pydicom_dataset(**values: Any) -> Any:
 def make_uid(role: str, source_uid: str, algorithm: Algorithm) -> str:
     """A UID below pydicom's root, always the same for the same source, weights, settings and threshold."""
     entropy = ["cxr_diffusers", role, str(source_uid), algorithm.fingerprint, repr(algorithm.threshold)]
+    entropy += [] if algorithm.healthy_quantile is None else [f"healthy:{algorithm.healthy_quantile!r}"]
     return generate_uid(prefix=PYDICOM_ROOT_UID, entropy_srcs=entropy)
 
 

@@ -1,4 +1,7 @@
-"""Anomaly scores of healthy images, stored with a model or measured on one's own data, to compare a score with."""
+"""Anomaly scores of healthy images, stored with a model or measured on one's own data, to compare a score with.
+
+With a model, quantiles of the healthy images' maps are stored, too.
+"""
 
 import hashlib
 import json
@@ -6,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
@@ -25,6 +29,7 @@ class ReferenceScores:
 
     data: a description of the images. call: all settings of the calls that gave the scores. scores: one an image,
     sorted. weights: `weights_digest` of the model. by_view: {view: sorted scores} of the images whose view is known.
+    map_quantiles: {quantile: map value} of the pixels of all their maps, rising; {} where only scores were measured.
     """
 
     data: str
@@ -32,6 +37,7 @@ class ReferenceScores:
     scores: list[float]
     weights: str = ""
     by_view: dict[str, list[float]] = field(default_factory=dict)
+    map_quantiles: dict[str, float] = field(default_factory=dict)
 
     def fits(self, pipeline: DiffusionPipeline, call_kwargs: Mapping) -> bool:
         """True if a call of `pipeline` with `call_kwargs` has the settings and weights of the calls measured here.
@@ -55,6 +61,22 @@ class ReferenceScores:
         """Conformal p-value (1 + number of healthy scores >= `score`) / (n + 1): the image itself counts as one."""
         below, count = self.share_below(score, view)
         return (1 + count - below) / (count + 1)
+
+    def map_value(self, quantile: float) -> float:
+        """The map value that a share of `quantile` of the healthy images' pixels stays below.
+
+        Stored quantiles are exact, between them it is linear.
+
+        Raises:
+            ValueError: a quantile below the lowest stored one or above the highest.
+        """
+        quantiles = [float(q) for q in self.map_quantiles]
+        if not quantiles[0] <= quantile <= quantiles[-1]:
+            raise ValueError(
+                f"expected a quantile from {quantiles[0]:g} to {quantiles[-1]:g}, the range that was measured on "
+                f"{self.data}, got {quantile:g}"
+            )
+        return float(np.interp(quantile, quantiles, list(self.map_quantiles.values())))
 
     def headline(self, score: float, view: str | None = None) -> str:
         """Rank of a score among healthy images, such as "higher than 31 of 37 healthy images (p = .18)"."""

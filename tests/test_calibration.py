@@ -16,7 +16,14 @@ from cxr_diffusers import CFGAnomalyPipeline, ClassifierGuidedPipeline, GradCAMP
 from cxr_diffusers.cli import main
 from cxr_diffusers.evaluation.masks import healthy_threshold
 from cxr_diffusers.hub.loading import DEFAULT, default_checkpoint
-from cxr_diffusers.inference.calibration import UNFINISHED, calibrate_model, calibrate_trained, compute_once
+from cxr_diffusers.inference.calibration import (
+    LOWEST,
+    QUANTILES,
+    UNFINISHED,
+    calibrate_model,
+    calibrate_trained,
+    compute_once,
+)
 from cxr_diffusers.inference.out_of_distribution import (
     ERRORS_FILE,
     UNLIKE,
@@ -92,6 +99,25 @@ def test_a_calibrated_model_has_a_threshold_and_the_scores_of_the_images_by_view
     assert {view: len(of_view) for view, of_view in scores.by_view.items()} == {v: views.count(v) for v in set(views)}
     assert sorted(sum(scores.by_view.values(), [])) == scores.scores
     assert not (model / UNFINISHED).exists()
+
+
+def test_a_calibrated_model_has_quantiles_of_the_pixels_of_all_healthy_maps(once):
+    model, result = once
+    kept = kept_scores(model).map_quantiles
+    maps = opened(model)(phantoms(0)["image"][:], output_type="np").anomaly_map
+    assert [float(q) for q in kept] == list(QUANTILES) == sorted(QUANTILES)
+    np.testing.assert_allclose(list(kept.values()), np.quantile(maps, QUANTILES).clip(LOWEST), atol=1e-5)
+    assert kept["0.9"] == result.map_threshold < kept["0.9999"] and kept == result.scores.map_quantiles
+
+
+def test_a_map_value_between_two_stored_quantiles_is_interpolated():
+    scores = ReferenceScores("12 phantoms", {}, [], map_quantiles={"0.5": 0.1, "0.9": 0.3, "0.99": 0.8})
+    assert [scores.map_value(q) for q in (0.5, 0.9, 0.99)] == [0.1, 0.3, 0.8]
+    assert scores.map_value(0.6) == pytest.approx(0.15) and scores.map_value(0.945) == pytest.approx(0.55)
+    for outside in (0.4, 0.999):
+        message = f"expected a quantile from 0.5 to 0.99, .* measured on 12 phantoms, got {outside}"
+        with pytest.raises(ValueError, match=message):
+            scores.map_value(outside)
 
 
 def test_a_score_is_compared_with_images_of_its_view():
@@ -281,6 +307,8 @@ def test_the_command_makes_a_model_ready_for_masks_and_warnings(model, tmp_path,
     printed = capsys.readouterr().out
     threshold = opened(model).config.map_threshold
     assert f"map_threshold: {threshold:g} (95% of the pixels of 12 healthy images are below it)" in printed
+    quantiles = kept_scores(model).map_quantiles
+    assert f"pixels of healthy maps: {quantiles['0.5']:g} to {quantiles['0.9999']:g}, their quantiles 0.5 to" in printed
     assert "12 healthy and 12 diseased" in printed and kept_scores(model).data == "12 phantoms"
 
     assert main(detect) == 0
@@ -288,6 +316,21 @@ def test_the_command_makes_a_model_ready_for_masks_and_warnings(model, tmp_path,
     rows = {row["name"]: row for row in csv.DictReader(open(tmp_path / "out" / "results.csv"))}
     assert [rows[name]["warnings"] for name in ("0", "1", "noise")] == ["", "", UNLIKE]
     assert all(row["abnormal_fraction"] for row in rows.values())
+
+    for threshold, out in (("healthy:0.99", "share"), (f"{quantiles['0.99']:g}", "value")):
+        options = ["--no-panel", "--threshold", threshold, "--out", str(tmp_path / out)]
+        assert main([*detect[:-2], *options]) == 0
+    for name in rows:
+        masks = [(tmp_path / out / "masks" / f"{name}.png").read_bytes() for out in ("share", "value", "out")]
+        assert masks[0] == masks[1]
+    assert masks[0] != masks[2], "the mask of the 99% quantile is that of the model's 95%"
+    capsys.readouterr()
+    missing = ["detect", "nowhere.png", "--model", str(tmp_path / "missing"), "--out", str(tmp_path / "refused")]
+    for threshold in ("99%", "healthy", "healthy:", "healthy:99%", "healthy:1.5", "quantile:0.9", "0", "1.5", "nan"):
+        assert main([*missing, "--threshold", threshold]) == 2
+        error = capsys.readouterr().err
+        assert "expected" in error and f"got '{threshold}'" in error and "missing" not in error
+    assert not (tmp_path / "refused").exists()
 
 
 def test_a_plain_folder_given_as_healthy_is_healthy(model, tmp_path, capsys):

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,8 @@ from cxr_diffusers.inference.panels import (
     in_model_greys,
     panel_size,
 )
-from cxr_diffusers.inference.reference_scores import ReferenceScores, keep_scores
+from cxr_diffusers.inference.reference_scores import SCORES_FILE, ReferenceScores, keep_scores, kept_scores
+from cxr_diffusers.inference.thresholds import describe_threshold
 from cxr_diffusers.pipelines.cxr_images import restore_map
 from helpers import FEW_STEPS, run_detect, write_dicom
 
@@ -50,6 +52,10 @@ def folder(tmp_path):
 def table(out):
     with open(out / "results.csv", newline="") as file:
         return {row["name"]: row for row in csv.DictReader(file)}
+
+
+def settings_of(out):
+    return json.loads((out / "settings.json").read_text())
 
 
 def times(out):
@@ -315,6 +321,73 @@ def test_a_given_threshold_determines_fraction_and_mask(pipeline, folder, tmp_pa
     assert not (tmp_path / "a.png").exists()
     with pytest.raises(FileExistsError, match="map_threshold: 0.07, now 0.08"):
         run_detect(pipeline, [folder / "a.png"], tmp_path, threshold=0.08, save_masks=True, save_panel=False)
+
+
+@pytest.fixture
+def calibrated(pipeline, tmp_path):
+    """A model whose folder has quantiles of healthy maps."""
+    pipeline.register_to_config(settings=FEW_STEPS)
+    pipeline.save_pretrained(tmp_path / "model")
+    model = type(pipeline).from_pretrained(tmp_path / "model")
+    model.set_progress_bar_config(disable=True)
+    quantiles = {"0.5": 0.01, "0.9": 0.04, "0.99": 0.07}
+    scores = ReferenceScores("toys", as_json(model.settings()), [0.1], weights_digest(model), map_quantiles=quantiles)
+    keep_scores(scores, tmp_path / "model")
+    return model
+
+
+def test_a_quantile_of_healthy_images_is_a_threshold(calibrated, folder, tmp_path):
+    images, outputs = [folder / "a.png", folder / "a.jpg"], dict(save_masks=True, save_boxes="yolo")
+    for out, threshold in ("share", "healthy:0.945"), ("value", 0.055):
+        run_detect(calibrated, images, tmp_path / out, threshold=threshold, **outputs)
+    share, value = tmp_path / "share", tmp_path / "value"
+    settings = settings_of(share)
+    assert (settings["healthy_quantile"], settings["map_threshold"]) == (0.945, pytest.approx(0.055))
+    assert settings["vmax"] == pytest.approx(0.165)
+    assert settings_of(value)["healthy_quantile"] is None
+    for name in table(share):
+        for path in (f"masks/{name}.png", f"labels/{name}.txt"):
+            assert (share / path).read_bytes() == (value / path).read_bytes()
+        assert table(share)[name]["abnormal_fraction"] == table(value)[name]["abnormal_fraction"] not in ("", "0.0")
+    assert (share / "a.png").read_bytes() != (value / "a.png").read_bytes()  # its title names the quantile
+    assert describe_threshold(0.055, 0.945) == "0.055, the 94.5% quantile of healthy images"
+    assert run_detect(calibrated, images, share, threshold="healthy:0.945", **outputs)["computed"] == 0
+    with pytest.raises(FileExistsError, match=r"healthy_quantile: 0.945, now 0.9"):
+        run_detect(calibrated, images, share, threshold="healthy:0.9", **outputs)
+    # results of a version without quantiles are continued
+    (value / "settings.json").write_text(
+        json.dumps({k: v for k, v in settings_of(value).items() if "quantile" not in k})
+    )
+    assert run_detect(calibrated, images, value, threshold=0.055, **outputs)["computed"] == 0
+
+
+def test_a_quantile_is_refused_where_it_was_not_measured(calibrated, folder, tmp_path):
+    def refuse(message, threshold="healthy:0.9", **setting):
+        with pytest.raises(ValueError, match=message):
+            call = {**FEW_STEPS, **setting}
+            detect(calibrated, [folder / "a.png"], tmp_path / "out", threshold=threshold, call_kwargs=call)
+        assert not (tmp_path / "out").exists()
+
+    refuse("expected a quantile from 0.5 to 0.99, .* got 0.999", "healthy:0.999")
+    refuse("from 0 to 1 after `healthy:`, got 'healthy:-0.1'", "healthy:-0.1")
+    refuse("expected `threshold` as a map value such as .*, got 'otsu'", "otsu")
+    refuse(
+        "expected the model's own settings for .*healthy:0.9.* got other settings: guidance_scale", guidance_scale=3.0
+    )
+    out, only_counterfactual = tmp_path / "own", {**FEW_STEPS, "keep_below": 0.1}
+    detect(
+        calibrated, [folder / "a.png"], out, threshold="healthy:0.9", call_kwargs=only_counterfactual, progress=False
+    )
+    assert settings_of(out)["map_threshold"] == 0.04
+
+    scores = kept_scores(tmp_path / "model")
+    keep_scores(replace(scores, weights="of an earlier training"), tmp_path / "model")
+    refuse("expected quantiles of healthy maps of the model's present weights .* run `cxr-diffusers calibrate MODEL")
+    older = {k: v for k, v in vars(scores).items() if k != "map_quantiles"}
+    (tmp_path / "model" / SCORES_FILE).write_text(json.dumps(older))  # of a version without quantiles
+    for _ in range(2):
+        refuse("expected a model with quantiles of healthy maps for .* got one without: run `cxr-diffusers calibrate")
+        (tmp_path / "model" / SCORES_FILE).unlink(missing_ok=True)
 
 
 def test_results_give_the_rank_among_the_models_healthy_scores(pipeline, folder, tmp_path):

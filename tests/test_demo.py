@@ -33,6 +33,7 @@ from cxr_diffusers.demo.serve import open_models
 from cxr_diffusers.demo.uploads import Upload, read_upload
 from cxr_diffusers.files import as_json
 from cxr_diffusers.fingerprints import DIGESTS, weights_digest
+from cxr_diffusers.hub.loading import read_index
 from cxr_diffusers.inference.reference_scores import (
     ReferenceScores,
     cached_scores,
@@ -333,7 +334,7 @@ def test_healthy_scores_refuse_diseased_images(toy):
 
 
 def test_the_shipped_models_carry_the_scores_of_37_healthy_radiographs():
-    """Scores of the present settings and weights; the first one is measured again where the radiographs are here."""
+    """Scores and map quantiles of the present settings and weights; one is measured again where the radiographs are."""
     from cxr_diffusers.demo.serve import open_models
 
     models = open_models()
@@ -342,6 +343,10 @@ def test_the_shipped_models_carry_the_scores_of_37_healthy_radiographs():
     for pipeline in models.values():
         kept = kept_scores(pipeline.config["_name_or_path"])
         assert len(kept.scores) == 37 and kept.fits(pipeline, {}), "measure again: benchmarks/healthy_scores.py"
+        origin = read_index(pipeline.config["_name_or_path"])["_map_threshold"]
+        assert kept.map_value(origin["quantile"]) == pipeline.config.map_threshold
+        values = list(kept.map_quantiles.values())
+        assert values == sorted(values) and 0 < values[0] < values[-1] < 1 and "0.99" in kept.map_quantiles
         if sources.is_dir():
             image = read_image(sorted(sources.iterdir())[0])
             score = float(pipeline(image).anomaly_score[0])
@@ -361,6 +366,8 @@ def test_the_script_that_stores_healthy_scores(toy, tmp_path, capsys, monkeypatc
     kept = kept_scores(tmp_path / "model")
     assert kept.data == "two chests" and len(kept.scores) == 2 and kept.fits(toy, {})
     assert f"| model | 2 | {kept.scores[0]:.4f} |" in capsys.readouterr().out
+    assert 0 < kept.map_value(0.95) < kept.map_value(0.999)
+    assert read_index(tmp_path / "model")["map_threshold"] == toy.config.map_threshold, "printed, not written"
     keep_scores(ReferenceScores("x", {}, [1.0]), tmp_path)
     assert kept_scores(tmp_path).scores == [1.0] and kept_scores(tmp_path / "data") is None
 

@@ -60,7 +60,7 @@ def panel(pipeline, row: dict, title: str | None = None, note: bool = True) -> I
     size, aspect = (image.height, image.width), pipeline.config.aspect
     counterfactual = restore_map(output.counterfactual[0].mean(-1), *size, aspect)
     anomaly_map = restore_map(output.anomaly_map[0], *size, aspect)
-    vmax = 3 * pipeline.config.map_threshold  # as in `cxr-diffusers detect`
+    vmax = min(1.0, 3 * pipeline.config.map_threshold)  # as in `cxr-diffusers detect`
     options = {"boxes": row["boxes"], "vmax": vmax, "title": title, "note": note, "panel_size": 300}
     return side_by_side(image, counterfactual, anomaly_map, **options)
 

@@ -350,8 +350,10 @@ def test_a_quantile_of_healthy_images_is_a_threshold(calibrated, folder, tmp_pat
             assert (share / path).read_bytes() == (value / path).read_bytes()
         assert table(share)[name]["abnormal_fraction"] == table(value)[name]["abnormal_fraction"] not in ("", "0.0")
     assert (share / "a.png").read_bytes() != (value / "a.png").read_bytes()  # its title names the quantile
-    assert describe_threshold(0.055, 0.945) == "0.055, the 94.5% quantile of healthy images"
+    assert describe_threshold(0.055, 0.945) == "0.055 (healthy 94.5% quantile)"
     assert run_detect(calibrated, images, share, threshold="healthy:0.945", **outputs)["computed"] == 0
+    run_detect(calibrated, images[:1], tmp_path / "high", threshold=0.4)
+    assert settings_of(tmp_path / "high")["vmax"] == 1, "a map has no higher values"
     with pytest.raises(FileExistsError, match=r"healthy_quantile: 0.945, now 0.9"):
         run_detect(calibrated, images, share, threshold="healthy:0.9", **outputs)
     # results of a version without quantiles are continued

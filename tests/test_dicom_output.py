@@ -180,14 +180,14 @@ def test_objects_name_the_quantile_of_healthy_images_that_gave_the_threshold(tmp
     source, mask = pydicom.dcmread(write_source(tmp_path / "a.dcm")), np.ones((24, 18), bool)
     algorithm = Algorithm(**{**vars(ALGORITHM), "threshold": 0.012345, "healthy_quantile": 0.9995})
     segmentation = make_segmentation(source, mask, algorithm)
-    assert segmentation.ContentDescription == "map above 0.0123, the 99.95% quantile of healthy images"
+    assert segmentation.ContentDescription == "map above 0.0123 (healthy 99.95% quantile)"
     parameters = segmentation.SegmentSequence[0].SegmentationAlgorithmIdentificationSequence[0].AlgorithmParameters
     assert "threshold=0.012345" in parameters and "quantile of healthy images=0.9995" in parameters
     plain = make_segmentation(source, mask, ALGORITHM)
     assert plain.ContentDescription == "map above 0.05"
     state = make_presentation_state(source, mask, algorithm)
     texts = [text.UnformattedTextValue for item in state.GraphicAnnotationSequence for text in item.TextObjectSequence]
-    assert any("map above 0.0123, the 99.95% quantile" in text for text in texts)
+    assert any("map above 0.0123 (healthy 99.95% quantile)" in text for text in texts)
 
 
 def test_burned_in_text_compression_and_orientation_are_copied_to_the_capture(tmp_path):

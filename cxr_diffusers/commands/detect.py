@@ -38,7 +38,8 @@ def add(commands: Any) -> None:
     text = "for each DICOM file a Segmentation, a Secondary Capture and a Presentation State (docs/clinic.md)"
     detect.add_argument("--dicom", action="store_true", help=text)
     detect.add_argument("--save-trajectory", action="store_true", help="an animation (WebP) of inversion and decoding")
-    detect.add_argument("--vmax", type=float, help="map value of the last colour (default: 3 x the model's threshold)")
+    text = "map value of the last colour (default: 3 x the threshold, at most 1)"
+    detect.add_argument("--vmax", type=float, help=text)
     text = (
         "above which a pixel is abnormal: a map value from 0 to 1, or a quantile of the pixels of healthy images, such "
         "as healthy:0.99 (default: the model's, from healthy images)"

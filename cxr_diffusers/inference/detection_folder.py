@@ -90,7 +90,7 @@ class Outputs:
                     "`cxr-diffusers calibrate MODEL --healthy DATA`"
                 )
         if self.vmax is None and scale:
-            self.vmax = 3 * scale
+            self.vmax = min(1.0, 3 * scale)  # a map has no higher values
 
     def settings(self) -> dict:
         """Plain values for settings.json."""

@@ -26,5 +26,5 @@ def parse_threshold(threshold: float | str) -> tuple[float | None, float | None]
 
 
 def describe_threshold(value: float, quantile: float | None) -> str:
-    """The map value and the quantile that gave it, such as "0.0312, the 99% quantile of healthy images"."""
-    return f"{value:g}" if quantile is None else f"{value:.3g}, the {100 * quantile:g}% quantile of healthy images"
+    """The map value and the quantile that gave it, such as "0.0312 (healthy 99% quantile)"."""
+    return f"{value:g}" if quantile is None else f"{value:.3g} (healthy {100 * quantile:g}% quantile)"

@@ -342,6 +342,7 @@ class ContractMixin(Base):
         score: torch.Tensor | None = None,
         keep_below: float = 0.0,
         scored_map: torch.Tensor | None = None,
+        added_score: torch.Tensor | None = None,
     ) -> AnomalyOutput | tuple:
         """The last step of a call: restrict the map to `region`, offload the models, and convert the output.
 
@@ -349,6 +350,7 @@ class ContractMixin(Base):
             score: (B,), the anomaly score; None: `score_map` of `scored_map`.
             keep_below: see `composite`.
             scored_map: (B, H, W), restricted to `region` as well; None: the anomaly map.
+            added_score: (B,), added to the anomaly score; None: nothing.
 
         Returns:
             `AnomalyOutput`, or its tuple with `return_dict` False.
@@ -362,6 +364,7 @@ class ContractMixin(Base):
         low, high = data_range
         counterfactual = composite(image, counterfactual.clamp(low, high), anomaly_map, keep_below)
         score = score_map(scored_map.float().clamp(0, 1)) if score is None else score
+        score = score if added_score is None else score + added_score
         output = anomaly_output(image, counterfactual, anomaly_map, data_range, output_type, score)
         self.maybe_free_model_hooks()
         self._interrupt = False  # for `invert` and `decode` called on their own

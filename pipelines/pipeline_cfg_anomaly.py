@@ -28,6 +28,8 @@ from .cxr_inversion import (
 )
 from .cxr_portable import PortableMixin
 
+EVIDENCE_WEIGHT = 2.0  # of the class evidence in the combined score
+
 
 class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipeline):
     """Take an image back to a noise level, decode it guided to the healthy class, and compare.
@@ -149,7 +151,8 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
             score: "map": the mean of the map's highest 5 % of pixels. "change": the same of the change to the decoded
                 image of the highest level without high-pass, so that overall brightness counts, too. "evidence": how
                 much better the UNet predicts the noise for `negative_label` than for `target_label`, as the log of the
-                ratio of the errors: 0 equally well, 0.01 one percent better.
+                ratio of the errors: 0 equally well, 0.01 one percent better. "combined": change + 2 x evidence, which
+                separates disease from health better than either (docs/experiments.md); it can be below 0.
             view: "PA" or "AP", or a list with one for each image, for a model that is conditioned on the view; None
                 or "" if it is unknown: then the view that explains the image best is used (six more evaluations).
             generator: of the noise of the class evidence. None: fixed noise, the same in every call and on any device.
@@ -191,7 +194,7 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         target = self.label_id(target_label, "target_label")
         source = self.label_id(source_label, "source_label")
         # without guidance and evidence the negative label is not used and may be missing
-        needs_evidence = evidence != 0 or score == "evidence"
+        needs_evidence = evidence != 0 or score in ("evidence", "combined")
         uses_negative = guidance_scale != 0 or needs_evidence
         negative = self.label_id(negative_label, "negative_label") if uses_negative else target
         if target == self.null_label:
@@ -226,11 +229,10 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
             as_target, as_negative, ratio = self.compute_class_evidence(image, target, negative, views, generator)
             difference = difference_map(as_negative, as_target, self.config.data_range, direction)
             anomaly_map = anomaly_map + evidence * smooth_map(difference, smoothing)
-            ratio = ratio if score == "evidence" else None
 
         # 6. the output
         change = None
-        if score == "change":
+        if score in ("change", "combined"):
             change = self.map_change(image, counterfactual, **{**map_settings, "highpass": 0.0})
         data_range = self.config.data_range
         return self.finish(
@@ -241,9 +243,10 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
             region,
             output_type,
             return_dict,
-            score=ratio,
+            score=ratio if score == "evidence" else None,
             keep_below=keep_below,
             scored_map=change,
+            added_score=EVIDENCE_WEIGHT * ratio if score == "combined" else None,
         )
 
     ORIGINAL_SETTINGS = default_settings(__call__)
@@ -254,6 +257,7 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
             "map": self.score_meaning,
             "change": "mean of the highest 5 % of pixels of the change to a healthy image, with its overall brightness",
             "evidence": "how much better the disease explains the image than health does; 0: neither, 0.01: by 1 %",
+            "combined": "mean of the highest 5 % of pixels of the change to a healthy image + 2 x the evidence of disease",
         }[self.settings()["score"]]
 
     def label_id(self, label: int | str, name: str = "label") -> int:
@@ -278,8 +282,8 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
             self.check_steps(level, num_inference_steps, tensor_inputs)
         check_number("guidance_scale", guidance_scale, low=-math.inf)
         check_number("evidence", evidence)
-        if score not in ("map", "change", "evidence"):
-            raise ValueError(f"expected `score` map, change or evidence, got {score!r}")
+        if score not in ("map", "change", "evidence", "combined"):
+            raise ValueError(f"expected `score` map, change, evidence or combined, got {score!r}")
 
     def predict(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) latents, a timestep, (B,) labels -> (B, C, H, W) float32; a learned variance is split off."""

@@ -179,6 +179,15 @@ def test_the_score_of_the_change_is_that_of_the_map_without_highpass(pipeline, i
     torch.testing.assert_close(pipeline(images, **levels).anomaly_score, plain.anomaly_score, atol=1e-5, rtol=0)
 
 
+def test_the_combined_score_adds_the_evidence_to_the_change(pipeline, images):
+    call = {**FAST, "negative_label": 1, "smoothing": 1.0, "highpass": 8.0}
+    change, ratio, combined = (pipeline(images, **call, score=score) for score in ("change", "evidence", "combined"))
+    expected = change.anomaly_score + 2 * ratio.anomaly_score
+    torch.testing.assert_close(combined.anomaly_score, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(combined.anomaly_map, change.anomaly_map)
+    assert (combined.anomaly_score - change.anomaly_score).abs().min() > 1e-5
+
+
 def test_identical_labels_give_no_evidence(pipeline, images):
     weight = pipeline.unet.class_embedding.weight
     weight.data[1] = weight.data[0]
@@ -197,7 +206,7 @@ def test_the_levels_of_evidence_are_shares_of_the_chain():
     "wrong, message",
     [
         (dict(evidence=-1.0), "expected a finite `evidence` of 0 or more, got -1.0"),
-        (dict(score="mean"), "expected `score` map, change or evidence, got 'mean'"),
+        (dict(score="mean"), "expected `score` map, change, evidence or combined, got 'mean'"),
         (dict(keep_below=-0.1), "expected a finite `keep_below` of 0 or more, got -0.1"),
         (dict(score="evidence", guidance_scale=0.0, negative_label=9), "expected `negative_label` among"),
         ({"noise_level": []}, "expected at least one `noise_level`"),

@@ -49,8 +49,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "help": "of the class evidence in the map: where the model predicts more for the negative label",
     },
     "score": {
-        "choices": ["map", "change", "evidence"],
-        "help": "of the map, of the change without high-pass, or how much better the negative label explains the image",
+        "choices": ["map", "change", "evidence", "combined"],
+        "help": "of the map, of the change without high-pass, how much better the negative label explains the image, or "
+        "change + 2 x evidence",
     },
 }
 

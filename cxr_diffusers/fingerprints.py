@@ -14,6 +14,7 @@ from .files import as_json
 from .version import __version__
 
 COUNTERFACTUAL_ONLY = ("keep_below",)  # settings that change neither map nor score
+NOT_OF_THE_MAP = (*COUNTERFACTUAL_ONLY, "score")
 
 
 def fingerprint(pipeline: Any, call_kwargs: Mapping, seed: int) -> str:
@@ -96,4 +97,4 @@ def changed_settings(pipeline: Any, call_kwargs: Mapping) -> list[str]:
     if not hasattr(pipeline, "settings"):
         return ["procedure"]
     own, given = as_json(pipeline.settings()), as_json(pipeline.settings(**call_kwargs))
-    return [name for name in given if name not in COUNTERFACTUAL_ONLY and given[name] != own.get(name)]
+    return [name for name in given if name not in NOT_OF_THE_MAP and given[name] != own.get(name)]

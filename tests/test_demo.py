@@ -244,7 +244,8 @@ def test_an_analysis_names_the_lung_zone_where_the_model_has_a_lung_segmenter(to
 def test_the_threshold_of_a_model_holds_for_its_own_settings_only(toy, upload):
     own, other = analyse(toy, "toy", upload, {}), analyse(toy, "toy", upload, {"smoothing": 2.0})
     assert own.has_own_threshold and own.threshold == toy.config.map_threshold and not other.has_own_threshold
-    assert analyse(toy, "toy", upload, {"keep_below": 0.01}).has_own_threshold, "it changes no map"
+    for setting in {"keep_below": 0.01}, {"score": "change"}:
+        assert analyse(toy, "toy", upload, setting).has_own_threshold, f"{setting} changes no map"
 
 
 def test_a_score_is_compared_only_with_scores_of_the_same_model_and_settings(toy, upload, tmp_path):

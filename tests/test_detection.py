@@ -183,7 +183,11 @@ def test_a_threshold_gives_one_colour_scale_and_a_fraction(pipeline, folder, tmp
     with Image.open(tmp_path / "counterfactuals" / "a.png") as counterfactual:
         assert (counterfactual.mode, counterfactual.size) == ("L", (16, 16))
     # the threshold was measured with the model's own settings; those of the counterfactual alone may differ
-    for setting, has_fraction in ({"keep_below": 0.1}, True), ({"guidance_scale": 3.0}, False):
+    for setting, has_fraction in (
+        ({"keep_below": 0.1}, True),
+        ({"score": "change"}, True),
+        ({"guidance_scale": 3.0}, False),
+    ):
         out = tmp_path / next(iter(setting))
         detect(pipeline, [folder / "a.png"], out, call_kwargs={**FEW_STEPS, **setting}, progress=False)
         assert bool(table(out)["a"]["abnormal_fraction"]) == has_fraction
@@ -376,7 +380,7 @@ def test_a_quantile_is_refused_where_it_was_not_measured(calibrated, folder, tmp
     refuse(
         "expected the model's own settings for .*healthy:0.9.* got other settings: guidance_scale", guidance_scale=3.0
     )
-    out, only_counterfactual = tmp_path / "own", {**FEW_STEPS, "keep_below": 0.1}
+    out, only_counterfactual = tmp_path / "own", {**FEW_STEPS, "keep_below": 0.1, "score": "change"}
     detect(
         calibrated, [folder / "a.png"], out, threshold="healthy:0.9", call_kwargs=only_counterfactual, progress=False
     )

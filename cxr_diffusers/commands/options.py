@@ -50,7 +50,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "score": {
         "choices": ["map", "change", "evidence", "combined"],
-        "help": "of the map, of the change without high-pass, how much better the negative label explains the image, or "
+        "help": "of the map, of the change without high-pass, how much better the negative label explains it, or "
         "change + 2 x evidence",
     },
 }

@@ -222,13 +222,15 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
                 **span,
             )
             maps.append(self.map_change(image, counterfactual, **map_settings))
-        anomaly_map, ratio = torch.stack(maps).mean(dim=0), None
+        anomaly_map, ratio, added = torch.stack(maps).mean(dim=0), None, None
 
         # 5. class evidence: the comparison of the two labels
         if needs_evidence:
             as_target, as_negative, ratio = self.compute_class_evidence(image, target, negative, views, generator)
             difference = difference_map(as_negative, as_target, self.config.data_range, direction)
             anomaly_map = anomaly_map + evidence * smooth_map(difference, smoothing)
+            added = EVIDENCE_WEIGHT * ratio if score == "combined" else None
+            ratio = ratio if score == "evidence" else None
 
         # 6. the output
         change = None
@@ -243,10 +245,10 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
             region,
             output_type,
             return_dict,
-            score=ratio if score == "evidence" else None,
+            score=ratio,
             keep_below=keep_below,
             scored_map=change,
-            added_score=EVIDENCE_WEIGHT * ratio if score == "combined" else None,
+            added_score=added,
         )
 
     ORIGINAL_SETTINGS = default_settings(__call__)

@@ -5,12 +5,29 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from .commands import COMMANDS
 from .version import __version__
 
 # errors that a user can correct are printed without a traceback
 ONE_LINE_ERRORS = (ValueError, OSError, ImportError)
+DOCUMENTATION = "https://github.com/cxr-diffusers/cxr_diffusers/tree/main/docs"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that prints a wrong command line as one line, without the list of all options before it."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As in `argparse`; an unknown option is an error of the command that it was given to."""
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return options, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """Print `message` and how to get help on stderr, and exit with 2."""
+        self.exit(2, f"{self.prog}: {message}; for help: {self.prog} --help\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,8 +70,10 @@ def check_output(options: argparse.Namespace) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line, with all commands."""
-    parser = argparse.ArgumentParser(
-        prog="cxr-diffusers", description="See where a chest X-ray is abnormal. Research use only, not for diagnosis."
+    parser = Parser(
+        prog="cxr-diffusers",
+        description="See where a chest X-ray is abnormal. Research use only, not for diagnosis.",
+        epilog=f"documentation: {DOCUMENTATION}",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")

@@ -157,6 +157,12 @@ class Request(BaseHTTPRequestHandler):
         self.hub.repositories.setdefault(full, [(git_id(full.encode()), {})])
         self.send({"url": f"{self.hub.address}/{full}", "name": name}, 409 if there else 200)
 
+    def delete(self):
+        wanted = json.loads(self.body)
+        name = f"{wanted.get('organization') or USER}/{wanted['name']}"
+        del self.hub.repositories[f"datasets/{name}" if wanted.get("type") == "dataset" else name]
+        self.send({})
+
     def preupload(self, name):
         paths = [file["path"] for file in json.loads(self.body)["files"]]
         modes = [(p, "lfs" if p.endswith(LFS_SUFFIXES) else "regular") for p in paths]
@@ -227,6 +233,7 @@ API = rf"/api/(?:models/|(?=datasets/)){NAME}"
 ROUTES = [
     (r"/api/validate-yaml", Request.validate),
     (r"/api/repos/create", Request.create),
+    (r"/api/repos/delete", Request.delete),
     (rf"{API}/preupload/main", Request.preupload),
     (rf"{API}/commit/main", Request.commit),
     (rf"{API}/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?", Request.tree),

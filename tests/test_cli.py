@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from goldens.original_unet import OriginalUNet
 from PIL import Image
 
 from cxr_diffusers import CFGAnomalyPipeline, pipelines, read_image, run_as_original
-from cxr_diffusers.cli import main
+from cxr_diffusers.cli import build_parser, main
 from cxr_diffusers.commands.convert import NOT_NEEDED
 from cxr_diffusers.commands.options import SETTINGS
 from cxr_diffusers.data import LOADERS, open_dataset
@@ -75,6 +76,58 @@ def test_every_command_explains_itself(command, capsys):
         main([command, "--help"])
     printed = capsys.readouterr().out
     assert "options:" in printed and "%%" not in printed
+
+
+def subparsers():
+    """{command: its parser}"""
+    return next(action.choices for action in build_parser()._actions if isinstance(action.choices, dict))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wrong"),
+    [
+        (["detec"], "invalid choice: 'detec'"),
+        (["detect", "x.png", "--out", "maps", "--backend", "fast"], "--backend: invalid choice: 'fast'"),
+        (["detect", "x.png"], "required: --out"),
+        (["evaluate", "--out", "x", "--bootstrap", "many"], "invalid int value: 'many'"),
+        (["train", "--lst"], "--lst"),
+        (["detect", "x.png", "--out", "maps", "--no-such-option"], "cxr-diffusers detect: unrecognized arguments: --no-"),
+        (["demo", "--no-such-option"], "cxr-diffusers demo: unrecognized arguments: --no-such-option"),
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_command_line_is_one_line(arguments, wrong, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    printed = capsys.readouterr().err
+    assert wrong in printed and printed.count("\n") == 1, printed
+
+
+@pytest.mark.parametrize("command", sorted(subparsers()))
+def test_the_help_of_a_command_names_only_its_own_options(command):
+    for line in (subparsers()[command].epilog or "").splitlines():
+        named = re.search(r"(?:cxr-diffusers |`)([a-z-]+)", line)
+        parser = subparsers().get(named and named[1], subparsers()[command])
+        words = re.sub(r"accelerate launch .* -m", "", line)  # whose options are not ours
+        assert set(re.findall(r"--[a-z-]+(?![\w-])", words)) <= set(parser._option_string_actions), line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wrong"),
+    [
+        (["detect", "missing", "--out", "maps"], "no such file or folder: missing"),
+        (["evaluate", "missing", "--out", "report"], "missing"),
+        (["evaluate", "phantom:n=2", "--healthy", "missing", "--out", "report"], "missing"),
+    ],
+    ids=" ".join,
+)
+def test_missing_images_are_an_error_before_the_model_is_opened(arguments, wrong, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*arguments, "--model", "no-such-model"]) == 2
+    printed = capsys.readouterr().err
+    assert wrong in printed and "no-such-model" not in printed
+
+
 
 
 def test_no_command_shows_the_help(capsys):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 
 from cxr_diffusers import CFGAnomalyPipeline, default_checkpoint
@@ -16,7 +16,7 @@ from cxr_diffusers.files import as_json
 from cxr_diffusers.fingerprints import weights_digest
 from cxr_diffusers.hub.loading import load_pipeline, load_unet
 from cxr_diffusers.hub.model_card import describe_training, write_model_card
-from cxr_diffusers.hub.publishing import publish
+from cxr_diffusers.hub.publishing import publish, uploading
 from cxr_diffusers.inference.reference_scores import ReferenceScores, keep_scores
 from local_hub import local_hub, run_script
 
@@ -244,6 +244,52 @@ def test_an_export_is_not_published_since_it_would_not_open(folder):
     (folder / "model_index.json").write_text(json.dumps({**index, "unet": ["exported_net_1a2b3c4d", "ExportedNet"]}))
     with pytest.raises(ValueError, match="is an export, which does not open from the Hub"):
         publish(folder, "me/model")
+
+
+def test_a_failed_upload_is_one_line_and_leaves_no_empty_repository(folder, tmp_path):
+    """The stand-in has no Xet: the first upload fails in hf_xet, the second one is the line's own advice."""
+    pytest.importorskip("hf_xet")
+    script = """if True:
+        import contextlib, sys
+        from cxr_diffusers.cli import main
+        with contextlib.redirect_stderr(sys.stdout):
+            print(main(["publish", "run", "me/model"]))
+    """
+    with local_hub() as hub:
+        with_xet = SimpleNamespace(environment={**hub.environment, "HF_HUB_DISABLE_XET": "0"})
+        message, code = run_script(with_xet, script, tmp_path, lines=2)
+        assert message.startswith("cxr-diffusers publish: upload to me/model failed: expected an upload by Xet, got ")
+        assert message.endswith("to upload without Xet, set HF_HUB_DISABLE_XET=1") and code == "2"
+        assert not hub.repositories, "an empty repository is deleted again"
+        address, code = run_script(hub, script, tmp_path, lines=2)
+        assert "/me/model/commit/" in address and code == "0"
+        run_script(with_xet, script, tmp_path)
+        assert "model_index.json" in hub.files("me/model"), "a repository that was there before stays"
+
+
+def test_errors_of_an_upload_say_what_to_do(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+    def fails(error, **options):
+        api = HfApi(**{"endpoint": hub.address, "token": "t", **options})
+        with pytest.raises((OSError, ValueError)) as raised, uploading(api, "me/model") as repo_id:
+            if error == "card":
+                api.upload_file(path_or_fileobj=b"card", path_in_repo="README.md", repo_id=repo_id)
+                raise RuntimeError("cut")
+            raise error
+        assert "\n" not in str(raised.value)
+        return str(raised.value)
+
+    with local_hub() as hub:
+        assert "401 Unauthorized: run `hf auth login`, or set HF_TOKEN" in fails(None, token=False)
+        assert "an answer of http://127.0.0.1:9, got " in fails(None, endpoint="http://127.0.0.1:9")
+        assert fails(ValueError("of the arguments")) == "of the arguments"
+        assert fails(FileNotFoundError(2, "no such file", "x.png")) == "[Errno 2] no such file: 'x.png'"
+        assert not hub.repositories
+        assert fails("card").endswith("The repository me/model exists now; the same command continues")
+        assert set(hub.files("me/model")) == {"README.md"}
+        assert "exists now" not in fails(RuntimeError("cut")), "it was there before"
+        assert set(hub.files("me/model")) == {"README.md"}
 
 
 def test_a_model_opens_as_the_class_in_its_index(folder):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .evaluate import open_methods
-from .options import PROCESSES, add_command, add_pipeline_options, add_shard_option, call_kwargs, print_shard, shard_of
+from .options import SHARDS, add_command, add_pipeline_options, add_shard_option, call_kwargs, print_shard, shard_of
 
 CHEXLOCALIZE = f"""\
 Downloads: CheXpert's images and CheXlocalize's gt_segmentations_{{val,test}}.json, both from Stanford AIMI. The images
@@ -17,7 +17,7 @@ examples:
   cxr-diffusers chexlocalize /data/CheXpert/val /data/CheXlocalize/gt_segmentations_val.json \\
       --model default runs/mine --frontal-only --out report
 
-{PROCESSES.format(command="chexlocalize")}"""
+{SHARDS.format(command="chexlocalize")}"""
 
 
 def add(commands: Any) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .options import (
-    PROCESSES,
+    SHARDS,
     add_command,
     add_device_options,
     add_shard_option,
@@ -24,7 +24,7 @@ examples:
   cxr-diffusers deblur /data/CheXpert-v1.0 /data/chexpert-deblurred --kernel gaussian:sigma=1.5 --plan
   cxr-diffusers deblur /data/CheXpert-v1.0 /data/chexpert-deblurred --kernel gaussian:sigma=1.5 --model runs/prior
 
-{PROCESSES.format(command="deblur")}"""
+{SHARDS.format(command="deblur")}"""
 
 
 def add(commands: Any) -> None:

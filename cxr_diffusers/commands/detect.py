@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .options import (
-    PROCESSES,
+    SHARDS,
     add_command,
     add_pipeline_options,
     add_shard_option,
@@ -24,7 +24,7 @@ examples:
   cxr-diffusers detect /data/dicom --out maps --model runs/chexpert_cfg_256 --noise-level 500
   cxr-diffusers detect chest.png --out maps --save-masks --threshold healthy:0.99
 
-{PROCESSES.format(command="detect")}"""
+{SHARDS.format(command="detect")}"""
 
 
 def add(commands: Any) -> None:
@@ -57,11 +57,17 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code, 1 if an image failed."""
     from ..inference.detection import detect
+    from ..inference.dicom_output import import_highdicom
+    from ..inference.inputs import check_inputs
     from ..inference.thresholds import parse_threshold
 
-    if options.threshold is not None:
-        parse_threshold(options.threshold)  # before the model is opened
     shard = shard_of(options)
+    # before the model is opened, which takes a while
+    if options.threshold is not None:
+        parse_threshold(options.threshold)
+    check_inputs(options.images)
+    if options.dicom:
+        import_highdicom()
     summary = detect(
         open_pipeline(options),
         options.images,

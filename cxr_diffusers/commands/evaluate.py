@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .options import (
-    PROCESSES,
+    SHARDS,
     add_command,
     add_pipeline_options,
     add_shard_option,
@@ -30,7 +30,7 @@ examples:
   cxr-diffusers evaluate table:csv=val_implants.csv,mask=mask,patient=patient_id,view=view,label=diseased \\
       --healthy chexpert:root=/data/CheXpert-v1.0-small,split=valid,classes=[] --out report
 
-{PROCESSES.format(command="evaluate")}"""
+{SHARDS.format(command="evaluate")}"""
 
 
 def add(commands: Any) -> None:
@@ -84,11 +84,12 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError("expected a plan (--config) of which --only, --skip and --on name parts, got none")
         if len(options.data) != 1:
             raise ValueError(f"expected one data set, or a plan with --config, got {options.data}")
+        data = open_dataset(options.data[0])  # before the models, so that a wrong name is an error at once
         healthy = open_dataset(options.healthy) if options.healthy else None
         shared |= open_judge(options.judge) | open_lung_segmenter(options.lung_segmenter)
         result = compare(
             open_methods(options),
-            open_dataset(options.data[0]),
+            data,
             healthy=healthy,
             output_dir=options.out,
             strata=tuple(options.strata),

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 PROCESSES = """\
 several GPUs, or several processes on a CPU:
   accelerate launch --multi_gpu --num_processes 2 -m cxr_diffusers.cli {command} ...
+"""
+SHARDS = f"""{PROCESSES}\
 several machines, or a job array: --shard (docs/scale.md)
 """
 # options of the calls of all pipelines; their defaults stand in the signatures, or in a checkpoint

@@ -46,7 +46,7 @@ def select_rows(
             when `seed`, `per_class` or the classes differ between the two calls.
 
     Raises:
-        ValueError: an option that is not as said above.
+        ValueError: an option that is not as said above, or a part of the patients without any.
     """
     if part not in ("train", "holdout"):
         raise ValueError(f"expected `part` train or holdout, got {part!r}")
@@ -60,6 +60,11 @@ def select_rows(
         # patients, not images, are split: two views of one chest must not sit on both sides
         aside = {p: lottery(f"holdout {holdout_seed}", p) < holdout for p in table["patient"].unique()}
         table = table[table["patient"].map(aside).astype(bool) == (part == "holdout")]
+        if aside and table.empty:
+            raise ValueError(
+                f"the data set is empty: holdout={holdout:g} puts none of {len(aside)} patients into part={part}; give "
+                "another `holdout` or `holdout_seed`"
+            )
     if per_class is None and not one_per_patient:
         return table
     order = table["key"].map(lambda key: lottery(seed, key)).sort_values(kind="stable").index

@@ -13,6 +13,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from ..data.hub import check_columns
 from ..data.rows import BOXES
 from .metadata import strip_metadata
+from .publishing import uploading
 
 # patterns of data sets under a data use agreement, in the words that opened them or in the paths of their images
 AGREEMENTS = {
@@ -106,6 +107,7 @@ def publish_dataset(
     Raises:
         PermissionError: images under an agreement without `may_share` or `private`, or a private upload to a public
             repository.
+        OSError: the Hub does not answer, or refuses the upload. See `uploading`.
         ValueError: no licence, no split, a split without rows, different classes or columns in different splits, or
             images that are no `datasets.Image`.
     """
@@ -121,18 +123,20 @@ def publish_dataset(
     if agreement and not may_share:
         warnings.warn(f"a private copy of {agreement} may be subject to its terms, too: read them", stacklevel=2)
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
-    # `private` applies to a new repository; an existing one stays as it was
-    if private and not api.dataset_info(repo_id).private:
-        raise PermissionError(f"{repo_id} exists and is public: make it private on the Hub first, or give another name")
-    splits = {name: without_metadata(split, keep_names=not pseudonyms) for name, split in splits.items()}
-    splits = pseudonymised(splits) if pseudonyms else {name: with_relative_paths(s) for name, s in splits.items()}
-    text = card(splits, repo_id, about, pseudonyms, license=license, license_link=license_link)
-    # first, so that the images are never there without their licence; the upload adds the columns to its YAML
-    api.upload_file(
-        path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id=repo_id, repo_type="dataset", token=token
-    )
-    return datasets.DatasetDict(splits).push_to_hub(repo_id, token=token).commit_url
+    with uploading(api, repo_id, repo_type="dataset", private=private) as repo_id:
+        # `private` applies to a new repository; an existing one stays as it was
+        if private and not api.dataset_info(repo_id).private:
+            raise PermissionError(
+                f"{repo_id} exists and is public: make it private on the Hub first, or give another name"
+            )
+        splits = {name: without_metadata(split, keep_names=not pseudonyms) for name, split in splits.items()}
+        splits = pseudonymised(splits) if pseudonyms else {name: with_relative_paths(s) for name, s in splits.items()}
+        text = card(splits, repo_id, about, pseudonyms, license=license, license_link=license_link)
+        # first, so that the images are never there without their licence; the upload adds the columns to its YAML
+        api.upload_file(
+            path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id=repo_id, repo_type="dataset", token=token
+        )
+        return datasets.DatasetDict(splits).push_to_hub(repo_id, token=token).commit_url
 
 
 def agreement_of(splits: dict, opened_as: str = "") -> str | None:

@@ -134,9 +134,7 @@ def find_images(
     output = output_dir.resolve()
     images: list[tuple[Path, Path]] = []
     skipped: dict[Path, str] = {}
-    for item in map(Path, inputs):
-        if not item.exists():
-            raise FileNotFoundError(f"no such file or folder: {item}")
+    for item in check_inputs(inputs):
         folder = item if item.is_dir() else item.parent
         if folder.resolve() in [output / name for name in ("", *RESULTS)]:
             raise ValueError(f"expected an output folder of its own, got {output_dir}, where the images are")
@@ -154,6 +152,15 @@ def find_images(
         images += [(path.relative_to(item), path) for path in paths]
         skipped |= others
     return images, skipped
+
+
+def check_inputs(inputs: Iterable[Path | str]) -> list[Path]:
+    """The inputs as paths; FileNotFoundError where there is no such file or folder."""
+    paths = [Path(item) for item in inputs]
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"no such file or folder: {path}")
+    return paths
 
 
 def list_slices_of(folder: Path) -> list[Path]:

@@ -232,6 +232,14 @@ def test_impossible_selections_are_refused(option):
         select_rows(big_table(30), **option)
 
 
+def test_a_part_without_patients_is_named():
+    table = big_table(4)
+    patients = table["patient"].nunique()
+    with pytest.raises(ValueError, match=f"holdout=1e-09 puts none of {patients} patients into part=holdout"):
+        select_rows(table, holdout=1e-9, part="holdout")
+    assert select_rows(table[:0], holdout=0.5, part="holdout").empty, "no rows to begin with: the caller's message"
+
+
 def test_folders_name_the_classes(tmp_path):
     save_image(tmp_path / "healthy" / "a.png")
     save_image(tmp_path / "Diseased" / "p9" / "b.jpg")

@@ -52,6 +52,19 @@ TARGETS = """() => [...document.querySelectorAll("button, a, input, [role=option
   .map((e) => [e.id || e.ariaLabel || e.className, e.getBoundingClientRect()])
   .filter(([_, r]) => r.width < 44 || r.height < 44 || r.left < 0 || r.right > innerWidth)
   .map(([name, r]) => `${name}: ${r.width} x ${r.height}, ${r.left} to ${r.right}`)"""
+# the lines that a copy of a button needs for a label, 0 where the label is wider than the button
+LINES = """([selector, label]) => {
+  const button = document.querySelector(selector), copy = button.cloneNode();
+  copy.textContent = label;
+  Object.assign(copy.style, {flex: "none", position: "absolute", width: `${button.offsetWidth}px`});
+  button.parentNode.append(copy);
+  const range = document.createRange();
+  range.selectNodeContents(copy);
+  const lines = new Set([...range.getClientRects()].map((r) => Math.round(r.top))).size;
+  const fits = range.getBoundingClientRect().width <= button.clientWidth;
+  copy.remove();
+  return fits ? lines : 0;
+}"""
 UPLOADS = 200  # of the soak test
 WIDTH = "document.documentElement.scrollWidth"
 JARGON = ("latent", "inversion", "decoding", "guidance", "counterfactual", "cxr_cfg", "w:", "classifier")
@@ -263,6 +276,8 @@ def test_the_steps_of_a_run_are_shown_live_and_stop_ends_it(open_page, tmp_path)
     page.wait_for_function("() => /^Step [0-9]+ of 1800$/.test(document.querySelector('#start').innerText)")
     page.wait_for_function("() => Number(document.querySelector('#live .step').dataset.step) > 1")
     assert page.locator("#start").is_disabled() and not page.locator("#answer").is_visible()
+    for label in ("Waiting for the model \u2026", "Healthy image 100 of 100"):  # in one line, beside the Stop button
+        assert page.evaluate(LINES, ["#start", label]) == 1 and page.evaluate(LINES, ["#stop", "Stop"]) == 1
     assert page.locator("#live img").count() == 2
     assert page.eval_on_selector("#live img", "image => image.decode().then(() => image.naturalWidth)") == 320
     (tmp_path / "text.png").write_text("no image")

@@ -306,6 +306,12 @@ def test_a_missing_model_is_named(name):
         load_pipeline(name)
 
 
+def test_a_mistyped_shipped_model_is_answered_with_those_that_are_shipped():
+    for load in (load_pipeline, load_unet):
+        with pytest.raises(FileNotFoundError, match="got cxr_cgf_128, .*; the shipped models are cxr_cfg_128, cxr_cl"):
+            load("cxr_cgf_128")
+
+
 def test_a_mistyped_folder_is_named_without_asking_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("runs/typo", "models/typo"):

@@ -27,10 +27,14 @@ def default_checkpoint(name: str = DEFAULT) -> str:
     Raises:
         ValueError: no such model is shipped; the message lists those that are.
     """
-    shipped = sorted(path.parent.name for path in CHECKPOINTS.glob("*/model_index.json"))
-    if name not in shipped:
-        raise ValueError(f"expected one of the shipped models {', '.join(shipped)}, got {name!r}")
+    if name not in shipped_models():
+        raise ValueError(f"expected one of the shipped models {', '.join(shipped_models())}, got {name!r}")
     return str(CHECKPOINTS / name)
+
+
+def shipped_models() -> list[str]:
+    """The names of the shipped models."""
+    return sorted(path.parent.name for path in CHECKPOINTS.glob("*/model_index.json"))
 
 
 def shared_components(folder: Path, index: dict) -> dict[str, Any]:
@@ -165,6 +169,8 @@ def index_folder(name: Path | str) -> Path:
         return Path(name)
     if not is_hub_name(name):
         reason = "which has none" if Path(name).is_dir() else "and there is no such folder"
+        if not Path(name).is_dir() and len(Path(name).parts) == 1:
+            reason += f"; the shipped models are {', '.join(shipped_models())}"
         raise FileNotFoundError(
             f"expected a folder with a model_index.json or a Hub name USER/NAME, got {name}, {reason}"
         )

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_output(options)
         return options.run(options) or 0
     except ONE_LINE_ERRORS as error:
-        say(f"cxr-diffusers {options.command}: {error}")
+        say(f"cxr-diffusers {options.command}: {' '.join(str(error).split())}")
         return 2
     except KeyboardInterrupt:
         say(f"cxr-diffusers {options.command}: stopped")

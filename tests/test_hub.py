@@ -327,11 +327,15 @@ def test_a_hub_that_does_not_answer_is_named_within_seconds(tmp_path):
     script = """if True:
         import time
         import diffusers, cxr_diffusers.pipelines, cxr_diffusers.models.space_to_depth_unet
+        from cxr_diffusers.commands.evaluate import open_lung_segmenter
+        from cxr_diffusers.data import load_hub
         from cxr_diffusers.hub.loading import load_pipeline, load_unet
         from cxr_diffusers.inference.reference_scores import kept_scores
+        def load_stream(name):
+            return load_hub(name, streaming=True)
         start = time.monotonic()
         assert kept_scores("me/model") is None
-        for load in (load_pipeline, load_unet):
+        for load in (load_pipeline, load_unet, open_lung_segmenter, load_hub, load_stream):
             try:
                 load("me/model")
             except FileNotFoundError as error:
@@ -339,7 +343,7 @@ def test_a_hub_that_does_not_answer_is_named_within_seconds(tmp_path):
         print(time.monotonic() - start)
     """
     closed = SimpleNamespace(environment={"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"})
-    *messages, seconds = run_script(closed, script, tmp_path, lines=3)
+    *messages, seconds = run_script(closed, script, tmp_path, lines=6)
     assert float(seconds) < 10
     for message in messages:
         assert message.startswith("no folder me/model here, and http://127.0.0.1:9, where"), message

@@ -52,11 +52,12 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code, 1 if an image was skipped."""
-    from ..deblurring.dataset import deblur, describe_plan, load_prior, measure
+    from ..deblurring.dataset import check, deblur, describe_plan, load_prior, measure
     from ..precision import use_dtype
     from ..processes import process_state, usable_device
 
     state, shard = process_state(), shard_of(options)
+    check(options.source, options.output, options.image_format, options.batch_size)  # before the prior is opened
     device = usable_device(options.device)
     pipeline = load_prior(options.model, options.trust_remote_code).to(device)
     use_dtype(pipeline, options.dtype)

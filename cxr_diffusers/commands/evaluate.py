@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -120,14 +121,20 @@ def open_judge(name: str | None) -> dict[str, Any]:
 
 def open_lung_segmenter(name: str | None) -> dict[str, Any]:
     """{"lung_segmenter": model on the device of this process} of a shipped name, folder or Hub name; {} without one."""
-    from ..hub.loading import CHECKPOINTS
+    from ..connection import cache_if_unreachable
+    from ..hub.loading import CHECKPOINTS, hub_file, is_hub_name
     from ..models.lung_segmenter import LungSegmenter
     from ..processes import process_state
 
     if not name:
         return {}
-    shipped = CHECKPOINTS / name
-    model = LungSegmenter.from_pretrained(shipped if (shipped / "config.json").is_file() else name)
+    folders = [folder for folder in (CHECKPOINTS / name, Path(name)) if (folder / "config.json").is_file()]
+    if not folders and not is_hub_name(name):
+        raise FileNotFoundError(f"expected a lung segmenter: a folder with a config.json or USER/NAME, got {name}")
+    if not folders:
+        hub_file(name, "config.json")  # an error that names the repository, where there is none
+    with cache_if_unreachable() if not folders else nullcontext():
+        model = LungSegmenter.from_pretrained(folders[0] if folders else name)
     return {"lung_segmenter": model.eval().to(process_state().device)}
 
 

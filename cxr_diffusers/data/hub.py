@@ -1,11 +1,14 @@
 """A data set of the Hugging Face Hub, or a folder of parquet files, that has our columns."""
 
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import OfflineModeIsEnabled
 
+from ..connection import cache_if_unreachable
 from .boxes import check_box
 from .images import binary_mask, fit_boxes, fit_image, fit_mask, to_grey
 from .rows import BOXES, check_images, png_cell
@@ -45,17 +48,20 @@ def load_hub(
         they are not there: every image its own patient, the view unknown.
 
     Raises:
+        FileNotFoundError: the Hub does not answer, and the data set is not in the cache.
         ValueError: image or label are missing, or a column has another type; with `streaming`, a folder or a
             data set that does not declare its columns; an invalid box; a `size` without `streaming`.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"expected a `limit` of 1 or more, or none, got {limit}")
     if streaming:
-        dataset = _streamed(path, split, config, revision, limit, size, aspect)
+        with _one_line_if_unreachable(path):
+            dataset = _streamed(path, split, config, revision, limit, size, aspect)
     elif size is not None:
         raise ValueError(f"expected `size` with streaming=true only, got {size}: a training run shrinks by itself")
     else:
-        dataset = _downloaded(path, split, config, revision)
+        with _one_line_if_unreachable(path):
+            dataset = _downloaded(path, split, config, revision)
         check_columns(dataset.features, path)
         dataset = dataset.select(range(min(limit, len(dataset)))) if limit else dataset
     check_boxes(dataset, path)
@@ -89,6 +95,20 @@ def check_boxes(dataset: datasets.Dataset, where: object) -> None:
     for i, boxes in enumerate(dataset["boxes"] if "boxes" in dataset.column_names else ()):
         for box in boxes or ():
             check_box(box, f"{where}, row {i}")
+
+
+@contextmanager
+def _one_line_if_unreachable(path):
+    if Path(path).exists():
+        yield
+        return
+    try:
+        with cache_if_unreachable():
+            yield
+    except (ConnectionError, OfflineModeIsEnabled):
+        raise FileNotFoundError(
+            f"no folder {path} here, and {constants.ENDPOINT}, where a data set {path} might be, does not answer"
+        ) from None
 
 
 def _downloaded(path, split, config, revision):

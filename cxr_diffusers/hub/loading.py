@@ -7,15 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, get_session, hf_hub_download
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
+from ..connection import hub_answers
 from ..files import safe_name
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
 DEFAULT = "cxr_cfg_128"
 RUNS = "runs"  # where training writes: never the name of a user on the Hub
-HUB_TIMEOUT = 5.0  # seconds until a Hub that does not answer counts as unreachable
 LARGEST_SIZE, LARGEST_DEPTH = 1_000_000, 100  # of a number in a component's configuration; of `layers_per_block`
 
 
@@ -90,15 +90,6 @@ def is_hub_name(name: Path | str) -> bool:
     if path.exists() or path.parent.is_dir() or path.parts[:1] == (RUNS,):
         return False
     return re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) is not None
-
-
-def hub_answers() -> bool:
-    """Whether the Hub answers within `HUB_TIMEOUT`; without this check, huggingface_hub tries for half a minute."""
-    try:
-        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
-    except Exception:  # of the HTTP library that huggingface_hub uses, or its own in offline mode
-        return False
-    return True
 
 
 def hub_file(name: Path | str, filename: str) -> Path:

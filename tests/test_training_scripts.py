@@ -219,6 +219,7 @@ def test_the_train_command_lists_every_recipe_with_its_program(capsys):
         assert f"training/{program}.py" in path.read_text()
         assert (PROGRAMS / f"{program}.py").is_file()
     assert "accelerate launch --multi_gpu --num_processes 2 -m cxr_diffusers.cli train" in output
+    assert ".yaml" not in output, "recipes are named as the command takes them; a wheel has no folder configs/"
 
 
 @pytest.mark.parametrize(

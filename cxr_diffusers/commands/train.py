@@ -73,6 +73,7 @@ def describe(path: Path) -> str:
 
     comment = itertools.takewhile(lambda line: line.startswith("# "), path.read_text().splitlines())
     text = " ".join(line.removeprefix("# ") for line in comment if not line.startswith("#   "))
+    text = re.sub(r"(?:configs/)?(\w+)\.yaml", r"\1", text)  # other recipes by name, as this command takes them
     sentence = re.split(r"(?<!\bal)\. ", text)[0].rstrip(".") + "."
     heading = f"{path.stem}  ({program_of(read_sections(path, Recipe))})"
     return f"{heading}\n{textwrap.fill(sentence, 110, initial_indent='    ', subsequent_indent='    ')}"

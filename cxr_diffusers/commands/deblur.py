@@ -57,8 +57,8 @@ def run(options: argparse.Namespace) -> int:
     from ..processes import process_state, usable_device
 
     state, shard = process_state(), shard_of(options)
-    check(options.source, options.output, options.image_format, options.batch_size)  # before the prior is opened
     device = usable_device(options.device)
+    check(options.source, options.output, options.image_format, options.batch_size)  # before the prior is opened
     pipeline = load_prior(options.model, options.trust_remote_code).to(device)
     use_dtype(pipeline, options.dtype)
     pipeline.set_progress_bar_config(disable=True)

@@ -8,6 +8,7 @@ import platform
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -109,14 +110,27 @@ def copy_file(source: Path | str, target: Path | str) -> None:
     write(target, lambda temporary: shutil.copyfile(source, temporary))
 
 
-def remove_dead(folder: Path | str) -> None:
-    """Delete temporary files and folders below a folder if their process has ended or they are older than an hour."""
-    for place, folders, names in os.walk(folder):
-        temporary = [name for name in [*names, *folders] if TEMPORARY.fullmatch(name)]
-        dead = [name for name in temporary if _is_dead(Path(place, name))]
-        folders[:] = [name for name in folders if name not in dead]
-        for name in dead:
-            _remove(Path(place, name))
+def remove_dead(folder: Path | str) -> set[str]:
+    """Delete temporary files and folders below a folder if their process has ended or they are older than an hour.
+
+    Returns the other files, as paths below the folder with forward slashes; links to folders are not followed.
+    """
+    files, waiting, root = set(), [""], os.path.join(folder, "")
+    while waiting:
+        place = waiting.pop()
+        try:
+            with os.scandir(root + place) as iterator:
+                entries = list(iterator)
+        except OSError:  # removed meanwhile, or not readable
+            continue
+        for entry in entries:
+            if entry.name.startswith(".") and _is_dead(Path(entry.path)):
+                _remove(Path(entry.path))
+            elif entry.is_file(follow_symlinks=False):
+                files.add(place + entry.name)
+            elif entry.is_dir(follow_symlinks=False):
+                waiting.append(f"{place}{entry.name}/")
+    return files
 
 
 def remove_dead_of(path: Path | str) -> None:
@@ -132,6 +146,15 @@ def remove_dead_of(path: Path | str) -> None:
             if match.group(3) and not path.exists():
                 os.replace(other, path)
             _remove(other)
+
+
+def stamp_of(path: Path | str) -> tuple[int, int] | None:
+    """(bytes, time of the last change in nanoseconds) of a file; None where there is no file."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
 
 
 @lru_cache

@@ -1,7 +1,7 @@
 """Loaders: labels are what the file says, patients stay on one side, errors name the row."""
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import datasets
 import numpy as np
@@ -20,7 +20,7 @@ from cxr_diffusers.data import (
     load_phantom,
     load_table,
 )
-from cxr_diffusers.data.chexpert import PLAIN_PATH, key_of, key_of_cell, label_rows
+from cxr_diffusers.data.chexpert import SPLITS, clean_paths, key_of, label_rows
 from cxr_diffusers.data.rows import columns_to_dataset, to_dataset
 from cxr_diffusers.data.selection import lottery, select_rows
 from cxr_diffusers.data.tables import path_of
@@ -489,9 +489,13 @@ def test_real_dicom_files_show_a_dark_lung_on_each_side_of_a_bright_middle():
         "ü/é.png",
     ],
 )
-def test_the_key_of_a_cell_is_that_of_its_path_however_it_is_computed(path):
-    assert key_of_cell(path, "t.csv", 2) == key_of(path_of(path, "t.csv"))
-    assert not PLAIN_PATH.fullmatch(f"../{path}")
+def test_a_clean_path_is_that_of_pathlib_and_its_key_begins_with_the_split_and_has_no_suffix(path):
+    expected = path_of(path, "t.csv")
+    assert clean_paths([path], [2], "t.csv") == [str(expected)]
+    parts = expected.parts if expected.parts[0] in SPLITS else expected.parts[1:] or expected.parts
+    assert key_of(str(expected)) == str(PurePosixPath(*parts).with_suffix(""))
+    with pytest.raises(ValueError, match="t.csv, line 2: expected a path inside its folder"):
+        clean_paths([f"../{path}"], [2], "t.csv")
 
 
 def test_columns_make_the_same_data_set_as_rows(tmp_path):

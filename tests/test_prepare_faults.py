@@ -165,8 +165,9 @@ def test_the_temporary_files_of_the_dead_are_removed_and_those_of_the_living_sta
     for path in (dead, living, old, *others):
         path.write_text("half")
     os.utime(old, (1, 1))
-    remove_dead(tmp_path / "out")
+    left = remove_dead(tmp_path / "out")
     assert not dead.exists() and not old.exists() and living.exists() and all(path.exists() for path in others)
+    assert left == {f"sub/{path.name}" for path in (living, *others)}
 
 
 def test_a_write_that_fails_names_its_file_and_keeps_the_old_one(tmp_path):

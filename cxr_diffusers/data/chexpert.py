@@ -3,8 +3,8 @@
 import json
 import os
 import re
-from collections.abc import Collection, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
 from typing import Unpack
 
 import numpy as np
@@ -12,6 +12,7 @@ import pandas as pd
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from ..files import stamp_of
 from .boxes import image_size, to_pixels
 from .boxes import read_boxes as read_box_table
 from .rows import columns_to_dataset
@@ -103,7 +104,7 @@ def load_chexpert(
     if views is not None:
         table = table[table["view"].isin(_checked_views(views))]
     table = select_rows(table, **selection)
-    files = locate_images(csv, table, check_files)
+    files = locate_images(csv, table["Path"], table["line"], check_files)
     boxes_by_key = read_boxes(csv, keys, {split}, boxes)
     columns = {"image": files, "path": files, **{name: table[name] for name in ("label", "patient", "view")}}
     if boxes_by_key:
@@ -168,8 +169,9 @@ def read_table(csv: Path | str, split: str = "train", report_section: str = "imp
             if name in table:
                 table[name] = check_labels(numbers(table, name, csv), name, csv)
         table["line"] = table.index
-    keys = [key_of_cell(cell, csv, line) for cell, line in zip(table["Path"], table["line"], strict=True)]
-    table["key"] = pd.Series(keys, index=table.index, dtype=object)
+    paths = clean_paths(table["Path"], table["line"], csv)
+    table["Path"] = pd.Series(paths, index=table.index, dtype=object)
+    table["key"] = pd.Series([key_of(path) for path in paths], index=table.index, dtype=object)
     own = table["key"].map(_patient_of)
     table["patient"] = table["patient"].where(table["patient"] != "", own) if "patient" in table else own
     if "Frontal/Lateral" in table:
@@ -190,26 +192,43 @@ def check_labels(values: pd.Series, name: str, csv: Path | str) -> pd.Series:
 
 
 def locate_images(
-    csv: Path | str, table: pd.DataFrame, check_files: bool = True, missing_ok: bool = False
+    csv: Path | str,
+    paths: Sequence[str],
+    lines: Sequence[int],
+    check_files: bool = True,
+    missing_ok: bool = False,
+    stamps: dict[str, tuple[int, int]] | None = None,
 ) -> list[str | None]:
     """Path (a text) of every row's image, whatever the data set's folder is called; FileNotFoundError names the row.
 
-    With `missing_ok`, None for an image that is not there.
+    Args:
+        paths: of the rows, as of `clean_paths`.
+        lines: of the rows in the CSV.
+        missing_ok: give None for an image that is not there.
+        stamps: {path: `files.stamp_of` it} of the images that were looked at is added to it.
     """
     layouts = _layouts(Path(csv).parent)
     files: list[str | None] = []
     layout = None
-    rows = zip(table["Path"], table["line"], strict=True)
-    for cell, line in tqdm(rows, total=len(table), desc="checking images", unit="file", leave=False, delay=2):
+    stamps = {} if stamps is None else stamps
+
+    def is_file(path):
+        stamp = stamp_of(path)
+        if stamp:
+            stamps[path] = stamp
+        return bool(stamp)
+
+    rows = zip(paths, lines, strict=True)
+    for path, line in tqdm(rows, total=len(paths), desc="checking images", unit="file", leave=False, delay=2):
         # the layout of the row before is almost always this row's as well
-        file = _place(layout, cell) if layout else None
-        if file is None or (check_files and not os.path.isfile(file)):
-            hit = next((c for c in layouts if os.path.isfile(_place(c, cell))), None)
+        file = _place(layout, path) if layout else None
+        if file is None or (check_files and not is_file(file)):
+            hit = next((c for c in layouts if is_file(_place(c, path))), None)
             if hit is None and not missing_ok:
-                tried = _place(layout or layouts[0], cell)
+                tried = _place(layout or layouts[0], path)
                 looked = f"looked for {brief(tried, 400)} and {len(layouts) - 1} more"
-                raise FileNotFoundError(f"{csv}, line {line}: no image {brief(cell)} ({looked})")
-            file, layout = (_place(hit, cell), hit) if hit else (None, layout)
+                raise FileNotFoundError(f"{csv}, line {line}: no image {brief(path)} ({looked})")
+            file, layout = (_place(hit, path), hit) if hit else (None, layout)
         files.append(file)
     return files
 
@@ -238,30 +257,32 @@ def read_boxes(
     rows_by_key: dict[str, list[tuple]] = {}
     for where, file, box, unit in read_box_table(path) if path else ():
         image = path_of(file, where)
-        key, split = key_of(image), parts_from_split(image)[0]
+        key, split = key_of(str(image)), from_split(str(image)).partition("/")[0]
         other = split in SPLITS and split not in splits
         if (
             key not in keys
             and not other
-            and not any(os.path.isfile(_place(place, image)) for place in _layouts(Path(csv).parent))
+            and not any(os.path.isfile(_place(place, str(image))) for place in _layouts(Path(csv).parent))
         ):
             raise ValueError(f"{where}: a box of {brief(file)}, which is no image of {csv}")
         rows_by_key.setdefault(key, []).append((where, box, unit))
     return rows_by_key
 
 
-def key_of(path: PurePosixPath | str) -> str:
-    """The name of an image whatever the data set's folder or file type is called."""
-    return str(PurePosixPath(*parts_from_split(path)).with_suffix(""))
+def clean_paths(cells: Iterable[str], lines: Iterable[int], csv: Path | str) -> list[str]:
+    """Cells of a table -> paths with forward slashes, without spaces around them and parts that change nothing.
+
+    Raises:
+        ValueError: as of `tables.path_of`, a cell that is not a path inside the data set.
+    """
+    is_plain = PLAIN_PATH.fullmatch  # texts: 200,000 `PurePosixPath` take seconds
+    rows = zip(cells, lines, strict=True)
+    return [cell if is_plain(cell) else str(path_of(cell, f"{csv}, line {line}")) for cell, line in rows]
 
 
-def key_of_cell(cell: str, csv: Path | str, line: int) -> str:
-    """`key_of` a cell of a table; ValueError, as of `tables.path_of`, if it is not a path inside the data set."""
-    if not PLAIN_PATH.fullmatch(cell):
-        return key_of(path_of(cell, f"{csv}, line {line}"))
-    first, slash, rest = cell.partition("/")  # the same, ten times as fast
-    folder, slash, name = (cell if first in SPLITS or not slash else rest).rpartition("/")
-    return folder + slash + (name.rpartition(".")[0] or name)
+def key_of(path: str) -> str:
+    """The name of an image whatever the data set's folder or file type is called; `path` as of `clean_paths`."""
+    return os.path.splitext(from_split(path))[0]
 
 
 def _pixels(image, rows):
@@ -286,11 +307,10 @@ def _checked_views(views):
     return list(views)
 
 
-def parts_from_split(path: PurePosixPath | str) -> tuple[str, ...]:
-    """Components of a CSV path from its split on: the data set's own name, whatever it is, is dropped."""
-    text = str(path).replace("\\", "/")  # a `PurePosixPath` takes longer
-    parts = ("/",) * text.startswith("/") + tuple(part for part in text.split("/") if part not in ("", "."))
-    return parts if parts[0] in SPLITS or len(parts) == 1 else parts[1:]
+def from_split(path: str) -> str:
+    """A path of `clean_paths` from its split on: the data set's own name, whatever it is, is dropped."""
+    first, _, rest = path.partition("/")
+    return path if first in SPLITS or not rest else rest
 
 
 def _patient_of(key):
@@ -299,21 +319,19 @@ def _patient_of(key):
 
 
 def _layouts(root):
-    """(folder, leading components dropped, suffix or None): where images can lie, likeliest first."""
+    """(folder and slash, leading components dropped, suffix or None): where images can lie, likeliest first."""
     places = [(root, 1), (root, 0), (root.parent, 0), (root / "PNG", 0), (root / "PNG" / "PNG", 0)]
     # the full-size download: "CheXpert-v1.0 batch 2 (train 1)/patient00001/...", without train/
     places += [(folder, drop) for folder in sorted(root.parent.glob("*batch*")) for drop in (1, 2)]
     # CheXpert Plus writes .jpg where its files are .png
-    return [(folder, drop, suffix) for suffix in (None, ".png") for folder, drop in places]
+    return [(str(folder / "_")[:-1], drop, suffix) for suffix in (None, ".png") for folder, drop in places]
 
 
 def _place(layout, path):
-    """The path (a text) of a CSV's image in one of `_layouts`."""
+    """The path (a text) of a CSV's image, a path of `clean_paths`, in one of `_layouts`."""
     folder, drop, suffix = layout
-    text = str(path)
-    parts = text.split("/") if PLAIN_PATH.fullmatch(text) else PurePosixPath(text.replace("\\", "/")).parts
-    file = os.path.join(folder, *parts[drop:])
-    return str(Path(file).with_suffix(suffix)) if suffix else file
+    file = folder + "".join(path.split("/", drop)[drop:])
+    return os.path.splitext(file)[0] + suffix if suffix else file
 
 
 def _read_plus(csv, split, report_section):

@@ -1,7 +1,10 @@
 """Plans of copies of data sets: the images, and the tables, lists, boxes and masks that belong to them."""
 
+import itertools
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -13,7 +16,8 @@ from .folder import box_rows, images_and_masks, text_of
 from .images import SUFFIXES, fit_boxes, list_images
 from .tables import columns_of, path_of, read_csv
 
-Job = tuple[Path, Path, bool]  # source, output below the copy's root, whether it is a mask
+# source, output below the copy's root, whether it is a mask; texts, because 200,000 `Path`s take many seconds
+Job = tuple[str, str, bool]
 
 NOT_COPIED = "not copied (of CSVs, only boxes.csv and the tables of CheXpert, ChestX-ray14 and VinDr-CXR are copied)"
 
@@ -25,19 +29,24 @@ class CopyPlan:
         jobs: [(source, output below the copy's root, whether it is a mask)].
         finish: `finish(done)` writes the tables, boxes and lists for the sources in the set `done`.
         skipped: [(file, reason)].
+        stamps: {source: `files.stamp_of` it} of the sources that were looked at.
 
     Raises:
         ValueError: two sources with the same output.
     """
 
     def __init__(
-        self, jobs: Sequence[Job], finish: Callable[[set[Path]], None], skipped: Iterable[tuple[str, str]] = ()
+        self,
+        jobs: Sequence[Job],
+        finish: Callable[[set[str]], None],
+        skipped: Iterable[tuple[str, str]] = (),
+        stamps: Mapping[str, tuple[int, int]] = MappingProxyType({}),
     ) -> None:
-        outputs: dict[Path, Path] = {}
+        outputs: dict[str, str] = {}
         for source, output, _ in jobs:
             if outputs.setdefault(output, source) != source:
                 raise ValueError(f"{outputs[output]} and {source} would both become {output}: rename one")
-        self.jobs, self.finish, self.skipped = jobs, finish, list(skipped)
+        self.jobs, self.finish, self.skipped, self.stamps = jobs, finish, list(skipped), stamps
 
 
 def plan_copy(source_root: Path, output_root: Path, settings: Mapping[str, Any]) -> CopyPlan:
@@ -62,8 +71,7 @@ def _layout_of(root):
         return _plan_nih
     if any((root / "annotations").glob("annotations_*.csv")):
         return _plan_vindr
-    tables = [csv for split in chexpert.SPLITS for csv in _chexpert_tables(root, split)]
-    return _plan_chexpert if tables else _plan_folder
+    return _plan_chexpert if any(_chexpert_tables(root, split) for split in chexpert.SPLITS) else _plan_folder
 
 
 def _chexpert_tables(root, split):
@@ -81,58 +89,58 @@ def _path_column(csv):
 def _plan_chexpert(root, output_root, settings):
     """The images in train.csv, valid.csv and test.csv; also copies these CSVs, boxes.csv and Plus's label files."""
     splits = {split: csv for split in chexpert.SPLITS for csv in _chexpert_tables(root, split)}
-    tables, jobs, skipped, keys = {}, {}, [], set()
+    tables, jobs, skipped, keys, stamps = {}, {}, [], set(), {}
+    first = next(iter(splits.values()))
+    boxes = chexpert.find_boxes(first)
     for csv in dict.fromkeys(splits.values()):
         raw, column = read_csv(csv), _path_column(csv)
-        paths = [path_of(cell, f"{csv}, line {line}") for line, cell in raw[column].items()]
-        keys |= {chexpert.key_of_cell(cell, csv, line) for line, cell in raw[column].items()}
+        paths = chexpert.clean_paths(raw[column], raw.index, csv)
+        keys.update(map(chexpert.key_of, paths) if boxes else ())
         view = next((name for name in ("Frontal/Lateral", "frontal_lateral") if name in raw), None)
         if settings["frontal_only"] and view:
             frontal = raw[view].str.lower().str.startswith("frontal")
-            raw, paths = raw[frontal], [path for path, kept in zip(paths, frontal, strict=True) if kept]
-        rows = pd.DataFrame({"Path": raw[column], "line": raw.index})
-        files = [file and Path(file) for file in chexpert.locate_images(csv, rows, missing_ok=True)]
-        outputs = [_renamed(Path(*chexpert.parts_from_split(path)), settings) for path in paths]
-        for file, output, row in zip(files, outputs, rows.itertuples(), strict=True):
+            raw, paths = raw[frontal], list(itertools.compress(paths, frontal))
+        files = chexpert.locate_images(csv, paths, raw.index, missing_ok=True, stamps=stamps)
+        outputs = [_renamed(chexpert.from_split(path), settings) for path in paths]
+        for file, output, cell, line in zip(files, outputs, raw[column], raw.index, strict=True):
             if file is None:
-                skipped.append((row.Path, f"missing file ({csv.name}, line {row.line})"))
+                skipped.append((cell, f"missing file ({csv.name}, line {line})"))
             else:
                 jobs[file] = (file, output, False)
-        tables[csv] = (raw, column, files, outputs)
-    first = next(iter(tables))
-    boxes = chexpert.find_boxes(first)
+        tables[csv] = (raw, column, paths, files, outputs)
     chexpert.read_boxes(first, keys, splits, boxes)  # an invalid box is an error before anything is written
 
     def finish(done):
         copied = {}
-        for csv, (raw, column, files, outputs) in tables.items():
+        for csv, (raw, column, paths, files, outputs) in tables.items():
             keep = [file in done for file in files]
             # Plus's paths begin with the split, CheXpert's with the data set's name
-            prefix = Path() if chexpert.is_plus(csv) else Path(output_root.name)
-            table = raw.assign(**{column: [(prefix / output).as_posix() for output in outputs]})[keep]
+            prefix = "" if chexpert.is_plus(csv) else f"{output_root.name}/".lstrip("/")
+            table = raw.assign(**{column: [prefix + output for output in outputs]})[keep]
             write_csv(output_root / csv.name, table)
-            copied |= {o.with_suffix("").as_posix(): (f, o) for f, o in zip(files, outputs, strict=True) if f in done}
+            rows = zip(paths, files, outputs, strict=True)
+            copied |= {chexpert.key_of(path): (file, output) for path, file, output in rows if boxes and file in done}
             for labels in [*csv.parent.glob("*_fixed.json"), *csv.parent.glob("chexbert_labels/*_fixed.json")]:
                 copy_file(labels, output_root / labels.relative_to(csv.parent))
         if boxes:
             _write_boxes(boxes, chexpert.key_of, copied, output_root, output_root.name, settings)
 
-    return CopyPlan(list(jobs.values()), finish, skipped)
+    return CopyPlan(list(jobs.values()), finish, skipped, stamps)
 
 
 def _write_boxes(source, key_of, copied, output_root, prefix, settings):
     """Write boxes.csv of the copy, with all columns.
 
     Args:
-        key_of: the path of a row -> key of `copied`.
+        key_of: the path of a row (a text) -> key of `copied`.
         copied: {key: (source, output)} of the images in the copy.
     """
     table, rows = read_csv(source), []
     for (_, row), (where, file, box, unit) in zip(table.iterrows(), read_boxes(source), strict=True):
-        key = key_of(path_of(file, where, absolute=True))
+        key = key_of(str(path_of(file, where, absolute=True)))
         if key in copied:
             image, output = copied[key]
-            size = image_size(image)
+            size = image_size(Path(image))
             new = {"file": Path(prefix, output).as_posix()}
             for names in UNITS:
                 if set(names) <= set(table.columns):
@@ -149,28 +157,29 @@ def _plan_nih(root, output_root, settings):
     raw, keys = read_csv(csv), nih.read_table(csv)["key"]
     files, boxes, unit = nih.index_images(root), nih.read_boxes(root, set(keys)), nih.box_unit(root, raw)
     names = raw["Image Index"].str.strip()
-    new = {key: _renamed(Path("images", name), settings) for key, name in zip(keys, names, strict=True)}
-    sources = {key: files[key] for key in new if key in files}
+    new = {key: _renamed(Path("images", name).as_posix(), settings) for key, name in zip(keys, names, strict=True)}
+    sources = {key: str(files[key]) for key in new if key in files}
     missing = {line: name for (line, name), key in zip(names.items(), keys, strict=True) if key not in sources}
     skipped = [(name, f"missing file ({csv.name}, line {line})") for line, name in missing.items()]
 
     def finish(done):
-        copied = {key: (file, new[key]) for key, file in sources.items() if file in done}
-        kept = keys.isin(list(copied))
+        names = {key: new[key].removeprefix("images/") for key, file in sources.items() if file in done}
+        kept = keys.isin(list(names))
         # the boxes of the copy are in its own pixels: its table must not have the original sizes
         table = raw[kept].drop(columns=[name for name in nih.ORIGINAL if boxes and name in raw])
-        table["Image Index"] = [new[key].name for key in keys[kept]]
+        table["Image Index"] = [names[key] for key in keys[kept]]
         write_csv(output_root / csv.name, table)
         for name in nih.LISTS.values():
             if (root / name).is_file():
                 stems = [Path(line).stem for line in (root / name).read_text(errors="surrogateescape").split()]
-                write_text(output_root / name, "".join(f"{new[stem].name}\n" for stem in stems if stem in copied))
+                write_text(output_root / name, "".join(f"{names[stem]}\n" for stem in stems if stem in names))
         lines = [nih.BOX_HEADER]
-        for key, (image, output) in copied.items():
+        for key, name in names.items():
+            image = files[key]
             size = image_size(image) if key in boxes else None
             for where, finding, box in boxes.get(key, []):
                 for moved in _fit([to_pixels(box, unit, size, image, where)], size, settings):
-                    lines.append(",".join(map(str, [output.name, finding, *moved])) + ",,,")
+                    lines.append(",".join(map(str, [name, finding, *moved])) + ",,,")
         if (root / nih.BOXES).is_file():
             write_text(output_root / nih.BOXES, "".join(f"{line}\n" for line in lines))
 
@@ -181,7 +190,8 @@ def _plan_vindr(root, output_root, settings):
     """The images of train/ and test/; also copies the tables of labels, and those of boxes in the copy's pixels."""
     own = {s: {path.stem: path for path in list_images(root / s)} for s in vindr.SPLITS if (root / s).is_dir()}
     files = {key: path for images in own.values() for key, path in images.items()}
-    outputs = {file: _renamed(file.relative_to(root), settings) for images in own.values() for file in images.values()}
+    all_files = [file for images in own.values() for file in images.values()]
+    jobs = [(str(file), _renamed(file.relative_to(root).as_posix(), settings), False) for file in all_files]
     tables = {csv: vindr.read_table(csv) for csv in sorted((root / "annotations").glob("*.csv"))}
     for csv, table in tables.items():  # an invalid box is an error before anything is written
         if set(vindr.CORNERS) <= set(table.columns):
@@ -191,12 +201,12 @@ def _plan_vindr(root, output_root, settings):
     def finish(done):
         (output_root / "annotations").mkdir(exist_ok=True)
         for csv, table in tables.items():
-            kept = table[table["image_id"].map(lambda key: files.get(key) in done).astype(bool)]
+            kept = table[table["image_id"].map(lambda key: str(files.get(key)) in done).astype(bool)]
             if set(vindr.CORNERS) <= set(kept.columns):
                 kept = _move_corners(root, kept, csv, files, settings)
             write_csv(output_root / "annotations" / csv.name, kept)
 
-    return CopyPlan([(file, output, False) for file, output in outputs.items()], finish)
+    return CopyPlan(jobs, finish)
 
 
 def _move_corners(root, table, csv, files, settings):
@@ -220,22 +230,23 @@ def _plan_folder(root, output_root, settings):
     """Every image below a folder; also copies masks, NAME.txt and boxes.csv."""
     images, masks = images_and_masks(root, [path for path in list_images(root) if output_root not in path.parents])
     boxes = box_rows(root, images)
-    jobs = [(source, _renamed(source.relative_to(root), settings), False) for source in images]
+    png = {**settings, "image_format": "png"}
+    jobs = [(str(source), _renamed(source.relative_to(root).as_posix(), settings), False) for source in images]
     for mask in dict.fromkeys(masks.values()):
-        jobs.append((mask, _renamed(mask.relative_to(root), settings).with_suffix(".png"), True))
-    jobs.sort()
+        jobs.append((str(mask), _renamed(mask.relative_to(root).as_posix(), png), True))
+    jobs.sort(key=lambda job: Path(job[0]))
     skipped = [(str(path), NOT_COPIED) for path in sorted(root.glob("*.csv")) if path.name != "boxes.csv"]
 
     def finish(done):
         copied = {source: (source, output) for source, output, mask in jobs if source in done and not mask}
-        for source, output in copied.values():
+        for source, output in ((Path(source), output) for source, output in copied.values()):
             if text_of(source).is_file():
                 size = image_size(source)
                 own = [to_pixels(box, unit, size, source, where) for where, box, unit in boxes.get(source, [])]
                 lines = (" ".join(f"{n:g}" for n in box) + "\n" for box in _fit(own, size, settings))
                 write_text((output_root / output).with_suffix(".txt"), "".join(lines))
         if (root / "boxes.csv").is_file():
-            _write_boxes(root / "boxes.csv", root.joinpath, copied, output_root, "", settings)
+            _write_boxes(root / "boxes.csv", lambda path: str(root / path), copied, output_root, "", settings)
 
     return CopyPlan(jobs, finish, skipped if jobs else ())
 
@@ -252,5 +263,5 @@ def _fit(boxes, size, settings):
 
 def _renamed(path, settings):
     """Output path of an image: the new suffix replaces an image suffix, and follows any other (of DICOM names)."""
-    suffix = f".{settings['image_format']}"
-    return path.with_suffix(suffix) if path.suffix.lower() in SUFFIXES else path.with_name(path.name + suffix)
+    stem, suffix = os.path.splitext(path)
+    return f"{stem if suffix.lower() in SUFFIXES else path}.{settings['image_format']}"

@@ -20,7 +20,7 @@ import pandas as pd
 import PIL.Image
 from tqdm.auto import tqdm
 
-from ..files import keep_settings, remove_dead, write, write_csv, write_text
+from ..files import keep_settings, remove_dead, stamp_of, write, write_csv, write_text
 from .boxes import PREPARED as SETTINGS
 from .copy_plans import NOT_COPIED, plan_copy
 from .images import equalize as equalize_image
@@ -88,21 +88,22 @@ def prepare(
     plan = plan_copy(source_root, output_root, settings)
     jobs = plan.jobs if shard is None else shard.of(plan.jobs)
     output_root.mkdir(parents=True, exist_ok=True)
-    if not part:
-        remove_dead(output_root)
+    there = set() if part else remove_dead(output_root)
     if overwrite:  # first of all, so that a run stopped half-way does not mix two settings
         stale = output_root.glob(f"{Path(STAMPS).stem}*.jsonl")
         for path in [output_root / SETTINGS, *stale, *(output_root / output for _, output, _ in jobs)]:
             path.unlink(missing_ok=True)
+        there = set()
     advice = "give another folder or `overwrite`"
     keep_settings(output_root / SETTINGS, settings, defaults={"fast_jpeg": False}, advice=advice)
 
     begin = time.monotonic()
     journal = STAMPS if part is None else f"{Path(STAMPS).stem}.{part.index}-of-{part.count}.jsonl"
-    results = _run(jobs, output_root, settings, num_workers, output_root / journal)
+    todo = _pending(jobs, plan.stamps, there, output_root)
+    results = _run(jobs, todo, output_root, settings, num_workers, output_root / journal)
     reasons = {job[0]: error for job, (_, error) in zip(jobs, results, strict=True) if error}
     done = {job[0] for job in jobs} - reasons.keys()
-    skipped = [(str(source), reason) for source, reason in reasons.items()]
+    skipped = list(reasons.items())
     if not part:
         plan.finish(done)
         skipped = plan.skipped + skipped
@@ -131,28 +132,45 @@ def _print_summary(summary, output_root, with_table):
         print(f"  see {output_root / SKIPPED}")
 
 
-def _run(jobs, output_root, settings, num_workers, journal_file):
-    """(state, reason) for each job: "written", "kept" or "skipped"."""
+def _pending(jobs, stamps, there, output_root):
+    """Numbers of the jobs without a copy, or whose source has another size or time than when it was copied.
+
+    Args:
+        stamps: {source: `stamp_of` it}, of some or all sources.
+        there: outputs that exist, some or all.
+    """
+    journal, pending = _read_journal(output_root), []
+    for i, (source, output, _) in enumerate(jobs):
+        stamp = stamps.get(source) or stamp_of(source)
+        begin, _, end = _line_of(output, stamp or ()).rpartition(", [")
+        if journal.get(begin) != end or not (output in there or (output_root / output).is_file()):
+            pending.append(i)
+    return pending
+
+
+def _run(jobs, todo, output_root, settings, num_workers, journal_file):
+    """(state, reason) for each job: "written", "kept" or "skipped"; those with a number in `todo` are done."""
     if num_workers is None:
         num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    stamps, results = _read_stamps(output_root), {}
+    results = [("kept", None)] * len(jobs)
     with open(journal_file, "a") as journal:
         journal.write("\n" * (journal.tell() > 0))  # a line that a crash cut short stays separate
-        with tqdm(total=len(jobs), desc="preparing", unit="image", delay=2) as bar:
-            for i, state, reason, stamp in _results(jobs, stamps, output_root, settings, num_workers):
+        left = len(jobs) - len(todo)
+        with tqdm(total=len(jobs), initial=left, desc="preparing", unit="image", delay=2) as bar:
+            for i, state, reason, stamp in _results(jobs, todo, output_root, settings, num_workers):
                 results[i] = state, reason
                 if state == "written":
-                    journal.write(json.dumps([jobs[i][1].as_posix(), stamp]) + "\n")
+                    journal.write(f"{_line_of(jobs[i][1], stamp)}\n")
                     journal.flush()
                 bar.update()
-    return [results[i] for i in range(len(jobs))]
+    return results
 
 
-def _results(jobs, stamps, output_root, settings, num_workers):
-    """Yield (number of the job, state, reason, stamp) of each job, as they are done."""
+def _results(jobs, numbers, output_root, settings, num_workers):
+    """Yield (number of the job, state, reason, stamp) of each job of these numbers, as they are done."""
     work = partial(_some, output_root=output_root, settings=settings)
-    todo = {i: (i, *job, stamps.get(job[1].as_posix())) for i, job in enumerate(jobs)}
-    if num_workers <= 1 or len(jobs) < 32:
+    todo = {i: (i, *jobs[i]) for i in numbers}
+    if num_workers <= 1 or len(todo) < 32:
         for job in todo.values():
             yield from work([job])
         return
@@ -197,34 +215,34 @@ def _end_with_parent():
         threading.Thread(target=target, daemon=True).start()
 
 
-def _read_stamps(output_root):
-    """{output: [size, time] of the source that it was made of}, without lines that a crash cut short.
+def _line_of(output, stamp):
+    """A line of the journal: an output, and the size and time of the source that it was made of."""
+    return f"[{json.dumps(output)}, {list(stamp)}]"
+
+
+def _read_journal(output_root):
+    """{begin of a line, with the output: its end, with the stamp of the source}; the latest line of an output counts.
 
     Each shard has a journal of its own: on a network file system two writers could overwrite each other's lines.
     """
-    stamps = {}
+    lines = {}
     journals = output_root.glob(f"{Path(STAMPS).stem}*.jsonl")
-    for path in sorted(journals, key=lambda path: path.stat().st_mtime_ns):  # the latest counts
-        for line in path.read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError, TypeError):
-                output, stamp = json.loads(line)
-                stamps[output] = stamp
-    return stamps
+    for path in sorted(journals, key=lambda path: path.stat().st_mtime_ns):
+        # compared as texts, which is quick, and a line that a crash cut short equals none
+        lines |= (line.rpartition(", [")[::2] for line in path.read_text(errors="replace").splitlines())
+    return lines
 
 
 def _some(jobs, output_root, settings):
-    return [(i, *_one(job, stamp, output_root, settings)) for i, *job, stamp in jobs]
+    return [(i, *_one(job, output_root, settings)) for i, *job in jobs]
 
 
-def _one(job, old_stamp, output_root, settings):
+def _one(job, output_root, settings):
     """(state, reason, stamp) of one job; only errors of its source are a reason, all others are raised."""
     source, relative, is_mask = job
     output = output_root / relative
     try:
-        status = source.stat()
-        stamp = [status.st_size, status.st_mtime_ns]  # before it is read: a change meanwhile is seen the next time
-        if stamp == old_stamp and output.is_file():
-            return "kept", None, stamp
+        status = os.stat(source)  # before it is read: a change meanwhile is seen the next time
         image = read_image(source, draft=2 * settings["size"] if settings["fast_jpeg"] and not is_mask else None)
     except (ValueError, OSError) as error:
         with contextlib.suppress(OSError):
@@ -242,7 +260,7 @@ def _one(job, old_stamp, output_root, settings):
         if error.errno == errno.ENAMETOOLONG:
             return "skipped", "name too long for a copy", None
         raise
-    return "written", None, stamp
+    return "written", None, (status.st_size, status.st_mtime_ns)
 
 
 def _save(image, path, suffix):

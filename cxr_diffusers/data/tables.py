@@ -40,15 +40,17 @@ def read_csv(
             whole = kept == list(range(len(header)))
             begin = reader.line_num + 1
             for row in reader:
-                if "".join(row).strip():
+                text = "".join(row)
+                if text.strip():
                     if len(row) > len(header) and "".join(row[len(header) :]).strip():
                         raise ValueError(f"{path}, line {begin}: expected {len(header)} cells, got {len(row)}")
                     if keep is None or keep(dict(zip(header, row, strict=False))):
                         lines.append(begin)
                         if not whole or len(row) != len(header):
                             row = [row[i] if i < len(row) else "" for i in kept]
-                        rows.append(row)
-                        check_encodable(row, f"{path}, line {begin}")
+                        rows.append(tuple(row))  # the garbage collector looks at each list, again and again
+                        if not text.isascii():
+                            check_encodable(row, f"{path}, line {begin}")
                 begin = reader.line_num + 1
         except (csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path}, line {reader.line_num}: {error}") from None

@@ -151,7 +151,7 @@ def identify_model(pipeline: DiffPIRDeblurPipeline) -> dict[str, str]:
     return {"model": name, "weights": fingerprint(pipeline, {}, 0)}
 
 
-def finish_tables(plan: CopyPlan, source_root: Path, output_root: Path, done: set[Path]) -> list[tuple[str, str]]:
+def finish_tables(plan: CopyPlan, source_root: Path, output_root: Path, done: set[str]) -> list[tuple[str, str]]:
     """Write the tables of the copy; returns the files that the plan left out, with their reasons."""
     plan.finish(done)
     carry_tables(source_root, output_root, plan)
@@ -182,7 +182,7 @@ def deblur_share(worker: "Worker", share: Iterable[Job], on_done: Callable[[int]
             failed[str(source)] = f"broken image: {str(error).removeprefix(f'{source}: ')}"
         else:
             try:
-                worker.take(image, output, is_mask)
+                worker.take(image, Path(output), is_mask)
             except TooSmall as error:
                 failed[str(source)] = f"smaller than the kernel: {error}"
         done = worker.written + len(failed)
@@ -362,7 +362,7 @@ def check(source_root: Path, output_root: Path, image_format: str, batch_size: i
 
 def carry_tables(source_root: Path, output_root: Path, plan: CopyPlan) -> None:
     """Copy the CSV files that the plan did not write, with the names of images in them rewritten."""
-    outputs = {source.resolve(): output for source, output, _ in plan.jobs}
+    outputs = {Path(source).resolve(): Path(output) for source, output, _ in plan.jobs}
     for csv in sorted(source_root.rglob("*.csv")):
         target = output_root / csv.relative_to(source_root)
         if target.exists() or output_root in csv.parents:

@@ -9,8 +9,10 @@ import re
 import secrets
 import shutil
 import stat
+import struct
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -21,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 MACHINE = r"(?:([0-9a-f]{8})-[0-9a-f]{8}\.)?"  # in the names of `new_file`, not in those of `new_folder`
+PNG_TYPES = {"L": (8, 0), "RGB": (8, 2), "I;16": (16, 0)}  # {mode: (bits per value, the PNG's colour type)}
 TEMPORARY = re.compile(rf"\..+?\.{MACHINE}(\d+)(?:\.old)?\.tmp")  # the last number is the process id
 
 
@@ -32,12 +35,38 @@ def cache_folder(name: str) -> Path:
 
 def save_png(image: Any, path: Path | str) -> None:
     """Write a PIL image or a matplotlib figure as PNG; `path` never holds half a file."""
+    if isinstance(image, Image.Image):
+        return write_file(path, encode_png(image))
     with io.BytesIO() as buffer:
-        if isinstance(image, Image.Image):
-            image.save(buffer, format="png", compress_level=1)  # three times as fast, a tenth larger
-        else:
-            image.savefig(buffer, format="png", dpi=150)
+        image.savefig(buffer, format="png", dpi=150)
         write_file(path, buffer.getvalue())
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """A PIL image of mode "L", "RGB" or "I;16" as a PNG without metadata, in half of Pillow's time and as small.
+
+    Pillow tries five filters for each row; here every row is stored as its difference from the row above (W3C,
+    "Portable Network Graphics", filter type 2).
+
+    Raises:
+        ValueError: another mode.
+    """
+    if image.mode not in PNG_TYPES:
+        raise ValueError(f"expected an image of mode {', '.join(PNG_TYPES)}, got {image.mode}")
+    bits, colour_type = PNG_TYPES[image.mode]
+    pixels = np.asarray(image)
+    rows = pixels.astype(f">u{bits // 8}").view(np.uint8).reshape(image.height, -1)
+    filtered = np.full((image.height, rows.shape[1] + 1), 2, np.uint8)
+    filtered[0, 1:] = rows[0]
+    np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
+    header = struct.pack(">IIBBBBB", *image.size, bits, colour_type, 0, 0, 0)
+    # level 1 is three times as fast as zlib's default, and a tenth larger
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(filtered, 1)), (b"IEND", b"")]
+    parts = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(data, zlib.crc32(name)))
+        for name, data in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 def save_map(anomaly_map: np.ndarray, path: Path | str) -> None:
@@ -50,12 +79,10 @@ def save_map(anomaly_map: np.ndarray, path: Path | str) -> None:
     if anomaly_map.ndim != 2 or not (anomaly_map.min() >= 0 and anomaly_map.max() <= 1):
         low, high = anomaly_map.min(), anomaly_map.max()
         raise ValueError(f"expected an (H, W) map in [0, 1], got {anomaly_map.shape} from {low:g} to {high:g}")
+    if _ending(path) == ".png":
+        return save_png(Image.fromarray(np.rint(anomaly_map * 65535).astype(np.uint16)), path)
     with io.BytesIO() as buffer:
-        if _ending(path) == ".npy":
-            np.save(buffer, anomaly_map)
-        else:
-            sixteen_bits = np.rint(anomaly_map * 65535).astype(np.uint16)
-            Image.fromarray(sixteen_bits).save(buffer, format="png", compress_level=1)
+        np.save(buffer, anomaly_map)
         write_file(path, buffer.getvalue())
 
 

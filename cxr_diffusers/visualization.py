@@ -1,7 +1,7 @@
 """Overlays, panels and contact sheets of maps, each with its colour scale."""
 
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,7 @@ def overlay(
         raise ValueError(f"expected a `vmax` greater than 0, got {vmax}")
     if not 0 <= opacity <= 1:
         raise ValueError(f"expected an `opacity` from 0 to 1, got {opacity}")
-    return Image.fromarray(_cover(np.asarray(grey, np.float32), np.clip(anomaly_map / vmax, 0, 1), opacity))
+    return Image.fromarray(_cover(np.asarray(grey), np.clip(anomaly_map / vmax, 0, 1), opacity))
 
 
 def side_by_side(
@@ -205,12 +205,17 @@ def to_grey(image: Image.Image | np.ndarray) -> Image.Image:
 
 
 def _cover(grey, level, opacity):
-    """(H, W) grey 0..255, (H, W) level 0..1 -> (H, W, 3) uint8; where the level is 0, the grey stays as it is."""
-    # a table of 256 levels is several times as fast as a power of each pixel
-    index = np.rint(level * 255).astype(np.uint8)
+    """(H, W) uint8 grey, (H, W) level 0..1 -> (H, W, 3) uint8; where the level is 0, the grey stays as it is."""
+    index = grey * np.uint16(256) + np.rint(level * 255).astype(np.uint8)
+    return np.take(_covered(opacity), index, axis=0)  # five times as fast as brackets
+
+
+@cache
+def _covered(opacity):
+    """(65536, 3) uint8: at 256 * grey + level, the colour of each grey under each of 256 levels."""
     alpha = (opacity * np.linspace(0, 1, 256, dtype=np.float32) ** 0.8)[:, None]
-    weighted = map_colours() * alpha
-    return (grey[..., None] * (1 - alpha)[index] + weighted[index]).astype(np.uint8)
+    grey = np.arange(256, dtype=np.float32)[:, None, None]
+    return (grey * (1 - alpha) + map_colours() * alpha).astype(np.uint8).reshape(-1, 3)
 
 
 @cache
@@ -233,7 +238,7 @@ def _panel(image, size, mask=None, boxes=None):
     """An image scaled to a longer side of `size`, RGB, with the outline of the true region."""
     scale = size / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
-    panel = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    panel = image.resize((width, height), Image.Resampling.BICUBIC).convert("RGB")
     line = max(1, round(size / 160))
     if mask is not None and np.any(mask):
         region = Image.fromarray(np.asarray(mask, bool).astype(np.uint8) * 255).resize((width, height))
@@ -254,40 +259,54 @@ def _grid(cells, column_titles, row_titles, bars, title, note, size, opacity):
     text = max(11, round(size / 18))
     widths = [max((row[i].width for row in cells if row[i]), default=size) for i in range(len(column_titles))]
     heights = [max(panel.height for panel in row if panel) for row in cells]
-    left = GAP + (text + GAP if row_titles and any(row_titles) else 0)
-    top = GAP + (text + 2 * GAP if title else 0) + text + GAP
+    rows, scales = tuple(row_titles or ()), tuple(bars.items())
+    page, left, top = _frame(
+        tuple(widths), tuple(heights), tuple(column_titles), rows, scales, bool(title), note, size, opacity
+    )
+    page, x = page.copy(), left
+    if title:
+        write_words(ImageDraw.Draw(page), (left, GAP), title, text + 2, INK, page.width - left - GAP)
+    for i, width in enumerate(widths):
+        y = top
+        for row, height in zip(cells, heights, strict=True):
+            if row[i]:
+                page.paste(row[i], (x + (width - row[i].width) // 2, y + (height - row[i].height) // 2))
+            y += height + GAP
+        x += width + GAP
+    return page
+
+
+@lru_cache(maxsize=4)  # the panels of a folder have mostly the same
+def _frame(widths, heights, column_titles, row_titles, bars, has_title, note, size, opacity):
+    """(page with all but the title and the panels, left and top of the first panel)."""
+    text = max(11, round(size / 18))
+    left = GAP + (text + GAP if any(row_titles) else 0)
+    top = GAP + (text + 2 * GAP if has_title else 0) + text + GAP
     bar = max(8, round(0.7 * text))
     foot = bar + (3 if note else 1) * text + 2 * GAP
     page = Image.new(
         "RGB", (left + sum(widths) + GAP * len(widths), top + sum(heights) + GAP * len(heights) + foot), PAPER
     )
     draw = ImageDraw.Draw(page)
-    if title:
-        write_words(draw, (left, GAP), title, text + 2, INK, page.width - left - GAP)
-    x = left
+    x, vmax_of = left, dict(bars)
     for i, (caption, width) in enumerate(zip(column_titles, widths, strict=True)):
         write_words(draw, (x + width / 2, top - GAP), caption, text, INK, width, anchor="ms")
-        y = top
-        for row, height in zip(cells, heights, strict=True):
-            if row[i]:
-                page.paste(row[i], (x + (width - row[i].width) // 2, y + (height - row[i].height) // 2))
-            y += height + GAP
-        if i in bars:
-            _colour_bar(page, x, y, width, bars[i], text, bar, opacity)
+        if i in vmax_of:
+            _colour_bar(page, x, top + sum(heights) + GAP * len(heights), width, vmax_of[i], text, bar, opacity)
         x += width + GAP
     y = top
-    for name, height in zip(row_titles or [], heights, strict=False):
+    for name, height in zip(row_titles, heights, strict=False):
         if name:
             _write_upright(page, name, (GAP, y), text, height)
         y += height + GAP
     write_words(draw, (left, page.height - GAP), note, max(10, text - 2), MUTED, page.width - left - GAP, anchor="ls")
-    return page
+    return page, left, top
 
 
 def _colour_bar(page, x, y, width, vmax, text, height, opacity):
     """A horizontal scale from 0 to `vmax`, as it looks over middle grey, with three numbers under it."""
     level = np.tile(np.linspace(0, 1, width, dtype=np.float32), (height, 1))
-    page.paste(Image.fromarray(_cover(np.full_like(level, 128), level, opacity)), (x, y))
+    page.paste(Image.fromarray(_cover(np.full(level.shape, 128, np.uint8), level, opacity)), (x, y))
     draw = ImageDraw.Draw(page)
     for share, anchor in ((0, "lt"), (0.5, "mt"), (1, "rt")):
         label = f"{share * vmax:.2g}" if share < 1 else f"\u2265 {vmax:.2g}"

@@ -9,10 +9,8 @@ import re
 import secrets
 import shutil
 import stat
-import struct
 import tempfile
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -23,7 +21,6 @@ import numpy as np
 from PIL import Image
 
 MACHINE = r"(?:([0-9a-f]{8})-[0-9a-f]{8}\.)?"  # in the names of `new_file`, not in those of `new_folder`
-PNG_TYPES = {"L": (8, 0), "RGB": (8, 2), "I;16": (16, 0)}  # {mode: (bits per value, the PNG's colour type)}
 TEMPORARY = re.compile(rf"\..+?\.{MACHINE}(\d+)(?:\.old)?\.tmp")  # the last number is the process id
 
 
@@ -35,38 +32,12 @@ def cache_folder(name: str) -> Path:
 
 def save_png(image: Any, path: Path | str) -> None:
     """Write a PIL image or a matplotlib figure as PNG; `path` never holds half a file."""
-    if isinstance(image, Image.Image):
-        return write_file(path, encode_png(image))
     with io.BytesIO() as buffer:
-        image.savefig(buffer, format="png", dpi=150)
+        if isinstance(image, Image.Image):
+            image.save(buffer, format="png", compress_level=1)  # three times as fast, a tenth larger
+        else:
+            image.savefig(buffer, format="png", dpi=150)
         write_file(path, buffer.getvalue())
-
-
-def encode_png(image: Image.Image) -> bytes:
-    """A PIL image of mode "L", "RGB" or "I;16" as a PNG without metadata, in half of Pillow's time and as small.
-
-    Pillow tries five filters for each row; here every row is stored as its difference from the row above (W3C,
-    "Portable Network Graphics", filter type 2).
-
-    Raises:
-        ValueError: another mode.
-    """
-    if image.mode not in PNG_TYPES:
-        raise ValueError(f"expected an image of mode {', '.join(PNG_TYPES)}, got {image.mode}")
-    bits, colour_type = PNG_TYPES[image.mode]
-    pixels = np.asarray(image)
-    rows = pixels.astype(f">u{bits // 8}").view(np.uint8).reshape(image.height, -1)
-    filtered = np.full((image.height, rows.shape[1] + 1), 2, np.uint8)
-    filtered[0, 1:] = rows[0]
-    np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
-    header = struct.pack(">IIBBBBB", *image.size, bits, colour_type, 0, 0, 0)
-    # level 1 is three times as fast as zlib's default, and a tenth larger
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(filtered.data, 1)), (b"IEND", b"")]
-    parts = [
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(data, zlib.crc32(name)))
-        for name, data in chunks
-    ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 def save_map(anomaly_map: np.ndarray, path: Path | str) -> None:

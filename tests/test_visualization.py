@@ -1,12 +1,10 @@
-import io
-
 import numpy as np
 import pytest
 from PIL import Image
 
 from cxr_diffusers.evaluation.metrics import Ranking
 from cxr_diffusers.figures import precision_recall_figure, roc_figure
-from cxr_diffusers.files import encode_png, load_map, save_map, save_png
+from cxr_diffusers.files import load_map, save_map, save_png
 from cxr_diffusers.visualization import (
     TRUTH,
     common_vmax,
@@ -196,24 +194,6 @@ def test_an_invalid_map_is_not_saved(tmp_path, bad):
     with pytest.raises(ValueError, match=".png or .npy"):
         save_map(np.zeros((4, 4)), tmp_path / "map.jpg")
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(("shape", "dtype"), [((5, 7), "u1"), ((1, 1), "u1"), ((6, 4, 3), "u1"), ((3, 8), "u2")])
-def test_a_png_has_the_pixels_of_its_image_and_is_as_small_as_pillows(shape, dtype):
-    rng = np.random.default_rng(0)
-    for scale in (1, 40):
-        small = rng.integers(0, np.iinfo(dtype).max, shape).astype(dtype)
-        image = Image.fromarray(small.repeat(scale, axis=0).repeat(scale, axis=1))
-        content = encode_png(image)
-        with Image.open(io.BytesIO(content)) as opened:
-            opened.verify()  # the checksums
-        with Image.open(io.BytesIO(content)) as opened:
-            assert opened.mode == image.mode and np.array_equal(np.asarray(opened), np.asarray(image))
-        pillows = io.BytesIO()
-        image.save(pillows, format="png", compress_level=1)
-        assert len(content) < 1.2 * len(pillows.getvalue()) + 100
-    with pytest.raises(ValueError, match="mode L, RGB, I;16, got LA"):
-        encode_png(Image.new("LA", (4, 4)))
 
 
 def test_an_8_bit_image_is_not_read_as_a_map(tmp_path, image):

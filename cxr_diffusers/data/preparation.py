@@ -20,7 +20,7 @@ import pandas as pd
 import PIL.Image
 from tqdm.auto import tqdm
 
-from ..files import encode_png, keep_settings, remove_dead, stamp_of, write, write_csv, write_text
+from ..files import keep_settings, remove_dead, stamp_of, write, write_csv, write_text
 from .boxes import PREPARED as SETTINGS
 from .copy_plans import NOT_COPIED, plan_copy
 from .images import equalize as equalize_image
@@ -265,7 +265,7 @@ def _one(job, output_root, settings):
 
 def _save(image, path, suffix):
     if suffix == ".png":
-        return path.write_bytes(encode_png(image))
+        return image.save(path, format="PNG", compress_level=1)  # three times as fast, a tenth larger
     if image.mode != "L":
         image = PIL.Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     image.save(path, format="JPEG", quality=95)

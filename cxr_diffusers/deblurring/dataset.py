@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..data.copy_plans import CopyPlan, Job, plan_copy
 from ..data.images import read_image
-from ..files import encode_png, keep_settings, remove_dead, write_file
+from ..files import keep_settings, remove_dead, write_file
 from ..fingerprints import fingerprint
 from ..hub.loading import default_checkpoint, load_pipeline
 from ..pipelines import DiffPIRDeblurPipeline
@@ -339,12 +339,13 @@ def generator_of(seed: int, output: Path) -> torch.Generator:
 
 def encode(image: Image.Image, suffix: str) -> bytes:
     """PIL image -> the bytes of a PNG, or of a JPEG of 8 bits."""
-    if suffix == ".png":
-        return encode_png(image)
-    if image.mode != "L":
-        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     with io.BytesIO() as buffer:
-        image.save(buffer, format="JPEG", quality=95)
+        if suffix == ".jpg":
+            if image.mode != "L":
+                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+            image.save(buffer, format="JPEG", quality=95)
+        else:
+            image.save(buffer, format="PNG")
         return buffer.getvalue()
 
 

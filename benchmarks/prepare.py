@@ -36,7 +36,7 @@ def main(arguments=None):
         if options.before:
             results["before"] = run(options, folder / "before", folder, options.before)
     names = list(results["now"])
-    rows = [[name, *(f"{result[name]:.2f}" for result in results.values())] for name in names]
+    rows = [[name, *(f"{result[name]:.3g}" for result in results.values())] for name in names]
     if options.before:
         rows = [[*row, f"{results['now'][row[0]] / results['before'][row[0]]:.2f}"] for row in rows]
     heads = ["", *results, *(["now / before"] if options.before else [])]

@@ -1,7 +1,7 @@
 """Draw the images of the documentation from the shipped models, on radiographs that may be shown.
 
     python benchmarks/pictures.py hero --root DATA --results RESULTS     # docs/images/hero.png
-    python benchmarks/pictures.py examples --root DATA                   # example.png of each shipped model
+    python benchmarks/pictures.py examples --root DATA --results RESULTS # example.png of each shipped model
     python benchmarks/pictures.py sheet --results RESULTS                # docs/images/methods.jpg
     python benchmarks/pictures.py phantoms --model RUN                   # docs/images/phantoms.jpg
     python benchmarks/pictures.py stamp FILE MODEL...                    # mark an image that another program drew

@@ -259,7 +259,8 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
             "map": self.score_meaning,
             "change": "mean of the highest 5 % of pixels of the change to a healthy image, with its overall brightness",
             "evidence": "how much better the disease explains the image than health does; 0: neither, 0.01: by 1 %",
-            "combined": "mean of the highest 5 % of pixels of the change to a healthy image + 2 x evidence of disease",
+            "combined": "mean of the highest 5 % of pixels of the change to a healthy image "
+            f"+ {EVIDENCE_WEIGHT:g} x evidence of disease",
         }[self.settings()["score"]]
 
     def label_id(self, label: int | str, name: str = "label") -> int:

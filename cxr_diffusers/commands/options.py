@@ -52,8 +52,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "score": {
         "choices": ["map", "change", "evidence", "combined"],
-        "help": "of the map, of the change without high-pass, how much better the negative label explains it, or "
-        "change + 2 x evidence",
+        "help": "what the score measures: the map, the change without high-pass, the class evidence (how much better "
+        "the negative label explains the image), or change + 2 x evidence",
     },
 }
 

@@ -66,9 +66,8 @@ def calibrate_model(
     Written are `map_threshold` in model_index.json (with its quantile and the number of images as `_map_threshold`),
     healthy_scores.json (also by view, if the views are known, and with quantiles of the healthy maps), and
     denoising_errors.json for a diffusion model, from which images are recognised that do not look like the training
-    images. The same images give the same files. An
-    interrupted calibration continues where it stopped; the files in the folder change only at the end. Images that
-    cannot be read, or of a single value, are left out and logged.
+    images. The same images give the same files. An interrupted calibration continues where it stopped; the files in
+    the folder change only at the end. Images that cannot be read, or of a single value, are left out and logged.
 
     Args:
         model: the folder of a pipeline.

@@ -65,7 +65,7 @@ class ReferenceScores:
     def map_value(self, quantile: float) -> float:
         """The map value that a share of `quantile` of the healthy images' pixels stays below.
 
-        Stored quantiles are exact, between them it is linear.
+        Exact at the stored quantiles, linear between them.
 
         Raises:
             ValueError: a quantile below the lowest stored one or above the highest.

@@ -74,18 +74,18 @@ def healthy_threshold(maps: Sequence[Any] | Lazy[Any] | np.ndarray, quantile: fl
         raise ValueError(f"expected a `quantile` between 0 and 1, got {quantile}")
     if len(maps) == 0:
         raise ValueError("expected the maps of at least one healthy image, got none")
-    return pixel_quantile(maps, quantile)
+    return pixel_quantiles(maps, [quantile])[0]
 
 
-def pixel_quantile(maps: Sequence[Any] | Lazy[Any] | np.ndarray, quantile: float) -> float:
-    """The quantile of all pixels of some maps, as `numpy.quantile` of all float32 values at once, without holding them.
+def pixel_quantiles(maps: Sequence[Any] | Lazy[Any] | np.ndarray, quantiles: Sequence[float]) -> list[float]:
+    """Quantiles of all pixels of some maps, as `numpy.quantile` of all float32 values at once, without holding them.
 
     Exact: float32 values sort like integers of 32 bits. A first pass counts their upper 16 bits, a second one the lower
-    16 bits of the values beside the quantile. It takes 1.5 MiB, whatever the number of maps.
+    16 bits of the values beside the quantiles. It takes 1.5 MiB for a quantile, whatever the number of maps.
 
     Args:
         maps: sequence of arrays of any sizes, read twice; at least one pixel.
-        quantile: in [0, 1].
+        quantiles: in [0, 1].
 
     Raises:
         ValueError: a value that is not finite.
@@ -93,8 +93,8 @@ def pixel_quantile(maps: Sequence[Any] | Lazy[Any] | np.ndarray, quantile: float
     counts = np.zeros(2**16, np.int64)
     for anomaly_map in maps:
         counts += np.bincount(_sortable(anomaly_map) >> 16, minlength=2**16)
-    position = quantile * (counts.sum() - 1)
-    ranks = int(np.floor(position)), int(np.ceil(position))
+    positions = [quantile * (counts.sum() - 1) for quantile in quantiles]
+    ranks = [rank for position in positions for rank in (int(np.floor(position)), int(np.ceil(position)))]
     ends = counts.cumsum()
     upper = np.searchsorted(ends, ranks, side="right")
     lower = {int(u): np.zeros(2**16, np.int64) for u in upper}
@@ -102,13 +102,16 @@ def pixel_quantile(maps: Sequence[Any] | Lazy[Any] | np.ndarray, quantile: float
         keys = _sortable(anomaly_map)
         for u, low_counts in lower.items():
             low_counts += np.bincount(keys[keys >> 16 == u] & 0xFFFF, minlength=2**16)
-    below, above = (
+    values = [
         _unsortable(
             (int(u) << 16) + int(np.searchsorted(lower[int(u)].cumsum(), rank - (ends[u] - counts[u]), "right"))
         )
         for u, rank in zip(upper, ranks, strict=True)
-    )
-    return below + (above - below) * (position - ranks[0])
+    ]
+    return [
+        below + (above - below) * (position - np.floor(position))
+        for position, below, above in zip(positions, values[::2], values[1::2], strict=True)
+    ]
 
 
 def _sortable(anomaly_map: Any) -> np.ndarray:

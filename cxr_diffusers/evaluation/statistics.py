@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from . import metrics
 from .controls import CHANCE, GATED, MEAN, Maps, mean_map_of
 from .lazy import stored
-from .masks import pixel_quantile
+from .masks import pixel_quantiles
 from .predictions import Method
 from .truth import Row, masks_of
 
@@ -116,7 +116,7 @@ def measure(
             elif name == CHANCE or methods[0].threshold is None:  # a constant map cannot mark a part
                 threshold = None
             else:
-                threshold = pixel_quantile(own, 1 - marked_share(measured[methods[0].name].per_image))
+                threshold = pixel_quantiles(own, [1 - marked_share(measured[methods[0].name].per_image)])[0]
             measured[name] = measure_maps(own, truths, threshold, weights, strata)
     return measured
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..data.images import height_and_width
 from ..data.rows import readable_images
-from ..evaluation.masks import healthy_threshold
+from ..evaluation.masks import pixel_quantiles
 from ..evaluation.predictions import load_prediction, save_prediction
 from ..files import remove_dead, write_file
 from ..fingerprints import fingerprint, image_digest
@@ -98,9 +98,9 @@ def calibrate_model(
         results = compute_once(folder, healthy, maps_and_scores, pipeline, "healthy images", **run)
         errors = measure_errors(folder, healthy, diseased, pipeline, data, **run) if has_denoiser(pipeline) else None
     maps = [result["map"] for result in results]
-    threshold = threshold_at(quantile, maps)
+    threshold, *values = thresholds_at([quantile, *QUANTILES], maps)
     scores = reference_scores(pipeline, healthy, data, [float(result["score"]) for result in results])
-    scores = replace(scores, map_quantiles={f"{q:g}": threshold_at(q, maps) for q in QUANTILES})
+    scores = replace(scores, map_quantiles={f"{q:g}": value for q, value in zip(QUANTILES, values, strict=True)})
 
     keep_scores(scores, folder)
     if errors is not None:
@@ -179,9 +179,9 @@ def errors_of(pipeline: Any, images: list) -> list[dict]:
     return [{"errors": errors} for errors in denoising_errors(pipeline, images)]
 
 
-def threshold_at(quantile: float, maps: list[np.ndarray]) -> float:
-    """The quantile of all pixels of the maps, to five decimals and at least `LOWEST`."""
-    return max(LOWEST, round(float(healthy_threshold(maps, quantile)), 5))
+def thresholds_at(quantiles: list[float], maps: list[np.ndarray]) -> list[float]:
+    """The quantiles of all pixels of the maps, to five decimals and at least `LOWEST`."""
+    return [max(LOWEST, round(float(value), 5)) for value in pixel_quantiles(maps, quantiles)]
 
 
 def unpad(anomaly_map: np.ndarray, image: Any, aspect: str) -> np.ndarray:

@@ -99,7 +99,10 @@ def check_healthy(dataset: Dataset, data: str) -> None:
     others = sum(label not in (0, -1, None) for label in column_of(dataset, "label"))
     if others:
         names = dataset.features["label"].names
-        raise ValueError(f"expected healthy images alone in {data}, got {others} that are {' or '.join(names[1:])}")
+        raise ValueError(
+            f"expected healthy images alone in {data}, got {others} that are {' or '.join(names[1:])}: leave these rows "
+            "out (`chexpert` does so with `classes=[]`)"
+        )
 
 
 def readable_healthy(dataset: Dataset, data: str) -> tuple[Dataset, dict[str, str]]:

@@ -323,6 +323,13 @@ def test_strata_have_the_controls_with_their_intervals():
     for part in result.summary["strata"].values():
         assert part["rows"].keys() == {name for name, row in result.summary["rows"].items() if "pixel_ap" in row}
         assert np.isfinite(part["rows"]["mirror x gate"]["pixel_ap"]["low"])
+        paired = part["differences"]["method - chance"]["pixel_ap"]
+        values = [part["rows"][name]["pixel_ap"] for name in ("method", "chance")]
+        assert paired["value"] == pytest.approx(values[0]["value"] - values[1]["value"])
+        assert 0 < paired["low"] <= paired["value"] <= paired["high"]
+    text = summary_table(result)
+    assert text.count("| method - chance |") == 3, "of all images, and of two strata"
+    assert text.count("| method - lung gate |") == 1
 
 
 def test_a_model_of_views_is_told_the_view_of_each_image_and_none_where_it_is_unknown(tmp_path):

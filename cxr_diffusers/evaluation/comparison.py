@@ -223,7 +223,7 @@ class Comparison:
                 m.name: float(np.mean(self.images.predictions[m.name].numbers("seconds"))) for m in self.methods
             },
             **self.intervals(pixels, scores, list(maps)),
-            "strata": statistics.stratified(measured, rows, weights, strata),
+            "strata": statistics.stratified(measured, rows, [m.name for m in self.methods], weights, strata),
             "counterfactuals": quality,
             "undefined": {c: int(n) for c, n in per_image.select_dtypes("number").isna().sum().items() if n},
         }

@@ -69,6 +69,10 @@ def summary_table(result: Evaluation | dict[str, Any], columns: Mapping[str, str
         parts.append(f"{name}: {stratum['n_images']} images of {stratum['n_patients']} patients\n")
         pixel_columns = {k: v for k, v in measured.items() if not k.startswith("image_")}
         parts.append(markdown("", stratum["rows"], pixel_columns))
+        # does the method see anything at all in these images? summary.json has the other differences
+        to_chance = {k: v for k, v in stratum.get("differences", {}).items() if k.endswith(f" - {CHANCE}")}
+        if to_chance:
+            parts.append(markdown("difference", to_chance, pixel_columns, sign="+"))
     return "\n".join(parts)
 
 

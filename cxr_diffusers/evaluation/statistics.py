@@ -193,17 +193,23 @@ def strata_of(rows: Sequence[Row], strata: Iterable[str]) -> dict[str, np.ndarra
 
 
 def stratified(
-    measured: Mapping[str, Measured], rows: Sequence[Row], weights: np.ndarray, strata: Mapping[str, np.ndarray]
+    measured: Mapping[str, Measured],
+    rows: Sequence[Row],
+    methods: Sequence[str],
+    weights: np.ndarray,
+    strata: Mapping[str, np.ndarray],
 ) -> dict[str, dict[str, Any]]:
-    """The pixel metrics of each stratum, {"view = AP": {n_images, n_patients, rows}}."""
-    return {
-        name: {
+    """The pixel metrics of each stratum, {"view = AP": {n_images, n_patients, rows, differences}}."""
+    parts = {}
+    for name, inside in strata.items():
+        table = as_table({m: each.strata[name] for m, each in measured.items()}, weights)
+        parts[name] = {
             "n_images": int(inside.sum()),
             "n_patients": len({row["group"] for row, ok in zip(rows, inside, strict=True) if ok}),
-            "rows": as_table({m: each.strata[name] for m, each in measured.items()}, weights).intervals(),
+            "rows": table.intervals(),
+            "differences": differences([table], methods, list(measured)),
         }
-        for name, inside in strata.items()
-    }
+    return parts
 
 
 def score_thresholds(scores: Mapping[str, Sequence[float]], n_dataset: int) -> dict[str, float | None]:

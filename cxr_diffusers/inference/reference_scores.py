@@ -98,10 +98,10 @@ def check_healthy(dataset: Dataset, data: str) -> None:
         raise ValueError(f"expected at least one healthy image, got none in {data}")
     others = sum(label not in (0, -1, None) for label in column_of(dataset, "label"))
     if others:
-        names = dataset.features["label"].names
+        names = " or ".join(dataset.features["label"].names[1:])
         raise ValueError(
-            f"expected healthy images alone in {data}, got {others} that are {' or '.join(names[1:])}: leave these rows "
-            "out (`chexpert` does so with `classes=[]`)"
+            f"expected healthy images alone in {data}, got {others} that are {names}: leave these rows out (`chexpert` "
+            "does so with `classes=[]`)"
         )
 
 

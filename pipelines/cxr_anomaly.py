@@ -357,9 +357,7 @@ class ContractMixin(Base):
         """
         scored_map = anomaly_map if scored_map is None else scored_map
         if region == "lungs":
-            segmenter = self.lung_segmenter
-            images = image.mean(dim=1, keepdim=True).to(segmenter.device)  # offloading does not move the segmenter
-            gate = segmenter.field(images).to(anomaly_map.device)
+            gate = self.lung_gate(image)
             anomaly_map, scored_map = anomaly_map * gate, scored_map * gate
         low, high = data_range
         counterfactual = composite(image, counterfactual.clamp(low, high), anomaly_map, keep_below)
@@ -369,6 +367,18 @@ class ContractMixin(Base):
         self.maybe_free_model_hooks()
         self._interrupt = False  # for `invert` and `decode` called on their own
         return output if return_dict else output.to_tuple()
+
+    def averages(self, inversion: str) -> bool:
+        """Whether a call's `inversion` is the averaged one; ValueError if it is neither that nor the plain one."""
+        if inversion not in ("plain", "averaged"):
+            raise ValueError(f"expected `inversion` plain or averaged, got {inversion!r}")
+        return inversion == "averaged"
+
+    def lung_gate(self, image: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) images -> (B, H, W) soft lung mask of the pipeline's `lung_segmenter`."""
+        images = image.mean(dim=1, keepdim=True)
+        # offloading does not move the segmenter
+        return self.lung_segmenter.field(images.to(self.lung_segmenter.device)).to(image.device)
 
     def find_label(self, label: Any, name: str, count: int, null: int | None = None) -> int:
         """A class id below `count`, a class name or "null" -> the id; `null` is the id of the null label, if any.

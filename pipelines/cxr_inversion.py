@@ -97,6 +97,7 @@ def invert(
     num_refinements: int = 0,
     on_step: Callable | None = None,
     interrupted: Callable[[], bool] | None = None,
+    averaged: bool = False,
 ) -> torch.Tensor:
     """Image -> latents, the inverse of decoding by DDIM over the same timesteps.
 
@@ -112,12 +113,14 @@ def invert(
         num_refinements: further evaluations of the network in each step.
         on_step: `on_step(i, t, x)` -> x, called after each step.
         interrupted: `interrupted()` -> True to skip the remaining steps.
+        averaged: each step, from the second on, uses the mean of its own noise and that of the step before, as the
+            trapezoidal rule does. With long steps it is more accurate, at no cost.
 
     Returns:
         (B, C, H, W) latents at the level of `timesteps[0]`.
     """
     alphas = scheduler.alphas_cumprod.to(x.device, torch.float32)
-    alpha = clean_alpha(scheduler).to(x.device)
+    alpha, last_noise = clean_alpha(scheduler).to(x.device), None
     for i, t in enumerate(timesteps.flip(0)):
         if interrupted is not None and interrupted():
             break
@@ -125,11 +128,27 @@ def invert(
         new_x = x
         for _ in range(1 + num_refinements):
             noise = noise_from_output(predict(new_x, t), new_x, new_alpha, scheduler.config.prediction_type)
-            new_x = move(x, noise, alpha, new_alpha)
-        x, alpha = new_x, new_alpha
+            mean = (noise + last_noise) / 2 if averaged and last_noise is not None else noise
+            new_x = move(x, mean, alpha, new_alpha)
+        x, alpha, last_noise = new_x, new_alpha, noise
         if on_step is not None:
             x = on_step(i, t, x)
     return x
+
+
+def decode_step(scheduler: Any, timesteps: torch.Tensor, i: int, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The scheduler's step from `timesteps[i]` to the next one, or to the clean image.
+
+    `DDIMScheduler.step` goes to t - T // steps, which is not the next timestep where T is no multiple of the steps and
+    `timestep_spacing` is not "leading". So its update is computed here.
+    """
+    config = scheduler.config
+    if type(scheduler).__name__ != "DDIMScheduler" or config.clip_sample or config.thresholding:
+        return scheduler.step(output, timesteps[i], x).prev_sample
+    alphas = scheduler.alphas_cumprod.to(x.device, torch.float32)
+    alpha = alphas[timesteps[i].long()]
+    new_alpha = alphas[timesteps[i + 1].long()] if i + 1 < len(timesteps) else clean_alpha(scheduler).to(x.device)
+    return move(x, noise_from_output(output, x, alpha, config.prediction_type), alpha, new_alpha)
 
 
 def evidence_timesteps(scheduler: Any) -> list[int]:
@@ -169,7 +188,11 @@ def predict_noised(
 
 
 def class_evidence(
-    predict: Callable, x: torch.Tensor, scheduler: Any, generator: torch.Generator | None = None
+    predict: Callable,
+    x: torch.Tensor,
+    scheduler: Any,
+    generator: torch.Generator | None = None,
+    weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compare two labels by how well the network predicts the same noised image under each, and where.
 
@@ -183,6 +206,7 @@ def class_evidence(
             label, the variance already split off, float32.
         x: (B, C, H, W) images in the model's range.
         generator: of the noise; None: a fixed seed for each level.
+        weights: (B, H, W), how much the error of each pixel counts; None: all the same.
 
     Returns:
         (first, second, log_ratio): the images predicted under each label, (B, C, H, W) each, the mean over the levels;
@@ -190,11 +214,12 @@ def class_evidence(
         summed over levels and pixels. 0.01 means that the error is one percent smaller under the second label.
     """
     timesteps, prediction_type = evidence_timesteps(scheduler), scheduler.config.prediction_type
+    weights = torch.ones_like(x) if weights is None else weights[:, None]
     images, errors = torch.zeros(()), torch.zeros(())
     for alpha, noise, noised, output in predict_noised(predict, x, scheduler, 2, timesteps, generator):
         predicted_noise = noise_from_output(output, noised, alpha, prediction_type)
         images = images + (noised - (1 - alpha) ** 0.5 * predicted_noise) / alpha**0.5 / len(timesteps)
-        errors = errors + ((predicted_noise - noise) ** 2).flatten(2).sum(dim=2)
+        errors = errors + ((predicted_noise - noise) ** 2 * weights).flatten(2).sum(dim=2)
     return images[0], images[1], (errors[0] / errors[1]).log()
 
 

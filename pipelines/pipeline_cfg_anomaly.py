@@ -22,7 +22,10 @@ from .cxr_images import prepare_image
 from .cxr_inversion import (
     check_scheduler,
     class_evidence,
+    decode_step,
     invert,
+    noise_from_output,
+    output_from_noise,
     timesteps_below,
     view_errors,
 )
@@ -102,6 +105,8 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         guidance_scale: float = 4.0,
         noise_level: int | list[int] = 500,
         num_inference_steps: int = 1000,
+        inversion: str = "plain",
+        guidance_every: int = 1,
         target_label: int | str = 0,
         negative_label: int | str = "null",
         source_label: int | str = "null",
@@ -133,6 +138,11 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
                 whatever the number of steps. Higher levels allow larger changes. Several levels are decoded from one
                 inversion and their maps averaged; the counterfactual is that of the highest level.
             num_inference_steps: steps of the whole chain, of which `noise_level / 1000` are taken, once each way.
+            inversion: "plain", or "averaged": each step uses the mean of its own noise and that of the step before, so
+                that fewer steps are needed.
+            guidance_every: n: of n steps of decoding, only the first evaluates the UNet under both labels. The others
+                evaluate it under the target label and reuse the last difference of the noise (as in Dinh et al. 2024,
+                https://arxiv.org/abs/2408.11194). 1: every step.
             target_label: the class to decode to, as an id or a name; 0 is healthy.
             negative_label: the class that guidance pushes away from: an id, a name, or "null" for the null label.
             source_label: the class of the inversion, likewise.
@@ -185,10 +195,12 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
             levels,
             num_inference_steps,
             guidance_scale,
+            guidance_every,
             evidence,
             score,
             callback_on_step_end_tensor_inputs,
         )
+        averaged = self.averages(inversion)
         map_settings: dict[str, Any] = dict(direction=direction, smoothing=smoothing, highpass=highpass)
         self.check_map(output_type, **map_settings, region=region, keep_below=keep_below)
         target = self.label_id(target_label, "target_label")
@@ -208,7 +220,7 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         # 3. x_0 -> x_L: inversion, once for all noise levels
         self.count_timesteps(*(timesteps_below(self.scheduler, n, num_inference_steps) for n in [max(levels), *levels]))
         span: dict[str, Any] = dict(num_inference_steps=num_inference_steps, on_step=on_step, views=views)
-        encoded = self.encode(image, source, levels, **span)
+        encoded = self.encode(image, source, levels, averaged=averaged, **span)
 
         # 4. x_L -> x_0': denoising, guided to the target class; and the map of the change
         maps = []
@@ -218,6 +230,7 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
                 target,
                 noise_level=level,
                 guidance_scale=guidance_scale,
+                guidance_every=guidance_every,
                 negative_label=negative,
                 **span,
             )
@@ -226,7 +239,10 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
 
         # 5. class evidence: the comparison of the two labels
         if needs_evidence:
-            as_target, as_negative, ratio = self.compute_class_evidence(image, target, negative, views, generator)
+            weights = 1 + self.lung_gate(image) if region == "lungs" else None
+            as_target, as_negative, ratio = self.compute_class_evidence(
+                image, target, negative, views, generator, weights
+            )
             difference = difference_map(as_negative, as_target, self.config.data_range, direction)
             anomaly_map = anomaly_map + evidence * smooth_map(difference, smoothing)
             added = EVIDENCE_WEIGHT * ratio if score == "combined" else None
@@ -273,17 +289,20 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         levels: list[int],
         num_inference_steps: int,
         guidance_scale: float,
+        guidance_every: int,
         evidence: float,
         score: str,
         tensor_inputs: Sequence[str] = (),
     ) -> None:
-        """Raise ValueError for an invalid scheduler, noise level, number of steps, scale, evidence or score."""
+        """Raise ValueError for an invalid scheduler, or an invalid value of one of these arguments."""
         check_scheduler(self.scheduler)
         if not levels:
             raise ValueError("expected at least one `noise_level`, got none")
         for level in levels:
             self.check_steps(level, num_inference_steps, tensor_inputs)
         check_number("guidance_scale", guidance_scale, low=-math.inf)
+        if not isinstance(guidance_every, int) or guidance_every < 1:
+            raise ValueError(f"expected a `guidance_every` of 1 or more steps, got {guidance_every!r}")
         check_number("evidence", evidence)
         if score not in ("map", "change", "evidence", "combined"):
             raise ValueError(f"expected `score` map, change, evidence or combined, got {score!r}")
@@ -314,11 +333,12 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         noise_level: int,
         num_inference_steps: int,
         num_refinements: int = 0,
+        averaged: bool = False,
         views: torch.Tensor | None = None,
         on_step: Callable | None = None,
     ) -> torch.Tensor:
         """(B, C, H, W) image in the model's range -> (B, C, H, W) latents at `noise_level`."""
-        span: dict[str, Any] = dict(num_refinements=num_refinements, views=views, on_step=on_step)
+        span: dict[str, Any] = dict(num_refinements=num_refinements, averaged=averaged, views=views, on_step=on_step)
         levels = self.encode(x, source_label, [noise_level], num_inference_steps=num_inference_steps, **span)
         return levels[noise_level]
 
@@ -330,6 +350,7 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         *,
         num_inference_steps: int,
         num_refinements: int = 0,
+        averaged: bool = False,
         views: torch.Tensor | None = None,
         on_step: Callable | None = None,
     ) -> dict[int, torch.Tensor]:
@@ -351,7 +372,8 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
             def predict(x, t):
                 return self.predict(x, t, labels)
 
-            last_x = invert(predict, x, timesteps, self.scheduler, num_refinements, step, lambda: self.interrupt)
+            options = num_refinements, step, lambda: self.interrupt, averaged
+            last_x = invert(predict, x, timesteps, self.scheduler, *options)
         return {n: latents.get(t, last_x) for n, t in last.items()}  # an interrupted inversion misses some
 
     def compute_class_evidence(
@@ -361,6 +383,7 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         negative_label: int | str = "null",
         views: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
+        weights: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(B, C, H, W) image in the model's range -> `class_evidence` of the target and the negative label."""
         labels = self.label_tensor([target_label, negative_label], len(image), image.device, views)
@@ -368,7 +391,7 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         def predict(x, t):
             return self.predict(torch.cat([x, x]), t, labels)
 
-        return class_evidence(predict, image, self.scheduler, generator)
+        return class_evidence(predict, image, self.scheduler, generator, weights)
 
     def decode(
         self,
@@ -378,6 +401,7 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         noise_level: int,
         num_inference_steps: int,
         guidance_scale: float,
+        guidance_every: int = 1,
         negative_label: int | str = "null",
         views: torch.Tensor | None = None,
         on_step: Callable | None = None,
@@ -386,12 +410,22 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         timesteps = timesteps_below(self.scheduler, noise_level, num_inference_steps, x.device)
         weights = guidance_weights(target_label, negative_label, guidance_scale)
         labels = self.label_tensor(weights, len(x), x.device, views)
+        alphas = self.scheduler.alphas_cumprod.to(x.device, torch.float32)
+        prediction_type, difference = self.scheduler.config.prediction_type, torch.zeros(())
         for i, t in enumerate(self.progress_bar(timesteps)):
             if self.interrupt:
                 break
-            outputs = self.predict(torch.cat([x] * len(weights)), t, labels).split(len(x))
-            guided = sum(weight * output for weight, output in zip(weights.values(), outputs, strict=True))
-            x = self.scheduler.step(guided, t, x).prev_sample
+            alpha = alphas[t.long()]
+            if len(weights) == 2 and i % guidance_every:
+                output = self.predict(x, t, labels[: len(x)])
+                noise = noise_from_output(output, x, alpha, prediction_type) + guidance_scale * difference
+                guided = output_from_noise(noise, x, alpha, prediction_type)
+            else:
+                outputs = self.predict(torch.cat([x] * len(weights)), t, labels).split(len(x))
+                guided = sum(weight * output for weight, output in zip(weights.values(), outputs, strict=True))
+                first, last = (noise_from_output(outputs[k], x, alpha, prediction_type) for k in (0, -1))
+                difference = first - last
+            x = decode_step(self.scheduler, timesteps, i, guided, x)
             if on_step is not None:
                 x = on_step(len(timesteps) + i, t, x)
         return x

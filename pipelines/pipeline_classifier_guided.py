@@ -13,6 +13,7 @@ from .cxr_conditions import ViewsMixin
 from .cxr_images import prepare_image
 from .cxr_inversion import (
     check_scheduler,
+    decode_step,
     invert,
     noise_from_output,
     output_from_noise,
@@ -94,6 +95,7 @@ class ClassifierGuidedPipeline(ContractMixin, ViewsMixin, PortableMixin, Diffusi
         classifier_scale: float = 100.0,
         noise_level: int = 500,
         num_inference_steps: int = 1000,
+        inversion: str = "plain",
         target_label: int | str = 0,
         unet_label: int | str | None = None,
         direction: str = "both",
@@ -119,8 +121,8 @@ class ClassifierGuidedPipeline(ContractMixin, ViewsMixin, PortableMixin, Diffusi
             target_label: the class to decode to, as an id or a name of the classifier; 0 is healthy.
             unet_label: the class given to a UNet with classes, in inversion and decoding: an id, a name, "null", or
                 "target" (as Wolleb et al. do). None: "null" if the UNet has a null label, else "target".
-            num_inference_steps, direction, smoothing, highpass, region, keep_below, view, output_type, return_dict,
-            callback_on_step_end, callback_on_step_end_tensor_inputs: see the call of `CFGAnomalyPipeline`.
+            num_inference_steps, inversion, direction, smoothing, highpass, region, keep_below, view, output_type,
+            return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs: see the call of `CFGAnomalyPipeline`.
 
         Returns:
             `AnomalyOutput`, or the tuple (image, counterfactual, anomaly_map, anomaly_score).
@@ -147,6 +149,7 @@ class ClassifierGuidedPipeline(ContractMixin, ViewsMixin, PortableMixin, Diffusi
         target = self.find_label(target_label, "target_label", self.num_classes)
         label = self.unet_class(unet_label, target)
         on_step = self.on_step(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        averaged = self.averages(inversion)
         span: dict[str, Any] = dict(noise_level=noise_level, num_inference_steps=num_inference_steps, on_step=on_step)
 
         # 2. image -> x_0
@@ -159,7 +162,7 @@ class ClassifierGuidedPipeline(ContractMixin, ViewsMixin, PortableMixin, Diffusi
         self.count_timesteps(steps, steps)
 
         # 3. x_0 -> x_L: inversion, without the classifier
-        latents = self.invert(image, label, **span)
+        latents = self.invert(image, label, averaged=averaged, **span)
 
         # 4. x_L -> x_0': denoising along the classifier's gradient
         counterfactual = self.decode(latents, target, label, classifier_scale=classifier_scale, **span)
@@ -198,6 +201,7 @@ class ClassifierGuidedPipeline(ContractMixin, ViewsMixin, PortableMixin, Diffusi
         noise_level: int,
         num_inference_steps: int,
         num_refinements: int = 0,
+        averaged: bool = False,
         on_step: Callable | None = None,
     ) -> torch.Tensor:
         """(B, C, H, W) image in the model's range -> (B, C, H, W) latents at `noise_level`; `label` as of `predict`."""
@@ -216,6 +220,7 @@ class ClassifierGuidedPipeline(ContractMixin, ViewsMixin, PortableMixin, Diffusi
                 num_refinements,
                 step,
                 lambda: self.interrupt,
+                averaged,
             )
 
     def decode(
@@ -245,7 +250,7 @@ class ClassifierGuidedPipeline(ContractMixin, ViewsMixin, PortableMixin, Diffusi
                 output = output_from_noise(noise, x, alpha, prediction_type)
             else:
                 output = self.predict(x, t, label)
-            x = self.scheduler.step(output, t, x).prev_sample
+            x = decode_step(self.scheduler, timesteps, i, output, x)
             if on_step is not None:
                 x = on_step(len(timesteps) + i, t, x)
         return x

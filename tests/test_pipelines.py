@@ -19,7 +19,14 @@ from PIL import Image
 from cxr_diffusers import CFGAnomalyPipeline
 from cxr_diffusers.pipelines.cxr_anomaly import difference_map, score_map, smooth_map
 from cxr_diffusers.pipelines.cxr_images import frame, prepare_image, restore_map
-from cxr_diffusers.pipelines.cxr_inversion import invert, move, noise_from_output, timesteps_below
+from cxr_diffusers.pipelines.cxr_inversion import (
+    decode_step,
+    invert,
+    move,
+    noise_from_output,
+    output_from_noise,
+    timesteps_below,
+)
 from helpers import toy_unet
 
 FAST = dict(num_inference_steps=10, noise_level=300)
@@ -85,6 +92,85 @@ def test_inversion_is_exact_when_the_noise_does_not_depend_on_the_image(schedule
     for t in timesteps:
         x = scheduler.step(noise, t, x).prev_sample
     torch.testing.assert_close(x, images, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_averaging_the_noise_of_two_steps_makes_the_inversion_more_accurate(images, prediction_type):
+    """Pixels from a normal distribution: the noise and the solution of the differential equation are known."""
+    scheduler = DDIMScheduler(clip_sample=False, prediction_type=prediction_type, timestep_spacing="trailing")
+    alphas, variance, x = scheduler.alphas_cumprod, 0.5, images * 2 - 1
+
+    def predict(x, t):
+        noise = (1 - alphas[t]) ** 0.5 * x / (alphas[t] * variance + 1 - alphas[t])
+        return output_from_noise(noise, x, alphas[t], prediction_type)
+
+    for steps in (15, 30):
+        timesteps = timesteps_below(scheduler, 700, steps)
+        exact = x * ((alphas[timesteps[0]] * variance + 1 - alphas[timesteps[0]]) / variance) ** 0.5
+        plain, averaged = (invert(predict, x, timesteps, scheduler, averaged=a) - exact for a in (False, True))
+        assert averaged.abs().mean() < 0.75 * plain.abs().mean()
+
+
+def test_a_call_averages_on_request(pipeline, images):
+    plain, again, averaged = (
+        pipeline(images, output_type="pt", **FAST, **call).counterfactual
+        for call in ({}, {"inversion": "plain"}, {"inversion": "averaged"})
+    )
+    torch.testing.assert_close(plain, again)
+    assert 1e-5 < (plain - averaged).abs().mean() < 0.1
+    x = pipeline.invert(images * 2 - 1, averaged=True, **FAST)
+    expected = pipeline.decode(x, guidance_scale=4.0, **FAST).clamp(-1, 1) / 2 + 0.5
+    torch.testing.assert_close(averaged, expected, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="`inversion` plain or averaged, got 'twice'"):
+        pipeline(images, inversion="twice", **FAST)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("steps", [15, 20])
+def test_decoding_goes_from_each_timestep_to_the_next(images, spacing, steps):
+    """With a constant noise every step keeps x_0, so that an update to any other timestep would be seen."""
+    scheduler = DDIMScheduler(clip_sample=False, timestep_spacing=spacing)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    timesteps, alphas = timesteps_below(scheduler, 700, steps), scheduler.alphas_cumprod
+    x = alphas[timesteps[0]] ** 0.5 * images + (1 - alphas[timesteps[0]]) ** 0.5 * noise
+    for i in range(len(timesteps)):
+        alpha = alphas[timesteps[i]]
+        torch.testing.assert_close(x, alpha**0.5 * images + (1 - alpha) ** 0.5 * noise, atol=1e-5, rtol=0)
+        x = decode_step(scheduler, timesteps, i, noise, x)
+    torch.testing.assert_close(x, images, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_between_guided_steps_the_last_difference_is_reused(images, prediction_type):
+    scheduler = DDIMScheduler(clip_sample=False, prediction_type=prediction_type)
+    pipeline = CFGAnomalyPipeline(toy_unet(), scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    seen = []
+    pipeline.unet.register_forward_hook(lambda net, args, output: seen.append(len(args[0])))
+    x, span = images * 2 - 1, dict(num_inference_steps=10, noise_level=500, guidance_scale=2.0, negative_label=1)
+    every, by_hand = pipeline.decode(x, guidance_every=1, **span), x
+    assert seen == [2 * len(x)] * 5
+    seen.clear()
+    decoded = pipeline.decode(x, guidance_every=2, **span)
+    assert seen == [2 * len(x), len(x)] * 2 + [2 * len(x)]
+    assert 1e-5 < (decoded - every).abs().mean() < 0.2
+    timesteps = timesteps_below(scheduler, 500, 10)
+    with torch.no_grad():
+        for i, t in enumerate(timesteps):
+            alpha = scheduler.alphas_cumprod[t]
+            outputs = [pipeline.predict(by_hand, t, torch.full((len(x),), k)) for k in (0, 1)]
+            noises = [noise_from_output(output, by_hand, alpha, prediction_type) for output in outputs]
+            if i % 2 == 0:
+                difference = noises[0] - noises[1]
+            guided = output_from_noise(noises[0] + 2.0 * difference, by_hand, alpha, prediction_type)
+            by_hand = scheduler.step(guided, t, by_hand).prev_sample
+    torch.testing.assert_close(decoded, by_hand, atol=1e-4, rtol=0)
+    seen.clear()
+    pipeline.decode(x, guidance_every=3, **{**span, "guidance_scale": 0.0})
+    assert seen == [len(x)] * 5, "without guidance there is one label and nothing to reuse"
+    for every in (0, -1, 1.5):
+        with pytest.raises(ValueError, match=f"`guidance_every` of 1 or more steps, got {every}"):
+            pipeline(images, **FAST, guidance_every=every)
 
 
 def test_all_prediction_types_give_the_same_noise(images):

@@ -27,6 +27,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "help": "timestep where inversion stops; more may change more. Several: their maps are averaged",
     },
     "num_inference_steps": {"type": int, "help": "of the whole chain"},
+    "inversion": {"choices": ["plain", "averaged"], "help": "averaged: more accurate with few steps"},
+    "guidance_every": {"type": int, "metavar": "N", "help": "steps, of which only the first evaluates both labels"},
     "negative_label": {"help": "class that guidance pushes away from: a name, an id, or null"},
     "source_label": {"help": "class of the inversion"},
     "classifier_scale": {"type": float, "help": "s of classifier guidance"},

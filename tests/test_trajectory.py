@@ -15,6 +15,8 @@ from cxr_diffusers import CFGAnomalyPipeline, ClassifierGuidedPipeline, FixedPoi
 from cxr_diffusers.cli import main
 from cxr_diffusers.inference.detection import detect
 from cxr_diffusers.inference.trajectory import Trajectory
+from cxr_diffusers.pipelines import pipeline_cfg_anomaly
+from cxr_diffusers.pipelines.cxr_inversion import decode_step
 from helpers import toy_classifier, toy_generator, toy_resnet, toy_unet
 
 ROOT = Path(__file__).parent.parent
@@ -38,16 +40,16 @@ def run(pipeline, images, **kwargs):
     return trajectory, output
 
 
-def spy_on_predictions(scheduler):
-    """The x_0 that each decoding step of `scheduler` has in its own output, as they come."""
-    predictions, step = [], scheduler.step
+@pytest.fixture
+def predictions(monkeypatch):
+    """The x_0 that the scheduler computes in each decoding step, as they come."""
+    predictions = []
 
-    def listen(*args, **kwargs):
-        output = step(*args, **kwargs)
-        predictions.append(output.pred_original_sample)
-        return output
+    def listen(scheduler, timesteps, i, output, x):
+        predictions.append(scheduler.step(output, timesteps[i], x).pred_original_sample)
+        return decode_step(scheduler, timesteps, i, output, x)
 
-    scheduler.step = listen
+    monkeypatch.setattr(pipeline_cfg_anomaly, "decode_step", listen)
     return predictions
 
 
@@ -68,9 +70,8 @@ def test_recording_does_not_change_the_output(pipeline, images):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-def test_clean_images_equal_the_schedulers_predictions(unet, images, prediction_type, spacing):
+def test_clean_images_equal_the_schedulers_predictions(unet, images, prediction_type, spacing, predictions):
     scheduler = DDIMScheduler(clip_sample=False, prediction_type=prediction_type, timestep_spacing=spacing)
-    predictions = spy_on_predictions(scheduler)
     trajectory, _ = run(CFGAnomalyPipeline(unet, scheduler), images)
     decoding = [frame for frame in trajectory.frames if frame.direction == "decoding"]
     assert len(decoding) == len(predictions) > 4
@@ -88,8 +89,7 @@ def test_clean_images_of_inversion_give_back_its_steps(pipeline, images):
         torch.testing.assert_close(frame.predicted, expected, atol=2e-4, rtol=2e-4)
 
 
-def test_several_noise_levels_have_one_inversion_and_a_decoding_each(pipeline, images):
-    predictions = spy_on_predictions(pipeline.scheduler)
+def test_several_noise_levels_have_one_inversion_and_a_decoding_each(pipeline, images, predictions):
     trajectory = Trajectory()
     call = {"num_inference_steps": 10, "noise_level": [500, 300], "output_type": "pt"}
     output = pipeline(images, callback_on_step_end=trajectory, **call)

@@ -221,7 +221,7 @@ def steps_are_lines(scheduler: Any) -> bool:
 
 def level_after(scheduler: Any, t: int) -> int:
     """The timestep after a decoding step from `t`; below 0: the clean image."""
-    if type(scheduler).__name__ == "DDIMScheduler":  # uses its step length, not its list of timesteps
+    if type(scheduler).__name__ == "DDIMScheduler" and not steps_are_lines(scheduler):  # see `decode_step`
         return t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     smaller = [int(s) for s in scheduler.timesteps if s < t]
     return max(smaller, default=-1)

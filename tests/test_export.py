@@ -18,11 +18,10 @@ from cxr_diffusers.cli import main
 from cxr_diffusers.fingerprints import fingerprint
 from cxr_diffusers.inference.export import (
     TOLERANCE,
+    cached_net,
     check_net,
     export_pipeline,
     with_backend,
-    write_onnx,
-    write_openvino,
 )
 from cxr_diffusers.models.exported_net import ExportedNet, open_openvino
 from helpers import rows_of, toy_classifier, toy_generator, toy_unet
@@ -179,19 +178,22 @@ def test_pipelines_that_need_gradients_are_not_exported():
         exported(torch.zeros(1, 1, 16, 16), 5)
 
 
-def test_a_missing_package_is_named(tmp_path, monkeypatch):
+def test_a_missing_package_is_named_before_a_model_is_opened(tmp_path, monkeypatch, capsys):
     exported = with_backend(small_pipeline(), "onnx").unet
+    other = toy_unet(seed=7)  # not in the cache
     for name in ("onnxscript", "onnxruntime", "openvino"):
         monkeypatch.setitem(sys.modules, name, None)
     calls = (
-        lambda: write_onnx(small_pipeline().unet, ["sample"], tmp_path / "net.onnx"),
-        lambda: write_openvino(tmp_path / "net.onnx", tmp_path / "net.xml"),
+        lambda: cached_net(other, ["sample", "timestep", "class_labels"], "onnx"),
         lambda: open_openvino(tmp_path / "net.xml"),
         lambda: exported.open_net(exported.folder),
     )
     for call in calls:
         with pytest.raises(ImportError, match=r"pip install 'cxr_diffusers\[export\]'"):
             call()
+    for format, packages in (("onnx", "onnxscript, onnxruntime"), ("openvino", "onnxscript, openvino")):
+        assert main(["export", "no/such/model", str(tmp_path / "out"), "--format", format]) == 1
+        assert f"exporting to {format} needs {packages}: pip install" in capsys.readouterr().err
 
 
 def test_an_export_with_another_output_is_refused():

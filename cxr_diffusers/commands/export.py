@@ -29,8 +29,9 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
     from ..hub.loading import load_pipeline
-    from ..inference.export import TOLERANCE, export_pipeline
+    from ..inference.export import TOLERANCE, check_packages, export_pipeline
 
+    check_packages(options.format)  # before a model is opened
     pipeline = load_pipeline(options.checkpoint, options.trust_remote_code)
     export_pipeline(pipeline, options.output, options.format, overwrite=options.overwrite)
     print(

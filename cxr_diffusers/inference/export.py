@@ -1,6 +1,7 @@
 """Export of a trained network to ONNX or OpenVINO, for faster maps on a CPU: inference only, same output."""
 
 import copy
+import importlib.util
 import logging
 import shutil
 import warnings
@@ -51,6 +52,15 @@ def export_pipeline(pipeline: Any, output: Path | str, format: str = "onnx", ove
     with new_folder(output) as folder:
         exported.save_pretrained(folder)
         copy_card(pipeline.config.get("_name_or_path"), folder)
+
+
+def check_packages(format: str) -> None:
+    """Raise ImportError if a package is missing that an export to "onnx" or "openvino" needs."""
+    # torch's exporter imports onnxscript late, and fails with a long message
+    names = ["onnx", "onnxscript", "onnxruntime" if format == "onnx" else "openvino"]
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"exporting to {format} needs {', '.join(missing)}: pip install 'cxr_diffusers[export]'")
 
 
 def check_output(output: Path, source: Path, overwrite: bool) -> None:
@@ -137,6 +147,7 @@ def export_net(
         weights: fingerprint of `net`.
         source: folder of the ONNX export from which OpenVINO's is made; None for "onnx".
     """
+    check_packages(format)
     net = copy.deepcopy(net).cpu().float().eval()
     size = net.config.sample_size
     if not isinstance(size, int):
@@ -158,10 +169,6 @@ def write_onnx(net: nn.Module, inputs: list[str], path: Path) -> None:
     instance norm with running statistics. The example batch has two images, because the export of the UNet fails with
     one. The network's forward must not use `len(tensor)`, which silently fixes the batch size.
     """
-    try:
-        import onnxscript  # noqa: F401  the exporter imports it late and fails with a long message
-    except ImportError:
-        raise ImportError("exporting needs onnx and onnxscript: pip install 'cxr_diffusers[export]'") from None
     wrapped, batch = SampleOnly(net).eval(), torch.export.Dim("batch")
     with quiet_exporter():
         torch.onnx.export(
@@ -179,10 +186,8 @@ def write_onnx(net: nn.Module, inputs: list[str], path: Path) -> None:
 
 def write_openvino(source: Path, path: Path) -> None:
     """Convert an ONNX file to OpenVINO's two files, net.xml and net.bin."""
-    try:
-        import openvino
-    except ImportError:
-        raise ImportError("exporting to OpenVINO needs openvino: pip install 'cxr_diffusers[export]'") from None
+    import openvino
+
     # the default stores the weights in half precision, which changes the map
     openvino.save_model(openvino.convert_model(source), path, compress_to_fp16=False)
 

@@ -136,8 +136,10 @@ def main(arguments: list[str] | None = None) -> None:
             stamp(IMAGES / "hero.png", [DEFAULT])
         else:
             for folder in sorted(path.parent for path in CHECKPOINTS.glob("*/model_index.json")):
-                panel(opened(folder.name), rows[paths[0]], CREDIT).save(folder / "example.png")
-                stamp(folder / "example.png", [folder.name])
+                pipeline = opened(folder.name)
+                panel(pipeline, rows[paths[0]], CREDIT).save(folder / "example.png")
+                shared = "unet" in pipeline.components and not (folder / "unet").is_dir()  # that of the default model
+                stamp(folder / "example.png", [folder.name, *([DEFAULT] if shared else [])])
 
 
 if __name__ == "__main__":

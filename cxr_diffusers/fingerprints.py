@@ -72,12 +72,13 @@ def weights_digest(pipeline: Any) -> str:
 
 
 def checkpoint_digest(folder: Path | str) -> str:
-    """Hash (8 hexadecimal digits) of a checkpoint's weights and settings on disk, which determine its images."""
-    files = sorted(p for p in Path(folder).rglob("*") if p.suffix == ".safetensors" or p.name == "model_index.json")
+    """Hash (8 hexadecimal digits) of what determines a checkpoint's images: its weights, settings and scheduler."""
+    names = ("model_index.json", "scheduler_config.json")
+    files = sorted(p for p in Path(folder).rglob("*") if p.suffix == ".safetensors" or p.name in names)
     digest = hashlib.blake2b(digest_size=4)
     for path in files:
         digest.update(path.relative_to(folder).as_posix().encode())
-        if path.suffix == ".safetensors":
+        if path.name != "model_index.json":
             digest.update(path.read_bytes())
         else:
             index = json.loads(path.read_text())

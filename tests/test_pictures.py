@@ -42,7 +42,7 @@ def test_the_outputs_of_a_notebook_are_of_the_shipped_weights(path):
         assert not stale(stamp), "outputs of older weights: python benchmarks/notebooks.py"
 
 
-def test_a_digest_follows_the_weights_the_settings_and_the_threshold(tmp_path):
+def test_a_digest_follows_the_weights_the_settings_the_threshold_and_the_scheduler(tmp_path):
     (tmp_path / "unet").mkdir()
     weights, index = tmp_path / "unet" / "model.safetensors", tmp_path / "model_index.json"
     digests = set()
@@ -54,3 +54,8 @@ def test_a_digest_follows_the_weights_the_settings_and_the_threshold(tmp_path):
     assert len(digests) == 4
     index.write_text(json.dumps({"settings": level, "map_threshold": 0.5, "class_names": {"0": "healthy"}}))
     assert checkpoint_digest(tmp_path) in digests, "class names change no picture"
+    (tmp_path / "scheduler").mkdir()
+    for spacing in ("leading", "trailing"):
+        (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps({"timestep_spacing": spacing}))
+        digests.add(checkpoint_digest(tmp_path))
+    assert len(digests) == 6

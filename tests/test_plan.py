@@ -131,10 +131,8 @@ def test_every_row_of_the_ablation_is_a_different_valid_call(pipeline):
         kwargs = {key: value for key, value in method.items() if key != "model"}
         checked_call(pipeline, kwargs, name)
         settings = pipeline.settings(**kwargs)
-        pipeline.check_inputs(
-            noise_levels(settings["noise_level"]),
-            *(settings[name] for name in ("num_inference_steps", "guidance_scale", "evidence", "score")),
-        )
+        names = ("num_inference_steps", "guidance_scale", "guidance_every", "evidence", "score")
+        pipeline.check_inputs(noise_levels(settings["noise_level"]), *(settings[name] for name in names))
         settings_of_rows.append(kwargs)
     assert len(settings_of_rows) > 10 and all(settings_of_rows.count(kwargs) == 1 for kwargs in settings_of_rows)
 

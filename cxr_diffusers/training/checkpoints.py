@@ -80,7 +80,8 @@ def removed_if_incomplete(folder: Path) -> Iterator[None]:
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, (RuntimeError, SafetensorError)):
-            raise OSError(f"cannot write {folder}: {error}") from error
+            hint = "" if "space" in str(error) else " (is there space left on the disk?)"
+            raise OSError(f"cannot write {folder}: {error}{hint}") from error
         raise
 
 

@@ -17,6 +17,7 @@ from machine import describe_machine, markdown
 from cxr_diffusers import default_checkpoint, load_phantom, load_pipeline
 from cxr_diffusers.commands.options import BACKENDS
 from cxr_diffusers.inference.export import with_backend
+from cxr_diffusers.precision import has_fast_bfloat16, use_dtype
 
 HEADER = ["backend", "images a call", "seconds an image", "times as fast as torch", "map differs by at most"]
 
@@ -26,9 +27,13 @@ def main(arguments=None):
     torch.set_num_threads(options.threads)  # of the other two as well, when they are opened
     pipeline = load_pipeline(options.model)
     pipelines = {name: with_backend(pipeline, name) for name in options.backends}
-    for part in pipeline.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.to(memory_format=torch.channels_last)  # as the command line runs torch
+    if has_fast_bfloat16("cpu"):  # what the command line does by default
+        pipelines["torch, bfloat16"] = load_pipeline(options.model)
+        use_dtype(pipelines["torch, bfloat16"], "bfloat16")
+    for each in pipelines.values():
+        for part in each.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.to(memory_format=torch.channels_last)  # as the command line runs torch
     for each in pipelines.values():
         each.set_progress_bar_config(disable=True)
     print(f"{describe_machine()}\n{options.model}, the quickest of {options.repeat} calls\n")

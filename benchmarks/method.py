@@ -91,7 +91,7 @@ def number(result):
 
 
 def count_forwards(method):
-    """UNet forwards an image of a row of the plan."""
+    """UNet forwards an image, whose view is given, of a row of the plan."""
     model = load_pipeline(method["model"])
     channels, classes = model.unet.config.in_channels, model.unet.config.num_class_embeds
     tiny = UNet2DModel(
@@ -105,12 +105,13 @@ def count_forwards(method):
         norm_num_groups=2,
         add_attention=False,
     )
-    named = {key: model.config[key] for key in ("class_names", "settings", "has_null_label")}
-    pipeline = CFGAnomalyPipeline(tiny.eval(), model.scheduler, **named)
+    named = {key: model.config[key] for key in ("class_names", "settings", "has_null_label", "views")}
+    pipeline = CFGAnomalyPipeline(tiny.eval(), model.scheduler, lung_segmenter=model.lung_segmenter, **named)
     pipeline.set_progress_bar_config(disable=True)
     counted = []
     tiny.register_forward_hook(lambda unet, inputs, output: counted.append(len(inputs[0])))
-    pipeline(Image.new("L", (8, 8)), **{key: value for key, value in method.items() if key != "model"})
+    call = {key: value for key, value in method.items() if key != "model"}
+    pipeline(Image.new("L", (8, 8)), **call, view=pipeline.conditions.views[0] if pipeline.conditions.views else None)
     return sum(counted)
 
 

@@ -30,10 +30,7 @@ def main(arguments=None):
     if has_fast_bfloat16("cpu"):  # what the command line does by default
         pipelines["torch, bfloat16"] = load_pipeline(options.model)
         use_dtype(pipelines["torch, bfloat16"], "bfloat16")
-    for each in pipelines.values():
-        for part in each.components.values():
-            if isinstance(part, torch.nn.Module):
-                part.to(memory_format=torch.channels_last)  # as the command line runs torch
+    use_dtype(pipeline, "float32")  # channels_last, as on the command line
     for each in pipelines.values():
         each.set_progress_bar_config(disable=True)
     print(f"{describe_machine()}\n{options.model}, the quickest of {options.repeat} calls\n")

@@ -210,7 +210,7 @@ def _cover(grey, level, opacity):
     return np.take(_covered(opacity), index, axis=0)  # five times as fast as brackets
 
 
-@cache
+@lru_cache(maxsize=8)  # a table of 192 KiB for each opacity
 def _covered(opacity):
     """(65536, 3) uint8: at 256 * grey + level, the colour of each grey under each of 256 levels."""
     alpha = (opacity * np.linspace(0, 1, 256, dtype=np.float32) ** 0.8)[:, None]

@@ -343,6 +343,7 @@ class ContractMixin(Base):
         keep_below: float = 0.0,
         scored_map: torch.Tensor | None = None,
         added_score: torch.Tensor | None = None,
+        gate: torch.Tensor | None = None,
     ) -> AnomalyOutput | tuple:
         """The last step of a call: restrict the map to `region`, offload the models, and convert the output.
 
@@ -351,13 +352,14 @@ class ContractMixin(Base):
             keep_below: see `composite`.
             scored_map: (B, H, W), restricted to `region` as well; None: the anomaly map.
             added_score: (B,), added to the anomaly score; None: nothing.
+            gate: `lung_gate` of the image, if the call has computed it already.
 
         Returns:
             `AnomalyOutput`, or its tuple with `return_dict` False.
         """
         scored_map = anomaly_map if scored_map is None else scored_map
         if region == "lungs":
-            gate = self.lung_gate(image)
+            gate = self.lung_gate(image) if gate is None else gate
             anomaly_map, scored_map = anomaly_map * gate, scored_map * gate
         low, high = data_range
         counterfactual = composite(image, counterfactual.clamp(low, high), anomaly_map, keep_below)
@@ -368,7 +370,7 @@ class ContractMixin(Base):
         self._interrupt = False  # for `invert` and `decode` called on their own
         return output if return_dict else output.to_tuple()
 
-    def averages(self, inversion: str) -> bool:
+    def is_averaged(self, inversion: str) -> bool:
         """Whether a call's `inversion` is the averaged one; ValueError if it is neither that nor the plain one."""
         if inversion not in ("plain", "averaged"):
             raise ValueError(f"expected `inversion` plain or averaged, got {inversion!r}")

@@ -200,7 +200,7 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
             score,
             callback_on_step_end_tensor_inputs,
         )
-        averaged = self.averages(inversion)
+        averaged = self.is_averaged(inversion)
         map_settings: dict[str, Any] = dict(direction=direction, smoothing=smoothing, highpass=highpass)
         self.check_map(output_type, **map_settings, region=region, keep_below=keep_below)
         target = self.label_id(target_label, "target_label")
@@ -235,11 +235,12 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
                 **span,
             )
             maps.append(self.map_change(image, counterfactual, **map_settings))
-        anomaly_map, ratio, added = torch.stack(maps).mean(dim=0), None, None
+        anomaly_map, ratio, added, gate = torch.stack(maps).mean(dim=0), None, None, None
 
         # 5. class evidence: the comparison of the two labels
         if needs_evidence:
-            weights = 1 + self.lung_gate(image) if region == "lungs" else None
+            gate = self.lung_gate(image) if region == "lungs" else None
+            weights = None if gate is None else 1 + gate  # errors in the lungs count double
             as_target, as_negative, ratio = self.compute_class_evidence(
                 image, target, negative, views, generator, weights
             )
@@ -265,6 +266,7 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
             keep_below=keep_below,
             scored_map=change,
             added_score=added,
+            gate=gate,
         )
 
     ORIGINAL_SETTINGS = default_settings(__call__)
@@ -423,8 +425,9 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
             else:
                 outputs = self.predict(torch.cat([x] * len(weights)), t, labels).split(len(x))
                 guided = sum(weight * output for weight, output in zip(weights.values(), outputs, strict=True))
-                first, last = (noise_from_output(outputs[k], x, alpha, prediction_type) for k in (0, -1))
-                difference = first - last
+                if guidance_every > 1:
+                    first, last = (noise_from_output(outputs[k], x, alpha, prediction_type) for k in (0, -1))
+                    difference = first - last
             x = decode_step(self.scheduler, timesteps, i, guided, x)
             if on_step is not None:
                 x = on_step(len(timesteps) + i, t, x)

@@ -149,7 +149,7 @@ class ClassifierGuidedPipeline(ContractMixin, ViewsMixin, PortableMixin, Diffusi
         target = self.find_label(target_label, "target_label", self.num_classes)
         label = self.unet_class(unet_label, target)
         on_step = self.on_step(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        averaged = self.averages(inversion)
+        averaged = self.is_averaged(inversion)
         span: dict[str, Any] = dict(noise_level=noise_level, num_inference_steps=num_inference_steps, on_step=on_step)
 
         # 2. image -> x_0

@@ -111,7 +111,7 @@ def test_averaging_the_noise_of_two_steps_makes_the_inversion_more_accurate(imag
         assert averaged.abs().mean() < 0.75 * plain.abs().mean()
 
 
-def test_a_call_averages_on_request(pipeline, images):
+def test_the_inversion_of_a_call_is_averaged_on_request(pipeline, images):
     plain, again, averaged = (
         pipeline(images, output_type="pt", **FAST, **call).counterfactual
         for call in ({}, {"inversion": "plain"}, {"inversion": "averaged"})

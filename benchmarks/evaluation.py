@@ -3,6 +3,7 @@
     python benchmarks/evaluation.py                                     (500 images of 256 px; minutes)
     python benchmarks/evaluation.py --images 5000                       (a quarter of an hour)
     git worktree add ../before 478b6e0; python benchmarks/evaluation.py --before ../before
+    python benchmarks/evaluation.py --images 8 --size 2560 --every-pixel   (full-size images; what their grid changes)
 
 Images are noise with a bright disc, and the maps are given: no network runs, so the time is that of reading images
 and maps, controls, metrics, and bootstrap. Each evaluation is a process of its own with one thread.
@@ -25,6 +26,7 @@ from PIL import Image
 
 BASES = 32  # different images; each map has noise of its own
 MAPS = 7  # the method and six controls
+MODEL_SIZE = 256  # side of the images and maps that a model returns
 HERE = Path(__file__).resolve().parent.parent
 
 
@@ -37,12 +39,18 @@ def main(arguments=None):
     print(
         f"One map of {options.size} x {options.size} pixels, AP and AUROC together:\n\n{metrics_table(options.size)}\n"
     )
-    versions = {"this version": HERE} | ({"before": options.before} if options.before else {})
-    results = {name: run_worker(options, folder) for name, folder in versions.items()}
+    results = {"this version": run_worker(options, HERE)}
+    if options.every_pixel:
+        results["every pixel"] = run_worker(options, HERE, "--resolution=0")
+    if options.before:
+        results["before"] = run_worker(options, options.before)
     print(
         f"`evaluate` of {options.images} images of {options.size} x {options.size} pixels, {MAPS} maps each, "
         f"{options.bootstrap} replicates:\n\n{evaluation_table(results, options.images)}"
     )
+    if options.every_pixel:
+        grid, every = (results[name]["rows"] for name in ("this version", "every pixel"))
+        print(f"\nLargest difference from every pixel, over all maps but those of detail:\n\n{grid_table(grid, every)}")
 
 
 def metrics_table(size):
@@ -100,23 +108,34 @@ def evaluation_table(results, images):
     return markdown(header, rows)
 
 
-def run_worker(options, folder):
+def grid_table(grid, every):
+    """Markdown: the largest difference of each pooled metric of two {map: {metric: value}}.
+
+    Two maps have detail that a coarser grid cannot hold: the random one, and |x - blurred x| of these noisy images.
+    """
+    metrics = ("pixel_ap", "pixel_auroc", "aupro", "best_dice")
+    names = grid.keys() - {"random map", "|x - blurred x|"}
+    moved = {m: max(abs(grid[name][m] - every[name][m]) for name in names) for m in metrics}
+    return markdown(list(moved), [[f"{value:.0e}" for value in moved.values()]])
+
+
+def run_worker(options, folder, *arguments):
     """Evaluate with the version of cxr_diffusers in `folder`, in a process of its own."""
     values = (options.images, options.size, options.bootstrap)
     sizes = [f"--{name}={value}" for name, value in zip(("images", "size", "bootstrap"), values, strict=True)]
     environment = {**os.environ, "PYTHONPATH": str(folder.resolve()), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, "--worker", *sizes]
+    command = [sys.executable, __file__, "--worker", *sizes, *arguments]
     run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(run.stdout.splitlines()[-1])
 
 
 def evaluate_images(options):
-    """{seconds: CPU time; peak, start: the largest memory in GB, in all and before the evaluation}."""
+    """{seconds: CPU time; peak, start: the largest memory in GB, in all and before; rows: {map: {metric: value}}}."""
     from cxr_diffusers.evaluation import evaluate
     from cxr_diffusers.pipelines import AnomalyOutput
 
     class GivenMaps:
-        """Its maps are the images plus noise; its images and counterfactuals differ."""
+        """Its maps are the images plus noise; its images and counterfactuals differ. All have at most 256 pixels."""
 
         components: dict = {}
         config: dict = {"map_threshold": 0.9}
@@ -124,15 +143,21 @@ def evaluate_images(options):
 
         def __call__(self, image, output_type="np"):
             self.count += 1
-            pixels = np.stack([np.asarray(one, np.float32) / 255 for one in image])
+            side = min(options.size, MODEL_SIZE)
+            pixels = np.stack([np.asarray(one.resize((side, side)), np.float32) / 255 for one in image])
             noise = np.random.default_rng(self.count).random(pixels.shape, dtype=np.float32)
             maps = 0.7 * pixels + 0.3 * noise
             return AnomalyOutput(pixels[..., None], 0.9 * pixels[..., None], maps, maps.mean((1, 2)))
 
     dataset, start, peak = Images(options.images, options.size), time.process_time(), peak_memory()
+    choice = {} if options.resolution is None else {"resolution": options.resolution}  # older versions have none
     with tempfile.TemporaryDirectory() as folder:
-        evaluate(GivenMaps(), dataset, output_dir=folder, n_bootstrap=options.bootstrap, progress=False)
-    return {"seconds": time.process_time() - start, "peak": peak_memory(), "start": peak}
+        run = dict(output_dir=folder, n_bootstrap=options.bootstrap, progress=False)
+        result = evaluate(GivenMaps(), dataset, **run, **choice)
+    rows = {
+        name: {metric: each["value"] for metric, each in row.items()} for name, row in result.summary["rows"].items()
+    }
+    return {"seconds": time.process_time() - start, "peak": peak_memory(), "start": peak, "rows": rows}
 
 
 class Images:
@@ -179,6 +204,8 @@ def parser():
     parser.add_argument("--size", type=int, default=256, help="side of images and maps in pixels")
     parser.add_argument("--bootstrap", type=int, default=1000, help="replicates")
     parser.add_argument("--before", type=Path, help="a checkout of an older version, to compare with")
+    parser.add_argument("--every-pixel", action="store_true", help="also without the coarser grid of large images")
+    parser.add_argument("--resolution", type=int, help=argparse.SUPPRESS)  # of `evaluate`
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser
 

@@ -69,6 +69,20 @@ def test_the_cost_of_an_evaluation_is_compared_with_scikit_learn_and_another_ver
     assert all(float(row[5]) >= float(row[6]) > 0 for row in versions[-2:])
 
 
+def test_a_coarser_grid_is_compared_with_every_pixel(monkeypatch):
+    import evaluation
+
+    monkeypatch.setattr(evaluation, "MODEL_SIZE", 24)  # maps without detail that the grid cannot hold
+    sizes = ["--images", "3", "--size", "96", "--bootstrap", "5"]
+    grid, every = (
+        evaluation.evaluate_images(evaluation.parser().parse_args([*sizes, f"--resolution={n}"]))["rows"]
+        for n in (48, 0)
+    )
+    row = rows_of(evaluation.grid_table(grid, every))[-1]
+    assert all(0 < float(cell) < 0.05 for cell in row), row
+    assert evaluation.grid_table(every, every).endswith("| 0e+00 | 0e+00 | 0e+00 | 0e+00 |")
+
+
 def per_image_table(values, label=1):
     """What evaluate writes of images that have a patient each; `values`: {method: one a patient}."""
     rows = [

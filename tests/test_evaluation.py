@@ -13,9 +13,10 @@ from sklearn.metrics import roc_auc_score
 
 from cxr_diffusers import LungSegmenter
 from cxr_diffusers.evaluation import compare, evaluate, summary_table
-from cxr_diffusers.evaluation.controls import image_controls, lung_gates
+from cxr_diffusers.evaluation.controls import grey_images, image_controls, lung_gates
 from cxr_diffusers.evaluation.masks import smooth_map
-from cxr_diffusers.evaluation.metrics import hit, pixel_average_precision
+from cxr_diffusers.evaluation.metrics import box_mask, hit, pixel_average_precision
+from cxr_diffusers.evaluation.report import report
 from cxr_diffusers.pipelines import AnomalyOutput, CFGAnomalyPipeline
 from cxr_diffusers.pipelines.cxr_images import restore_map
 from helpers import BrightSpots, spot_chest, spot_rows, toy_unet
@@ -81,6 +82,61 @@ def test_metrics_are_computed_at_the_images_own_resolution(pipeline):
     assert table.prevalence.tolist() == pytest.approx([48 / (40 * 24)] * 5)
 
 
+def test_a_large_image_is_measured_at_the_centres_of_a_coarser_grid(tmp_path, pipeline):
+    dataset = spot_rows(5, height=80, width=48) + spot_rows(2, height=20, width=16, spot=False)
+    dataset[0] |= {"mask": None, "boxes": [[10, 7, 21, 30]]}
+    options = dict(call_kwargs=FAST, batch_size=2, resolution=24)
+    result = quick(pipeline, dataset, output_dir=tmp_path, **options)
+    output = pipeline([row["image"] for row in dataset], output_type="np", **FAST)
+    maps = [restore_map(m, 40, 24, "pad") for m in output.anomaly_map[:5]]
+    truths = [box_mask([[5, 3.5, 10.5, 15]], 40, 24)]
+    truths += [np.asarray(row["mask"])[1::2, 1::2] > 0 for row in dataset[1:5]]
+    table = result.per_image
+    assert table.pixel_ap[:5].tolist() == pytest.approx(
+        [pixel_average_precision(m, t) for m, t in zip(maps, truths, strict=True)], abs=1e-4
+    )
+    assert table.hit[:5].tolist() == [hit(m, t) for m, t in zip(maps, truths, strict=True)]
+    assert table.prevalence[:5].tolist() == [t.mean() for t in truths]
+    assert table.score.tolist() == pytest.approx(output.anomaly_score.tolist(), abs=1e-5)  # of the whole image
+    assert result.summary["n_shrunk"] == 5 and result.summary["settings"]["resolution"] == 24
+    text = (tmp_path / "summary.md").read_text()
+    assert "- resolution: 5 images with a shorter side of over 24 pixels were measured at 24" in text
+    everything = quick(pipeline, dataset, **options | {"resolution": 0})
+    assert everything.summary["n_shrunk"] == 0 and everything.per_image.prevalence[0] == 21 * 30 / (80 * 48)
+    assert "resolution" not in report(everything.summary)
+    assert quick(pipeline, dataset, **options | {"resolution": 48}).per_image.pixel_ap[:5].tolist() == pytest.approx(
+        everything.per_image.pixel_ap[:5].tolist(), abs=1e-9
+    )
+
+
+def test_on_a_coarser_grid_smooth_maps_have_nearly_the_same_metrics():
+    dataset, size = [], 256
+    y, x = np.mgrid[:size, :size] / size
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        lesion = (x - rng.uniform(0.2, 0.8)) ** 2 + (y - rng.uniform(0.2, 0.8)) ** 2
+        noise = smooth_map(rng.random((size, size)), 8)
+        image = np.exp(-lesion / 0.02) + 3 * (noise - noise.min())
+        image = Image.fromarray((255 * image / image.max()).astype(np.uint8))
+        mask = Image.fromarray(255 * (lesion < 0.01).astype(np.uint8))
+        dataset.append({"image": image, "mask": mask, "label": 1, "patient": f"p{i}", "path": f"{i}.png"})
+    full, coarse = (quick(BrightSpots(), dataset, resolution=side).summary["rows"] for side in (0, 128))
+    for name in ("method", "mean map", "location prior", "|x - blurred x|"):
+        for metric in ("pixel_ap", "pixel_auroc", "aupro", "best_dice"):
+            a, b = (rows[name][metric]["value"] for rows in (full, coarse))
+            assert a == pytest.approx(b, abs=0.01), (name, metric)
+
+
+def test_a_lesion_between_the_centres_of_a_coarser_grid_is_not_lost():
+    dataset = spot_rows(2, height=64, width=64)
+    mask = np.zeros((64, 64), np.uint8)
+    mask[8, 20:25] = 255  # a line of one pixel; the grid's centres are in rows 2, 6, 10, ...
+    dataset[0]["mask"] = Image.fromarray(mask)
+    result = quick(BrightSpots(), dataset, resolution=16)
+    assert result.summary["n_with_region"] == 2
+    assert result.per_image.prevalence[0] == 2 / 16**2
+
+
 def test_chance_is_the_share_of_positive_pixels():
     result = quick(BrightSpots(), spot_rows())
     share = 48 / 32**2
@@ -131,9 +187,9 @@ def test_gated_controls_are_the_image_its_mirror_difference_and_the_gate():
     image = np.zeros((64, 64), np.float32)
     image[20:30, 4:12] = 1  # inside the gate, brighter than the other side
     image[:, 28:36] = 1  # in the middle, outside the gate
-    dataset = [{"image": Image.fromarray((image * 255).astype(np.uint8))}]
-    gates = lung_gates(lungs(), dataset)
-    maps = {name: list(sequence)[0] for name, sequence in image_controls(dataset, gates, 0.0).items()}
+    grey = grey_images([{"image": Image.fromarray((image * 255).astype(np.uint8))}], [{"height": 64, "width": 64}])
+    gates = lung_gates(lungs(), grey)
+    maps = {name: list(sequence)[0] for name, sequence in image_controls(grey, gates, 0.0).items()}
     gate = maps["lung gate"]
     assert gate[:, :12].min() > 0.9 and gate[:, -12:].min() > 0.9 and gate[:, 30:34].max() < 0.1
     blurred = smooth_map(image, 2.0)
@@ -141,7 +197,7 @@ def test_gated_controls_are_the_image_its_mirror_difference_and_the_gate():
     one_sided = smooth_map(np.maximum(image - image[:, ::-1], 0), 2.0)
     assert maps["mirror x gate"] == pytest.approx(one_sided * gate, abs=1e-5)
     assert maps["mirror x gate"][:, 32:].max() < 0.01 < maps["mirror x gate"][25, 8]
-    assert image_controls(dataset, None, 0.0).keys() == {"|x - blurred x|"}
+    assert image_controls(grey, None, 0.0).keys() == {"|x - blurred x|"}
 
 
 def test_a_lung_segmenter_of_another_type_is_refused():
@@ -426,6 +482,7 @@ def test_similarity_is_measured_outside_the_true_region():
         (lambda d: dict(dataset=[]), "at least one row"),
         (lambda d: dict(dataset=d, name="chance"), r"not named as a control is, got \['chance'\]"),
         (lambda d: dict(dataset=d, strata=("colour",)), r"got \['colour'\]"),
+        (lambda d: dict(dataset=d, resolution=-1), r"a `resolution` of 0 \(every pixel\) or more, got -1"),
         (lambda d: dict(dataset=d, healthy=d), r"label 0.*got labels \[1\]"),
         (
             lambda d: dict(dataset=[{**d[0], "image": Image.new("L", (32, 32), 7)}]),

@@ -48,6 +48,10 @@ def add(commands: Any) -> None:
     evaluate.add_argument("--healthy", metavar="DATA", help="healthy validation images, which give the thresholds")
     evaluate.add_argument("--out", type=Path, required=True, help="folder for tables, images and maps")
     evaluate.add_argument("--bootstrap", type=int, help="replicates over patients (default: 1000)")
+    text = (
+        "of the measurement: larger images are measured at a shorter side of N pixels (default: 1024); 0: every pixel"
+    )
+    evaluate.add_argument("--resolution", metavar="N", type=int, help=text)
     evaluate.add_argument("--strata", nargs="*", default=[], help="columns to report separately, e.g. source")
     text = "a model with an image classifier that judges the counterfactuals, e.g. cxr_grad_cam_128"
     evaluate.add_argument("--judge", metavar="MODEL", help=text)
@@ -71,6 +75,8 @@ def run(options: argparse.Namespace) -> int:
         if options.bootstrap < 1:
             raise ValueError(f"expected --bootstrap of 1 or more, got {options.bootstrap}")
         shared["n_bootstrap"] = options.bootstrap
+    if options.resolution is not None:
+        shared["resolution"] = options.resolution
     if options.config:
         if options.model or options.healthy or options.strata or shared["call_kwargs"]:
             raise ValueError("expected models, data and arguments of the call in the plan, not beside --config")

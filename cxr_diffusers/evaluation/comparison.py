@@ -1,12 +1,14 @@
 """Methods and controls on one data set: from the arguments to the summary."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from tqdm.auto import tqdm
 
 from ..data.rows import column_of
 from ..files import remove_dead
@@ -14,16 +16,16 @@ from ..fingerprints import changed_settings
 from ..processes import Shard, process_state
 from ..version import __version__
 from . import metrics, statistics
-from .controls import Maps, controls, image_controls, image_score, is_control, lung_gates
+from .controls import Maps, controls, grey_images, image_controls, image_score, is_control, lung_gates
 from .counterfactuals import counterfactual_level, joined
 from .judge import check_judge, name_of
-from .lazy import Lazy
+from .lazy import Lazy, stored
 from .masks import healthy_threshold
 from .predictions import Method, predict
 from .report import sheet_rows, write
 from .statistics import Measured, Table
 from .tables import counts, describe_method, image_table
-from .truth import ImageSet, has_region, open_images
+from .truth import RESOLUTION, ImageSet, has_region, open_images
 
 
 @dataclass
@@ -61,15 +63,16 @@ def compare(
     judge: Any = None,
     maps_dir: Path | str | None = None,
     lung_segmenter: Any = None,
+    resolution: int = RESOLUTION,
     shard: Shard | None = None,
 ) -> Evaluation | None:
     """Several methods in one table, with the paired difference of the first to each other one.
 
-    Maps are compared with the truth at each image's own resolution, so pipelines of different sizes are comparable.
-    Pixel metrics are over the images with a true region (`mask`, else the union of `boxes`); image metrics are over all
-    images, label 0 against the rest, with `healthy` among the 0. Intervals are 95 % bootstrap intervals over patients
-    (an image without a patient is its own). The controls are in the same table, and each difference method - control
-    is over the same replicates:
+    Maps are compared with the truth at each image's own resolution (at `resolution`, if it has more), so pipelines of
+    different sizes are comparable. Pixel metrics are over the images with a true region (`mask`, else the union of
+    `boxes`); image metrics are over all images, label 0 against the rest, with `healthy` among the 0. Intervals are
+    95 % bootstrap intervals over patients (an image without a patient is its own). The controls are in the same table,
+    and each difference method - control is over the same replicates:
 
         chance           a constant map: the share of positive pixels
         random map       uniform noise
@@ -126,6 +129,8 @@ def compare(
             None: no such metrics.
         maps_dir: where the predictions are kept; None: maps/ of `output_dir`. Evaluations may share one.
         lung_segmenter: a `LungSegmenter`, which gives the controls with the lung gate; None: without them.
+        resolution: pixels of the shorter side at which larger images are measured: a pixel of the coarser grid has the
+            truth and the map at its centre. The pipelines get the whole image. 0: every pixel, which takes longer.
         shard: the share of the images to predict, without the tables; None: all of them, and the tables. See `Shard`.
 
     Returns:
@@ -138,15 +143,16 @@ def compare(
     """
     healthy = healthy or []
     shard = shard or Shard()
-    check(pipelines, dataset, healthy, output_dir, strata, shard)
+    check(pipelines, dataset, healthy, output_dir, strata, shard, resolution)
     check_judge(judge)
     if lung_segmenter is not None and not hasattr(lung_segmenter, "field"):
         raise ValueError(f"expected a LungSegmenter as `lung_segmenter`, got {lung_segmenter!r}")
     folder = maps_dir or (output_dir and Path(output_dir) / "maps")
     comparison = Comparison(
         [as_method(name, pipeline, call_kwargs or {}) for name, pipeline in pipelines.items()],
-        open_images(dataset, strata),
-        open_images(healthy),
+        open_images(dataset, strata, resolution),
+        open_images(healthy, resolution=resolution),
+        resolution=resolution,
         n_bootstrap=n_bootstrap,
         seed=seed,
         smoothing=smoothing,
@@ -181,6 +187,7 @@ class Comparison:
     methods: list[Method]
     images: ImageSet
     healthy: ImageSet
+    resolution: int
     n_bootstrap: int
     seed: int
     smoothing: float
@@ -203,8 +210,20 @@ class Comparison:
         """Measure the predictions of all methods, and the controls."""
         for method in self.methods:
             method.threshold = self.threshold_of(method)
-        gates = lung_gates(self.lung_segmenter, self.images.dataset)
-        image_maps = image_controls(self.images.dataset, gates, self.smoothing)
+        images, healthy = self.stored_images(self.images), self.stored_images(self.healthy)
+        with images as grey, healthy as healthy_grey:
+            return self.evaluate_with(grey, healthy_grey)
+
+    def stored_images(self, part: ImageSet) -> AbstractContextManager[Maps]:
+        """The `grey_images` of a part, each read once."""
+        shapes = [(row["height"], row["width"]) for row in part.rows]
+        desc = "read images" if self.progress else None
+        return stored(grey_images(part.dataset, part.rows), shapes, self.folder, desc)
+
+    def evaluate_with(self, grey: Maps, healthy_grey: Maps) -> Evaluation:
+        """`evaluate`, with the `grey_images` of the data set and of the healthy images."""
+        gates = lung_gates(self.lung_segmenter, grey)
+        image_maps = image_controls(grey, gates, self.smoothing)
         maps = self.maps_with_region(image_maps, gates)
         rows = [self.images.rows[i] for i in self.with_region]
         strata = statistics.strata_of(rows, self.strata)
@@ -213,7 +232,7 @@ class Comparison:
         if rows:
             measured = statistics.measure(maps, rows, self.methods, weights, strata, self.folder, self.progress)
         pixels = statistics.as_table({name: each.samples for name, each in measured.items()}, weights)
-        scores = self.scores(image_maps)
+        scores = self.scores(image_maps, healthy_grey)
         per_image = self.image_table(measured)
         quality = self.counterfactual_level(per_image)  # adds columns to the table
         summary = {
@@ -259,16 +278,15 @@ class Comparison:
         own_gates = None if gates is None else gates[chosen]
         return maps | controls(maps, rows, own_image_maps, own_gates, self.seed, self.smoothing)
 
-    def scores(self, image_maps: Mapping[str, Maps]) -> dict[str, list[float]]:
+    def scores(self, image_maps: Mapping[str, Maps], healthy_grey: Maps) -> dict[str, list[float]]:
         """{name: scores of the data set's images, then of the healthy ones} of methods and image controls."""
         parts = (self.images, self.healthy)
         scores = {
             m.name: [score for part in parts for score in part.predictions[m.name].numbers("score")]
             for m in self.methods
         }
-        gates = lung_gates(self.lung_segmenter, self.healthy.dataset)
-        healthy_maps = image_controls(self.healthy.dataset, gates, self.smoothing)
-        for name in image_maps:
+        healthy_maps = image_controls(healthy_grey, lung_gates(self.lung_segmenter, healthy_grey), self.smoothing)
+        for name in tqdm(image_maps, "scores of controls", disable=not self.progress):
             scores[name] = [image_score(m) for each in (image_maps, healthy_maps) for m in each[name]]
         return scores
 
@@ -295,7 +313,7 @@ class Comparison:
         for method in self.methods:
             per_image = measured[method.name].per_image if measured else []
             by_index = dict(zip(self.with_region, per_image, strict=True))
-            tables.append(image_table(method, self.images, self.healthy, by_index))
+            tables.append(image_table(method, self.images, self.healthy, by_index, self.progress))
         return pd.concat(tables, ignore_index=True)
 
     def counterfactual_level(self, per_image: pd.DataFrame) -> dict[str, Any]:
@@ -323,6 +341,7 @@ class Comparison:
             else "config.map_threshold",
             "score_threshold": statistics.score_thresholds(scores, len(self.images.rows)),
             "smoothing": self.smoothing,
+            "resolution": self.resolution,
             "n_bootstrap": self.n_bootstrap,
             "seed": self.seed,
             "judge": name_of(self.judge),
@@ -343,6 +362,7 @@ def check(
     output_dir: Path | str | None,
     strata: Sequence[str],
     shard: Shard,
+    resolution: int,
 ) -> None:
     """Check the arguments before hours of inference; errors as in `compare`."""
     controls = [name for name in pipelines if is_control(name)]
@@ -350,6 +370,8 @@ def check(
         raise ValueError(f"expected at least one method, not named as a control is, got {controls or 'none'}")
     if len(dataset) == 0:
         raise ValueError("expected a data set with at least one row, got none")
+    if not isinstance(resolution, int) or resolution < 0:
+        raise ValueError(f"expected a `resolution` of 0 (every pixel) or more, got {resolution!r}")
     if output_dir is None and (process_state().num_processes > 1 or not shard.is_all):
         raise ValueError("expected `output_dir` with several processes or a shard, which keep their results there")
     columns = getattr(dataset, "column_names", None) or dataset[0]

@@ -21,6 +21,7 @@ GATED = " x gate"  # ends the name of a control that is multiplied by the lung g
 UNCHANGED, BLURRED, SPLIT = "the input itself", "the input, blurred", "healthy, split in two"
 GRID = 256  # side of the frame in which maps of images of different sizes are averaged
 SIGMA = 2 / 64  # of the Gaussian over brightness and mirror difference, as a fraction of the shorter side
+EDGE_SIGMA = 0.05  # of the blurred image of `EDGES`, likewise
 LOCATION_SIGMA = 0.04  # of the side: few lesions make a patchy prior, which is too easy to beat
 
 Maps = Lazy[np.ndarray]
@@ -116,35 +117,45 @@ def location_prior(rows: Sequence[Row]) -> Callable[[Any], np.ndarray]:
     return prior
 
 
-def image_controls(dataset: Any, gates: np.ndarray | None, smoothing: float) -> dict[str, Maps]:
+def image_controls(grey: Maps, gates: np.ndarray | None, smoothing: float) -> dict[str, Maps]:
     """{name: maps} of the controls that are computed from each image alone, without a model of disease.
 
     Args:
-        dataset: rows with `image`.
+        grey: the `grey_images`.
         gates: their `lung_gates`, or None: then only |x - blurred x|.
         smoothing: of |x - blurred x|, as a fraction of the shorter side.
     """
-    grey = Lazy(len(dataset), lambda i: grey_image(dataset[i]["image"]))
-    maps = {EDGES: Lazy(len(dataset), lambda i: edge_map(grey[i], smoothing))}
+    n = len(grey)
+    maps = {EDGES: Lazy(n, lambda i: edge_map(grey[i], smoothing))}
     if gates is not None:
-        maps[GATE] = Lazy(len(dataset), lambda i: resample(gates[i], *grey[i].shape))
-        maps[BRIGHTNESS] = gated(Lazy(len(dataset), lambda i: smooth_small(grey[i])), gates)
-        maps[MIRROR] = gated(Lazy(len(dataset), lambda i: smooth_small(grey[i], mirror_difference)), gates)
+        maps[GATE] = Lazy(n, lambda i: resample(gates[i], *grey[i].shape))
+        maps[BRIGHTNESS] = gated(Lazy(n, lambda i: smooth_small(grey[i], SIGMA)), gates)
+        maps[MIRROR] = gated(Lazy(n, lambda i: smooth_small(mirror_difference(grey[i]), SIGMA)), gates)
     return maps
 
 
-def grey_image(image: Image.Image | np.ndarray) -> np.ndarray:
-    """A PIL image or (H, W, C) array -> (H, W) float32 in [0, 1], stretched to its darkest and brightest value."""
+def grey_images(dataset: Any, rows: Sequence[Row]) -> Maps:
+    """The images of a data set at the size at which they are measured, see `grey_image`."""
+    return Lazy(len(rows), lambda i: grey_image(dataset[i]["image"], rows[i]["height"], rows[i]["width"]))
+
+
+def grey_image(image: Image.Image | np.ndarray, height: int, width: int) -> np.ndarray:
+    """A PIL image or (H, W, C) array -> (height, width) float32, stretched so that it reaches from 0 to 1.
+
+    A larger image is shrunk first, by the mean of the area of each pixel.
+    """
     if isinstance(image, np.ndarray):  # of several channels, all of one weight
-        grey = image.mean(axis=-1, dtype=np.float32)
-    else:
-        grey = np.asarray(image.convert("F" if image.mode[0] in "IF" else "L"), np.float32)
+        image = Image.fromarray(image.mean(axis=-1, dtype=np.float32))
+    image = image.convert("F" if image.mode[0] in "IF" else "L")
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BOX)
+    grey = np.asarray(image, np.float32)
     return (grey - grey.min()) / max(np.ptp(grey), 1e-12)
 
 
 def edge_map(image: np.ndarray, smoothing: float) -> np.ndarray:
     """|x - blurred x| of an (H, W) image: the score that detail alone reaches."""
-    return smooth_by_side(np.abs(image - smooth_map(image, 0.05 * min(image.shape))), smoothing)
+    return smooth_by_side(np.abs(image - smooth_small(image, EDGE_SIGMA)), smoothing)
 
 
 def mirror_difference(image: np.ndarray) -> np.ndarray:
@@ -152,30 +163,30 @@ def mirror_difference(image: np.ndarray) -> np.ndarray:
     return np.maximum(image - image[:, ::-1], 0)
 
 
-def smooth_small(image: np.ndarray, function: Callable[[np.ndarray], np.ndarray] | None = None) -> np.ndarray:
-    """The image, or `function(image)`, smoothed by `SIGMA`: computed with a shorter side of at most `GRID`."""
+def smooth_small(image: np.ndarray, sigma: float) -> np.ndarray:
+    """The image, smoothed by a fraction `sigma` of its shorter side; computed with a shorter side of at most `GRID`."""
     height, width = image.shape
     scale = min(1, GRID / min(height, width))
     small = image if scale == 1 else resample(image, round(height * scale), round(width * scale))
-    return resample(smooth_map(function(small) if function else small, SIGMA * min(small.shape)), height, width)
+    return resample(smooth_map(small, sigma * min(small.shape)), height, width)
 
 
 @torch.no_grad()
-def lung_gates(segmenter: Any, dataset: Any, batch_size: int = 32) -> np.ndarray | None:
+def lung_gates(segmenter: Any, grey: Maps, batch_size: int = 32) -> np.ndarray | None:
     """The soft lung gate of each image at the network's own resolution, (N, S, S) float32 in [0, 1].
 
     Args:
         segmenter: a `LungSegmenter`; None: there are no gates, None is returned.
-        dataset: rows with `image`.
+        grey: the `grey_images`.
         batch_size: images a forward.
     """
     if segmenter is None:
         return None
     size = segmenter.config.sample_size
-    gates = np.zeros((len(dataset), size, size), np.float32)
-    for start in range(0, len(dataset), batch_size):
-        stop = min(start + batch_size, len(dataset))
-        batch = np.stack([resample(grey_image(dataset[i]["image"]), size, size) for i in range(start, stop)])
+    gates = np.zeros((len(grey), size, size), np.float32)
+    for start in range(0, len(grey), batch_size):
+        stop = min(start + batch_size, len(grey))
+        batch = np.stack([resample(grey[i], size, size) for i in range(start, stop)])
         gates[start:stop] = segmenter.field(torch.from_numpy(batch)[:, None].to(segmenter.device)).cpu().numpy()
     return gates
 

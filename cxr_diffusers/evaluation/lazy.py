@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
+from tqdm.auto import tqdm
 
 MAX_STORED = 2**32  # bytes of a temporary file of `stored`
 
@@ -37,7 +38,7 @@ class Lazy(Generic[T]):
 
 @contextmanager
 def stored(
-    maps: Lazy[np.ndarray], shapes: Sequence[tuple[int, int]], folder: Path | None
+    maps: Lazy[np.ndarray], shapes: Sequence[tuple[int, int]], folder: Path | None, desc: str | None = None
 ) -> Iterator[Lazy[np.ndarray]]:
     """Yield the same float32 maps, each computed once and then read from a temporary file in `folder`.
 
@@ -48,13 +49,14 @@ def stored(
         maps: sequence of (H, W) float32 arrays.
         shapes: (H, W) of each.
         folder: an existing folder, or None.
+        desc: of a progress bar while they are computed; None: no bar.
     """
     ends = [0, *np.cumsum([4 * height * width for height, width in shapes]).tolist()]
     if folder is None or ends[-1] > MAX_STORED:
         yield maps
         return
     with tempfile.TemporaryFile(dir=folder) as file:
-        for anomaly_map in maps:
+        for anomaly_map in tqdm(maps, desc, disable=desc is None):
             file.write(np.asarray(anomaly_map, np.float32).tobytes())
 
         def read(i: int) -> np.ndarray:

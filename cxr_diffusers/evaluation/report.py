@@ -11,7 +11,7 @@ import numpy as np
 
 from ..figures import precision_recall_figure, roc_figure
 from ..files import save_png, write_file
-from ..visualization import contact_sheet
+from ..visualization import contact_sheet, to_grey
 from .controls import CHANCE, RANDOM, Maps
 from .truth import Row
 
@@ -148,12 +148,19 @@ def report(summary: dict[str, Any]) -> str:
         counterfactual_table(summary),
         f"- seconds per image: {', '.join(f'{n} {s:.3g}' for n, s in summary['seconds_per_image'].items())}",
         f"- threshold: {settings['threshold']} ({settings['threshold_from']}); controls mark equally many pixels",
+        *coarser(summary),
         f"- smoothing: {settings['smoothing']} of the shorter side; seed {settings['seed']}",
         f"- undefined values, in rows of per_image.csv: {undefined}",
         *left_out(summary["failed"]),
         "",
     ]
     return "\n".join(lines)
+
+
+def coarser(summary: Mapping[str, Any]) -> list[str]:
+    """[a line of summary.md] about images that were not measured at their full size; [] if all were."""
+    n, side = summary["n_shrunk"], summary["settings"]["resolution"]
+    return [f"- resolution: {n} images with a shorter side of over {side} pixels were measured at {side}"] if n else []
 
 
 def left_out(failed: Mapping[str, str]) -> list[str]:
@@ -200,7 +207,7 @@ def sheet_rows(images: Any, rows: Sequence[Row], maps: Mapping[str, Maps]) -> li
     evenly = np.linspace(0, len(firsts) - 1, min(SHEET_ROWS, len(firsts))).round().astype(int)
     return [
         {
-            "image": images[i]["image"],
+            "image": to_grey(images[i]["image"]).resize((rows[i]["width"], rows[i]["height"])),
             "mask": rows[i]["truth"].mask(),
             "maps": {name: maps_of_method[i] for name, maps_of_method in maps.items()},
             "title": rows[i]["patient"],

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from tqdm.auto import tqdm
 
 from ..fingerprints import config_of, weights_digest
 from . import metrics
@@ -24,14 +25,21 @@ def describe_method(method: Method) -> dict[str, Any]:
 
 
 def image_table(
-    method: Method, images: ImageSet, healthy: ImageSet, measured: Mapping[int, Mapping[str, float]]
+    method: Method,
+    images: ImageSet,
+    healthy: ImageSet,
+    measured: Mapping[int, Mapping[str, float]],
+    progress: bool = False,
 ) -> pd.DataFrame:
-    """A row for each image of one method; `measured`: {index in the data set: its metrics}."""
+    """A row for each image of one method; `measured`: {index in the data set: its metrics}; `progress`: show a bar."""
     lines = []
     for part, of_part in (("dataset", images), ("healthy", healthy)):
         predictions = of_part.predictions[method.name]
-        for i, (row, prediction) in enumerate(zip(of_part.rows, predictions, strict=True)):
-            own = {k: v for k, v in row.items() if k not in ("truth", "group", "height", "width")}
+        pairs = zip(of_part.rows, predictions, strict=True)
+        hidden = not progress or not of_part.rows
+        bar = tqdm(pairs, f"counterfactuals, {method.name}", len(of_part.rows), disable=hidden)
+        for i, (row, prediction) in enumerate(bar):
+            own = {k: v for k, v in row.items() if k not in ("truth", "group", "height", "width", "shrunk")}
             numbers = measured.get(i, UNDEFINED) if part == "dataset" else UNDEFINED
             numbers = {column: numbers[column] for column in UNDEFINED}
             line = {"method": method.name, "part": part, **own, "score": float(prediction["score"]), **numbers}
@@ -61,6 +69,7 @@ def counts(images: ImageSet, healthy: ImageSet) -> dict[str, Any]:
         "n_patients": len(patients),
         "n_with_region": len(with_region),
         "n_patients_with_region": len({row["group"] for row in with_region}),
+        "n_shrunk": sum(row["shrunk"] for part in (images, healthy) for row in part.rows),
         "n_healthy": len(healthy.rows),
         "n_healthy_patients": len(healthy_patients),
         "n_patients_in_both": len(patients & healthy_patients),

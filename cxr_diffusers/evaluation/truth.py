@@ -12,6 +12,8 @@ from .lazy import Lazy
 from .metrics import box_mask
 from .predictions import Predictions
 
+RESOLUTION = 1024  # pixels of the shorter side at which larger images are measured
+
 Row = dict[str, Any]  # path, patient, group, label, view, height, width, truth, and the strata; see `describe_row`
 
 
@@ -50,13 +52,14 @@ class ImageSet:
     predictions: dict[str, Predictions] = field(default_factory=dict)
 
 
-def open_images(dataset: Any, strata: Iterable[str] = ()) -> ImageSet:
+def open_images(dataset: Any, strata: Iterable[str] = (), resolution: int = RESOLUTION) -> ImageSet:
     """Describe the images of a data set; broken ones and those of a single value are logged, counted and left out.
 
     Args:
         dataset: sequence of rows with `image` and, where they are known, `label`, `patient`, `view`, `path`, `mask`,
             `boxes`.
         strata: names of further columns to keep.
+        resolution: see `measured_size`.
 
     Raises:
         ValueError: a mask of another size than its image, or no image that can be read and has contrast.
@@ -65,20 +68,22 @@ def open_images(dataset: Any, strata: Iterable[str] = ()) -> ImageSet:
     rows, kept = [], []
     failed: dict[str, str] = {}
     for i, row in each_row(dataset, failed):
-        rows.append(describe_row(row, row.get("path") or f"row {i}", strata))
+        rows.append(describe_row(row, row.get("path") or f"row {i}", strata, resolution))
         kept.append(i)
     if failed and not rows:
         raise ValueError(f"expected images with contrast, got {len(failed)} without: {next(iter(failed.values()))}")
     return ImageSet(Lazy(len(kept), lambda i: dataset[kept[i]]) if failed else dataset, rows, failed)
 
 
-def describe_row(row: Mapping[str, Any], path: str, strata: Sequence[str]) -> Row:
+def describe_row(row: Mapping[str, Any], path: str, strata: Sequence[str], resolution: int) -> Row:
     """What the evaluation needs to know of an image, without its pixels.
 
-    `truth` is a `Region`, None where it is unknown; `group` is the unit of the bootstrap: the patient, or the path of
-    an image without one; `label` is None where the data set does not give it.
+    `height` and `width` are those at which it is measured, see `measured_size`; `truth` is a `Region` of that size,
+    None where it is unknown; `group` is the unit of the bootstrap: the patient, or the path of an image without one;
+    `label` is None where the data set does not give it.
     """
-    height, width = height_and_width(row["image"])
+    full_size = height_and_width(row["image"])
+    height, width = measured_size(*full_size, resolution)
     return {
         "path": path,
         "patient": row.get("patient") or "",
@@ -87,23 +92,53 @@ def describe_row(row: Mapping[str, Any], path: str, strata: Sequence[str]) -> Ro
         "view": row.get("view") or "",
         "height": height,
         "width": width,
-        "truth": true_region(row, height, width),
+        "shrunk": (height, width) != full_size,
+        "truth": true_region(row, full_size, (height, width)),
         **{name: str(row[name]) for name in strata},
     }
 
 
-def true_region(row: Mapping[str, Any], height: int, width: int) -> Region | None:
+def measured_size(height: int, width: int, resolution: int) -> tuple[int, int]:
+    """The (height, width) at which an image is measured: a shorter side of at most `resolution`; 0: its full size."""
+    shorter = min(height, width)
+    if not 0 < resolution < shorter:
+        return height, width
+    return round(height * resolution / shorter), round(width * resolution / shorter)
+
+
+def true_region(row: Mapping[str, Any], full_size: tuple[int, int], size: tuple[int, int]) -> Region | None:
     """The mask if there is one, else the union of the boxes, else None.
+
+    Args:
+        row: `mask` is a PIL image, `boxes` are in pixels of the image.
+        full_size: (height, width) of the image.
+        size: of the region.
 
     Raises:
         ValueError: a mask of another size than its image.
     """
-    if row.get("mask") is None:
-        return Region(box_mask(row["boxes"], height, width)) if row.get("boxes") else None
-    mask = np.asarray(row["mask"].convert("L")) > 127
-    if mask.shape != (height, width):
-        raise ValueError(f"expected a mask of the image's size {(height, width)}, got {mask.shape}: {row.get('path')}")
-    return Region(mask)
+    if row.get("mask") is not None:
+        mask = np.asarray(row["mask"].convert("L")) > 127
+        if mask.shape != full_size:
+            raise ValueError(f"expected a mask of the image's size {full_size}, got {mask.shape}: {row.get('path')}")
+    elif row.get("boxes"):
+        mask = box_mask(row["boxes"], *full_size)
+    else:
+        return None
+    return Region(mask if size == full_size else at_centres(mask, *size))
+
+
+def at_centres(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(H, W) booleans -> (height, width): each pixel has the value at its centre.
+
+    If no centre is in the mask, the pixels that it touches are true.
+    """
+    grid = tuple(zip(mask.shape, (height, width), strict=True))
+    rows, columns = (((np.arange(n) + 0.5) * whole / n).astype(int) for whole, n in grid)
+    sampled = mask[np.ix_(rows, columns)]
+    if mask.any() and not sampled.any():
+        sampled[tuple(i * n // whole for i, (whole, n) in zip(mask.nonzero(), grid, strict=True))] = True
+    return sampled
 
 
 def has_region(row: Row) -> bool:

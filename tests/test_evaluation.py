@@ -9,16 +9,18 @@ from datasets import Image as ImageFeature
 from datasets import List as ListFeature
 from diffusers import DDIMScheduler, UNet2DModel
 from PIL import Image
+from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 
 from cxr_diffusers import LungSegmenter
 from cxr_diffusers.evaluation import compare, evaluate, summary_table
-from cxr_diffusers.evaluation.controls import grey_images, image_controls, lung_gates
+from cxr_diffusers.evaluation.controls import grey_image, grey_images, image_controls, lung_gates
+from cxr_diffusers.evaluation.grid import at_centres, shrink_mask
 from cxr_diffusers.evaluation.masks import smooth_map
 from cxr_diffusers.evaluation.metrics import box_mask, hit, pixel_average_precision
 from cxr_diffusers.evaluation.report import report
 from cxr_diffusers.pipelines import AnomalyOutput, CFGAnomalyPipeline
-from cxr_diffusers.pipelines.cxr_images import restore_map
+from cxr_diffusers.pipelines.cxr_images import prepare_image, restore_map
 from helpers import BrightSpots, spot_chest, spot_rows, toy_unet
 
 FAST = {"num_inference_steps": 4, "noise_level": 500, "guidance_scale": 1.0}
@@ -100,7 +102,7 @@ def test_a_large_image_is_measured_at_the_centres_of_a_coarser_grid(tmp_path, pi
     assert table.score.tolist() == pytest.approx(output.anomaly_score.tolist(), abs=1e-5)  # of the whole image
     assert result.summary["n_shrunk"] == 5 and result.summary["settings"]["resolution"] == 24
     text = (tmp_path / "summary.md").read_text()
-    assert "- resolution: 5 images with a shorter side of over 24 pixels were measured at 24" in text
+    assert "- resolution: 5 images with a shorter side of more than 24 pixels were measured at 24" in text
     everything = quick(pipeline, dataset, **options | {"resolution": 0})
     assert everything.summary["n_shrunk"] == 0 and everything.per_image.prevalence[0] == 21 * 30 / (80 * 48)
     assert "resolution" not in report(everything.summary)
@@ -127,6 +129,45 @@ def test_on_a_coarser_grid_smooth_maps_have_nearly_the_same_metrics():
             assert a == pytest.approx(b, abs=0.01), (name, metric)
 
 
+def test_the_coarser_grid_has_the_lesions_of_every_aspect_where_they_are():
+    class OwnSquare(BrightSpots):
+        def __init__(self, aspect):
+            self.config = {"aspect": aspect}
+
+        def __call__(self, image, output_type="np"):
+            prepared = prepare_image(image, 64, scaling="dtype", aspect=self.config["aspect"], data_range=(0, 1))
+            array = prepared.permute(0, 2, 3, 1).numpy()
+            return AnomalyOutput(array, array, array[..., 0], array.max((1, 2, 3)))
+
+    dataset = []
+    for i in range(4):
+        image, mask = np.full((2, 80, 72), 40, np.uint8)
+        y, x = 24 + 4 * i, 24 + 2 * i
+        image[y : y + 16, x : x + 16], mask[:] = 200, 0
+        mask[y : y + 16, x : x + 16] = 255
+        dataset.append({"image": Image.fromarray(image), "mask": Image.fromarray(mask), "label": 1, "patient": f"p{i}"})
+    for aspect in ("pad", "crop", "squash", "keep"):
+        full, coarse = (quick(OwnSquare(aspect), dataset, resolution=side) for side in (0, 36))
+        assert value(full, "method", "pixel_ap") > 0.95, aspect
+        assert value(coarse, "method", "pixel_ap") > 0.95, aspect
+        assert value(coarse, "method", "hit_rate") == 1
+
+
+def test_a_coarser_grid_neither_loses_nor_breaks_a_region():
+    mask = np.zeros((320, 300), bool)
+    mask[100:140, 100:150] = True  # large: as at the centres
+    mask[8, 20:25] = True  # a line between the centres
+    mask[200, 50:250] = True  # a rim of one pixel, broken by the centres
+    mask[201:260, 50] = True
+    mask[300, 280] = True
+    small = shrink_mask(mask, 128, 120)
+    regions = [ndimage.label(m, np.ones((3, 3)))[1] for m in (mask, small)]
+    assert regions == [4, 4]
+    assert (small[40:56, 40:60] == at_centres(mask, 128, 120)[40:56, 40:60]).all()
+    assert small[3, 8:10].all() and small[120, 112]
+    assert not shrink_mask(np.zeros((320, 300), bool), 128, 120).any()
+
+
 def test_a_lesion_between_the_centres_of_a_coarser_grid_is_not_lost():
     dataset = spot_rows(2, height=64, width=64)
     mask = np.zeros((64, 64), np.uint8)
@@ -135,6 +176,14 @@ def test_a_lesion_between_the_centres_of_a_coarser_grid_is_not_lost():
     result = quick(BrightSpots(), dataset, resolution=16)
     assert result.summary["n_with_region"] == 2
     assert result.per_image.prevalence[0] == 2 / 16**2
+
+
+def test_arrays_have_the_image_controls_of_the_image():
+    image = spot_chest(0, height=40, width=30)[0]
+    array = np.asarray(image)
+    for other in (array, array[..., None], np.stack([array] * 3, axis=-1).astype(np.float64)):
+        assert grey_image(other, 20, 15) == pytest.approx(grey_image(image, 20, 15), abs=0.01)
+        assert grey_image(other, 40, 30) == pytest.approx(grey_image(image, 40, 30), abs=1e-6)
 
 
 def test_chance_is_the_share_of_positive_pixels():
@@ -482,7 +531,10 @@ def test_similarity_is_measured_outside_the_true_region():
         (lambda d: dict(dataset=[]), "at least one row"),
         (lambda d: dict(dataset=d, name="chance"), r"not named as a control is, got \['chance'\]"),
         (lambda d: dict(dataset=d, strata=("colour",)), r"got \['colour'\]"),
-        (lambda d: dict(dataset=d, resolution=-1), r"a `resolution` of 0 \(every pixel\) or more, got -1"),
+        (lambda d: dict(dataset=d, resolution=-1), "a whole number of pixels, or 0 .* as `resolution`, got -1"),
+        (lambda d: dict(dataset=d, resolution=True), "as `resolution`, got True"),
+        (lambda d: dict(dataset=d, resolution=24.5), "as `resolution`, got 24.5"),
+        (lambda d: dict(dataset=[{**r, "height": 1} for r in d], strata=("height",)), r"strata.*got \['height'\]"),
         (lambda d: dict(dataset=d, healthy=d), r"label 0.*got labels \[1\]"),
         (
             lambda d: dict(dataset=[{**d[0], "image": Image.new("L", (32, 32), 7)}]),

@@ -66,6 +66,7 @@ def run(options: argparse.Namespace) -> int:
     from ..config import PLANS, config_file
     from ..data import open_dataset
     from ..evaluation import compare, load_plan, run_plan
+    from ..evaluation.grid import check_resolution
     from ..evaluation.plan import plan_table
     from ..processes import process_state
 
@@ -76,6 +77,7 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError(f"expected --bootstrap of 1 or more, got {options.bootstrap}")
         shared["n_bootstrap"] = options.bootstrap
     if options.resolution is not None:
+        check_resolution(options.resolution)
         shared["resolution"] = options.resolution
     if options.config:
         if options.model or options.healthy or options.strata or shared["call_kwargs"]:

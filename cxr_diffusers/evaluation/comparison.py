@@ -18,6 +18,7 @@ from ..version import __version__
 from . import metrics, statistics
 from .controls import Maps, controls, grey_images, image_controls, image_score, is_control, lung_gates
 from .counterfactuals import counterfactual_level, joined
+from .grid import RESOLUTION, check_resolution
 from .judge import check_judge, name_of
 from .lazy import Lazy, stored
 from .masks import healthy_threshold
@@ -25,7 +26,7 @@ from .predictions import Method, predict
 from .report import sheet_rows, write
 from .statistics import Measured, Table
 from .tables import counts, describe_method, image_table
-from .truth import RESOLUTION, ImageSet, has_region, open_images
+from .truth import INTERNAL, ImageSet, has_region, open_images
 
 
 @dataclass
@@ -129,17 +130,18 @@ def compare(
             None: no such metrics.
         maps_dir: where the predictions are kept; None: maps/ of `output_dir`. Evaluations may share one.
         lung_segmenter: a `LungSegmenter`, which gives the controls with the lung gate; None: without them.
-        resolution: pixels of the shorter side at which larger images are measured: a pixel of the coarser grid has the
-            truth and the map at its centre. The pipelines get the whole image. 0: every pixel, which takes longer.
+        resolution: images with a shorter side of more pixels are measured at this one. A pixel of the coarser grid has
+            the truth at its centre, and maps, counterfactuals, controls and lung gates are resampled to the grid; the
+            pipelines get the whole image. 0: all at their full size, which takes longer.
         shard: the share of the images to predict, without the tables; None: all of them, and the tables. See `Shard`.
 
     Returns:
         `Evaluation`; None in a shard, and in all processes but the main one.
 
     Raises:
-        ValueError: an empty data set, an unknown stratum, rows in `healthy` that are not healthy, a mask of another
-            size than its image, no image with contrast, a judge without an image classifier, or several processes
-            or a shard without `output_dir`.
+        ValueError: an empty data set, an unknown stratum, rows in `healthy` that are not healthy, an invalid
+            `resolution`, a mask of another size than its image, no image with contrast, a judge without an image
+            classifier, or several processes or a shard without `output_dir`.
     """
     healthy = healthy or []
     shard = shard or Shard()
@@ -210,15 +212,16 @@ class Comparison:
         """Measure the predictions of all methods, and the controls."""
         for method in self.methods:
             method.threshold = self.threshold_of(method)
-        images, healthy = self.stored_images(self.images), self.stored_images(self.healthy)
+        images = self.stored_images(self.images, "read images")
+        healthy = self.stored_images(self.healthy, "read healthy images")
         with images as grey, healthy as healthy_grey:
             return self.evaluate_with(grey, healthy_grey)
 
-    def stored_images(self, part: ImageSet) -> AbstractContextManager[Maps]:
-        """The `grey_images` of a part, each read once."""
+    def stored_images(self, part: ImageSet, desc: str) -> AbstractContextManager[Maps]:
+        """The `grey_images` of a part, read once where `lazy.stored` can store them."""
         shapes = [(row["height"], row["width"]) for row in part.rows]
-        desc = "read images" if self.progress else None
-        return stored(grey_images(part.dataset, part.rows), shapes, self.folder, desc)
+        shown = desc if self.progress and part.rows else None
+        return stored(grey_images(part.dataset, part.rows), shapes, self.folder, shown)
 
     def evaluate_with(self, grey: Maps, healthy_grey: Maps) -> Evaluation:
         """`evaluate`, with the `grey_images` of the data set and of the healthy images."""
@@ -370,14 +373,14 @@ def check(
         raise ValueError(f"expected at least one method, not named as a control is, got {controls or 'none'}")
     if len(dataset) == 0:
         raise ValueError("expected a data set with at least one row, got none")
-    if not isinstance(resolution, int) or resolution < 0:
-        raise ValueError(f"expected a `resolution` of 0 (every pixel) or more, got {resolution!r}")
+    check_resolution(resolution)
     if output_dir is None and (process_state().num_processes > 1 or not shard.is_all):
         raise ValueError("expected `output_dir` with several processes or a shard, which keep their results there")
     columns = getattr(dataset, "column_names", None) or dataset[0]
-    unknown = [s for s in strata if s not in columns]
+    unknown = [s for s in strata if s not in columns or s in INTERNAL]
     if unknown:
-        raise ValueError(f"expected `strata` among the columns {sorted(columns)}, got {unknown}")
+        free = sorted(set(columns) - set(INTERNAL))
+        raise ValueError(f"expected `strata` among the columns {free}, got {unknown}")
     labels = set(column_of(healthy, "label")) - {0, -1, None}  # without a label: healthy by the user's word
     if labels:
         raise ValueError(f"expected healthy rows (label 0) in `healthy`, got labels {sorted(labels)}")

@@ -1,4 +1,4 @@
-"""Controls that a method has to beat: maps made without knowing the disease. All have the size of their image."""
+"""Controls that a method has to beat: maps made without knowing the disease, of the size that is measured."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -72,7 +72,7 @@ def mean_map_of(name: str, methods: Any) -> str:
 
 
 def in_every(rows: Sequence[Row], in_frame: Callable[[int], np.ndarray]) -> Maps:
-    """The map `in_frame(i)` of the common frame, resampled to each image's own size."""
+    """The map `in_frame(i)` of the common frame, resampled to the size at which each image is measured."""
     return Lazy(len(rows), lambda i: resample(in_frame(i), rows[i]["height"], rows[i]["width"]))
 
 
@@ -130,7 +130,7 @@ def image_controls(grey: Maps, gates: np.ndarray | None, smoothing: float) -> di
     if gates is not None:
         maps[GATE] = Lazy(n, lambda i: resample(gates[i], *grey[i].shape))
         maps[BRIGHTNESS] = gated(Lazy(n, lambda i: smooth_small(grey[i], SIGMA)), gates)
-        maps[MIRROR] = gated(Lazy(n, lambda i: smooth_small(mirror_difference(grey[i]), SIGMA)), gates)
+        maps[MIRROR] = gated(Lazy(n, lambda i: smooth_small(grey[i], SIGMA, mirror_difference)), gates)
     return maps
 
 
@@ -140,12 +140,13 @@ def grey_images(dataset: Any, rows: Sequence[Row]) -> Maps:
 
 
 def grey_image(image: Image.Image | np.ndarray, height: int, width: int) -> np.ndarray:
-    """A PIL image or (H, W, C) array -> (height, width) float32, stretched so that it reaches from 0 to 1.
+    """A PIL image, (H, W) or (H, W, C) array -> (height, width) float32, stretched so that it reaches from 0 to 1.
 
     A larger image is shrunk first, by the mean of the area of each pixel.
     """
-    if isinstance(image, np.ndarray):  # of several channels, all of one weight
-        image = Image.fromarray(image.mean(axis=-1, dtype=np.float32))
+    if isinstance(image, np.ndarray):
+        # channels have the same weight
+        image = Image.fromarray(np.asarray(image if image.ndim == 2 else image.mean(axis=-1), np.float32))
     image = image.convert("F" if image.mode[0] in "IF" else "L")
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BOX)
@@ -163,12 +164,17 @@ def mirror_difference(image: np.ndarray) -> np.ndarray:
     return np.maximum(image - image[:, ::-1], 0)
 
 
-def smooth_small(image: np.ndarray, sigma: float) -> np.ndarray:
-    """The image, smoothed by a fraction `sigma` of its shorter side; computed with a shorter side of at most `GRID`."""
+def smooth_small(
+    image: np.ndarray, sigma: float, function: Callable[[np.ndarray], np.ndarray] | None = None
+) -> np.ndarray:
+    """The image, or `function(image)`, smoothed; computed with a shorter side of at most `GRID`.
+
+    `sigma` is a fraction of the shorter side.
+    """
     height, width = image.shape
     scale = min(1, GRID / min(height, width))
     small = image if scale == 1 else resample(image, round(height * scale), round(width * scale))
-    return resample(smooth_map(small, sigma * min(small.shape)), height, width)
+    return resample(smooth_map(function(small) if function else small, sigma * min(small.shape)), height, width)
 
 
 @torch.no_grad()

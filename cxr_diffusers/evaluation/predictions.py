@@ -17,6 +17,7 @@ from ..files import safe_name, write_file
 from ..fingerprints import config_of, fingerprint, image_digest
 from ..pipelines.cxr_images import restore_map
 from ..processes import Shard, process_state, quiet, split_pending
+from .grid import at_centres
 from .lazy import Lazy
 from .masks import smooth_map
 
@@ -66,11 +67,14 @@ class Method:
         return default if value is None else value
 
     def restore(self, array: np.ndarray, row: Mapping[str, Any]) -> np.ndarray:
-        """(S, S) array of the pipeline's square -> (`row["height"]`, `row["width"]`), the image's own resolution."""
-        return restore_map(array, row["height"], row["width"], self.option("aspect", "pad"))
+        """(S, S) array of the pipeline's square -> (`row["height"]`, `row["width"]`), the size that is measured."""
+        aspect, size = self.option("aspect", "pad"), (row["height"], row["width"])
+        if aspect == "keep":  # its frame is in the image's own pixels
+            return at_centres(restore_map(array, *row["full_size"], aspect), *size)
+        return restore_map(array, *size, aspect)
 
     def maps(self, predictions: Predictions, rows: Sequence[Mapping[str, Any]], smoothing: float) -> Lazy[np.ndarray]:
-        """The anomaly maps of some predictions at the images' own resolution, smoothed; see `smooth_by_side`."""
+        """The anomaly maps of some predictions, see `restore`, smoothed by `smooth_by_side`."""
         squares = predictions.column("anomaly_map")
         return Lazy(len(rows), lambda i: smooth_by_side(self.restore(squares[i], rows[i]), smoothing))
 

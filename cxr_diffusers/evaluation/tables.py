@@ -11,7 +11,7 @@ from ..fingerprints import config_of, weights_digest
 from . import metrics
 from .predictions import Method, Prediction
 from .statistics import UNDEFINED
-from .truth import ImageSet, Row, has_region
+from .truth import INTERNAL, ImageSet, Row, has_region, is_shrunk
 
 
 def describe_method(method: Method) -> dict[str, Any]:
@@ -37,9 +37,9 @@ def image_table(
         predictions = of_part.predictions[method.name]
         pairs = zip(of_part.rows, predictions, strict=True)
         hidden = not progress or not of_part.rows
-        bar = tqdm(pairs, f"counterfactuals, {method.name}", len(of_part.rows), disable=hidden)
+        bar = tqdm(pairs, f"similarity, {method.name}", len(of_part.rows), disable=hidden)
         for i, (row, prediction) in enumerate(bar):
-            own = {k: v for k, v in row.items() if k not in ("truth", "group", "height", "width", "shrunk")}
+            own = {k: v for k, v in row.items() if k not in INTERNAL}
             numbers = measured.get(i, UNDEFINED) if part == "dataset" else UNDEFINED
             numbers = {column: numbers[column] for column in UNDEFINED}
             line = {"method": method.name, "part": part, **own, "score": float(prediction["score"]), **numbers}
@@ -69,7 +69,7 @@ def counts(images: ImageSet, healthy: ImageSet) -> dict[str, Any]:
         "n_patients": len(patients),
         "n_with_region": len(with_region),
         "n_patients_with_region": len({row["group"] for row in with_region}),
-        "n_shrunk": sum(row["shrunk"] for part in (images, healthy) for row in part.rows),
+        "n_shrunk": sum(is_shrunk(row) for part in (images, healthy) for row in part.rows),
         "n_healthy": len(healthy.rows),
         "n_healthy_patients": len(healthy_patients),
         "n_patients_in_both": len(patients & healthy_patients),

@@ -8,13 +8,14 @@ import numpy as np
 
 from ..data.images import height_and_width
 from ..data.rows import each_row
+from .grid import RESOLUTION, measured_size, shrink_mask
 from .lazy import Lazy
 from .metrics import box_mask
 from .predictions import Predictions
 
-RESOLUTION = 1024  # pixels of the shorter side at which larger images are measured
+INTERNAL = ("group", "height", "width", "full_size", "truth")  # entries of a `Row` that are not in the tables
 
-Row = dict[str, Any]  # path, patient, group, label, view, height, width, truth, and the strata; see `describe_row`
+Row = dict[str, Any]  # path, patient, label, view, the strata, and the entries `INTERNAL`; see `describe_row`
 
 
 class Region:
@@ -78,9 +79,9 @@ def open_images(dataset: Any, strata: Iterable[str] = (), resolution: int = RESO
 def describe_row(row: Mapping[str, Any], path: str, strata: Sequence[str], resolution: int) -> Row:
     """What the evaluation needs to know of an image, without its pixels.
 
-    `height` and `width` are those at which it is measured, see `measured_size`; `truth` is a `Region` of that size,
-    None where it is unknown; `group` is the unit of the bootstrap: the patient, or the path of an image without one;
-    `label` is None where the data set does not give it.
+    `height` and `width` are those at which it is measured, see `measured_size`, `full_size` is its own (height, width);
+    `truth` is a `Region` of the former, None where it is unknown; `group` is the unit of the bootstrap: the patient, or
+    the path of an image without one; `label` is None where the data set does not give it.
     """
     full_size = height_and_width(row["image"])
     height, width = measured_size(*full_size, resolution)
@@ -92,18 +93,15 @@ def describe_row(row: Mapping[str, Any], path: str, strata: Sequence[str], resol
         "view": row.get("view") or "",
         "height": height,
         "width": width,
-        "shrunk": (height, width) != full_size,
+        "full_size": full_size,
         "truth": true_region(row, full_size, (height, width)),
         **{name: str(row[name]) for name in strata},
     }
 
 
-def measured_size(height: int, width: int, resolution: int) -> tuple[int, int]:
-    """The (height, width) at which an image is measured: a shorter side of at most `resolution`; 0: its full size."""
-    shorter = min(height, width)
-    if not 0 < resolution < shorter:
-        return height, width
-    return round(height * resolution / shorter), round(width * resolution / shorter)
+def is_shrunk(row: Row) -> bool:
+    """Whether an image is measured on a coarser grid than its own."""
+    return (row["height"], row["width"]) != row["full_size"]
 
 
 def true_region(row: Mapping[str, Any], full_size: tuple[int, int], size: tuple[int, int]) -> Region | None:
@@ -125,20 +123,7 @@ def true_region(row: Mapping[str, Any], full_size: tuple[int, int], size: tuple[
         mask = box_mask(row["boxes"], *full_size)
     else:
         return None
-    return Region(mask if size == full_size else at_centres(mask, *size))
-
-
-def at_centres(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W) booleans -> (height, width): each pixel has the value at its centre.
-
-    If no centre is in the mask, the pixels that it touches are true.
-    """
-    grid = tuple(zip(mask.shape, (height, width), strict=True))
-    rows, columns = (((np.arange(n) + 0.5) * whole / n).astype(int) for whole, n in grid)
-    sampled = mask[np.ix_(rows, columns)]
-    if mask.any() and not sampled.any():
-        sampled[tuple(i * n // whole for i, (whole, n) in zip(mask.nonzero(), grid, strict=True))] = True
-    return sampled
+    return Region(mask if size == full_size else shrink_mask(mask, *size))
 
 
 def has_region(row: Row) -> bool:

@@ -28,10 +28,12 @@ def check_resolution(resolution: Any) -> None:
 
 def at_centres(array: np.ndarray, height: int, width: int) -> np.ndarray:
     """(H, W) -> (height, width): each pixel of the coarser grid has the value at its centre."""
-    rows, columns = (
-        ((np.arange(n) + 0.5) * whole / n).astype(int) for n, whole in zip((height, width), array.shape, strict=True)
-    )
-    return array[np.ix_(rows, columns)]
+    return array[np.ix_(*(centres(whole, n) for whole, n in zip(array.shape, (height, width), strict=True)))]
+
+
+def centres(whole: int, n: int) -> np.ndarray:
+    """(n,) the pixels of a side of `whole` pixels in which the centres of `n` larger pixels lie."""
+    return ((np.arange(n) + 0.5) * whole / n).astype(int)
 
 
 def shrink_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -40,12 +42,18 @@ def shrink_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     Of a region that the grid would lose or break into pieces, every pixel that it touches is true.
     """
     sampled = at_centres(mask, height, width)
-    regions, _ = ndimage.label(mask, EIGHT)
-    pieces, _ = ndimage.label(sampled, EIGHT)
-    region_at = at_centres(regions, height, width)
-    shrink = [n / whole for n, whole in zip((height, width), mask.shape, strict=True)]
+    if not mask.any():
+        return sampled
+    # only the box around all regions is searched for them
+    (top, bottom), (left, right) = (np.flatnonzero(mask.any(axis))[[0, -1]] for axis in (1, 0))
+    regions, _ = ndimage.label(mask[top : bottom + 1, left : right + 1], EIGHT)
+    rows, columns = centres(mask.shape[0], height), centres(mask.shape[1], width)
+    inside = (rows >= top) & (rows <= bottom), (columns >= left) & (columns <= right)
+    pieces, _ = ndimage.label(sampled[np.ix_(*inside)], EIGHT)
+    region_at = regions[np.ix_(rows[inside[0]] - top, columns[inside[1]] - left)]
     for number, place in enumerate(ndimage.find_objects(regions), 1):
         if len(np.unique(pieces[region_at == number])) != 1:
-            own = (regions[place] == number).nonzero()
-            sampled[tuple(((i + at.start) * f).astype(int) for i, at, f in zip(own, place, shrink, strict=True))] = True
+            y, x = (regions[place] == number).nonzero()
+            y, x = y + place[0].start + top, x + place[1].start + left
+            sampled[y * height // mask.shape[0], x * width // mask.shape[1]] = True
     return sampled

@@ -48,7 +48,7 @@ def pixel_ap(pipeline, output_dir):
     return result and result.summary["rows"]["method"]["pixel_ap"]["value"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def runs(tmp_path_factory):
     """The folder of the runs, the lines that they print as JSON, and all of their output.
 
@@ -107,36 +107,41 @@ def prior():
     return pipeline
 
 
-def test_two_processes_share_a_detection(runs, tmp_path):
-    folder, lines, done = runs
+def test_two_processes_share_the_images_of_each_command(runs, tmp_path):
+    """One test: the tests of a file may run in several processes, and each of these would start the two."""
+    check_detection(*runs, tmp_path / "detection")
+    check_deblurring(*runs, tmp_path / "deblurring")
+    check_evaluation(*runs, tmp_path / "evaluation")
+
+
+def check_detection(folder, lines, done, alone):
+    """`alone`: the folder for the run of one process."""
     assert done.stdout.count("5 images: 4 computed (") == 1, done.stderr[-3000:]
     assert ["exit code", "detect", 1] in lines and "broken.png" in done.stderr  # one file failed
     rows = {path.name: json.loads(path.read_text()) for path in (folder / "maps" / "rows").iterdir()}
     assert sorted(row["process"] for row in rows.values()) in ([0, 0, 1, 1], [0, 0, 0, 1])
     images = [folder / "images" / "healthy", folder / "images" / "diseased" / "4.png"]
-    run_detect(model(), images, tmp_path)
-    alone = {path.name: json.loads(path.read_text()) for path in (tmp_path / "rows").iterdir()}
-    assert len(alone) == 4 and set(rows) == set(alone)
-    for name, row in alone.items():
+    run_detect(model(), images, alone)
+    own_rows = {path.name: json.loads(path.read_text()) for path in (alone / "rows").iterdir()}
+    assert len(own_rows) == 4 and set(rows) == set(own_rows)
+    for name, row in own_rows.items():
         assert rows[name]["anomaly_score"] == pytest.approx(row["anomaly_score"], abs=1e-5)
     assert (folder / "maps" / "results.csv").read_text().count("\n") == 5
 
 
-def test_two_processes_share_the_images_to_deblur(runs, tmp_path):
-    folder, lines, done = runs
+def check_deblurring(folder, lines, done, alone):
     assert lines.count(["exit code", "deblur", 0]) == 2
     assert "6 images: 5 computed" in done.stdout and "2 processes" in done.stdout
     call = {"num_inference_steps": 2}
-    deblur(prior(), folder / "images", tmp_path / "one", kernel=KERNEL, call_kwargs=call, progress=False)
-    names = [{p.relative_to(root) for p in root.rglob("*.png")} for root in (tmp_path / "one", folder / "deblurred")]
+    deblur(prior(), folder / "images", alone, kernel=KERNEL, call_kwargs=call, progress=False)
+    names = [{p.relative_to(root) for p in root.rglob("*.png")} for root in (alone, folder / "deblurred")]
     assert names[0] == names[1] and len(names[0]) == 6
     for name in names[0]:
-        one, two = (np.asarray(Image.open(root / name)) for root in (tmp_path / "one", folder / "deblurred"))
+        one, two = (np.asarray(Image.open(root / name)) for root in (alone, folder / "deblurred"))
         assert np.abs(one.astype(int) - two).max() <= 1
 
 
-def test_two_processes_share_an_evaluation_and_give_the_result_of_one(runs, tmp_path):
-    folder, lines, _ = runs
+def check_evaluation(folder, lines, done, alone):
     shares = sorted(line[1:] for line in lines if line[0] == "evaluation")
     assert [(index, images) for index, images, _ in shares] == [(0, 3), (1, 2)]
-    assert shares[0][2] == pixel_ap(BrightSpots(), tmp_path) and shares[1][2] is None
+    assert shares[0][2] == pixel_ap(BrightSpots(), alone) and shares[1][2] is None

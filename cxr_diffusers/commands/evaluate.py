@@ -48,9 +48,7 @@ def add(commands: Any) -> None:
     evaluate.add_argument("--healthy", metavar="DATA", help="healthy validation images, which give the thresholds")
     evaluate.add_argument("--out", type=Path, required=True, help="folder for tables, images and maps")
     evaluate.add_argument("--bootstrap", type=int, help="replicates over patients (default: 1000)")
-    text = (
-        "of the measurement: larger images are measured at a shorter side of N pixels (default: 1024); 0: every pixel"
-    )
+    text = "measure images with a shorter side of more than N pixels at N (default: 1024); 0: all at full size"
     evaluate.add_argument("--resolution", metavar="N", type=int, help=text)
     evaluate.add_argument("--strata", nargs="*", default=[], help="columns to report separately, e.g. source")
     text = "a model with an image classifier that judges the counterfactuals, e.g. cxr_grad_cam_128"

@@ -166,6 +166,11 @@ def test_a_coarser_grid_neither_loses_nor_breaks_a_region():
     assert (small[40:56, 40:60] == at_centres(mask, 128, 120)[40:56, 40:60]).all()
     assert small[3, 8:10].all() and small[120, 112]
     assert not shrink_mask(np.zeros((320, 300), bool), 128, 120).any()
+    speckles = np.random.default_rng(0).random((320, 300)) < 0.01
+    numbered, n = ndimage.label(speckles, np.ones((3, 3)))
+    y, x = speckles.nonzero()
+    touched = shrink_mask(speckles, 128, 120)[y * 128 // 320, x * 120 // 300]
+    assert n > 500 and ndimage.maximum(touched, numbered[y, x], np.arange(1, n + 1)).all()
 
 
 def test_a_lesion_between_the_centres_of_a_coarser_grid_is_not_lost():

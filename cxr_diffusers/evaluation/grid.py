@@ -46,14 +46,15 @@ def shrink_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
         return sampled
     # only the box around all regions is searched for them
     (top, bottom), (left, right) = (np.flatnonzero(mask.any(axis))[[0, -1]] for axis in (1, 0))
-    regions, _ = ndimage.label(mask[top : bottom + 1, left : right + 1], EIGHT)
+    regions, count = ndimage.label(mask[top : bottom + 1, left : right + 1], EIGHT)
     rows, columns = centres(mask.shape[0], height), centres(mask.shape[1], width)
     inside = (rows >= top) & (rows <= bottom), (columns >= left) & (columns <= right)
-    pieces, _ = ndimage.label(sampled[np.ix_(*inside)], EIGHT)
+    pieces, num_pieces = ndimage.label(sampled[np.ix_(*inside)], EIGHT)
     region_at = regions[np.ix_(rows[inside[0]] - top, columns[inside[1]] - left)]
-    for number, place in enumerate(ndimage.find_objects(regions), 1):
-        if len(np.unique(pieces[region_at == number])) != 1:
-            y, x = (regions[place] == number).nonzero()
-            y, x = y + place[0].start + top, x + place[1].start + left
-            sampled[y * height // mask.shape[0], x * width // mask.shape[1]] = True
+    # of each region, the number of its pieces
+    pairs = np.unique(region_at.astype(np.int64) * (num_pieces + 1) + pieces) // (num_pieces + 1)
+    broken = np.bincount(pairs, minlength=count + 1) != 1
+    broken[0] = False  # outside all regions
+    y, x = broken[regions].nonzero()
+    sampled[(y + top) * height // mask.shape[0], (x + left) * width // mask.shape[1]] = True
     return sampled

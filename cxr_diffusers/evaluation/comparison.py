@@ -130,9 +130,9 @@ def compare(
             None: no such metrics.
         maps_dir: where the predictions are kept; None: maps/ of `output_dir`. Evaluations may share one.
         lung_segmenter: a `LungSegmenter`, which gives the controls with the lung gate; None: without them.
-        resolution: images with a shorter side of more pixels are measured at this one. A pixel of the coarser grid has
+        resolution: the shorter side, in pixels, at which larger images are measured. A pixel of this coarser grid has
             the truth at its centre, and maps, counterfactuals, controls and lung gates are resampled to the grid; the
-            pipelines get the whole image. 0: all at their full size, which takes longer.
+            pipelines get the whole image. 0: all images at their full size, which takes longer.
         shard: the share of the images to predict, without the tables; None: all of them, and the tables. See `Shard`.
 
     Returns:

@@ -1,4 +1,7 @@
-"""Controls that a method has to beat: maps made without knowing the disease, of the size that is measured."""
+"""Controls that a method has to beat: maps made without knowing the disease.
+
+Each has the size at which its image is measured.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,6 +11,7 @@ import torch
 from PIL import Image
 
 from ..pipelines.cxr_anomaly import score_map
+from .grid import measured_size
 from .lazy import Lazy
 from .masks import smooth_map
 from .predictions import smooth_by_side
@@ -148,9 +152,7 @@ def grey_image(image: Image.Image | np.ndarray, height: int, width: int) -> np.n
         # channels have the same weight
         image = Image.fromarray(np.asarray(image if image.ndim == 2 else image.mean(axis=-1), np.float32))
     image = image.convert("F" if image.mode[0] in "IF" else "L")
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BOX)
-    grey = np.asarray(image, np.float32)
+    grey = np.asarray(image.resize((width, height), Image.Resampling.BOX), np.float32)
     return (grey - grey.min()) / max(np.ptp(grey), 1e-12)
 
 
@@ -172,8 +174,7 @@ def smooth_small(
     `sigma` is a fraction of the shorter side.
     """
     height, width = image.shape
-    scale = min(1, GRID / min(height, width))
-    small = image if scale == 1 else resample(image, round(height * scale), round(width * scale))
+    small = resample(image, *measured_size(height, width, GRID))
     return resample(smooth_map(function(small) if function else small, sigma * min(small.shape)), height, width)
 
 

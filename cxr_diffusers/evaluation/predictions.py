@@ -67,7 +67,7 @@ class Method:
         return default if value is None else value
 
     def restore(self, array: np.ndarray, row: Mapping[str, Any]) -> np.ndarray:
-        """(S, S) array of the pipeline's square -> (`row["height"]`, `row["width"]`), the size that is measured."""
+        """(S, S) array of the pipeline's square -> the size at which the image is measured."""
         aspect, size = self.option("aspect", "pad"), (row["height"], row["width"])
         if aspect == "keep":  # its frame is in the image's own pixels
             return at_centres(restore_map(array, *row["full_size"], aspect), *size)

@@ -160,11 +160,8 @@ def report(summary: dict[str, Any]) -> str:
 def coarser(summary: Mapping[str, Any]) -> list[str]:
     """[a line of summary.md] about images that were not measured at their full size; [] if all were."""
     n, side = summary["n_shrunk"], summary["settings"]["resolution"]
-    return (
-        [f"- resolution: {n} images with a shorter side of more than {side} pixels were measured at {side}"]
-        if n
-        else []
-    )
+    line = f"- resolution: {n} images with a shorter side of more than {side} pixels were measured at {side}"
+    return [line] if n else []
 
 
 def left_out(failed: Mapping[str, str]) -> list[str]:

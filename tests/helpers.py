@@ -364,3 +364,14 @@ def log_of(output_dir):
 
 def assert_same(a, b):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+class Clock:
+    """`time` for a run: each look at the monotonic clock is a second later."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        self.now += 1.0
+        return self.now

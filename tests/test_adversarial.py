@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from cxr_diffusers import FixedPointDiscriminator, FixedPointGANPipeline, FixedPointGenerator, train_adversarial
 from cxr_diffusers.figures import loss_curves
 from cxr_diffusers.models.fixed_point_gan import FixedPointDiscriminatorOutput, FixedPointGeneratorOutput
+from cxr_diffusers.training import run as run_module
 from cxr_diffusers.training.adversarial_loop import decay
 from cxr_diffusers.training.adversarial_losses import (
     discriminator_loss,
@@ -25,6 +26,7 @@ from cxr_diffusers.training.adversarial_losses import (
 )
 from cxr_diffusers.training.checkpoints import checkpoints
 from cxr_diffusers.training.recipe import AdversarialConfig, Recipe, load_recipe, parse_command_line
+from helpers import Clock
 
 ROOT = Path(__file__).parent.parent
 IMAGES = torch.rand(4, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -214,6 +216,15 @@ def test_the_learning_rate_falls_to_nothing_at_every_step_of_the_last(tmp_path):
     assert decay(5, 5, 4) == 0 and decay(4, 5, 0) == 1
 
 
+def test_with_max_seconds_it_falls_in_the_same_last_part_of_the_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "time", Clock())
+    log, _ = run(tmp_path, 10_000, max_seconds=40.0, lr_decay_steps=5_000)
+    rates = [line["lr"] / 1e-3 for line in log]
+    half = len(rates) // 2
+    assert 5 < len(rates) < 41 and rates[: half - 1] == [1.0] * (half - 1)
+    assert rates == sorted(rates, reverse=True) and rates[-1] < 0.2
+
+
 def test_the_saved_weights_are_the_generators_average(tmp_path):
     _, saved = run(tmp_path, 8)
     last = load_file(checkpoints(tmp_path)[-1] / "model_1.safetensors")
@@ -327,6 +338,17 @@ def test_the_script_trains_resumes_and_leaves_a_pipeline_an_image_and_a_card(tmp
     assert "phantom" in (run / "README.md").read_text()
     pipeline = FixedPointGANPipeline.from_pretrained(run)
     assert pipeline.class_names == ["healthy", "pleural effusion"]
+
+
+def test_training_starts_from_the_generator_of_another_model(tmp_path):
+    main = script().main
+    main([*SMALL, f"train.output_dir={tmp_path / 'first'}"])
+    more = ["train.learning_rate=0.0", f"train.init_from={tmp_path / 'first'}", "train.seed=1"]
+    main([*SMALL, *more, f"train.output_dir={tmp_path / 'more'}"])
+    before, after = (FixedPointGANPipeline.from_pretrained(tmp_path / name).generator for name in ("first", "more"))
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+    with pytest.raises(ValueError, match="train.init_from: expected a generator of this recipe in cxr_fixed_point_gan"):
+        main([*SMALL, "train.init_from=cxr_fixed_point_gan_128", f"train.output_dir={tmp_path / 'other'}"])
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,8 @@ def test_a_classifier_of_images_ends_in_grad_cam(script, tmp_path):
         ("diffusion.model=null", "give diffusion.model"),
         ("data.fraction_healthy=1.0", "more than one class|unknown key"),
         ("classifier.pool=spatial", "expected `pool`"),
+        ("images.scaling=window", "expected no `images` for a classifier of noisy images"),
+        ("loss.balanced=true", "expected no `loss` for a classifier of noisy images"),
     ],
 )
 def test_an_invalid_recipe_is_refused_with_the_reason(script, guided, change, message):

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from cxr_diffusers import CFGAnomalyPipeline, DiffPIRDeblurPipeline, FixedPointG
 from cxr_diffusers.cli import main
 from cxr_diffusers.config import CONFIGS
 from cxr_diffusers.training import script
+from cxr_diffusers.training.recipe import RECIPE_TYPES, load_recipe
 from cxr_diffusers.training.script import PROGRAMS, load_program, run_program
 
 ROOT = Path(__file__).parent.parent
@@ -133,6 +135,40 @@ def test_starting_from_other_weights_is_not_starting_anew(tmp_path):
     run_here("train_cfg", tmp_path / "a", "train.max_steps=1", "train.lr_warmup_steps=0")
     run_here("train_cfg", tmp_path / "b", "train.max_steps=1", f"train.init_from={tmp_path / 'a'}")
     assert steps(tmp_path / "a")[0]["loss"] != steps(tmp_path / "b")[0]["loss"]
+
+
+@pytest.mark.parametrize("program", RECIPE_TYPES)
+def test_every_setting_that_a_recipe_accepts_is_read(program):
+    """A setting without a reader would be accepted and have no effect."""
+    recipe, config = RECIPE_TYPES[program]
+    library = ROOT / "cxr_diffusers" / "training"
+    loop = "adversarial_loop.py" if program == "train_fixed_point_gan" else "loop.py"
+    text = (ROOT / "training" / f"{program}.py").read_text()
+    shared = {"diseased_rows": "datasets.py", "open_data": "datasets.py", "initial_unet": "networks.py"}
+    files = {"run.py", "script.py", loop} | {file for name, file in shared.items() if name in text}
+    text += "".join((library / file).read_text() for file in files)
+    names = {field.name for field in (*fields(config), *fields(recipe))}
+    unread = {
+        n for n in names if not re.search(rf"(config|train|recipe)\.{n}\b|getattr\((recipe|self.config), .{n}", text)
+    }
+    assert not unread
+
+
+@pytest.mark.parametrize(
+    ("script", "override"),
+    [
+        ("train_unconditional", "train.p_uncond=0.2"),
+        ("train_unconditional", "validation.n=3"),
+        ("train_classifier", "train.snr_gamma=5"),
+        ("train_classifier", "train.validation_loss_images=8"),
+        ("train_lung_segmenter", "train.vlb_weight=0"),
+        ("train_fixed_point_gan", "train.compile=true"),
+    ],
+)
+def test_a_setting_of_another_kind_of_training_is_refused(script, override):
+    recipe = {"train_lung_segmenter": "cxr_lung_segmenter_64"}.get(script, f"phantom_{script[6:]}_32")
+    with pytest.raises(ValueError, match="unknown key '(p_uncond|validation|snr_gamma|vlb_weight|compile)"):
+        load_recipe(recipe, ["data.root=here", override] if "lung" in recipe else [override])
 
 
 @pytest.mark.parametrize(

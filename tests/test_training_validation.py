@@ -15,7 +15,7 @@ from cxr_diffusers.training.run import RunLog
 from cxr_diffusers.training.script import load_program
 from cxr_diffusers.training.tensors import TensorImages
 from cxr_diffusers.training.validation_loss import ValidationLoss
-from helpers import toy_unet
+from helpers import Clock, toy_unet
 
 CLASSES = ["healthy", "pleural effusion"]
 
@@ -125,24 +125,14 @@ def test_opening_a_log_drops_later_steps_and_everything_from_a_damaged_line_on(t
     assert log.lines() == [{"step": 1}, {"step": 2, "loss": 0.5}]
 
 
-class Clock:
-    """`time` for a run: each look at the monotonic clock is a second later."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def monotonic(self):
-        self.now += 1.0
-        return self.now
-
-
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant_with_warmup"])
-def test_with_max_seconds_the_learning_rate_follows_the_clock(chests, tmp_path, monkeypatch, schedule):
+def test_with_max_seconds_the_learning_rate_follows_the_clock(chests, tmp_path, monkeypatch, capsys, schedule):
     """The run ends by the clock, long before `max_steps`, and the rate has then fallen along the schedule."""
     monkeypatch.setattr(run_module, "time", Clock())
     _, log = train_toy(tmp_path, chests, 10_000, max_seconds=30.0, lr_scheduler=schedule, batch_size=2)
     rates = [line["lr"] / 3e-3 for line in log]
     assert 5 < len(rates) < 31
+    assert f"| {len(rates)}/{len(rates)} [" in capsys.readouterr().err, "the bar ends at the end"
     if schedule == "constant_with_warmup":
         assert rates == pytest.approx([1.0] * len(rates))
         return

@@ -35,6 +35,7 @@ from cxr_diffusers.training.augmentation import augment
 from cxr_diffusers.training.datasets import open_data, open_validation
 from cxr_diffusers.training.loop import train
 from cxr_diffusers.training.losses import noisy_classification_loss
+from cxr_diffusers.training.networks import start_from
 from cxr_diffusers.training.recipe import ClassifierRecipe, parse_command_line, section
 from cxr_diffusers.training.run import seeded
 from cxr_diffusers.training.script import finish, run_program, train_command, validation_file, write_card
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
         with section("classifier"):
             task = task_of(recipe)(recipe, class_names, dataset["label"][:])
     if recipe.train.init_from:
-        start_from(recipe.train.init_from, task.model)
+        start_from(recipe.train.init_from, task.model, "classifier")
     options = {"num_channels": getattr(task.model.config, "in_channels", 1), **task.preparation}
     images, held_out = (TensorImages(rows, task.size, **options) for rows in (dataset, held_out))
     with section("pipeline, images"):
@@ -99,8 +100,9 @@ class NoisyImageTask:
     def __init__(self, recipe: ClassifierRecipe, class_names: list[str], labels: Sequence[int]) -> None:
         if not recipe.diffusion.get("model"):
             raise ValueError("give diffusion.model, the pipeline to be guided, or the classifier's model_type")
-        if recipe.loss:
-            raise ValueError(f"expected no loss section for a classifier of noisy images, got {recipe.loss}")
+        for name in ("loss", "images"):  # images are prepared as for the UNet
+            if getattr(recipe, name):
+                raise ValueError(f"expected no `{name}` for a classifier of noisy images, got {getattr(recipe, name)}")
         try:
             guided = load_pipeline(recipe.diffusion["model"])
         except FileNotFoundError as error:
@@ -197,15 +199,6 @@ class PyramidImageTask(ImageTask):
 
     def pipeline(self, model: torch.nn.Module) -> DiffusionPipeline:
         return PyramidCAMPipeline(model, self.class_names, settings=self.settings or None, **self.options)
-
-
-def start_from(name: str, model: torch.nn.Module) -> None:
-    """Load the weights of another pipeline's classifier into `model`; ValueError if they do not fit."""
-    classifier = getattr(load_pipeline(name), "classifier", None)
-    try:
-        model.load_state_dict({} if classifier is None else classifier.state_dict())
-    except RuntimeError as error:
-        raise ValueError(f"train.init_from: expected a classifier of this recipe in {name}: {error}") from None
 
 
 @torch.no_grad()

@@ -4,7 +4,8 @@
     accelerate launch training/train_fixed_point_gan.py configs/chexpert_fixed_point_gan_256.yaml data.root=/data/chest
     accelerate launch training/train_fixed_point_gan.py RECIPE.yaml [section.key=value ...] [--push_to_hub]
 
-To resume, run the same command again. The method and our results: docs/fixed_point_gan.md.
+To resume, run the same command again. `train.init_from` may name a model; training starts from its generator and a new
+discriminator, which is not part of a model. The method and our results: docs/fixed_point_gan.md.
 """
 
 import sys
@@ -15,6 +16,7 @@ from cxr_diffusers import FixedPointDiscriminator, FixedPointGANPipeline, FixedP
 from cxr_diffusers.figures import loss_curves
 from cxr_diffusers.files import save_png
 from cxr_diffusers.training.datasets import diseased_rows, open_data
+from cxr_diffusers.training.networks import start_from
 from cxr_diffusers.training.recipe import AdversarialRecipe, parse_command_line, section
 from cxr_diffusers.training.run import seeded
 from cxr_diffusers.training.script import finish, run_program, save_strip, write_card
@@ -35,6 +37,8 @@ def main(arguments: Sequence[str]) -> None:
             f"expected generator.num_classes={len(class_names)}, the classes {class_names}, got "
             f"{generator.config.num_classes}"
         )
+    if config.init_from:
+        start_from(config.init_from, generator, "generator")
     with section("images"):
         images = TensorImages(dataset, generator.config.sample_size, **recipe.images)
     validation_rows = diseased_rows(recipe, dataset)

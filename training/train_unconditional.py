@@ -20,7 +20,7 @@ from cxr_diffusers.files import save_png
 from cxr_diffusers.training.augmentation import augment
 from cxr_diffusers.training.loop import train
 from cxr_diffusers.training.networks import initial_unet
-from cxr_diffusers.training.recipe import Recipe, parse_command_line, section
+from cxr_diffusers.training.recipe import UnconditionalRecipe, parse_command_line, section
 from cxr_diffusers.training.run import seeded
 from cxr_diffusers.training.script import finish, run_program, validation_file, write_card
 from cxr_diffusers.training.tensors import TensorImages
@@ -30,7 +30,7 @@ DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "phantom_uncondition
 
 
 def main(arguments: Sequence[str]) -> None:
-    recipe = parse_command_line(arguments, DEFAULT_RECIPE, Recipe)
+    recipe = parse_command_line(arguments, DEFAULT_RECIPE, UnconditionalRecipe)
     config = recipe.train
     with section("unet"):
         size, channels = recipe.unet["sample_size"], recipe.unet["in_channels"]

@@ -94,7 +94,7 @@ def train_adversarial(
                 images = augment(images, **config.augment)
         # the target of each image is the class of another image of the batch: targets are as frequent as classes
         target_labels = labels[torch.randperm(len(labels)).to(labels.device)]
-        rate = config.learning_rate * decay(step, config.max_steps, config.lr_decay_steps)
+        rate = config.learning_rate * decay(run.progress * config.max_steps, config.max_steps, config.lr_decay_steps)
         for optimizer in optimizers.values():
             optimizer.param_groups[0]["lr"] = rate
 
@@ -120,7 +120,7 @@ def train_adversarial(
     return run.end()
 
 
-def decay(step: int, max_steps: int, decay_steps: int) -> float:
+def decay(step: float, max_steps: int, decay_steps: int) -> float:
     """The factor of the learning rate at a step (the first is 0): 1, then linear to 0 in the last `decay_steps`.
 
     >>> [decay(step, max_steps=6, decay_steps=4) for step in range(6)]

@@ -3,7 +3,7 @@
 from datasets import Dataset
 
 from ..data import build_dataset
-from .recipe import AnyRecipe, section
+from .recipe import AdversarialRecipe, AnyRecipe, ClassifierRecipe, Recipe, SegmenterRecipe, section
 
 
 def open_data(recipe: AnyRecipe) -> tuple[Dataset, list[str]]:
@@ -13,13 +13,13 @@ def open_data(recipe: AnyRecipe) -> tuple[Dataset, list[str]]:
     return dataset, dataset.features["label"].names
 
 
-def open_validation(recipe: AnyRecipe) -> Dataset:
+def open_validation(recipe: Recipe | AdversarialRecipe | ClassifierRecipe | SegmenterRecipe) -> Dataset:
     """The data set of a recipe's `validation:` section, whose missing values are those of `data:`."""
     with section("validation"):
         return build_dataset(**{**recipe.data, **recipe.validation})
 
 
-def diseased_rows(recipe: AnyRecipe, dataset: Dataset, unlabelled: bool = False) -> Dataset:
+def diseased_rows(recipe: Recipe | AdversarialRecipe, dataset: Dataset, unlabelled: bool = False) -> Dataset:
     """The diseased validation images to display during training, at most `train.validation_images`.
 
     Args:

@@ -1,10 +1,11 @@
-"""The UNet that a training starts from."""
+"""The networks that a training starts from."""
 
 from typing import Any
 
+import torch
 from diffusers import UNet2DModel
 
-from ..hub.loading import load_unet
+from ..hub.loading import load_pipeline, load_unet
 from ..models.space_to_depth_unet import SpaceToDepthUNet
 from .recipe import Recipe, section
 
@@ -27,3 +28,16 @@ def new_unet(**options: Any) -> UNet2DModel:
         if unet.config.sample_size % factor:
             raise ValueError(f"expected sample_size to be a multiple of {factor}, got {unet.config.sample_size}")
         return unet
+
+
+def start_from(name: str, model: torch.nn.Module, component: str) -> None:
+    """Load the weights of a component of another pipeline, e.g. its "classifier", into `model`.
+
+    Raises:
+        ValueError: the pipeline has no such component, or its weights do not fit.
+    """
+    other = getattr(load_pipeline(name), component, None)
+    try:
+        model.load_state_dict({} if other is None else other.state_dict())
+    except RuntimeError as error:
+        raise ValueError(f"train.init_from: expected a {component} of this recipe in {name}: {error}") from None

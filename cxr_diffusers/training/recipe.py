@@ -19,20 +19,19 @@ class RunConfig:
 
     output_dir: str
     max_steps: int = 50_000  # optimizer updates
-    max_seconds: float | None = None  # end after so much training time, the learning rate decaying with the clock
+    max_seconds: float | None = None  # end after so much training time; the learning rate decays with the clock
     batch_size: int = 4  # per process
     learning_rate: float = 1e-4
     # auto: bf16 where the hardware has it; None: as `accelerate launch` is configured
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = None
-    compile: bool = False  # torch.compile the network: a minute or two once, then faster steps on a GPU
     ema_decay: float = 0.9999  # reached slowly: EMAModel's warm-up
     augment: dict | None = None  # keyword arguments of training.augmentation.augment; None: no augmentation
     save_every: int = 5_000  # steps between checkpoints
     checkpoints_total_limit: int = 2  # older ones are deleted; 0 keeps all
     validate_every: int = 5_000  # steps between validation images
-    validation_images: int = 4
     dataloader_num_workers: int = 0
     seed: int = 0
+    init_from: str | None = None  # pipeline folder or Hub name; training starts from its weights
     report_to: str | None = None  # tensorboard, wandb, trackio, ... or all
     tracker_project_name: str = "cxr_diffusers"
     push_to_hub: bool = False  # publish the finished model
@@ -58,38 +57,55 @@ class RunConfig:
 
 @dataclass
 class TrainConfig(RunConfig):
-    """The `train:` section of a UNet's, a classifier's or a segmenter's recipe."""
+    """The `train:` section of a recipe that `loop.train` runs; a classifier's has just these settings."""
 
+    compile: bool = False  # torch.compile the network: a minute or two once, then faster steps on a GPU
     gradient_accumulation_steps: int = 1
     lr_scheduler: str = "constant_with_warmup"  # a name of diffusers.optimization.get_scheduler
     lr_warmup_steps: int = 0
     weight_decay: float = 0.0
     ema_width: float | None = None  # relative width of a power-function average in place of `ema_decay`, e.g. 0.1
     balance: bool = False  # draw each (class, view), and the unlabelled images, equally often
-    validation_loss_images: int = 0  # number of validation images for a loss with fixed noise; the best model is kept
     max_grad_norm: float = 1.0
-    p_uncond: float = 0.1  # probability of dropping a label; with 0 the null label is not trained
+
+
+@dataclass
+class SegmenterConfig(TrainConfig):
+    """The `train:` section of a lung segmenter's recipe."""
+
+    validation_images: int = 4  # in the picture of a validation
+
+
+@dataclass
+class DenoisingConfig(TrainConfig):
+    """The `train:` section of an unconditional UNet's recipe."""
+
+    validation_images: int = 4  # in the picture of a validation
     snr_gamma: float | None = None  # min-SNR weighting; 5 is the paper's
     logit_normal: list | None = None  # [mean, std] of logit(t / T) of the training timesteps; None: uniform
     vlb_weight: float = 1.0  # of the variational bound, for models with learned variance
-    init_from: str | None = None  # pipeline folder or Hub name; training starts from its weights
+
+
+@dataclass
+class CFGConfig(DenoisingConfig):
+    """The `train:` section of a class-conditional UNet's recipe."""
+
+    p_uncond: float = 0.1  # probability of dropping a label; with 0 the null label is not trained
+    validation_loss_images: int = 0  # number of validation images for a loss with fixed noise; the best model is kept
 
 
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # of DDIMScheduler
 
 
 @dataclass
-class Recipe:
-    """Recipe of a UNet: data, model, noise schedule and training."""
+class UnconditionalRecipe:
+    """Recipe of a UNet without classes: data, model, noise schedule and training."""
 
     data: dict  # `name` of a loader in cxr_diffusers.data, and its keyword arguments
     unet: dict  # keyword arguments of diffusers.UNet2DModel
     scheduler: dict  # keyword arguments of diffusers.DDIMScheduler
-    train: TrainConfig
+    train: DenoisingConfig
     images: dict = field(default_factory=dict)  # scaling, aspect, data_range: of prepare_image, kept by the pipeline
-    validation: dict = field(default_factory=dict)  # keys of `data` that differ for the validation images
-    conditions: dict = field(default_factory=dict)  # `views`, e.g. [PA, AP]: the network is conditioned on the view too
-    pipeline: dict = field(default_factory=dict)  # the pipeline's `settings`: defaults of its call
 
     def __post_init__(self) -> None:
         """Raise ValueError for an unknown `beta_schedule`."""
@@ -100,8 +116,21 @@ class Recipe:
     def identity(self) -> dict[str, Any]:
         """The settings outside `train` that determine the result: a run resumes only if they are the same."""
         data = {key: value for key, value in self.data.items() if key != "root"}  # a disk may be mounted elsewhere
-        conditions = {"conditions": self.conditions} if self.conditions else {}
-        return {"data": data, "unet": self.unet, "scheduler": self.scheduler, "images": self.images, **conditions}
+        return {"data": data, "unet": self.unet, "scheduler": self.scheduler, "images": self.images}
+
+
+@dataclass
+class Recipe(UnconditionalRecipe):
+    """Recipe of a class-conditional UNet."""
+
+    train: CFGConfig
+    validation: dict = field(default_factory=dict)  # keys of `data` that differ for the validation images
+    conditions: dict = field(default_factory=dict)  # `views`, e.g. [PA, AP]: the network is conditioned on the view too
+    pipeline: dict = field(default_factory=dict)  # the pipeline's `settings`: defaults of its call
+
+    def identity(self) -> dict[str, Any]:
+        """See `UnconditionalRecipe.identity`."""
+        return super().identity() | ({"conditions": self.conditions} if self.conditions else {})
 
 
 @dataclass
@@ -112,9 +141,11 @@ class AdversarialConfig(RunConfig):
     no or bf16.
     """
 
+    validation_images: int = 4  # in the picture of a validation
     ema_decay: float = 0.999  # of the generator, per update of it
     n_critic: int = 5  # discriminator updates per generator update
-    lr_decay_steps: int = 0  # number of last steps in which the learning rate falls linearly to 0
+    # number of last steps in which the learning rate falls linearly to 0; with `max_seconds`, the same part of the time
+    lr_decay_steps: int = 0
     adam_betas: list = field(default_factory=lambda: [0.5, 0.999])
     lambda_cls: float = 1.0  # domain classification
     lambda_rec: float = 10.0  # cycle consistency
@@ -135,7 +166,7 @@ class AdversarialRecipe:
     pipeline: dict = field(default_factory=dict)  # the pipeline's `settings`: defaults of its call
 
     def identity(self) -> dict[str, Any]:
-        """See `Recipe.identity`."""
+        """See `UnconditionalRecipe.identity`."""
         data = {key: value for key, value in self.data.items() if key != "root"}
         networks = {"generator": self.generator, "discriminator": self.discriminator}
         return {"data": data, **networks, "images": self.images}
@@ -157,7 +188,7 @@ class ClassifierRecipe:
     pipeline: dict = field(default_factory=dict)  # the pipeline's `settings`: defaults of its call
 
     def identity(self) -> dict[str, Any]:
-        """See `Recipe.identity`."""
+        """See `UnconditionalRecipe.identity`."""
         data = {key: value for key, value in self.data.items() if key != "root"}
         parts = {"classifier": self.classifier, "diffusion": self.diffusion, "images": self.images}
         return {"data": data, **parts, "loss": self.loss or None}  # None: as in runs older than this section
@@ -169,38 +200,46 @@ class SegmenterRecipe:
 
     data: dict  # `name` of a loader in cxr_diffusers.data that yields masks, and its keyword arguments
     segmenter: dict  # keyword arguments of LungSegmenter
-    train: TrainConfig  # `augment`: keyword arguments of training.lungs.augment_lungs
+    train: SegmenterConfig  # `augment`: keyword arguments of training.lungs.augment_lungs
     images: dict = field(default_factory=dict)  # aspect: of prepare_image
     validation: dict = field(default_factory=dict)  # keys of `data` that differ for the validation images
 
     def identity(self) -> dict[str, Any]:
-        """See `Recipe.identity`."""
+        """See `UnconditionalRecipe.identity`."""
         data = {key: value for key, value in self.data.items() if key != "root"}
         return {"data": data, "segmenter": self.segmenter, "images": self.images}
 
 
-# a section that only one type of recipe has -> that type, the type of its `train:`, and the program in training/
-RECIPE_TYPES: dict[str, tuple[type, type[RunConfig], str]] = {
-    "generator": (AdversarialRecipe, AdversarialConfig, "train_fixed_point_gan"),
-    "classifier": (ClassifierRecipe, TrainConfig, "train_classifier"),
-    "segmenter": (SegmenterRecipe, TrainConfig, "train_lung_segmenter"),
+# program in training/ -> type of its recipe, and of the section `train:` of that
+RECIPE_TYPES: dict[str, tuple[type, type[RunConfig]]] = {
+    "train_cfg": (Recipe, CFGConfig),
+    "train_unconditional": (UnconditionalRecipe, DenoisingConfig),
+    "train_classifier": (ClassifierRecipe, TrainConfig),
+    "train_fixed_point_gan": (AdversarialRecipe, AdversarialConfig),
+    "train_lung_segmenter": (SegmenterRecipe, SegmenterConfig),
 }
-AnyRecipe = Recipe | AdversarialRecipe | ClassifierRecipe | SegmenterRecipe
-R = TypeVar("R", Recipe, AdversarialRecipe, ClassifierRecipe, SegmenterRecipe)
+# a section that only one type of recipe has -> the program
+PROGRAM_OF_SECTION = {
+    "generator": "train_fixed_point_gan",
+    "classifier": "train_classifier",
+    "segmenter": "train_lung_segmenter",
+}
+AnyRecipe = UnconditionalRecipe | Recipe | AdversarialRecipe | ClassifierRecipe | SegmenterRecipe
+R = TypeVar("R", UnconditionalRecipe, Recipe, AdversarialRecipe, ClassifierRecipe, SegmenterRecipe)
 
 DATA_NAME = ("data.name=", "--data.name=")
 
 
 def program_of(sections: Mapping[str, Any]) -> str:
     """The name of the program in training/ that a recipe is for, from its sections (of a recipe: `vars(recipe)`)."""
-    for section, (_, _, program) in RECIPE_TYPES.items():
+    for section, program in PROGRAM_OF_SECTION.items():
         if section in sections:
             return program
     return "train_cfg" if (sections.get("unet") or {}).get("num_class_embeds") else "train_unconditional"
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
-    """Read a recipe: a `Recipe`, or the type in `RECIPE_TYPES` that its sections belong to.
+    """Read a recipe, of the type in `RECIPE_TYPES` that its sections belong to.
 
     Args:
         path: the YAML file, or the name of a recipe that comes with the package.
@@ -227,8 +266,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
         for key, value in values.items() if isinstance(values, dict) else ():
             if value == "???":
                 raise ValueError(f"{path}: give {section}.{key}, for example: {section}.{key}=/data/CheXpert-v1.0")
-    types = [RECIPE_TYPES[section][:2] for section in sections if section in RECIPE_TYPES]
-    recipe_type, config_type = types[0] if types else (Recipe, TrainConfig)
+    recipe_type, config_type = RECIPE_TYPES[program_of(sections)]
     if isinstance(sections.get("train"), dict):
         sections["train"] = build(config_type, sections["train"], f"{path}: train")
     return build(recipe_type, sections, str(path))
@@ -247,7 +285,7 @@ def parse_command_line(arguments: Sequence[str], default_recipe: str | Path, rec
     if arguments and "=" not in arguments[0] and not arguments[0].startswith("-"):
         path, *arguments = arguments
     recipe = load_recipe(path, parse_overrides(arguments))
-    if not isinstance(recipe, recipe_type):
+    if type(recipe) is not recipe_type:
         names, program = [f.name for f in fields(recipe_type)], program_of(vars(recipe))
         raise ValueError(f"{path}: expected a recipe with the sections {names}, got one for {program}.py")
     check_output_folder(recipe.train.output_dir)

@@ -250,6 +250,8 @@ class Run:
             self.accelerator.log(values, step=step)
             if self.log:
                 self.log.write(step, **values)
+        if self.config.max_seconds and self.progress:
+            self.bar.total = round(self.step / self.progress)  # as many steps as the time allows
         self.bar.update(len(self.pending))
         self.bar.set_postfix({label: f"{values[name]:.4f}" for label, name in in_bar.items() if name in values})
         self.pending = []

@@ -14,6 +14,7 @@ from PIL import Image
 
 from cxr_diffusers import CFGAnomalyPipeline, ClassifierGuidedPipeline, GradCAMPipeline, load_phantom, load_pipeline
 from cxr_diffusers.cli import main
+from cxr_diffusers.data.rows import contradicted
 from cxr_diffusers.evaluation.masks import healthy_threshold
 from cxr_diffusers.hub.loading import DEFAULT, default_checkpoint
 from cxr_diffusers.inference.calibration import (
@@ -194,6 +195,21 @@ def test_wrong_images_and_quantiles_are_refused(model, tmp_path):
         calibrate_model(model, phantoms(0, n=2), "phantoms", quantile=95)
     with pytest.raises(FileNotFoundError, match="model_index.json"):
         calibrate_model(tmp_path / "nothing", phantoms(0, n=2), "phantoms")
+
+
+def test_a_healthy_image_with_a_true_region_is_left_out(model):
+    """A label from a report and a radiologist's box contradict each other; an empty mask contradicts nothing."""
+    healthy = phantoms(0, n=6)
+    masks = [Image.fromarray(np.full((32, 32), 255 * (i == 4), np.uint8)) for i in range(6)]
+    marked = healthy.map(lambda row, i: {**row, "mask": masks[i]}, with_indices=True, features=healthy.features)
+    marked = marked.add_column("boxes", [[[1.0, 1.0, 4.0, 4.0]] if i == 2 else None for i in range(6)])
+    assert contradicted(marked) == [2, 4]
+    result = calibrate_model(model, marked, "phantoms")
+    assert len(result.scores.scores) == 4
+    assert [text for text in result.failed.values() if "labelled healthy, but it has a true region" in text]
+    assert len(result.failed) == 2
+    calibrate_trained(model, marked, "phantoms")
+    assert len(kept_scores(model).scores) == 4
 
 
 def test_a_classifier_is_calibrated_too_without_denoising_errors(tmp_path):

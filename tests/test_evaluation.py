@@ -15,10 +15,12 @@ from sklearn.metrics import roc_auc_score
 from cxr_diffusers import LungSegmenter
 from cxr_diffusers.evaluation import compare, evaluate, summary_table
 from cxr_diffusers.evaluation.controls import grey_image, grey_images, image_controls, lung_gates
+from cxr_diffusers.evaluation.counterfactuals import diseased_and_healthy
 from cxr_diffusers.evaluation.grid import at_centres, shrink_mask
 from cxr_diffusers.evaluation.masks import smooth_map
 from cxr_diffusers.evaluation.metrics import box_mask, hit, pixel_average_precision
 from cxr_diffusers.evaluation.report import report
+from cxr_diffusers.evaluation.truth import describe_row
 from cxr_diffusers.pipelines import AnomalyOutput, CFGAnomalyPipeline
 from cxr_diffusers.pipelines.cxr_images import prepare_image, restore_map
 from helpers import BrightSpots, spot_chest, spot_rows, toy_unet
@@ -283,6 +285,29 @@ def test_boxes_are_regions_and_images_without_truth_count_for_image_metrics_only
     assert value(result, "method", "image_auroc") == 1
 
 
+def test_an_image_labelled_healthy_with_a_true_region_is_neither_healthy_nor_diseased(tmp_path):
+    """A label from a report and a radiologist's box contradict each other."""
+    dataset, healthy = [*spot_rows(4), *spot_rows(3, spot=False)], spot_rows(4, spot=False)
+    expected = quick(BrightSpots(), dataset, healthy=healthy)
+    wrong = {**spot_rows(1)[0], "label": 0, "path": "wrong.png", "patient": "w"}
+    empty = {**healthy[0], "mask": Image.new("L", (32, 32)), "patient": "e"}
+    boxed = {**healthy[1], "boxes": [[4, 4, 8, 6]], "path": "boxed.png"}
+    result = quick(BrightSpots(), [*dataset, wrong], healthy=[*healthy, empty, boxed, wrong], output_dir=tmp_path)
+    assert result.summary["n_with_region"] == expected.summary["n_with_region"] + 1
+    assert result.summary["n_contradicted"] == 1 and expected.summary["n_contradicted"] == 0
+    assert value(result, "method", "image_auroc") == value(expected, "method", "image_auroc") == 1
+    assert set(result.summary["failed"]) == {"boxed.png", "wrong.png"} and result.summary["n_healthy"] == 5
+    text = (tmp_path / "summary.md").read_text()
+    assert "- labels: 1 images labelled healthy have a true region; they count for the pixels, not" in text
+    assert "labels:" not in report(expected.summary)
+    rows = [describe_row(row, "", (), 1024) for row in [*dataset, wrong, {**wrong, "label": -1}]]
+    diseased, sound = diseased_and_healthy(rows, len(rows))
+    assert (
+        diseased.tolist() == [True] * 4 + [False] * 4 + [True]
+        and sound.tolist() == [False] * 4 + [True] * 3 + [False] * 2
+    )
+
+
 def test_the_threshold_comes_from_healthy_images_else_from_the_pipeline(pipeline):
     healthy = spot_rows(4, spot=False)
     result = quick(BrightSpots(), spot_rows(), healthy=healthy, quantile=0.9)
@@ -345,7 +370,7 @@ def test_images_of_a_single_value_are_left_out_counted_and_named(tmp_path, caplo
     assert json.dumps(result.summary["rows"]) == json.dumps(expected.summary["rows"])  # NaN equals NaN
     assert result.per_image.path.tolist() == expected.per_image.path.tolist()
     text = (tmp_path / "summary.md").read_text()
-    assert "left out, images that cannot be read or of a single value: 2 (a/flat.png, b/flat.png)" in text
+    assert "single value, or healthy with a true region: 2 (a/flat.png, b/flat.png)" in text
     assert expected.summary["failed"] == {} and expected.summary["n_failed"] == 0
 
 

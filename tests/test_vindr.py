@@ -146,6 +146,7 @@ def test_rows_of_a_table_can_be_chosen_by_a_column(vindr, tmp_path):
     options = dict(label="radiograph", classes=["radiograph"], root=tmp_path / "small")
     dataset = load_table("list.csv", where={"split": "b"}, **options)
     assert [path.rsplit("/", 1)[1] for path in dataset["path"][:]] == ["t0.png"]
+    assert len(load_table("list.csv", where={"split": ["a", "b"]}, **options)) == 2
     with pytest.raises(ValueError, match="'part'"):
         load_table("list.csv", where={"part": "b"}, **options)
     with pytest.raises(FileNotFoundError, match="line 4"):

@@ -86,7 +86,7 @@ def load_table(
             separated by ";". Without a patient column, or where it is blank, every file is its own patient.
         label: name of a column of class names or ids; or one class, for all rows.
         keep: names of further columns to keep, as text, for example for `evaluate`'s strata.
-        where: {column: value}: only the rows with these values, e.g. {"split": "train"}.
+        where: {column: value, or list of values}: only the rows with these, e.g. {"split": "train"}.
         root: the folder that the paths are relative to, also `csv` itself if no such file exists; None: the CSV's.
 
     Raises:
@@ -108,7 +108,8 @@ def load_table(
             f"{csv}: `label` {label!r} is neither a column ({', '.join(table.columns)}) nor one of {classes}"
         )
     for name, value in where.items():
-        table = table[table[name] == str(value)]
+        values = [value] if isinstance(value, str) or not isinstance(value, Sequence) else value
+        table = table[table[name].isin([str(each) for each in values])]
     rows = []
     for index, row in zip(table.index, table.to_dict("records"), strict=True):
         place = f"{csv}, line {index}"

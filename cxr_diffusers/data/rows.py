@@ -184,6 +184,19 @@ def readable_images(dataset: Dataset) -> tuple[Dataset, dict[str, str]]:
     return dataset.select(kept) if failed else dataset, failed
 
 
+def contradicted(dataset: Dataset) -> list[int]:
+    """The rows that are labelled healthy (0) and have a box or a mask that is not empty all the same."""
+    labels, boxes = column_of(dataset, "label"), column_of(dataset, "boxes")
+    masks = dataset.select_columns(["mask"]) if "mask" in dataset.column_names else None
+    healthy = [i for i, label in enumerate(labels) if label == 0]
+    return [i for i in healthy if boxes[i] or (masks and is_marked(masks[i]["mask"]))]
+
+
+def is_marked(mask: PIL.Image.Image | None) -> bool:
+    """Whether a mask has a pixel above 127."""
+    return mask is not None and bool((np.asarray(mask.convert("L")) > 127).any())
+
+
 def column_of(dataset: Any, name: str) -> list[Any]:
     """A column of a sequence of rows, None where it has none; images of a `datasets.Dataset` are not decoded."""
     if not isinstance(dataset, Dataset):

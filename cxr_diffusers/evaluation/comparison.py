@@ -90,7 +90,8 @@ def compare(
         mirror x gate      likewise max(0, image - its left-right mirror image): brighter than the other lung
 
     Images that cannot be read, or of a single value, are left out: the log and the summary (`failed`, `n_failed`) name
-    them.
+    them. An image labelled healthy that has a true region counts for the pixels alone (`n_contradicted`); in `healthy`
+    it is left out, too.
 
     Pixel sensitivity and specificity are pooled over the pixels, at the same threshold as Dice. Image sensitivity and
     specificity are those of scores above the 95 % quantile of the healthy images' scores, over the data set's own
@@ -153,7 +154,7 @@ def compare(
     comparison = Comparison(
         [as_method(name, pipeline, call_kwargs or {}) for name, pipeline in pipelines.items()],
         open_images(dataset, strata, resolution),
-        open_images(healthy, resolution=resolution),
+        open_images(healthy, resolution=resolution, healthy=True),
         resolution=resolution,
         n_bootstrap=n_bootstrap,
         seed=seed,

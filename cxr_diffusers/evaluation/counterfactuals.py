@@ -166,8 +166,8 @@ def diseased_and_healthy(rows: Sequence[Row], n_dataset: int) -> tuple[np.ndarra
     """Two (N,) masks: diseased images of the data set; its healthy ones or, without any, the healthy images."""
     in_dataset = np.arange(len(rows)) < n_dataset
     label = np.array([-1 if row["label"] is None else row["label"] for row in rows])
-    with_region = np.array([has_region(row) for row in rows])
-    diseased = in_dataset & ((label > 0) | ((label == -1) & with_region))
+    abnormal = np.array([has_region(row) and not row["contradicted"] for row in rows])
+    diseased = in_dataset & ((label > 0) | ((label == -1) & abnormal))
     own = in_dataset & (label == 0)
     return diseased, own if own.any() else ~in_dataset
 

@@ -148,6 +148,7 @@ def report(summary: dict[str, Any]) -> str:
         counterfactual_table(summary),
         f"- seconds per image: {', '.join(f'{n} {s:.3g}' for n, s in summary['seconds_per_image'].items())}",
         f"- threshold: {settings['threshold']} ({settings['threshold_from']}); controls mark equally many pixels",
+        *contradicted(summary),
         *coarser(summary),
         f"- smoothing: {settings['smoothing']} of the shorter side; seed {settings['seed']}",
         f"- undefined values, in rows of per_image.csv: {undefined}",
@@ -155,6 +156,13 @@ def report(summary: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def contradicted(summary: Mapping[str, Any]) -> list[str]:
+    """[a line of summary.md] about images labelled healthy that have a true region; [] if there are none."""
+    n = summary["n_contradicted"]
+    line = f"- labels: {n} images labelled healthy have a true region; they count for the pixels, not for the scores"
+    return [line] if n else []
 
 
 def coarser(summary: Mapping[str, Any]) -> list[str]:
@@ -170,7 +178,8 @@ def left_out(failed: Mapping[str, str]) -> list[str]:
         return []
     names = list(failed)
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return [f"- left out, images that cannot be read or of a single value: {len(names)} ({', '.join(names[:5])}{more})"]
+    reasons = "images that cannot be read, of a single value, or healthy with a true region"
+    return [f"- left out, {reasons}: {len(names)} ({', '.join(names[:5])}{more})"]
 
 
 def write(result: Evaluation, folder: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -69,6 +69,7 @@ def counts(images: ImageSet, healthy: ImageSet) -> dict[str, Any]:
         "n_patients": len(patients),
         "n_with_region": len(with_region),
         "n_patients_with_region": len({row["group"] for row in with_region}),
+        "n_contradicted": sum(row["contradicted"] for row in images.rows),
         "n_shrunk": sum(is_shrunk(row) for part in (images, healthy) for row in part.rows),
         "n_healthy": len(healthy.rows),
         "n_healthy_patients": len(healthy_patients),

@@ -13,7 +13,14 @@ from .lazy import Lazy
 from .metrics import box_mask
 from .predictions import Predictions
 
-INTERNAL = ("group", "height", "width", "full_size", "truth")  # entries of a `Row` that are not in the tables
+INTERNAL = (
+    "group",
+    "height",
+    "width",
+    "full_size",
+    "truth",
+    "contradicted",
+)  # entries of a `Row` that are not in the tables
 
 Row = dict[str, Any]  # path, patient, label, view, the strata, and the entries `INTERNAL`; see `describe_row`
 
@@ -53,7 +60,9 @@ class ImageSet:
     predictions: dict[str, Predictions] = field(default_factory=dict)
 
 
-def open_images(dataset: Any, strata: Iterable[str] = (), resolution: int = RESOLUTION) -> ImageSet:
+def open_images(
+    dataset: Any, strata: Iterable[str] = (), resolution: int = RESOLUTION, healthy: bool = False
+) -> ImageSet:
     """Describe the images of a data set; broken ones and those of a single value are logged, counted and left out.
 
     Args:
@@ -61,6 +70,7 @@ def open_images(dataset: Any, strata: Iterable[str] = (), resolution: int = RESO
             `boxes`.
         strata: names of further columns to keep.
         resolution: see `measured_size`.
+        healthy: whether the images are to be healthy; those with a true region are then left out, too.
 
     Raises:
         ValueError: a mask of another size than its image, or no image that can be read and has contrast.
@@ -69,7 +79,11 @@ def open_images(dataset: Any, strata: Iterable[str] = (), resolution: int = RESO
     rows, kept = [], []
     failed: dict[str, str] = {}
     for i, row in each_row(dataset, failed):
-        rows.append(describe_row(row, row.get("path") or f"row {i}", strata, resolution))
+        described = describe_row(row, row.get("path") or f"row {i}", strata, resolution)
+        if healthy and has_region(described):
+            failed[described["path"]] = f"{described['path']}: labelled healthy, but it has a true region"
+            continue
+        rows.append(described)
         kept.append(i)
     if failed and not rows:
         raise ValueError(f"expected images with contrast, got {len(failed)} without: {next(iter(failed.values()))}")
@@ -81,20 +95,24 @@ def describe_row(row: Mapping[str, Any], path: str, strata: Sequence[str], resol
 
     `height` and `width` are those at which it is measured, see `measured_size`, `full_size` is its own (height, width);
     `truth` is a `Region` of the former, None where it is unknown; `group` is the unit of the bootstrap: the patient, or
-    the path of an image without one; `label` is None where the data set does not give it.
+    the path of an image without one; `label` is None where the data set does not give it, and where it says healthy of
+    an image with a true region (`contradicted`): a label from a report, say, and a radiologist's box.
     """
     full_size = height_and_width(row["image"])
     height, width = measured_size(*full_size, resolution)
+    truth = true_region(row, full_size, (height, width))
+    contradicted = row.get("label") == 0 and truth is not None and truth.size > 0
     return {
         "path": path,
         "patient": row.get("patient") or "",
         "group": row.get("patient") or path,
-        "label": None if row.get("label") == -1 else row.get("label"),
+        "label": None if row.get("label") == -1 or contradicted else row.get("label"),
+        "contradicted": contradicted,
         "view": row.get("view") or "",
         "height": height,
         "width": width,
         "full_size": full_size,
-        "truth": true_region(row, full_size, (height, width)),
+        "truth": truth,
         **{name: str(row[name]) for name in strata},
     }
 

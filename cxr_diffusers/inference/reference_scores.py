@@ -14,7 +14,7 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
-from ..data.rows import column_of, readable_images
+from ..data.rows import column_of, contradicted, readable_images
 from ..files import as_json, cache_folder, write_file
 from ..fingerprints import COUNTERFACTUAL_ONLY, fingerprint, image_digest, weights_digest
 from ..hub.loading import hub_file, is_hub_name
@@ -106,9 +106,17 @@ def check_healthy(dataset: Dataset, data: str) -> None:
 
 
 def readable_healthy(dataset: Dataset, data: str) -> tuple[Dataset, dict[str, str]]:
-    """`readable_images` of healthy images; ValueError as of `check_healthy`, or if none of them can be read."""
+    """`readable_images` of healthy images; ValueError as of `check_healthy`, or if none of them can be read.
+
+    Images with a true region are left out, too: of a label from a report and a radiologist's box, one is wrong.
+    """
     check_healthy(dataset, data)
     readable, failed = readable_images(dataset)
+    marked = contradicted(readable)
+    if marked:
+        paths = column_of(readable, "path")
+        failed |= {str(paths[i]): f"{paths[i]}: labelled healthy, but it has a true region" for i in marked}
+        readable = readable.select(sorted(set(range(len(readable))) - set(marked)))
     if not len(readable):
         raise ValueError(f"expected healthy images with contrast in {data}, got none: {next(iter(failed.values()))}")
     return readable, failed

@@ -302,17 +302,17 @@ def test_an_image_labelled_healthy_with_a_true_region_is_neither_healthy_nor_dis
     assert "labels:" not in report(expected.summary)
     rows = [describe_row(row, "", (), 1024) for row in [*dataset, wrong, {**wrong, "label": -1}]]
     diseased, sound = diseased_and_healthy(rows, len(rows))
-    assert (
-        diseased.tolist() == [True] * 4 + [False] * 4 + [True]
-        and sound.tolist() == [False] * 4 + [True] * 3 + [False] * 2
-    )
+    assert diseased.tolist() == [True] * 4 + [False] * 4 + [True]
+    assert sound.tolist() == [False] * 4 + [True] * 3 + [False] * 2
 
 
 def test_the_threshold_comes_from_healthy_images_else_from_the_pipeline(pipeline):
     healthy = spot_rows(4, spot=False)
     result = quick(BrightSpots(), spot_rows(), healthy=healthy, quantile=0.9)
     flat = np.concatenate([np.asarray(row["image"]).ravel() for row in healthy]) / 255
-    assert result.summary["settings"]["threshold"]["method"] == pytest.approx(np.quantile(flat, 0.9), abs=1e-4)
+    threshold = result.summary["settings"]["threshold"]["method"]
+    assert threshold == pytest.approx(np.quantile(flat, 0.9), abs=1e-4)
+    assert f"- threshold: {threshold:.4g} (0.9 quantile of healthy maps)" in report(result.summary)
     assert quick(BrightSpots(), spot_rows()).summary["settings"]["threshold"]["method"] is None
     assert np.isnan(value(quick(BrightSpots(), spot_rows()), "method", "dice"))
     stored = CFGAnomalyPipeline(**pipeline.components, map_threshold=0.25, settings=FAST)

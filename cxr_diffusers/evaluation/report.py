@@ -136,6 +136,7 @@ def is_number(value: Any) -> bool:
 def report(summary: dict[str, Any]) -> str:
     """The text of summary.md: images, tables, settings, and the numbers of undefined values."""
     settings = summary["settings"]
+    thresholds = each(settings["threshold"], "{:.4g}")
     undefined = ", ".join(f"{column} {n}" for column, n in summary["undefined"].items()) or "none"
     lines = [
         f"# {', '.join(settings['methods'])}",
@@ -147,7 +148,7 @@ def report(summary: dict[str, Any]) -> str:
         summary_table(summary),
         counterfactual_table(summary),
         f"- seconds per image: {', '.join(f'{n} {s:.3g}' for n, s in summary['seconds_per_image'].items())}",
-        f"- threshold: {settings['threshold']} ({settings['threshold_from']}); controls mark equally many pixels",
+        f"- threshold: {thresholds} ({settings['threshold_from']}); controls mark equally many pixels",
         *contradicted(summary),
         *coarser(summary),
         f"- smoothing: {settings['smoothing']} of the shorter side; seed {settings['seed']}",

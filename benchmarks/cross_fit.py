@@ -71,8 +71,7 @@ class Table:
 def read(path, metric):
     """`Table` of a file that `evaluate` wrote."""
     table = pd.read_csv(path)
-    if metric != "image_auroc":
-        table = table[table.part == "dataset"]
+    table = table[table.label.notna() if metric == "image_auroc" else table.part == "dataset"].copy()
     table["patient"] = table.patient.where(table.patient.notna(), table.path)
     wide = table.pivot(index=["part", "path", "patient", "label"], columns="method", values=METRICS[metric])
     wide = wide[list(dict.fromkeys(table.method))].dropna()

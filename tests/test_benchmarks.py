@@ -114,7 +114,8 @@ def test_a_setting_is_reported_on_the_patients_it_was_not_chosen_on(tmp_path, ca
     healthy, ill = np.linspace(0.1, 0.5, 10), np.linspace(0.3, 0.7, 10)
     tables = [per_image_table({"even": x, "worse": 1 - x}, label) for label, x in ((0, healthy), (1, ill))]
     tables[0]["path"] = "healthy/" + tables[0]["path"]
-    pd.concat(tables).to_csv(path, index=False)
+    unlabelled = tables[1].assign(label=None, path="unlabelled/" + tables[1].path, score=0.0)
+    pd.concat([*tables, unlabelled]).to_csv(path, index=False)
     cross_fit.main([*call, "--metric", "image_auroc"])
     row = rows_of(capsys.readouterr().out)[0]
     parts = [[(a < b) + (a == b) / 2 for a in healthy[side] for b in ill[side]] for side in (in_first, ~in_first)]

@@ -1,6 +1,8 @@
 """The command line, `cxr-diffusers COMMAND ...`."""
 
 import argparse
+import atexit
+import gc
 import logging
 import sys
 import warnings
@@ -13,6 +15,9 @@ from .version import __version__
 # errors that a user can correct are printed without a traceback
 ONE_LINE_ERRORS = (ValueError, OSError, ImportError)
 DOCUMENTATION = "https://github.com/cxr-diffusers/cxr_diffusers/tree/main/docs"
+
+# at the end of the program Python searches all objects for cycles: more than a second for torch and diffusers
+atexit.register(gc.freeze)
 
 
 class Parser(argparse.ArgumentParser):

@@ -4,6 +4,7 @@ Each line of the standard input is a job, {"arguments", "folder", "log"}; the an
 process, which leads a process group of its own, and, when it has ended, its exit code.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -33,6 +34,8 @@ def run(job):
 
 for name in HEAVY:
     importlib.import_module(f"cxr_diffusers.{name}")
+gc.collect()
+gc.freeze()  # else every child, when it ends, copies and searches all these objects: more than a second
 print(len(commands.COMMANDS), flush=True)
 while line := sys.stdin.readline():
     child = os.fork()

@@ -1,5 +1,7 @@
 """Shared by the programs in training/: errors as one line, validation images, the model card, the closing hints."""
 
+import atexit
+import gc
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +23,8 @@ from .recipe import AnyRecipe, RunConfig
 PACKAGE = Path(__file__).parents[1]
 # training/: inside the package when installed, beside it in a checkout
 PROGRAMS = PACKAGE / "training_programs" if (PACKAGE / "training_programs").is_dir() else PACKAGE.parent / "training"
+
+atexit.register(gc.freeze)  # see `cxr_diffusers.cli`
 
 
 def load_program(name: str) -> ModuleType:

@@ -61,7 +61,7 @@ def side_by_side(
         mask: (H, W) booleans, the true region, drawn as an outline; None: unknown.
         boxes: true boxes [x, y, w, h] in pixels of `image`; None: unknown.
         vmax: the map value of the last colour. None: the map's own 99.5 % quantile; a note in the image says so.
-        title: a line above.
+        title: one or more lines above.
         note: whether a line below explains outline and colour scale; False for all but the last of several panels.
         panel_size: longer side of a panel, in pixels.
         opacity: of the last colour.
@@ -260,12 +260,14 @@ def _grid(cells, column_titles, row_titles, bars, title, note, size, opacity):
     widths = [max((row[i].width for row in cells if row[i]), default=size) for i in range(len(column_titles))]
     heights = [max(panel.height for panel in row if panel) for row in cells]
     rows, scales = tuple(row_titles or ()), tuple(bars.items())
+    lines = title.split("\n") if title else []
     page, left, top = _frame(
-        tuple(widths), tuple(heights), tuple(column_titles), rows, scales, bool(title), note, size, opacity
+        tuple(widths), tuple(heights), tuple(column_titles), rows, scales, len(lines), note, size, opacity
     )
     page, x = page.copy(), left
-    if title:
-        write_words(ImageDraw.Draw(page), (left, GAP), title, text + 2, INK, page.width - left - GAP)
+    for i, line in enumerate(lines):
+        y = GAP + i * (text + GAP)
+        write_words(ImageDraw.Draw(page), (left, y), line, text + 2, INK, page.width - left - GAP)
     for i, width in enumerate(widths):
         y = top
         for row, height in zip(cells, heights, strict=True):
@@ -277,11 +279,11 @@ def _grid(cells, column_titles, row_titles, bars, title, note, size, opacity):
 
 
 @lru_cache(maxsize=4)  # the panels of a folder have mostly the same
-def _frame(widths, heights, column_titles, row_titles, bars, has_title, note, size, opacity):
+def _frame(widths, heights, column_titles, row_titles, bars, title_lines, note, size, opacity):
     """(page with all but the title and the panels, left and top of the first panel)."""
     text = max(11, round(size / 18))
     left = GAP + (text + GAP if any(row_titles) else 0)
-    top = GAP + (text + 2 * GAP if has_title else 0) + text + GAP
+    top = GAP + (title_lines * (text + GAP) + GAP if title_lines else 0) + text + GAP
     bar = max(8, round(0.7 * text))
     foot = bar + (3 if note else 1) * text + 2 * GAP
     page = Image.new(

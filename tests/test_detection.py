@@ -465,6 +465,24 @@ def test_the_crisp_counterfactual_is_the_input_plus_the_enlarged_change():
         np.testing.assert_allclose((crisp - grey)[rows][inside[rows]], change, atol=1e-5)
 
 
+def test_a_panel_bears_the_name_in_the_table_and_warnings_in_a_line_of_their_own(pipeline, tmp_path, monkeypatch):
+    """Images of CheXpert are all called view1_frontal.jpg; a long line is cut at its end, where the warnings were."""
+    for patient in ("patient1", "patient2"):
+        (tmp_path / "images" / patient).mkdir(parents=True)
+    make_image(0).save(tmp_path / "images" / "patient1" / "view1_frontal.png")
+    colour = np.random.default_rng(0).integers(0, 255, (24, 18, 3), np.uint8)
+    Image.fromarray(colour).save(tmp_path / "images" / "patient2" / "view1_frontal.png")
+    titles, draw = [], detection_folder.side_by_side
+    monkeypatch.setattr(
+        detection_folder, "side_by_side", lambda *panels, **kw: titles.append(kw["title"]) or draw(*panels, **kw)
+    )
+    run_detect(pipeline, [tmp_path / "images"], tmp_path / "out")
+    rows = table(tmp_path / "out")
+    grey, coloured = (title.split("\n") for title in sorted(titles))
+    assert [lines[0].split()[0] for lines in (grey, coloured)] == sorted(rows)
+    assert (len(grey), coloured[1:]) == (1, [rows["patient2__view1_frontal"]["warnings"]])
+
+
 def test_a_pipeline_with_a_lung_segmenter_fills_the_zone_columns(pipeline, folder, tmp_path, monkeypatch):
     from cxr_diffusers import CFGAnomalyPipeline, LungSegmenter
 

@@ -108,6 +108,14 @@ def test_a_panel_without_its_note_is_shorter_and_else_the_same(image, anomaly_ma
     assert (full[len(short) :] < 200).any() and (short[-3:] == 255).all()
 
 
+def test_a_second_line_of_the_title_is_drawn_above_the_same_panels(image, anomaly_map):
+    """A warning in a line of its own is not cut, however long the first line is."""
+    one, two = (np.asarray(side_by_side(image, image, anomaly_map, title=t)) for t in ("words " * 90, "words " * 90 + "\nW"))
+    higher = len(two) - len(one)
+    assert 18 < higher < 30 and (two[40 + higher :] == one[40:]).all()
+    assert (two[:26] == one[:26]).all() and (two[28:48, :30] < 200).any()
+
+
 def test_a_title_and_a_long_name_fit_the_page(image, anomaly_map):
     name = "a method with a name that goes on and on and on and on and on"
     row = {"image": image, "maps": {name: anomaly_map}, "title": "a patient whose number is longer than the panel"}

@@ -95,7 +95,7 @@ def calibrate_model(
         pipeline = load_pipeline(folder).to(process_state().device)
     run: dict[str, Any] = dict(batch_size=batch_size, progress=progress)
     with quiet(pipeline):
-        results = compute_once(folder, healthy, maps_and_scores, pipeline, "healthy images", **run)
+        results = compute_once(folder, healthy, maps_and_scores, pipeline, "calibrate: maps of healthy images", **run)
         errors = measure_errors(folder, healthy, diseased, pipeline, data, **run) if has_denoiser(pipeline) else None
     maps = [result["map"] for result in results]
     threshold, *values = thresholds_at([quantile, *QUANTILES], maps)
@@ -162,7 +162,7 @@ def measure_errors(
     features = []
     for dataset, name in ((healthy, "healthy"), (diseased, "diseased")):
         if dataset is not None and len(dataset):
-            results = compute_once(folder, dataset, errors_of, pipeline, f"errors, {name}", **run)
+            results = compute_once(folder, dataset, errors_of, pipeline, f"calibrate: errors of {name} images", **run)
             features.append(np.stack([result["errors"] for result in results]))
     return ReferenceErrors.of(pipeline, data, *features)
 

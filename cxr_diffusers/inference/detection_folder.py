@@ -237,10 +237,9 @@ class DetectionFolder:
             quantile = settings["healthy_quantile"]
             threshold_text = "the threshold" if quantile is None else describe_threshold(threshold, quantile)
             title += f"    {fraction:.1%} of the image above {threshold_text}" if threshold else ""
-            title += f"    {columns['warnings']}" if columns.get("warnings") else ""
+            title += f"\n{columns['warnings']}" if columns.get("warnings") else ""
         if settings["save_panel"]:
-            file_name = "".join(c if c.isprintable() else "\ufffd" for c in path.name)
-            save_png(draw(title=f"{file_name}    {title}"), self.path / f"{name}.png")
+            save_png(draw(title=f"{name}    {title}"), self.path / f"{name}.png")
         if algorithm is not None:  # without the file's name, which may be the patient's
             write_objects(self.path / "dicom" / name, header, mask, draw(title=title), algorithm)
         row = dict(image=str(path), name=name, anomaly_score=score, abnormal_fraction=fraction)

@@ -299,6 +299,7 @@ def test_an_image_labelled_healthy_with_a_true_region_is_neither_healthy_nor_dis
     assert set(result.summary["failed"]) == {"boxed.png", "wrong.png"} and result.summary["n_healthy"] == 5
     text = (tmp_path / "summary.md").read_text()
     assert "- labels: 1 images labelled healthy have a true region; they count for the pixels, not" in text
+    assert "patients), and 5 healthy images beside them. Brackets" in text
     assert "labels:" not in report(expected.summary)
     rows = [describe_row(row, "", (), 1024) for row in [*dataset, wrong, {**wrong, "label": -1}]]
     diseased, sound = diseased_and_healthy(rows, len(rows))

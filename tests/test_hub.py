@@ -147,7 +147,9 @@ def test_a_card_has_metadata_for_the_hub_and_the_measured_figures(pipeline, fold
         "| chance | 0.125 [0.125, 0.125] |",
     ):
         assert wanted in card.text, wanted
-    assert "IoU" not in card.text
+    assert "IoU" not in card.text and "region, and 7 healthy images beside them. Brackets" in card.text
+    write_model_card(folder, training=TRAINING, evaluation=summary(pipeline) | {"n_healthy": 0})
+    assert "with a known abnormal region. Brackets" in (folder / "README.md").read_text()
 
 
 def other_weights(pipeline):

@@ -183,11 +183,12 @@ def test_only_files_that_were_written_are_named(models, capsys):
     assert not (models / "out" / "contact_sheet.png").exists()
 
 
-def test_a_plan_is_refused_before_anything_is_computed(pipeline, tmp_path):
+def test_a_plan_is_refused_before_a_model_is_opened(pipeline, tmp_path):
     nowhere = {"images": {"name": "folder", "root": str(tmp_path / "nowhere")}}
     plan = load_plan(write_plan(tmp_path, data={"a": nowhere}))
+    opened = []
     with pytest.raises((ValueError, OSError), match="nowhere"):
-        run_plan(plan, lambda model: pipeline, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+        run_plan(plan, lambda model: opened.append(model) or pipeline, tmp_path / "out")
+    assert not opened and not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="ours: a CFGAnomalyPipeline has no explained_label"):
         checked_call(pipeline, {"explained_label": 1}, "ours")

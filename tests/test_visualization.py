@@ -110,7 +110,8 @@ def test_a_panel_without_its_note_is_shorter_and_else_the_same(image, anomaly_ma
 
 def test_a_second_line_of_the_title_is_drawn_above_the_same_panels(image, anomaly_map):
     """A warning in a line of its own is not cut, however long the first line is."""
-    one, two = (np.asarray(side_by_side(image, image, anomaly_map, title=t)) for t in ("words " * 90, "words " * 90 + "\nW"))
+    titles = ("words " * 90, "words " * 90 + "\nW")
+    one, two = (np.asarray(side_by_side(image, image, anomaly_map, title=title)) for title in titles)
     higher = len(two) - len(one)
     assert 18 < higher < 30 and (two[40 + higher :] == one[40:]).all()
     assert (two[:26] == one[:26]).all() and (two[28:48, :30] < 200).any()

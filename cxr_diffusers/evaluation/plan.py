@@ -130,15 +130,15 @@ def run_plan(
     Raises:
         ValueError: an argument that a method's call does not have.
     """
-    pipelines = {}
-    for name, method in plan.methods.items():
-        kwargs = {key: value for key, value in method.items() if key != "model"}
-        pipelines[name] = checked_call(open_model(method["model"]), kwargs, name)
-    # all data sets are opened before anything is computed: an error in the last one is reported at once
+    # all data sets are opened before any model and before anything is computed: a wrong path is an error at once
     opened = {
         name: (build_dataset(**data.images), build_dataset(**data.healthy) if data.healthy else None, data.strata)
         for name, data in plan.data.items()
     }
+    pipelines = {}
+    for name, method in plan.methods.items():
+        kwargs = {key: value for key, value in method.items() if key != "model"}
+        pipelines[name] = checked_call(open_model(method["model"]), kwargs, name)
     settings: dict[str, Any] = {**plan.options, **options}
     if isinstance(settings.get("judge"), str):
         settings["judge"] = open_model(settings["judge"])

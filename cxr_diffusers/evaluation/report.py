@@ -13,6 +13,7 @@ from ..figures import precision_recall_figure, roc_figure
 from ..files import save_png, write_file
 from ..visualization import contact_sheet, to_grey
 from .controls import CHANCE, RANDOM, Maps
+from .tables import and_healthy
 from .truth import Row
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def report(summary: dict[str, Any]) -> str:
         f"# {', '.join(settings['methods'])}",
         "",
         f"{summary['n_images']} images of {summary['n_patients']} patients, {summary['n_with_region']} with a true "
-        f"region ({summary['n_patients_with_region']} patients), and {summary['n_healthy']} healthy images. "
+        f"region ({summary['n_patients_with_region']} patients){and_healthy(summary)}. "
         f"Brackets: 95 % bootstrap intervals over patients, {settings['n_bootstrap']} replicates.",
         "",
         summary_table(summary),

@@ -59,6 +59,14 @@ def similarity_outside(method: Method, prediction: Prediction, row: Row) -> dict
     }
 
 
+def and_healthy(summary: Mapping[str, Any]) -> str:
+    """The healthy images beside the data set in a sentence of summary.md or a model card; "" if there are none.
+
+    The data set's own healthy images are not among them, so "0 healthy images" would be misread.
+    """
+    return f", and {n} healthy images beside them" if (n := summary["n_healthy"]) else ""
+
+
 def counts(images: ImageSet, healthy: ImageSet) -> dict[str, Any]:
     """How many images and patients there are, and which images were left out."""
     patients, healthy_patients = ({row["group"] for row in part.rows} for part in (images, healthy))

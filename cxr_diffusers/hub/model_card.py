@@ -272,17 +272,18 @@ def describe_evaluation(summary: dict, row: str, evaluated_on: str) -> str:
     """
     from ..evaluation import summary_table
     from ..evaluation.controls import mean_map_of
+    from ..evaluation.tables import and_healthy
 
     methods = summary["settings"]["methods"]
     others = [f"`{name}`" for name in methods if name != row]
     call = ", ".join(f"`{key}={value!r}`" for key, value in methods[row]["call_kwargs"].items())
     sentences = [
         f"On {evaluated_on}: {summary['n_images']} images of {summary['n_patients']} patients, "
-        f"{summary['n_with_region']} of them with a known abnormal region, and {summary['n_healthy']} healthy images "
-        f"beside them. Brackets: 95 % bootstrap intervals over patients. This model is the row `{row}`",
+        f"{summary['n_with_region']} of them with a known abnormal region{and_healthy(summary)}. "
+        f"Brackets: 95 % bootstrap intervals over patients. This model is the row `{row}`",
         f", called with {call}. " if call else ". ",
         f"Other models: {', '.join(others)}. " if others else "",
-        "The remaining rows are controls, which do not use the image or the model.",
+        "The remaining rows are controls, made without knowledge of the disease.",
     ]
     left_out = [mean_map_of(name, methods) for name in methods if name != row]  # the mean maps of other models
     names = [row, *(name for name in summary["rows"] if name != row and not name.startswith(tuple(left_out)))]

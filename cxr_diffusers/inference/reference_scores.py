@@ -100,8 +100,8 @@ def check_healthy(dataset: Dataset, data: str) -> None:
     if others:
         names = " or ".join(dataset.features["label"].names[1:])
         raise ValueError(
-            f"expected healthy images alone in {data}, got {others} that are {names}: leave these out (of a folder, give "
-            "its subfolder of healthy images; with `chexpert`, `classes=[]`)"
+            f"expected healthy images alone in {data}, got {others} that are {names}: leave these out (of a folder, "
+            "give its subfolder of healthy images; with `chexpert`, `classes=[]`)"
         )
 
 

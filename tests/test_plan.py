@@ -180,7 +180,7 @@ def test_only_files_that_were_written_are_named(models, capsys):
     assert main([*command, str(models / "out")]) == 0
     output = capsys.readouterr().out
     assert "summary.md" in output and "contact_sheet.png" not in output
-    assert "Nothing can be measured: no image has a true region" in output and "|" not in output
+    assert "No map or score can be measured: no image has a true region" in output and "|" not in output
     assert not (models / "out" / "contact_sheet.png").exists()
 
 

@@ -58,8 +58,8 @@ def summary_table(result: Evaluation | dict[str, Any], columns: Mapping[str, str
     measured = {k: v for k, v in columns.items() if any(k in numbers for numbers in summary["rows"].values())}
     if not any(is_number(interval["value"]) for numbers in summary["rows"].values() for interval in numbers.values()):
         return (
-            "Nothing can be measured: no image has a true region (a mask or boxes), and there are not both healthy and "
-            "diseased images.\n"
+            "No map or score can be measured: no image has a true region (a mask or boxes), and there are not both "
+            "healthy and diseased images.\n"
         )
     parts = [markdown("", summary["rows"], measured)]
     if summary["differences"]:

@@ -100,13 +100,16 @@ class ViewsMixin(Base):
             view_errors: the function of `cxr_inversion`.
 
         Raises:
-            ValueError: an unknown view, or a number of views that differs from the number of images.
+            ValueError: an unknown view, any with a model that is not conditioned on it, or a number of views that
+                differs from the number of images.
         """
         names = self.conditions.views if self.conditions else ()
         given = [view] * len(image) if view is None or isinstance(view, str) else list(view)
         if len(given) != len(image):
             raise ValueError(f"expected a `view` for each of {len(image)} images, got {len(given)}")
-        if unknown := [name for name in given if name and names and name not in names]:
+        if any(given) and not names:
+            raise ValueError(f"expected no `view` with a model that is not conditioned on the view, got {view!r}")
+        if unknown := [name for name in given if name and name not in names]:
             raise ValueError(f"expected `view` among {', '.join(names)}, got {unknown[0]!r}")
         if not names:
             return None

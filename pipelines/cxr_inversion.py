@@ -14,6 +14,8 @@ DETERMINISTIC_SCHEDULERS = (
     "UniPCMultistepScheduler",
 )
 
+Generators = torch.Generator | list[torch.Generator] | None
+
 
 def check_scheduler(scheduler: Any) -> None:
     """Raise ValueError unless `scheduler` can decode the latents of DDIM inversion."""
@@ -156,13 +158,14 @@ def evidence_timesteps(scheduler: Any) -> list[int]:
     return [scheduler.config.num_train_timesteps * k // 10 for k in range(1, 8)]
 
 
-def evidence_noise(x: torch.Tensor, t: int, generator: torch.Generator | None = None) -> torch.Tensor:
-    """(1, C, H, W), the noise that `class_evidence` adds to all images at timestep `t`.
+def evidence_noise(x: torch.Tensor, t: int, generator: Generators = None) -> torch.Tensor:
+    """(1, C, H, W), the noise that `class_evidence` adds to all images at timestep `t`; see there.
 
-    Without a `generator` it is always the same, on any device.
+    With a list of generators, one for each image: (B, C, H, W).
     """
     generator = torch.Generator().manual_seed(int(t)) if generator is None else generator
-    return randn_tensor((1, *x.shape[1:]), generator=generator, device=x.device, dtype=torch.float32)
+    count = len(x) if isinstance(generator, list) else 1
+    return randn_tensor((count, *x.shape[1:]), generator=generator, device=x.device, dtype=torch.float32)
 
 
 def predict_noised(
@@ -171,12 +174,12 @@ def predict_noised(
     scheduler: Any,
     num_labels: int,
     timesteps: Sequence[int],
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Noise the images at each timestep and predict them under each of several labels.
 
     Yields:
-        (alpha bar, the noise (1, C, H, W), the noised images (B, C, H, W), the network's outputs
+        (alpha bar, the noise of `evidence_noise`, the noised images (B, C, H, W), the network's outputs
         (num_labels, B, C, H, W)).
     """
     alphas = scheduler.alphas_cumprod.to(x.device, torch.float32)
@@ -191,21 +194,21 @@ def class_evidence(
     predict: Callable,
     x: torch.Tensor,
     scheduler: Any,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compare two labels by how well the network predicts the same noised image under each, and where.
 
     A diffusion model is a classifier of its labels: the label under which it predicts the noise better is the likelier
     one (Li et al. 2023, https://arxiv.org/abs/2303.16203). And the predictions differ where the labels do (after
-    Couairon et al. 2022, https://arxiv.org/abs/2210.11427, section 3). At each level all images get the same noise, so
-    the result of an image does not depend on its batch.
+    Couairon et al. 2022, https://arxiv.org/abs/2210.11427, section 3). At each level all images get the same noise, or
+    each that of its own generator, so the result of an image does not depend on its batch.
 
     Args:
         predict: `predict(x, t)` -> the network's outputs (2 * B, C, H, W) under the first and then under the second
             label, the variance already split off, float32.
         x: (B, C, H, W) images in the model's range.
-        generator: of the noise; None: a fixed seed for each level.
+        generator: of the noise, one for all images or a list with one for each; None: a fixed seed for each level.
         weights: (B, H, W), how much the error of each pixel counts; None: all the same.
 
     Returns:

@@ -20,6 +20,7 @@ from .cxr_anomaly import (
 from .cxr_conditions import ViewsMixin
 from .cxr_images import prepare_image
 from .cxr_inversion import (
+    Generators,
     check_scheduler,
     class_evidence,
     decode_step,
@@ -118,7 +119,7 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         evidence: float = 0.0,
         score: str = "map",
         view: str | list[str | None] | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict] | None = None,
@@ -144,7 +145,8 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
                 evaluate it under the target label and reuse the last difference of the noise (as in Dinh et al. 2024,
                 https://arxiv.org/abs/2408.11194). 1: every step.
             target_label: the class to decode to, as an id or a name; 0 is healthy.
-            negative_label: the class that guidance pushes away from: an id, a name, or "null" for the null label.
+            negative_label: the class that guidance pushes away from: an id, a name, or "null" for the null label; not
+                `target_label`, from which it would not differ.
             source_label: the class of the inversion, likewise.
             direction: "both": the map is the absolute difference. "bright": only where the image is brighter than its
                 counterfactual (fluid, consolidation, masses); "dark": only where it is darker (air).
@@ -163,9 +165,10 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
                 much better the UNet predicts the noise for `negative_label` than for `target_label`, as the log of the
                 ratio of the errors: 0 equally well, 0.01 one percent better. "combined": change + 2 x evidence, which
                 separates disease from health better than either (docs/experiments.md); it can be below 0.
-            view: "PA" or "AP", or a list with one for each image, for a model that is conditioned on the view; None
+            view: "PA" or "AP", or a list with one for each image, only for a model that is conditioned on the view; None
                 or "" if it is unknown: then the view that explains the image best is used (six more evaluations).
-            generator: of the noise of the class evidence. None: fixed noise, the same in every call and on any device.
+            generator: of the noise of the class evidence: one for all images, or a list with one for each. None: fixed
+                noise, the same in every call and on any device.
             output_type: "pil", "np" or "pt"; see `AnomalyOutput` for shapes and ranges.
             return_dict: False returns the plain tuple.
             callback_on_step_end: `callback(pipeline, i, t, {"latents": ...})`, called after every step of the inversion
@@ -211,10 +214,14 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         negative = self.label_id(negative_label, "negative_label") if uses_negative else target
         if target == self.null_label:
             raise ValueError(f"expected `target_label` to be a class, got the null label {target_label!r}")
+        if uses_negative and negative == target:
+            raise ValueError(f"expected a `negative_label` other than `target_label`, got {negative_label!r} for both")
         on_step = self.on_step(callback_on_step_end, callback_on_step_end_tensor_inputs)
 
         # 2. image -> x_0
         image = prepare_image(image, **self.image_format(self.unet)).to(self._execution_device)
+        if isinstance(generator, list) and len(generator) != len(image):
+            raise ValueError(f"expected one generator for each of the {len(image)} images, got {len(generator)}")
         views = self.view_indices(view, image, view_errors)
 
         # 3. x_0 -> x_L: inversion, once for all noise levels
@@ -384,7 +391,7 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         target_label: int | str = 0,
         negative_label: int | str = "null",
         views: torch.Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         weights: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(B, C, H, W) image in the model's range -> `class_evidence` of the target and the negative label."""

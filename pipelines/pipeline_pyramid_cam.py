@@ -69,7 +69,7 @@ class PyramidCAMPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         Args:
             target_label: the class that the evidence is against, as an id or a name; 0 is healthy. The map has the
                 log-odds of all other classes together.
-            explained_label: instead, a class; the map then has its log-odds against class 0.
+            explained_label: instead, a class other than 0; the map then has its log-odds against class 0.
             image, smoothing, region, output_type, return_dict: see the call of `GradCAMPipeline`.
 
         Returns:
@@ -95,6 +95,8 @@ class PyramidCAMPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         target = self.find_label(target_label, "target_label", self.num_classes)
         if explained_label is not None:
             explained_label = self.find_label(explained_label, "explained_label", self.num_classes)
+        if explained_label == 0:
+            raise ValueError("expected an `explained_label` other than class 0, which its log-odds are against, got 0")
 
         # 2. image -> x
         size, config = self.classifier.config.sample_size, self.config

@@ -255,6 +255,21 @@ def test_class_evidence_draws_from_the_generator_and_is_fixed_without_one(images
     assert (score(0) - score(1)).abs().min() > 1e-4 and (score(0) - score()).abs().min() > 1e-4
 
 
+def test_with_a_list_of_generators_each_image_has_noise_of_its_own(images):
+    pipeline = PIPELINES["cfg"]()
+    pipeline.set_progress_bar_config(disable=True)
+
+    def scores(rows, seeds):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return pipeline(images[rows], score="evidence", generator=generators, output_type="pt").anomaly_score
+
+    both = scores([0, 1], [0, 1])
+    torch.testing.assert_close(both, torch.cat([scores([0], [0]), scores([1], [1])]))
+    assert (both - scores([0, 1], [0, 2])).abs()[1] > 1e-4
+    with pytest.raises(ValueError, match="expected one generator for each of the 2 images, got 1"):
+        scores([0, 1], [0])
+
+
 # portable pipelines: these, and the one for deblurring, which is called differently
 PORTABLE = {
     **PIPELINES,

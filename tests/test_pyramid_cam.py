@@ -91,6 +91,8 @@ def test_one_class_can_be_mapped_instead_of_all_that_is_not_healthy(images):
     )
     with pytest.raises(ValueError, match="expected `explained_label`"):
         pipeline(images, explained_label="pneumonia")
+    with pytest.raises(ValueError, match="expected an `explained_label` other than class 0"):
+        pipeline(images, explained_label="healthy")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 T = typing.TypeVar("T")
+MERGE = "tag:yaml.org,2002:merge"  # the key <<
 
 # recipes, and plans/ of evaluations: inside the package when installed, beside it in a checkout
 INSTALLED = Path(__file__).with_name("configs")
@@ -31,7 +32,17 @@ def config_file(name: str | Path, folder: Path = CONFIGS) -> Path:
 
 
 class Loader(yaml.SafeLoader):
-    """YAML whose numbers may be written 1e-3, as in YAML 1.2; PyYAML takes that for text."""
+    """YAML as of version 1.2 where PyYAML is not: numbers may be written 1e-3, and a key may not be given twice."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        """As in PyYAML; ComposerError for a key that is given twice, of which PyYAML drops the first value."""
+        node = super().compose_mapping_node(anchor)
+        names = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != MERGE):
+            if key.value in names:
+                raise yaml.composer.ComposerError(None, None, f"the key {key.value!r} twice", key.start_mark)
+            names.add(key.value)
+        return node
 
 
 Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"), "-+0123456789")

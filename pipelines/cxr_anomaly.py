@@ -191,7 +191,7 @@ class ContractMixin(Base):
 
     Such a class describes its method to readers of model cards and of the page: `title`, a name; `summary`, one or two
     sentences; `score_meaning`, a description of its `anomaly_score` (a class whose score depends on the settings
-    overrides `describe_score`).
+    overrides `describe_score`); `has_counterfactual`, False for a method that returns the image itself as such.
 
     Such a class has `ORIGINAL_SETTINGS = default_settings(__call__)`: the settings of the original procedure, which
     hold where neither the caller nor the checkpoint gives a value. A call with `**pipeline.ORIGINAL_SETTINGS` ignores
@@ -206,6 +206,7 @@ class ContractMixin(Base):
     title: str = "A method of your own"
     summary: str = "A model of anomalies in chest X-rays."
     score_meaning: str = "mean of the highest 5 % of the anomaly map's pixels"
+    has_counterfactual: bool = True
 
     ORIGINAL_SETTINGS: dict[str, Any] = {}
     num_classes: int

@@ -48,6 +48,7 @@ class GradCAMPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         "counterfactual; it is a baseline for methods that do."
     )
     score_meaning = "the classifier's probability of not healthy"
+    has_counterfactual = False
 
     model_cpu_offload_seq = "classifier"
     _optional_components = ["feature_extractor", "lung_segmenter"]

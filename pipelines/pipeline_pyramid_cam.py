@@ -34,6 +34,7 @@ class PyramidCAMPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         "no counterfactual; it is a baseline for methods that do."
     )
     score_meaning = "the classifier's probability of not healthy"
+    has_counterfactual = False
 
     model_cpu_offload_seq = "classifier"
     _optional_components = ["lung_segmenter"]

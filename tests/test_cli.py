@@ -301,6 +301,7 @@ def test_a_table_is_opened_as_in_the_help(tmp_path):
         ("nothing:root=x", "with NAME of brats"),
         ("phantom:n", "got 'n' in"),
         ("phantom:colour=red", "unknown key 'colour'"),
+        ("phantom:n=3,n=4", "expected 'n' once in 'phantom:n=3,n=4', got it twice"),
         ("phantom:n=3,seed=abc", "seed: expected int, got 'abc'"),
     ],
 )
@@ -325,6 +326,28 @@ def test_publish_wants_a_card(model, tmp_path, capsys):
     (folder / "README.md").write_text("# a card")
     assert main(["publish", str(folder), "me/model", "--image", "x.png"]) == 2
     assert "--training" in capsys.readouterr().err and (folder / "README.md").read_text() == "# a card"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("prepare DATA OUT --pack --format png --workers 2", "expected --format, --workers only without --pack"),
+        ("prepare DATA OUT --quality 90", "expected --quality only with --pack"),
+        ("prepare DATA OUT --frontal-only", "expected CheXpert for `frontal_only`, got "),
+        ("deblur DATA OUT --kernel disk:radius=1 --plan --shard 0/2", "expected --plan without --shard, got 0/2"),
+        ("detect DATA --out OUT --as-original --dtype bfloat16", "expected --dtype float32 with --as-original"),
+        ("detect DATA --out OUT --backend onnx --dtype bfloat16", "expected --dtype float32 with --backend onnx"),
+        ("detect DATA --out OUT --no-panel --vmax 0.5 --model MODEL", "expected `vmax` with panels or `dicom`"),
+        ("publish MODEL me/x --license mit", "expected --training beside --license: a new card"),
+        ("publish MODEL me/x --training T --evaluated-on X", "expected --evaluation FOLDER of one data set with"),
+        ("publish MODEL me/x --training T --evaluated-on X --evaluation DATA", "FOLDER of one data set with"),
+    ],
+)
+def test_an_option_without_effect_is_refused(model, folder, tmp_path, capsys, command, message):
+    words = {"DATA": str(folder), "OUT": str(tmp_path / "out"), "MODEL": model[1]}
+    assert main([words.get(word, word) for word in command.split()]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert not (Path(model[1]) / "README.md").exists()
 
 
 def test_convert_takes_the_originals_command_line_as_it_is(tmp_path, capsys):

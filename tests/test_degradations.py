@@ -152,6 +152,7 @@ def test_a_kernel_has_a_name(text, kernel):
         ("gaussian", "give 'sigma'"),
         ("gaussian:width=3", "unknown key 'width'.*sigma"),
         ("gaussian:sigma=wide", "a number for 'sigma'"),
+        ("gaussian:sigma=1,sigma=2", "expected 'sigma' once, got it twice"),
         ("gaussian:sigma=0", "greater than 0"),
         ("motion:size=1", "2 or more"),
         ("motion:size=10.5", "whole pixels"),

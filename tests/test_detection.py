@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cxr_diffusers import GradCAMPipeline
 from cxr_diffusers.files import as_json, load_map
 from cxr_diffusers.fingerprints import weights_digest
 from cxr_diffusers.inference import detection_folder
@@ -28,7 +29,7 @@ from cxr_diffusers.inference.panels import (
 from cxr_diffusers.inference.reference_scores import SCORES_FILE, ReferenceScores, keep_scores, kept_scores
 from cxr_diffusers.inference.thresholds import describe_threshold
 from cxr_diffusers.pipelines.cxr_images import restore_map
-from helpers import FEW_STEPS, run_detect, write_dicom
+from helpers import FEW_STEPS, run_detect, toy_resnet, write_dicom
 
 
 def make_image(seed, height=24, width=18, dtype=np.uint8):
@@ -172,6 +173,8 @@ def test_missing_inputs_and_invalid_options_are_refused(pipeline, folder, tmp_pa
         run_detect(pipeline, [folder], tmp_path / "out", map_format="tif")
     with pytest.raises(ValueError, match="expected `vmax` above 0, got 0"):
         run_detect(pipeline, [folder], tmp_path / "out", vmax=0)
+    with pytest.raises(ValueError, match="expected a method with a counterfactual to save, got a GradCAMPipeline"):
+        run_detect(GradCAMPipeline(toy_resnet(), sample_size=16), [folder], tmp_path / "out", save_counterfactual=True)
 
 
 def test_a_threshold_gives_one_colour_scale_and_a_fraction(pipeline, folder, tmp_path):

@@ -90,6 +90,10 @@ def test_a_published_model_runs_from_the_hub_and_takes_its_card_along(pipeline, 
         hers = CFGAnomalyPipeline.from_pretrained("me/model")
         torch.save([p(images, **{FAST}).anomaly_map for p in (hers, load_pipeline("me/model"))], "home.pt")
         again = publish("run", "trained", private=True)
+        try:  # what is there and public is not made private by saying so
+            publish("run", "me/model", private=True)
+        except PermissionError as error:
+            public = str(error)
         CFGAnomalyPipeline.from_pretrained("run").push_to_hub("me/other")
         load_pipeline("me/other").push_to_hub("me/third")
         reference_of = references({{"one": hers, "other": load_pipeline("me/third")}})
@@ -97,7 +101,7 @@ def test_a_published_model_runs_from_the_hub_and_takes_its_card_along(pipeline, 
         try:
             load_pipeline("me/typo")
         except FileNotFoundError as error:
-            print(json.dumps([address, again, healthy, str(error)]))
+            print(json.dumps([address, again, healthy, str(error), public]))
     """
     with local_hub() as hub:
         addresses = run(hub, at_home, tmp_path)
@@ -112,6 +116,7 @@ def test_a_published_model_runs_from_the_hub_and_takes_its_card_along(pipeline, 
     assert sum(name.startswith("pipeline_cfg_anomaly_") for name in code) == 1 and len(code) > 1  # and its siblings
     model = {"unet/config.json", "unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"}
     assert set(published) == {"model_index.json", "README.md", "example.png", "healthy_scores.json"} | model | code
+    assert addresses[4].startswith("me/model exists and is public: make it private on the Hub first")
     assert addresses[2] == [[0.25], True, None], "the scores of healthy images go out with the model"
     assert addresses[3].startswith("no folder me/typo here, and no repository me/typo on the")
     # `push_to_hub` of a pipeline that was loaded takes the card and its image along, from a folder or from the Hub

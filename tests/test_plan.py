@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -9,12 +10,14 @@ import yaml
 
 from cxr_diffusers import CFGAnomalyPipeline, GradCAMPipeline, LungSegmenter, load_phantom
 from cxr_diffusers.cli import main
+from cxr_diffusers.commands.evaluate import open_judge, open_lung_segmenter
 from cxr_diffusers.evaluation import load_plan, run_plan
 from cxr_diffusers.evaluation.plan import checked_call
 from cxr_diffusers.pipelines.pipeline_cfg_anomaly import noise_levels
 from helpers import toy_resnet
 
 CONFIG = Path(__file__).parent.parent / "configs" / "plans" / "evaluate.yaml"
+SEGMENTER = "cxr_lung_segmenter_64"
 FAST = {"num_inference_steps": 4, "noise_level": 500}
 
 
@@ -89,6 +92,39 @@ def test_an_image_in_several_data_sets_is_computed_once(models):
     assert not (out / "a" / "maps").exists()
 
 
+def test_call_and_batch_size_of_a_plan_hold_for_all_its_methods(models, capsys):
+    out = models / "out"
+    options = {"n_bootstrap": 10, "batch_size": 2, "call_kwargs": {"target_label": 1}}
+    command = ["evaluate", "--config", str(write_plan(models, options=options)), "--on", "a", "--out", str(out)]
+    assert main(command) == 0
+    methods = json.loads((out / "a" / "summary.json").read_text())["settings"]["methods"]
+    assert {name: method["call_kwargs"] for name, method in methods.items()} == {
+        "ours": {"target_label": 1, **FAST},
+        "Grad-CAM": {"target_label": 1},
+    }
+    for override, message in (
+        ("options.batch_size=0", "1 or more, got 0"),
+        ("options.call_kwargs.noise_level=3", "Grad-CAM: a GradCAMPipeline has no noise_level"),
+        ("methods.ours.output_type=pil", "ours: a CFGAnomalyPipeline has no output_type"),
+    ):
+        assert main([*command, override]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_method_given_twice_is_refused(models):
+    path = write_plan(models)
+    path.write_text(path.read_text().replace("Grad-CAM:", "ours:"))
+    with pytest.raises(ValueError, match="expected YAML, got the key 'ours' twice"):
+        load_plan(path)
+
+
+def test_judge_and_lung_segmenter_use_the_device_of_the_command():
+    options = SimpleNamespace(device="meta", trust_remote_code=False)
+    for open_it in (lambda: open_judge(options, "cxr_grad_cam_128"), lambda: open_lung_segmenter(SEGMENTER, "meta")):
+        with pytest.raises(ValueError, match="expected a device that PyTorch can use here, such as cpu, got 'meta'"):
+            open_it()
+
+
 def test_several_models_need_no_plan(models, capsys):
     for i, image in enumerate(load_phantom(n=2, size=32)["image"]):
         (models / "data").mkdir(exist_ok=True)
@@ -148,6 +184,8 @@ def test_every_row_of_the_ablation_is_a_different_valid_call(pipeline):
         (dict(options={"n_bootstrp": 5}), "options: expected some of batch_size, n_bootstrap, .*, got 'n_bootstrp'"),
         (dict(options={"output_dir": "x"}), "options: expected some of .*, got 'output_dir'"),
         (dict(options={"n_bootstrap": "many"}), "options: n_bootstrap.*int, got 'many'"),
+        (dict(options={"judge": 3}), "options: judge: expected str .*, got 3"),
+        (dict(options={"call_kwargs": 3}), "options: call_kwargs: expected dict .*, got 3"),
         (dict(data={"a": {"images": {"n": 6}}}), "data.a.images: expected the `name` of a loader, got {'n': 6}"),
     ],
 )

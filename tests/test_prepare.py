@@ -153,6 +153,9 @@ def test_lateral_images_are_copied_unless_frontal_only(tmp_path):
     source = write_chexpert(tmp_path, NAME)
     assert prepare(source, tmp_path / "frontal", size=16, frontal_only=True, num_workers=1)["images"] == 24
     assert not list((tmp_path / "frontal").rglob("*lateral*"))
+    table = pd.read_csv(source / "train.csv").drop(columns="Frontal/Lateral")
+    table.to_csv(source / "train.csv", index=False)  # the names of the files tell the view
+    assert prepare(source, tmp_path / "again", size=16, frontal_only=True, num_workers=1)["images"] == 24
 
 
 def test_two_files_that_would_become_one_are_refused(tmp_path):

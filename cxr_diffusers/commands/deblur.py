@@ -56,6 +56,8 @@ def run(options: argparse.Namespace) -> int:
     from ..precision import use_dtype
     from ..processes import process_state, usable_device
 
+    if options.plan is not None and options.shard:
+        raise ValueError(f"expected --plan without --shard, got {options.shard}: it is the plan of a whole data set")
     state, shard = process_state(), shard_of(options)
     device = usable_device(options.device)
     check(options.source, options.output, options.image_format, options.batch_size)  # before the prior is opened

@@ -57,6 +57,7 @@ def add(commands: Any) -> None:
     evaluate.add_argument("--lung-segmenter", metavar="MODEL", help=text)
     add_shard_option(evaluate)
     add_pipeline_options(evaluate, several=True)
+    evaluate.set_defaults(batch_size=None)  # a plan may name one
 
 
 def run(options: argparse.Namespace) -> int:
@@ -69,7 +70,12 @@ def run(options: argparse.Namespace) -> int:
     from ..processes import process_state
 
     shard = shard_of(options)
-    shared: dict[str, Any] = {"batch_size": options.batch_size, "call_kwargs": call_kwargs(options), "shard": shard}
+    plan = None
+    if options.config:
+        plan = load_plan(config_file(options.config, PLANS), options.data, options.only, options.on, options.skip)
+    if options.batch_size is None:
+        options.batch_size = plan.options.get("batch_size", 8) if plan else 8
+    shared: dict[str, Any] = {"batch_size": options.batch_size, "shard": shard}
     if options.bootstrap is not None:
         if options.bootstrap < 1:
             raise ValueError(f"expected --bootstrap of 1 or more, got {options.bootstrap}")
@@ -77,12 +83,11 @@ def run(options: argparse.Namespace) -> int:
     if options.resolution is not None:
         check_resolution(options.resolution)
         shared["resolution"] = options.resolution
-    if options.config:
-        if options.model or options.healthy or options.strata or shared["call_kwargs"]:
+    if plan:
+        if options.model or options.healthy or options.strata or call_kwargs(options):
             raise ValueError("expected models, data and arguments of the call in the plan, not beside --config")
-        plan = load_plan(config_file(options.config, PLANS), options.data, options.only, options.on, options.skip)
-        shared |= open_judge(options.judge or plan.options.get("judge"))
-        shared |= open_lung_segmenter(options.lung_segmenter or plan.options.get("lung_segmenter"))
+        shared |= open_judge(options, options.judge or plan.options.get("judge"))
+        shared |= open_lung_segmenter(options.lung_segmenter or plan.options.get("lung_segmenter"), options.device)
         results: dict[str, Any] | None = run_plan(
             plan, lambda model: open_pipeline(options, model), options.out, **shared
         )
@@ -93,13 +98,15 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError(f"expected one data set, or a plan with --config, got {options.data}")
         data = open_dataset(options.data[0])  # before the models, so that a wrong name is an error at once
         healthy = open_dataset(options.healthy) if options.healthy else None
-        shared |= open_judge(options.judge) | open_lung_segmenter(options.lung_segmenter)
+        shared |= open_judge(options, options.judge)
+        shared |= open_lung_segmenter(options.lung_segmenter, options.device)
         result = compare(
             open_methods(options),
             data,
             healthy=healthy,
             output_dir=options.out,
             strata=tuple(options.strata),
+            call_kwargs=call_kwargs(options),
             **shared,
         )
         results = None if result is None else {options.out.name: result}
@@ -117,20 +124,24 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def open_judge(name: str | None) -> dict[str, Any]:
-    """{"judge": pipeline on the device of this process} of a model's name; {} without one."""
+def open_judge(options: argparse.Namespace, name: str | None) -> dict[str, Any]:
+    """{"judge": pipeline on `--device` or the device of this process} of a model's name; {} without one."""
     from ..hub.loading import load_pipeline
-    from ..processes import process_state
+    from ..processes import usable_device
 
-    return {"judge": load_pipeline(name).to(process_state().device)} if name else {}
+    return {"judge": load_pipeline(name, options.trust_remote_code).to(usable_device(options.device))} if name else {}
 
 
-def open_lung_segmenter(name: str | None) -> dict[str, Any]:
-    """{"lung_segmenter": model on the device of this process} of a shipped name, folder or Hub name; {} without one."""
+def open_lung_segmenter(name: str | None, device: str | None = None) -> dict[str, Any]:
+    """{"lung_segmenter": model on a device} of a shipped name, folder or Hub name; {} without one.
+
+    Args:
+        device: None: that of this process.
+    """
     from ..connection import cache_if_unreachable
     from ..hub.loading import CHECKPOINTS, hub_file, is_hub_name
     from ..models.lung_segmenter import LungSegmenter
-    from ..processes import process_state
+    from ..processes import usable_device
 
     if not name:
         return {}
@@ -141,7 +152,7 @@ def open_lung_segmenter(name: str | None) -> dict[str, Any]:
         hub_file(name, "config.json")  # an error that names the repository, where there is none
     with cache_if_unreachable() if not folders else nullcontext():
         model = LungSegmenter.from_pretrained(folders[0] if folders else name)
-    return {"lung_segmenter": model.eval().to(process_state().device)}
+    return {"lung_segmenter": model.eval().to(usable_device(device))}
 
 
 def open_methods(options: argparse.Namespace) -> dict[str, Any]:

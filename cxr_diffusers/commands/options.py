@@ -111,7 +111,8 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=["auto", "float32", "bfloat16", "float16"],
         default="auto",
-        help="number format of the networks (default: bfloat16 where the device has it in hardware, else float32)",
+        help="number format of the networks (default: bfloat16 where the device has it in hardware, else float32); a "
+        "classifier of transformers always computes in float32",
     )
 
 
@@ -164,16 +165,21 @@ def open_pipeline(options: argparse.Namespace, model: str | None = None) -> Any:
     from ..evaluation.plan import checked_call
     from ..hub.loading import load_pipeline
     from ..inference.export import with_backend
+    from ..models.exported_net import ExportedNet
     from ..precision import use_dtype
     from ..processes import process_state, usable_device
 
     if options.batch_size < 1:
         raise ValueError(f"expected --batch-size of 1 or more, got {options.batch_size}")
-    if options.backend in BACKENDS[1:] and options.device not in (None, "cpu"):
-        raise ValueError(f"expected --device cpu with --backend {options.backend}, got {options.device}")
+    if options.backend in BACKENDS[1:]:
+        check_exported(options, f"--backend {options.backend}")
+    if options.as_original:
+        check_float32(options, "--as-original")
     state, device = process_state(), usable_device(options.device)
     model = model or options.model or "default"
     pipeline = load_pipeline(model, options.trust_remote_code)
+    for network in filter(lambda part: isinstance(part, ExportedNet), pipeline.components.values()):
+        check_exported(options, f"a model exported to {network.config.format}")
     on_terminal = state.is_main_process and sys.stderr.isatty()
     pipeline.set_progress_bar_config(disable=not on_terminal, leave=False, position=1)
     if options.backend:
@@ -190,3 +196,16 @@ def open_pipeline(options: argparse.Namespace, model: str | None = None) -> Any:
     if unknown:
         raise ValueError(f"the original procedure has no {', '.join(unknown)}: leave it out with --as-original")
     return OriginalProcedure(pipeline)
+
+
+def check_exported(options: argparse.Namespace, network: str) -> None:
+    """Raise ValueError if `--device` or `--dtype` is not that of an exported network: the CPU, float32."""
+    if options.device not in (None, "cpu"):
+        raise ValueError(f"expected --device cpu with {network}, got {options.device}")
+    check_float32(options, network)
+
+
+def check_float32(options: argparse.Namespace, reason: str) -> None:
+    """Raise ValueError if `--dtype` is another than float32, in which `reason` computes."""
+    if options.dtype not in ("auto", "float32"):
+        raise ValueError(f"expected --dtype float32 with {reason}, got {options.dtype}")

@@ -23,8 +23,9 @@ def add(commands: Any) -> None:
     card = publish.add_argument_group("to write a new card")
     card.add_argument("--training", help="Markdown: the data, its licence, how the model was trained")
     card.add_argument("--evaluation", type=Path, help="a folder written by `evaluate`, or a plan's")
-    card.add_argument("--evaluated-on", default="validation images", help="name of its images")
-    card.add_argument("--license", default="apache-2.0", help="of the weights (default: apache-2.0)")
+    text = "name of its images (default: validation images; a plan names them itself)"
+    card.add_argument("--evaluated-on", default=argparse.SUPPRESS, help=text)
+    card.add_argument("--license", default=argparse.SUPPRESS, help="of the weights (default: apache-2.0)")
     card.add_argument("--image", help="name of a PNG in the folder, shown in the card")
 
 
@@ -33,10 +34,14 @@ def run(options: argparse.Namespace) -> None:
     from ..hub.model_card import write_model_card
     from ..hub.publishing import publish
 
+    given = [name for name in ("evaluation", "evaluated_on", "license", "image") if getattr(options, name, None)]
+    if "evaluated_on" in given and not (options.evaluation and (options.evaluation / "summary.json").is_file()):
+        raise ValueError(f"expected --evaluation FOLDER of one data set with --evaluated-on, got {options.evaluation}")
     if options.training:
         write_model_card(options.folder, **keyword_options(options, write_model_card))
-    elif options.evaluation or options.image:
-        raise ValueError("expected --training beside it: a new card names the data, its licence and the training")
+    elif given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"expected --training beside {flags}: a new card names the data, its licence and the training")
     elif options.folder.is_dir() and not (options.folder / "README.md").is_file():
         raise ValueError(f"no card (README.md) in {options.folder}: give --training TEXT to write one")
     print(publish(options.folder, options.name, private=options.private))

@@ -84,7 +84,7 @@ def open_dataset(text: str) -> Dataset:
     "chexpert:root=/data/CheXpert-v1.0,split=valid,classes=[Pneumonia]".
 
     Raises:
-        ValueError: neither a folder nor the name of a loader, or a part that is not key=value.
+        ValueError: neither a folder nor the name of a loader, a part that is not key=value, or a key given twice.
     """
     if Path(text).is_dir():
         return build_dataset("folder", root=text)
@@ -96,6 +96,8 @@ def open_dataset(text: str) -> Dataset:
         key, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"expected a data set as name:key=value,..., got {item!r} in {text!r}")
+        if key in kwargs:
+            raise ValueError(f"expected {key!r} once in {text!r}, got it twice")
         try:
             kwargs[key] = yaml.safe_load(value)
         except yaml.YAMLError:

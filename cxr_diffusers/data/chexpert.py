@@ -42,6 +42,7 @@ PLUS_COLUMNS = {
     "deid_patient_id": "patient",
 }
 SPLITS = ("train", "valid", "test")
+IMPRESSION = "impression"
 # paths with forward slashes whose parts begin and end with a letter or digit: no "..", nothing to strip
 PLAIN_PATH = re.compile(r"(?:\w(?:[\w. -]*\w)?/)*\w(?:[\w. -]*\w)?")
 
@@ -56,7 +57,7 @@ def load_chexpert(
     views: Sequence[str] | None = None,
     uncertain: str = "ignore",
     boxes: Path | str | None = None,
-    report_section: str = "impression",
+    report_section: str = IMPRESSION,
     check_files: bool = True,
     **selection: Unpack[Selection],
 ) -> Dataset:
@@ -81,7 +82,7 @@ def load_chexpert(
             gives the same rows as its source.
         boxes: CSV with columns file, x, y, w, h (and image_w, image_h where they count in pixels of an image of another
             size); None: `boxes.csv` in `root` or beside it, if there is one.
-        report_section: for CheXpert Plus, the report section whose CheXbert labels count: "impression", "report" or
+        report_section: only for CheXpert Plus, the report section whose CheXbert labels count: "impression", "report" or
             "findings" (of which users report `No Finding` = 1 wherever the section is empty).
         check_files: look whether every image exists.
 
@@ -94,6 +95,8 @@ def load_chexpert(
             box, or one that belongs to no image or reaches beyond it.
     """
     csv = find_csv(root, split)
+    if report_section != IMPRESSION and not is_plus(csv):
+        raise ValueError(f"expected CheXpert Plus for `report_section` {report_section!r}, got {csv}")
     table = read_table(csv, split, report_section)
     names, keys = [_column_of(name) for name in classes], set(table["key"])
     missing_columns([NO_FINDING, *names], table.columns, csv)
@@ -156,7 +159,7 @@ def is_plus(csv: Path | str) -> bool:
     return Path(csv).name.startswith("df_chexpert_plus")
 
 
-def read_table(csv: Path | str, split: str = "train", report_section: str = "impression") -> pd.DataFrame:
+def read_table(csv: Path | str, split: str = "train", report_section: str = IMPRESSION) -> pd.DataFrame:
     """CSV -> table: the label columns, and Path, key, frontal, view, patient, line.
 
     `key` names an image whatever the data set's folder or file type is called: train/patient00001/study1/view1_frontal.
@@ -177,10 +180,15 @@ def read_table(csv: Path | str, split: str = "train", report_section: str = "imp
     if "Frontal/Lateral" in table:
         table["frontal"] = table["Frontal/Lateral"].astype(str).str.lower().str.startswith("frontal")
     else:
-        table["frontal"] = ~table["key"].str.contains("lateral", case=False)
+        table["frontal"] = are_frontal(table["key"])
     view = table["AP/PA"].astype(str).str.upper() if "AP/PA" in table else pd.Series("", index=table.index)
     table["view"] = view.where(view.isin(["AP", "PA"]), "")
     return table
+
+
+def are_frontal(paths: Iterable[str]) -> list[bool]:
+    """For each path or key of a CheXpert image, whether it does not name a lateral view."""
+    return ["lateral" not in path.lower() for path in paths]
 
 
 def check_labels(values: pd.Series, name: str, csv: Path | str) -> pd.Series:

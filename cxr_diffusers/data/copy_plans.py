@@ -57,8 +57,8 @@ def plan_copy(source_root: Path, output_root: Path, settings: Mapping[str, Any])
             "frontal_only", as `prepare` takes them.
 
     Raises:
-        ValueError: no image, two files with the same output, a row whose path leaves the data set, or a box or mask
-            that belongs to no image.
+        ValueError: no image, two files with the same output, a row whose path leaves the data set, a box or mask
+            that belongs to no image, or "frontal_only" for a folder without a table of views.
     """
     plan = _layout_of(source_root)(source_root, output_root, settings)
     if not plan.jobs and not plan.skipped:
@@ -97,8 +97,8 @@ def _plan_chexpert(root, output_root, settings):
         paths = chexpert.clean_paths(raw[column], raw.index, csv)
         keys.update(map(chexpert.key_of, paths) if boxes else ())
         view = next((name for name in ("Frontal/Lateral", "frontal_lateral") if name in raw), None)
-        if settings["frontal_only"] and view:
-            frontal = raw[view].str.lower().str.startswith("frontal")
+        if settings["frontal_only"]:
+            frontal = raw[view].str.lower().str.startswith("frontal") if view else chexpert.are_frontal(paths)
             raw, paths = raw[frontal], list(itertools.compress(paths, frontal))
         files = chexpert.locate_images(csv, paths, raw.index, missing_ok=True, stamps=stamps)
         outputs = [_renamed(chexpert.from_split(path), settings) for path in paths]
@@ -228,6 +228,8 @@ def _move_corners(root, table, csv, files, settings):
 
 def _plan_folder(root, output_root, settings):
     """Every image below a folder; also copies masks, NAME.txt and boxes.csv."""
+    if settings["frontal_only"]:
+        raise ValueError(f"expected CheXpert for `frontal_only`, got {root}, which has no table of views")
     images, masks = images_and_masks(root, [path for path in list_images(root) if output_root not in path.parents])
     boxes = box_rows(root, images)
     png = {**settings, "image_format": "png"}

@@ -60,7 +60,7 @@ def prepare(
         aspect: "pad", "crop" or "squash" (the original's), see `images.fit_image`.
         equalize: histogram equalisation at full resolution before the resize (the original's), see `images.equalize`.
         image_format: "png" (16 bit stay 16 bit) or "jpg" (8 bit, quality 95).
-        frontal_only: leave out CheXpert's lateral images.
+        frontal_only: leave out CheXpert's lateral images (ChestX-ray14 and VinDr-CXR have none).
         fast_jpeg: decode large JPEG files at a half, a quarter or an eighth of their size, with at least twice `size`
             pixels a side. Several times faster, but it changes pixels: copies are no longer exact area means, boxes
             may be off by half a pixel of the copy, and `equalize` sees the smaller image.

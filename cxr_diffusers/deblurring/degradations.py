@@ -143,7 +143,7 @@ def make_kernel(text: str) -> np.ndarray:
     [[0.33, 0.33, 0.33]]
 
     Raises:
-        ValueError: an unknown name or keyword, or one that is missing or no number.
+        ValueError: an unknown name or keyword, or one that is missing, given twice or no number.
     """
     name, _, rest = str(text).partition(":")
     if name not in KERNELS:
@@ -154,6 +154,8 @@ def make_kernel(text: str) -> np.ndarray:
         key, _, value = item.partition("=")
         if key not in parameters:
             raise ValueError(f"{text!r}: unknown key {key!r}, expected some of {', '.join(parameters)}")
+        if key in given:
+            raise ValueError(f"{text!r}: expected {key!r} once, got it twice")
         try:
             given[key] = value if key == "path" else float(value)
         except ValueError:

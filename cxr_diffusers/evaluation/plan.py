@@ -13,6 +13,9 @@ from .comparison import Evaluation, compare
 from .report import COLUMNS, counterfactual_table, summary_table
 
 OWN_OPTIONS = ("healthy", "strata", "output_dir", "maps_dir", "shard")  # of `compare`, not among a plan's `options`
+# arguments of a pipeline's call that the evaluation gives itself
+OWN_ARGUMENTS = ("image", "generator", "output_type", "return_dict")
+OWN_ARGUMENTS += ("callback_on_step_end", "callback_on_step_end_tensor_inputs")
 
 
 @dataclass
@@ -90,7 +93,10 @@ def check_options(options: Mapping[str, Any], where: str) -> None:
     for name, value in options.items():
         if name not in allowed:
             raise ValueError(f"{where}: expected some of {', '.join(allowed)}, got {name!r}")
-        if is_number(parameters[name].annotation):
+        expected = {"judge": str | None, "lung_segmenter": str | None, "call_kwargs": dict | None}.get(name)
+        if expected:
+            checked(value, expected, f"{where}: {name}")
+        elif is_number(parameters[name].annotation):
             checked(value, parameters[name].annotation, f"{where}: {name}")
 
 
@@ -138,6 +144,7 @@ def run_plan(
     pipelines = {}
     for name, method in plan.methods.items():
         kwargs = {key: value for key, value in method.items() if key != "model"}
+        kwargs = (plan.options.get("call_kwargs") or {}) | kwargs
         pipelines[name] = checked_call(open_model(method["model"]), kwargs, name)
     settings: dict[str, Any] = {**plan.options, **options}
     if isinstance(settings.get("judge"), str):
@@ -156,7 +163,7 @@ def run_plan(
 
 def checked_call(pipeline: Any, kwargs: dict[str, Any], name: str) -> tuple[Any, dict[str, Any]]:
     """(pipeline, kwargs), as `compare` takes them; ValueError where its call has no such argument."""
-    arguments = [key for key in inspect.signature(pipeline.__call__).parameters if key not in ("self", "image")]
+    arguments = [key for key in inspect.signature(pipeline.__call__).parameters if key not in ("self", *OWN_ARGUMENTS)]
     unknown = sorted(set(kwargs) - set(arguments))
     if unknown and "kwargs" not in arguments:
         raise ValueError(

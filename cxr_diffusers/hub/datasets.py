@@ -124,11 +124,6 @@ def publish_dataset(
         warnings.warn(f"a private copy of {agreement} may be subject to its terms, too: read them", stacklevel=2)
     api = HfApi(token=token)
     with uploading(api, repo_id, repo_type="dataset", private=private) as repo_id:
-        # `private` applies to a new repository; an existing one stays as it was
-        if private and not api.dataset_info(repo_id).private:
-            raise PermissionError(
-                f"{repo_id} exists and is public: make it private on the Hub first, or give another name"
-            )
         splits = {name: without_metadata(split, keep_names=not pseudonyms) for name, split in splits.items()}
         splits = pseudonymised(splits) if pseudonyms else {name: with_relative_paths(s) for name, s in splits.items()}
         text = card(splits, repo_id, about, pseudonyms, license=license, license_link=license_link)

@@ -33,6 +33,7 @@ def publish(
 
     Raises:
         FileNotFoundError: `folder` has no `model_index.json` or no card.
+        PermissionError: a private upload to a public repository.
         OSError: the Hub does not answer, or refuses the upload. See `uploading`.
         ValueError: the folder of a shipped model, which has no code in it, or an export.
     """
@@ -77,6 +78,7 @@ def uploading(api: HfApi, repo_id: str, *, repo_type: str = "model", private: bo
         private: visibility of a new repository; None: the default of your account.
 
     Raises:
+        PermissionError: `private`, and the repository exists and is public.
         OSError: an error of the network or of the Hub, in one line that says what to do. Errors of the block that are
             about its arguments (ValueError, PermissionError) or a local file are passed on.
     """
@@ -86,6 +88,10 @@ def uploading(api: HfApi, repo_id: str, *, repo_type: str = "model", private: bo
             repo_id, is_new = api.create_repo(repo_id, repo_type=repo_type, private=private).repo_id, True
         except HfHubHTTPError:  # in most cases it exists; for other errors, this raises the same again
             repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
+        if private and not is_new and not api.repo_info(repo_id, repo_type=repo_type).private:
+            raise PermissionError(
+                f"{repo_id} exists and is public: make it private on the Hub first, or give another name"
+            )
         yield repo_id
     except Exception as error:
         remains = is_new and not delete_if_empty(api, repo_id, repo_type)

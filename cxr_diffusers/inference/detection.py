@@ -90,7 +90,7 @@ def detect(
         batch_size: images in each call of the pipeline.
         map_format: "png" or "npy".
         save_counterfactual, save_trajectory, save_masks, save_boxes ("coco" or "yolo"), save_panel: see above.
-        vmax: the map value of the last colour. None: three times the threshold (with other settings, the model's), at
+        vmax: the map value of the last colour of panels and `dicom`. None: three times the threshold (with other settings, the model's), at
             most 1, so all panels have one scale; without a threshold each panel's own 99.5 % quantile.
         threshold: map value in (0, 1) above which a pixel is abnormal; or, as "healthy:0.99", the value that a share
             of 0.99 of the pixels of healthy images stays below: from a calibrated model (see `calibrate_model`), for
@@ -111,7 +111,8 @@ def detect(
         ValueError: `output_dir` is the folder of the images; an unknown `map_format`, a `vmax` of 0 or less, a
             threshold outside (0, 1), a quantile outside the measured range, of a model without quantiles of healthy
             maps, or with other settings than the model's, an unknown `save_boxes`, `save_trajectory` for a pipeline
-            without steps; `dicom`, `save_masks` or `save_boxes` without a threshold; `dicom` without any DICOM file.
+            without steps, `save_counterfactual` for one without counterfactual, `vmax` without an output that it
+            scales; `dicom`, `save_masks` or `save_boxes` without a threshold; `dicom` without any DICOM file.
         OSError: a result cannot be written (disk full, no permission); the same call resumes afterwards.
         ImportError: `dicom`, and highdicom is not installed.
     """
@@ -133,6 +134,8 @@ def detect(
     outputs.complete(pipeline.config.get("map_threshold"), changed_settings(pipeline, call_kwargs or {}))
     if save_trajectory:
         check_steps(pipeline)
+    if save_counterfactual and not getattr(pipeline, "has_counterfactual", True):
+        raise ValueError(f"expected a method with a counterfactual to save, got a {type(pipeline).__name__}")
     call_kwargs, state, shard = dict(call_kwargs or {}), process_state(), shard or Shard()
     named_paths, skipped = find_images(images, Path(output_dir), model_channels(pipeline))
     paths = [path for _, path in named_paths]

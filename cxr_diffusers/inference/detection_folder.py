@@ -72,6 +72,8 @@ class Outputs:
             raise ValueError(f"expected `map_format` png or npy, got {self.map_format!r}")
         if self.vmax is not None and not self.vmax > 0:
             raise ValueError(f"expected `vmax` above 0, got {self.vmax!r}")
+        if self.vmax is not None and not (self.save_panel or self.dicom):
+            raise ValueError(f"expected `vmax` with panels or `dicom`, whose colours it scales, got {self.vmax!r}")
         if self.save_boxes not in (None, *BOX_FORMATS):
             raise ValueError(f"expected `save_boxes` coco or yolo, got {self.save_boxes!r}")
         scale = self.threshold or model_threshold

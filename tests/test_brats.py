@@ -102,6 +102,12 @@ def test_plain_names_and_masks_in_a_folder_of_their_own(tmp_path):
     write_nifti(tmp_path / "test_labels" / "000246-label.nii.gz", region)
     dataset = load_brats(tmp_path / "test", masks=tmp_path / "test_labels")
     assert dataset["label"][:] == [1] and dataset["patient"][:] == ["000246"]
+    with pytest.raises(NotADirectoryError, match="expected a folder of segmentations as `masks`, got .*nowhere"):
+        load_brats(tmp_path / "test", masks=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"expected 000246-label.nii.gz or those of other slices, got none"):
+        load_brats(tmp_path / "test", masks=tmp_path)
+    with pytest.raises(ValueError, match="expected `classes` the names of healthy and diseased"):
+        load_brats(tmp_path / "test", classes=["healthy", "tumour", "oedema"])
     assert np.asarray(dataset[0]["mask"]).sum() == 255
 
 

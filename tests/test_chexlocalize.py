@@ -350,6 +350,8 @@ def test_splits_files_and_sizes_that_do_not_fit_are_refused(released, tmp_path):
         evaluate_chexlocalize({"bright": Bright()}, open_split(root, file), open_split(root, file))
     with pytest.raises(ValueError, match="unknown task 'Cold', expected some of Airspace Opacity"):
         load_chexlocalize(root, file, tasks=["Cold"])
+    with pytest.raises(ValueError, match="expected `size` of 8 pixels or more, got 0"):
+        load_chexlocalize(root, file, size=0)
     with pytest.raises(ValueError, match="expected segmentations as CheXlocalize releases them"):
         read_segmentations(root / "patient60000" / "study1" / "view1_frontal.png")
     wrong = tmp_path / "annotations.json"

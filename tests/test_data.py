@@ -171,6 +171,8 @@ def test_chexpert_views_can_be_chosen_and_unknown_ones_stay_by_default(chexpert)
     assert len(load_chexpert(chexpert, frontal_only=False)) == 24
     with pytest.raises(ValueError, match="views"):
         load_chexpert(chexpert, views="PA")
+    with pytest.raises(ValueError, match="expected CheXpert Plus for `report_section` 'findings', got .*train.csv"):
+        load_chexpert(chexpert, report_section="findings")
 
 
 def test_chexpert_boxes_reach_their_image(chexpert):
@@ -310,7 +312,7 @@ def test_a_table_names_files_labels_and_patients(tmp_path):
         save_image(tmp_path / "pictures" / f"{name}.png")
     save_image(tmp_path / "m.png", 255)
     csv = tmp_path / "t.csv"
-    csv.write_text('f,m,who,pos,kind,box\npictures/a.png,m.png,007,pa,diseased,"1,2,3,4"\npictures/b.png,,008,,0,\n')
+    csv.write_text('f,m,who,pos,kind,box\npictures/a.png,m.png,007, pa,diseased,"1,2,3,4"\npictures/b.png,,008,,0,\n')
     columns = {"image": "f", "mask": "m", "patient": "who", "view": "pos", "boxes": "box"}
     rows = list(load_table(csv, label="kind", **columns))
     assert [(r["label"], r["patient"], r["view"], r["boxes"]) for r in rows] == [
@@ -380,6 +382,8 @@ def test_an_nih_error_names_the_missing_file(nih):
         load_nih(nih, split="test")
     with pytest.raises(ValueError, match="unknown class 'Flu'"):
         load_nih(nih, classes=["Flu"])
+    with pytest.raises(ValueError, match="expected `views` a list of 'PA', 'AP', '', got .'PA', 'ap'."):
+        load_nih(nih, views=["PA", "ap"])
 
 
 def test_hub_data_sets_are_checked_and_completed(tmp_path):

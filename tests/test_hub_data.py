@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from datasets import Image as DatasetImage
 from huggingface_hub import DatasetCard, ModelCard
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from cxr_diffusers import load_folder, load_phantom, publish_dataset
+from cxr_diffusers import load_folder, load_hub, load_phantom, publish_dataset
 from cxr_diffusers.cli import build_parser, main
 from cxr_diffusers.data.hub import check_columns
 from cxr_diffusers.hub.datasets import (
@@ -387,3 +387,22 @@ def test_a_folder_is_not_streamed_and_a_size_is_only_for_streams(tmp_path):
     assert load_dataset(str(tmp_path), split="train", cache_dir=str(tmp_path / "c")).num_rows == 2
     assert main(["evaluate", f"hub:path={tmp_path},streaming=true", "--out", str(tmp_path / "o")]) == 2
     assert main(["evaluate", f"hub:path={tmp_path},size=16", "--out", str(tmp_path / "o")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("one", {"split": "test"}, "one: expected `split` train, got 'test'"),
+        ("two", {"split": "valid"}, "two: expected `split` train or test, got 'valid'"),
+        ("one", {"config": "small"}, "one: expected no `config` of a saved data set, got 'small'"),
+        ("one", {"revision": "v1"}, "expected `revision` of a data set on the Hub only, got 'v1' of the folder .*one"),
+        ("one", {"aspect": "crop"}, "expected `aspect` with `size` only, got 'crop'"),
+    ],
+)
+def test_an_option_that_a_saved_data_set_does_not_have_is_refused(tmp_path, name, options, message):
+    data = load_phantom(2, size=16)
+    data.save_to_disk(tmp_path / "one")
+    DatasetDict(train=data, test=data.select([0])).save_to_disk(tmp_path / "two")
+    assert len(load_hub(tmp_path / name)) == 2 and len(load_hub(tmp_path / "two", split="test")) == 1
+    with pytest.raises(ValueError, match=message):
+        load_hub(tmp_path / name, **options)

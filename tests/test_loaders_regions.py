@@ -404,6 +404,8 @@ def test_chestx_det_what_is_missing_is_named(chestx_det):
         load_chestx_det(chestx_det, split="valid")
     with pytest.raises(ValueError, match="unknown class 'Edema'.*Pneumothorax"):
         load_chestx_det(chestx_det, classes=["Edema"])
+    with pytest.raises(ValueError, match="expected `classes` beside `other`, got none"):
+        load_chestx_det(chestx_det, other=True)
     (chestx_det / "train_data").rename(chestx_det / "train")
     assert len(load_chestx_det(chestx_det)) == 3
     (chestx_det / "train" / "36346.png").unlink()

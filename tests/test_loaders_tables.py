@@ -154,6 +154,7 @@ def test_mimic_a_missing_image_is_named_or_left_out_on_request(mimic, caplog):
         ({"labels": "radiologist"}, FileNotFoundError, r"test-set-labeled\.csv"),
         ({"views": "PA"}, ValueError, "a list"),
         ({"views": ["LATERAL"]}, ValueError, "'PA', 'AP', ''"),
+        ({"views": ["PA", ""]}, ValueError, "expected `frontal_only` false with '' among `views`"),
         ({"root": "nowhere"}, FileNotFoundError, r"metadata\.csv"),
     ],
 )
@@ -250,6 +251,9 @@ def test_padchest_labels_views_and_patients_are_those_of_the_table(padchest):
     assert names(load_padchest(padchest, views=["AP"], other=True)) == {"b": 2, "c": 1}
     assert set(names(load_padchest(padchest, frontal_only=False))) == {*names(dataset), Path(IMAGES[1][0]).stem, "g"}
     assert names(load_padchest(padchest, physician_only=True, other=True)) == {healthy: 0, "b": 2}
+    assert "g" in names(load_padchest(padchest, frontal_only=False, views=[""]))
+    with pytest.raises(ValueError, match="expected `frontal_only` false with '' among `views`"):
+        load_padchest(padchest, views=["PA", ""])
 
 
 def test_padchest_patients_are_never_split(padchest):
@@ -407,7 +411,7 @@ def test_every_line_of_the_page_has_keys_that_its_loader_knows():
     count = 0
     for name, *overrides in shown_lines("cxr-diffusers train"):
         recipe = load_recipe(name, overrides)
-        for keys in (recipe.data, {**recipe.data, **recipe.validation}):
+        for keys in (recipe.data, recipe.data | getattr(recipe, "validation", {})):
             assert not keys_are_refused(lambda keys=keys: build_dataset(**keys)), (overrides, keys)
             if "images" in keys:
                 assert not keys_are_refused(lambda keys=keys: build_dataset(**keys["images"])), keys

@@ -178,7 +178,7 @@ def test_classes_weigh_the_same_in_a_balanced_loss(script, tmp_path):
     ("change", "message"),
     [
         ("classifier.architecture=transformer", "expected `classifier.architecture` pyramid"),
-        ("loss.focal=2", "expected `loss` with balanced, label_smoothing"),
+        ("loss.focal=2", "loss: expected some of balanced, label_smoothing, got .'focal'."),
         ("diffusion.model=default", "no diffusion section"),
         ("images.size=null", "expected images.size"),
     ],

@@ -9,9 +9,9 @@ from helpers import TOY_UNET
 
 MINIMAL = {
     "data": {"name": "phantom", "root": "???"},
-    "unet": {},
+    "unet": {"num_class_embeds": 3},
     "scheduler": {},
-    "train": {"output_dir": "runs/x"},
+    "train": {"output_dir": "runs/x", "lr_warmup_steps": 5},
 }
 
 
@@ -84,6 +84,8 @@ def test_an_empty_section_is_named(path, section):
         ("scheduler.beta_schedule=foo", "expected linear or scaled_linear or squaredcos_cap_v2, got 'foo'"),
         ("train.mixed_precision=fp8", ": expected no or fp16 or bf16 or auto, got 'fp8'"),
         ("train.output_dir=no", ": expected str, got False.*quote it"),
+        ("train.lr_scheduler=constant", "train.lr_warmup_steps: expected 0 with the schedule constant, got 5"),
+        ("conditions.view=[PA]", "conditions: expected some of views, got .'view'."),
         ("train.max_steps=0", "train.max_steps: expected 1 or more, got 0"),
         ("train.batch_size=-4", "train.batch_size: expected 1 or more, got -4"),
         ("train.augment=3", ": expected dict or NoneType, got 3"),

@@ -81,6 +81,8 @@ def test_a_classifier_of_images_ends_in_grad_cam(script, tmp_path):
     assert opened(load_phantom(n=2, seed=3)["image"][:], output_type="pt").anomaly_map.shape == (2, 32, 32)
     with pytest.raises(ValueError, match="images.size"):
         script.main([str(recipe), *SHORT, "images.size=null"])
+    with pytest.raises(ValueError, match="classifier: expected keys of a ResNetConfig, got .'hidden_size'."):
+        script.main([str(recipe), *SHORT, "classifier.hidden_size=8"])
 
 
 @pytest.mark.parametrize(
@@ -91,6 +93,7 @@ def test_a_classifier_of_images_ends_in_grad_cam(script, tmp_path):
             "diffusion.model: .*; train one: .*train_cfg.py configs/phantom_cfg_32.yaml",
         ),
         ("diffusion.model=null", "give diffusion.model"),
+        ("diffusion.unet=x", "diffusion: expected some of model, got .'unet'."),
         ("data.fraction_healthy=1.0", "more than one class|unknown key"),
         ("classifier.pool=spatial", "expected `pool`"),
         ("images.scaling=window", "expected no `images` for a classifier of noisy images"),

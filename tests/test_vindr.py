@@ -119,6 +119,8 @@ def test_a_small_copy_gives_the_same_rows_with_its_boxes_moved(vindr, tmp_path):
         ({"classes": ["Effusion"]}, ValueError, "unknown class 'Effusion'.*Pleural effusion"),
         ({"splits": ["valid"]}, ValueError, "train and test"),
         ({"splits": "train"}, ValueError, "a list"),
+        ({"other": True}, ValueError, "expected `classes` beside `other`, got none"),
+        ({"classes": ["Pleural effusion"], "votes": 0}, ValueError, "expected `votes` of 1 or more, got 0"),
         ({"root": "nowhere"}, FileNotFoundError, "IMAGE_ID.dicom"),
     ],
 )

@@ -154,9 +154,6 @@ class ImageTask:
         self.size = options.pop("size", None)
         if not self.size or recipe.diffusion:
             raise ValueError(f"expected images.size and no diffusion section, got {recipe.images}, {recipe.diffusion}")
-        unknown = set(recipe.loss) - {"balanced", "label_smoothing"}
-        if unknown:
-            raise ValueError(f"expected `loss` with balanced, label_smoothing, got {sorted(unknown)}")
         self.class_names, self.settings, self.options = class_names, recipe.pipeline, options
         self.preparation = {**options, "data_range": (-1.0, 1.0)}
         self.identity = recipe.identity()
@@ -170,6 +167,9 @@ class ImageTask:
         from transformers import AutoConfig, AutoModelForImageClassification
 
         names = dict(enumerate(self.class_names))
+        default = AutoConfig.for_model(classifier["model_type"])  # it takes any key
+        if unknown := sorted(key for key in classifier if not hasattr(default, key)):
+            raise ValueError(f"expected keys of a {type(default).__name__}, got {unknown}")
         config = AutoConfig.for_model(**{"num_channels": 1, **classifier}, id2label=names)
         config.label2id = {name: i for i, name in names.items()}
         return AutoModelForImageClassification.from_config(config)

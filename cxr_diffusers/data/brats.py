@@ -46,7 +46,7 @@ def load_brats(
 
     Args:
         root: e.g. data/brats/training.
-        masks: folder of ID-label.nii.gz, the segmentation of slice folder ID (the test_labels of Wolleb et al.), for
+        masks: a folder with ID-label.nii.gz, the segmentation of slice folder ID (the test_labels of Wolleb et al.), for
             slices without seg.
         classes: names of healthy and diseased.
         selection: `per_class`, `holdout` and the other keywords of `selection.select_rows`.
@@ -57,20 +57,19 @@ def load_brats(
 
     Raises:
         ImportError: nibabel is not installed. NotADirectoryError: no such folder.
-        ValueError: no slice, a missing sequence or two files of one, a volume instead of a slice, a segmentation of
+        ValueError: no slice, `masks` without any of their segmentations, another number of classes than two, a missing sequence or two files of one, a volume instead of a slice, a segmentation of
             another size.
     """
     root = Path(root)
+    if len(classes) != 2:
+        raise ValueError(f"expected `classes` the names of healthy and diseased, got {classes!r}")
     slices = list_slices(root)
     if not slices:
         raise ValueError(f"no slice below {root}: expected folders with files of {', '.join(SEQUENCES)}")
     check_encodable([str(folder) for folder in slices], root)
     files_of_slices = [{**files_of(folder), "folder": folder} for folder in slices]
     if masks is not None:
-        for files in files_of_slices:
-            separate = Path(masks) / f"{files['folder'].name}-label.nii.gz"
-            if SEGMENTATION not in files and separate.is_file():
-                files[SEGMENTATION] = separate
+        add_segmentations(files_of_slices, Path(masks))
     bar = tqdm(files_of_slices, desc="reading segmentations", unit="slice", delay=2, leave=False)
     table = pd.DataFrame(
         {
@@ -93,6 +92,23 @@ def load_brats(
             }
         )
     return to_dataset(rows, classes, image=NiftiChannels())
+
+
+def add_segmentations(files_of_slices: Sequence[dict[str, Path]], folder: Path) -> None:
+    """Add ID-label.nii.gz of a folder to the files of each slice without a segmentation.
+
+    Raises:
+        NotADirectoryError: no such folder. ValueError: it has the segmentation of none of these slices.
+    """
+    if not folder.is_dir():
+        raise NotADirectoryError(f"expected a folder of segmentations as `masks`, got {folder}")
+    missing = [files for files in files_of_slices if SEGMENTATION not in files]
+    for files in missing:
+        separate = folder / f"{files['folder'].name}-label.nii.gz"
+        if separate.is_file():
+            files[SEGMENTATION] = separate
+    if missing and not any(SEGMENTATION in files for files in missing):
+        raise ValueError(f"{folder}: expected {missing[0]['folder'].name}-label.nii.gz or those of other slices, got none")
 
 
 def list_slices(root: Path | str) -> list[Path]:

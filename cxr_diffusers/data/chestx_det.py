@@ -13,7 +13,7 @@ import PIL.Image
 import PIL.ImageDraw
 
 from .boxes import check_box, image_size, to_pixels
-from .findings import class_id, class_names, match_names
+from .findings import check_other, class_id, class_names, match_names
 from .image_files import files_to_dataset, index_files, select_files
 from .rows import png_cell
 from .selection import Selection
@@ -59,7 +59,7 @@ def load_chestx_det(
             test_data/ (the unpacked archives), train/ and test/, or images/.
         split: "train" (3,025 images) or "test" (553).
         classes: names of findings, in any case; None: one class "abnormal", which has any of them.
-        other: keep images with other findings only as a class of their own, without boxes and masks.
+        other: with `classes`, keep images with other findings only as a class of their own, without boxes and masks.
         skip_missing: leave images out that are not there; a warning counts them.
         selection: `per_class`, `holdout` and the other keywords of `selection.select_rows`. The patients are not
             published: each image counts as a patient.
@@ -70,11 +70,12 @@ def load_chestx_det(
 
     Raises:
         FileNotFoundError: no JSON, or an image of it (its entry and path are named).
-        ValueError: an unknown split or class, or an entry that is not as documented.
+        ValueError: an unknown split or class, `other` without `classes`, or an entry that is not as documented.
 
     Source: Lian et al., IEEE Transactions on Medical Imaging 40 (2021) 2042, arXiv 2104.10326.
     """
     root = Path(root)
+    check_other(other, classes)
     if split not in SPLITS:
         raise ValueError(f"expected `split` {' or '.join(SPLITS)}, got {split!r}")
     json_file = root / f"ChestX_Det_{split}.json"
@@ -99,7 +100,7 @@ def load_chestx_det(
         for row in table.to_dict("records")
     ]
     names_or_any = [ABNORMAL] if classes is None else list(classes)
-    return files_to_dataset(rows, class_names(names_or_any, other and classes is not None))
+    return files_to_dataset(rows, class_names(names_or_any, other))
 
 
 def read_entries(path: Path) -> dict[str, dict[str, Any]]:

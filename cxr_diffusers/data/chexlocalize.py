@@ -59,10 +59,12 @@ def load_chexlocalize(
         fracture. An image without an entry has no mask.
 
     Raises:
-        FileNotFoundError: an image of the JSON is not below `root`. ValueError: an unknown task, no such JSON, or
-            masks of another size than their images.
+        FileNotFoundError: an image of the JSON is not below `root`. ValueError: an unknown task, a `size` below
+            8, no such JSON, or masks of another size than their images.
         ImportError: pycocotools is not installed.
     """
+    if size is not None and size < 8:
+        raise ValueError(f"expected `size` of 8 pixels or more, got {size}")
     tasks, entries = [task_named(task) for task in tasks], read_segmentations(segmentations)
     rows = []
     for path in tqdm(chexlocalize_images(root, entries, frontal_only), "segmentations", leave=False):

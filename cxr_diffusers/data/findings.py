@@ -24,6 +24,12 @@ def match_names(names: Sequence[str], choices: Iterable[str], aliases: Mapping[s
     return [spelling[str(name).lower()] for name in names]
 
 
+def check_other(other: bool, classes: Sequence[str] | None) -> None:
+    """Raise ValueError for `other` without `classes`: all findings, or all images, are then one class."""
+    if other and classes is None:
+        raise ValueError("expected `classes` beside `other`, got none")
+
+
 def class_id(findings: Iterable[str], classes: Sequence[str], *, healthy: bool, other: bool) -> int:
     """Class of a row: 1.. for the first of `classes` among its findings, 0 if healthy, -1 for rows to leave out.
 

@@ -114,7 +114,7 @@ def load_table(
     for index, row in zip(table.index, table.to_dict("records"), strict=True):
         place = f"{csv}, line {index}"
         file = existing_file(root, row[image], place)
-        own_view = row[view].upper() if view else ""
+        own_view = row[view].strip().upper() if view else ""
         rows.append(
             {
                 "image": file,

@@ -36,7 +36,8 @@ def load_hub(
 
     Args:
         path: USER/NAME on the Hub, a folder of parquet files, or a saved data set.
-        split, config, revision: as in `datasets.load_dataset` (`config` is its `name`).
+        split, config, revision: as in `datasets.load_dataset` (`config` is its `name`); of a saved data set, `split`
+            is the name of one.
         limit: only the first so many rows; None: all.
         streaming: see above.
         size, aspect: with `streaming`, keep a grey copy of `size` x `size` pixels, see `images.fit_image`; masks and
@@ -50,10 +51,15 @@ def load_hub(
     Raises:
         FileNotFoundError: the Hub does not answer, and the data set is not in the cache.
         ValueError: image or label are missing, or a column has another type; with `streaming`, a folder or a
-            data set that does not declare its columns; an invalid box; a `size` without `streaming`.
+            data set that does not declare its columns; an invalid box; a `size` without `streaming`, or an `aspect`
+            without `size`; a `config` or `revision` of a folder that they do not apply to; no such `split`.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"expected a `limit` of 1 or more, or none, got {limit}")
+    if size is None and aspect != "pad":
+        raise ValueError(f"expected `aspect` with `size` only, got {aspect!r}")
+    if Path(path).exists() and revision is not None:
+        raise ValueError(f"expected `revision` of a data set on the Hub only, got {revision!r} of the folder {path}")
     if streaming:
         with _one_line_if_unreachable(path):
             dataset = _streamed(path, split, config, revision, limit, size, aspect)
@@ -113,9 +119,19 @@ def _one_line_if_unreachable(path):
 
 def _downloaded(path, split, config, revision):
     if (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file():
-        dataset = datasets.load_from_disk(str(path))
-        return dataset[split] if isinstance(dataset, datasets.DatasetDict) else dataset
+        return _saved(datasets.load_from_disk(str(path)), path, split, config)
     return datasets.load_dataset(str(path), name=config, split=split, revision=revision)
+
+
+def _saved(dataset, path, split, config):
+    """The split of a data set that `save_to_disk` wrote; without splits it counts as "train", and its own name."""
+    is_dict = isinstance(dataset, datasets.DatasetDict)
+    names = list(dataset) if is_dict else ["train", *([str(dataset.split)] if dataset.split else [])]
+    if config is not None:
+        raise ValueError(f"{path}: expected no `config` of a saved data set, got {config!r}")
+    if split not in names:
+        raise ValueError(f"{path}: expected `split` {' or '.join(dict.fromkeys(names))}, got {split!r}")
+    return dataset[split] if is_dict else dataset
 
 
 def _streamed(path, split, config, revision, limit, size, aspect):

@@ -118,11 +118,19 @@ def read_headers(files: Sequence[Path]) -> list[tuple[str, str]]:
     return [patient_and_view(file) for file in bar]
 
 
-def check_views(views: Sequence[str] | None, choices: Sequence[str] = (*FRONTAL, "")) -> list[str] | None:
-    """`views` as a list; ValueError unless it is None or a list of some of `choices` ("" is an unknown view)."""
+def check_views(
+    views: Sequence[str] | None, choices: Sequence[str] = (*FRONTAL, ""), frontal_only: bool = False
+) -> list[str] | None:
+    """`views` as a list; ValueError unless it is None or a list of some of `choices` ("" is an unknown view).
+
+    Args:
+        frontal_only: images of an unknown view are left out, so that "" is an error, too.
+    """
     if views is None:
         return None
     wrong = [view for view in views if view not in choices]
     if isinstance(views, str) or wrong:
         raise ValueError(f"expected `views` a list of {', '.join(map(repr, choices))}, got {views!r}")
+    if frontal_only and "" in views:
+        raise ValueError(f"expected `frontal_only` false with '' among `views`, got {views!r}: it leaves these out")
     return list(views)

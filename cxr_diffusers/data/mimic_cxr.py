@@ -51,7 +51,7 @@ def load_mimic_cxr(
         other: keep images with other findings as a class of their own; a study whose labels are all blank counts as one
             (its report names a finding that has no column).
         frontal_only: keep images with ViewPosition PA or AP only; a blank one may be a lateral image.
-        views: e.g. ["PA"], of "PA", "AP" and "" (unknown or lateral); None keeps all.
+        views: e.g. ["PA"], of "PA", "AP" and "" (unknown or lateral: with `frontal_only` false); None keeps all.
         uncertain: meaning of the label -1, as of `load_chexpert`.
         skip_missing: leave images out that are not there, for a partial download; a warning counts them.
         selection: `per_class`, `holdout` and the other keywords of `selection.select_rows`.
@@ -66,7 +66,7 @@ def load_mimic_cxr(
     Source: Johnson et al., MIMIC-CXR-JPG 2.1.0, PhysioNet, doi 10.13026/jsn5-t979.
     """
     root = Path(root)
-    names, views = match_names(classes, FINDINGS), check_views(views)
+    names, views = match_names(classes, FINDINGS), check_views(views, frontal_only=frontal_only)
     table = read_images(root, split).merge(read_labels(root, labels, names), on=["subject", "study"], how="left")
     table = table[table["labelled"].notna()]
     table["label"] = label_rows(table, names, other, uncertain)

@@ -10,6 +10,7 @@ import pandas as pd
 
 from .boxes import PREPARED, check_box, image_size, to_pixels
 from .findings import class_id, class_names, match_names
+from .image_files import FRONTAL, check_views
 from .rows import to_dataset
 from .selection import Selection, select_rows
 from .tables import brief, check_encodable, in_words, numbers, path_of, read_csv
@@ -60,7 +61,7 @@ def load_nih(
         split: "train" (train_val_list.txt) or "test" (test_list.txt), which share no patient; "all" reads every row.
         classes: names of findings, in any case; CheXpert's name "Pleural Effusion" also works.
         other: whether rows with other findings only are kept as a class of their own.
-        views: e.g. ("PA",); None keeps both.
+        views: e.g. ["PA"], of "PA", "AP" and "" (unknown); None keeps all.
         selection: `per_class`, `holdout` and the other keywords of `selection.select_rows`.
 
     Returns:
@@ -73,14 +74,15 @@ def load_nih(
         ValueError: a missing column, an unknown class or option, or an invalid box, belongs to no row of the table
             or reaches beyond its image.
     """
-    root = Path(root)
+    root, views = Path(root), check_views(views)
     csv = find_csv(root)
     table = read_table(csv)
     names, keys = match_names(classes, FINDINGS, ALIASES), set(table["key"])
     table["label"] = label_rows(table["Finding Labels"], names, other)
     table = table[(table["label"] >= 0) & table["key"].isin(_names_of(root, split, table))]
+    table["view"] = table["View Position"].where(table["View Position"].isin(FRONTAL), "")
     if views is not None:
-        table = table[table["View Position"].isin(list(views))]
+        table = table[table["view"].isin(views)]
     table = select_rows(table, **selection)
     files, boxes, unit = index_images(root), read_boxes(root, keys), box_unit(root, table)
     rows = []
@@ -88,8 +90,7 @@ def load_nih(
         file = files.get(row["key"])
         if file is None:
             raise FileNotFoundError(f"{csv}, line {index}: no image {row['Image Index']} below {root}")
-        view = row["View Position"] if row["View Position"] in ("PA", "AP") else ""
-        rows.append({"image": file, "label": row["label"], "patient": row["patient"], "view": view, "path": str(file)})
+        rows.append({name: row[name] for name in ("label", "patient", "view")} | {"image": file, "path": str(file)})
         if boxes:
             own = [(where, box) for where, finding, box in boxes.get(file.stem, []) if _finding(finding) in names]
             size = image_size(file) if own else (0, 0)

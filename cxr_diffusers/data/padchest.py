@@ -45,7 +45,8 @@ def load_padchest(
             "pleural effusion" is not "loculated pleural effusion".
         other: keep images with other findings only as a class of their own.
         frontal_only: keep Projection PA, AP and AP_horizontal (lying, view "AP") only.
-        views: e.g. ["PA"], of "PA", "AP" and "" (all other projections); None keeps all.
+        views: e.g. ["PA"], of "PA", "AP" and "" (all other projections: with `frontal_only` false); None keeps
+            all.
         physician_only: keep rows labelled by physicians (MethodLabel), 27 % of the reports.
         skip_missing: leave rows out whose image is not there; a warning counts them. Some files of the table are
             missing in the download.
@@ -61,7 +62,7 @@ def load_padchest(
 
     Source: Bustos et al., PadChest, Medical Image Analysis 66 (2020) 101797.
     """
-    root, views = Path(root), check_views(views)
+    root, views = Path(root), check_views(views, frontal_only=frontal_only)
     csv = find_table(root)
     table = read_csv(csv, COLUMNS, only={*COLUMNS, *OPTIONAL}.__contains__)
     table["where"] = [f"{csv}, line {line}" for line in table.index]

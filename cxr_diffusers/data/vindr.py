@@ -12,7 +12,7 @@ import pandas as pd
 
 from .boxes import PREPARED, check_box, image_size, to_pixels, units_of
 from .dicom import is_dicom
-from .findings import match_names
+from .findings import check_other, match_names
 from .image_files import files_to_dataset
 from .images import SUFFIXES
 from .selection import Selection, select_rows
@@ -44,7 +44,7 @@ def load_vindr(
             annotations/annotations_SPLIT.csv (Kaggle's train.csv in `root` replaces both). Or a copy by `prepare`.
         splits: the splits to read, merged into one data set.
         classes: names of findings, in any case; the first named takes precedence. None: no labels, no table is read.
-        other: whether images with another finding only are kept as a class of their own.
+        other: with `classes`, whether images with another finding only are kept as a class of their own.
         votes: number of radiologists who must agree.
         boxes: whether to read the boxes of the named findings (of all, without `classes`) that have enough votes, of
             every radiologist, in pixels of the image. For a copy of another size than the DICOM originals, the table of
@@ -58,10 +58,13 @@ def load_vindr(
 
     Raises:
         FileNotFoundError: no folder of a split, or no table where one is needed.
-        ValueError: an unknown split or class, an image without labels, or an invalid box, belongs to no image or
+        ValueError: an unknown split or class, `other` without `classes`, an image without labels, or an invalid box, belongs to no image or
             reaches beyond it.
     """
     check_splits(splits)
+    check_other(other, classes)
+    if votes < 1:
+        raise ValueError(f"expected `votes` of 1 or more, got {votes}")
     tables = [_read_split(Path(root), split, classes, other, votes, boxes) for split in splits]
     return _to_dataset(Path(root), pd.concat(tables, ignore_index=True), classes, other, boxes, selection)
 
@@ -93,6 +96,7 @@ def load_vindr_pcxr(
     Source: Pham et al., Scientific Data 10 (2023) 240; PhysioNet vindr-pcxr 1.0.0.
     """
     check_splits(splits)
+    check_other(other, classes)
     tables = [_read_pcxr_split(Path(root), split, classes, other, boxes) for split in splits]
     return _to_dataset(Path(root), pd.concat(tables, ignore_index=True), classes, other, boxes, selection)
 
@@ -111,7 +115,7 @@ def _to_dataset(root, table, classes, other, boxes, selection):
         | ({"boxes": _pixels(root, r["file"], r["boxes"])} if boxes else {})
         for r in table.to_dict("records")
     ]
-    return files_to_dataset(rows, [*names, *(["other finding"] if other and classes is not None else [])])
+    return files_to_dataset(rows, [*names, *(["other finding"] if other else [])])
 
 
 def _read_split(root, split, classes, other, votes, boxes):

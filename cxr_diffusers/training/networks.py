@@ -5,15 +5,27 @@ from typing import Any
 import torch
 from diffusers import UNet2DModel
 
+from ..files import as_json
 from ..hub.loading import load_pipeline, load_unet
 from ..models.space_to_depth_unet import SpaceToDepthUNet
 from .recipe import Recipe, section
 
 
 def initial_unet(recipe: Recipe, unconditional: bool = False) -> UNet2DModel:
-    """The UNet of the model `train.init_from`, see `load_unet`; without one, a new UNet of the recipe's `unet:`."""
+    """The UNet of the model `train.init_from`, see `load_unet`; without one, a new UNet of the recipe's `unet:`.
+
+    Raises:
+        ValueError: the UNet of `train.init_from` differs from the recipe's.
+    """
     init_from = recipe.train.init_from
-    return load_unet(init_from, unconditional) if init_from else new_unet(**recipe.unet)
+    if not init_from:
+        return new_unet(**recipe.unet)
+    unet = load_unet(init_from, unconditional)
+    for key, value in as_json(recipe.unet).items():
+        if as_json(unet.config.get(key)) != value:
+            got = f"{key} {unet.config.get(key)}"
+            raise ValueError(f"train.init_from: expected unet.{key} {value}, as in this recipe, got {got} in {init_from}")
+    return unet
 
 
 def new_unet(**options: Any) -> UNet2DModel:

@@ -50,6 +50,8 @@ class RunConfig:
             pair = getattr(self, name, None)
             if pair is not None and (len(pair) != 2 or not all(isinstance(x, int | float) for x in pair)):
                 raise ValueError(f"train.{name}: expected two numbers, got {pair}")
+        if getattr(self, "lr_scheduler", None) == "constant" and self.lr_warmup_steps:
+            raise ValueError(f"train.lr_warmup_steps: expected 0 with the schedule constant, got {self.lr_warmup_steps}")
         for name in ("dataloader_num_workers", "checkpoints_total_limit", "lr_warmup_steps"):
             if getattr(self, name, 0) < 0:
                 raise ValueError(f"train.{name}: expected 0 or more, got {getattr(self, name)}")
@@ -94,6 +96,12 @@ class CFGConfig(DenoisingConfig):
     validation_loss_images: int = 0  # number of validation images for a loss with fixed noise; the best model is kept
 
 
+def check_keys(values: Mapping[str, Any], names: Sequence[str], where: str) -> None:
+    """Raise ValueError for a key of a section `where` that is not among `names`."""
+    if unknown := sorted(set(values) - set(names)):
+        raise ValueError(f"{where}: expected some of {', '.join(names)}, got {unknown}")
+
+
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # of DDIMScheduler
 
 
@@ -127,6 +135,11 @@ class Recipe(UnconditionalRecipe):
     validation: dict = field(default_factory=dict)  # keys of `data` that differ for the validation images
     conditions: dict = field(default_factory=dict)  # `views`, e.g. [PA, AP]: the network is conditioned on the view too
     pipeline: dict = field(default_factory=dict)  # the pipeline's `settings`: defaults of its call
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for an unknown key of `conditions`, or an unknown `beta_schedule`."""
+        super().__post_init__()
+        check_keys(self.conditions, ["views"], "conditions")
 
     def identity(self) -> dict[str, Any]:
         """See `UnconditionalRecipe.identity`."""
@@ -186,6 +199,11 @@ class ClassifierRecipe:
     loss: dict = field(default_factory=dict)  # label_smoothing, balanced (equal class weights): without `diffusion`
     validation: dict = field(default_factory=dict)  # keys of `data` that differ for the validation images
     pipeline: dict = field(default_factory=dict)  # the pipeline's `settings`: defaults of its call
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for an unknown key of `diffusion` or `loss`."""
+        check_keys(self.diffusion, ["model"], "diffusion")
+        check_keys(self.loss, ["balanced", "label_smoothing"], "loss")
 
     def identity(self) -> dict[str, Any]:
         """See `UnconditionalRecipe.identity`."""

@@ -24,7 +24,14 @@ from cxr_diffusers import (
 from cxr_diffusers.data import LOADERS
 from cxr_diffusers.training.lungs import augment_lungs
 from cxr_diffusers.training.networks import new_unet
-from cxr_diffusers.training.recipe import AdversarialRecipe, ClassifierRecipe, Recipe, SegmenterRecipe, load_recipe
+from cxr_diffusers.training.recipe import (
+    AdversarialRecipe,
+    ClassifierRecipe,
+    Recipe,
+    SegmenterRecipe,
+    UnconditionalRecipe,
+    load_recipe,
+)
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))  # plans/ are evaluations: see test_plan.py
@@ -103,6 +110,7 @@ def build_segmenter(recipe):
 # a kind of recipe -> function(recipe) that builds its models and answers with (script, the settings of its pipeline)
 BUILD = {
     Recipe: build_unet,
+    UnconditionalRecipe: build_unet,
     ClassifierRecipe: build_classifier,
     AdversarialRecipe: build_gan,
     SegmenterRecipe: build_segmenter,

@@ -118,7 +118,8 @@ STORY = """if True:
         spec = importlib.util.spec_from_file_location(name, ROOT / "training" / f"{name}.py")
         script = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(script)
-        data = ["data.name=hub", "data.path=me/phantoms", "validation.split=test", f"train.output_dir=runs/{name}"]
+        data = ["data.name=hub", "data.path=me/phantoms", f"train.output_dir=runs/{name}"]
+        data += ["validation.split=test"] if name != "train_unconditional" else []
         hub = ["--push_to_hub", "--hub_model_id", f"me/{name}"]
         script.main([*options, *data, "train.max_steps=2", "train.batch_size=4", "train.validation_images=1", *hub])
     quick = ["--bootstrap", "10", "--num-inference-steps", "4"]

@@ -279,7 +279,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
         before = (sections.get("data") or {}).get("name")
         override_value(sections, override)
         if override.startswith(DATA_NAME) and sections["data"]["name"] != before:
-            sections["data"], sections["validation"] = {"name": sections["data"]["name"]}, {}
+            sections["data"] = {"name": sections["data"]["name"]}
+            sections.pop("validation", None)
     for section, values in sections.items():
         for key, value in values.items() if isinstance(values, dict) else ():
             if value == "???":

@@ -121,7 +121,8 @@ STORY = """if True:
         data = ["data.name=hub", "data.path=me/phantoms", f"train.output_dir=runs/{name}"]
         data += ["validation.split=test"] if name != "train_unconditional" else []
         hub = ["--push_to_hub", "--hub_model_id", f"me/{name}"]
-        script.main([*options, *data, "train.max_steps=2", "train.batch_size=4", "train.validation_images=1", *hub])
+        data += ["train.validation_images=1"] if name != "train_classifier" else []
+        script.main([*options, *data, "train.max_steps=2", "train.batch_size=4", *hub])
     quick = ["--bootstrap", "10", "--num-inference-steps", "4"]
     assert main(["evaluate", "hub:path=me/phantoms,split=test", "--model", "me/train_cfg", "--out", "out", *quick]) == 0
     print(json.dumps(numbered.remove_columns(["image", "mask"])[:]))

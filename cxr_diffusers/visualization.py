@@ -135,10 +135,15 @@ def contact_sheet(
         title, panel_size, opacity: as in `side_by_side`.
 
     Raises:
-        ValueError: no row.
+        ValueError: no row, a column without a map in any row, or a `vmax` of another column.
     """
     if not rows:
         raise ValueError("expected at least one row, got none")
+    names = {name for row in rows for name in row["maps"]}
+    if unknown := [name for name in columns if name not in names]:
+        raise ValueError(f"expected columns among the maps {', '.join(sorted(names))}, got {unknown}")
+    if unknown := sorted(set(vmax) - set(columns)) if isinstance(vmax, Mapping) else []:
+        raise ValueError(f"expected `vmax` for some of the columns {', '.join(columns)}, got {unknown}")
     given = vmax if isinstance(vmax, Mapping) else {name: vmax for name in columns}
     has_truth = any(row.get("mask") is not None or row.get("boxes") is not None for row in rows)
     scales = {name: given.get(name) or common_vmax([row["maps"].get(name) for row in rows]) for name in columns}

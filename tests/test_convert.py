@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
 
-from cxr_diffusers import CFGAnomalyPipeline, ClassMatrixUNet
+from cxr_diffusers import CFGAnomalyPipeline, ClassMatrixUNet, run_as_original
 from cxr_diffusers.guided_diffusion import (
     ConversionFlags,
     convert_checkpoint,
@@ -18,7 +18,7 @@ from cxr_diffusers.guided_diffusion import (
 )
 from cxr_diffusers.hub.loading import load_unet
 from cxr_diffusers.training.recipe import load_recipe
-from helpers import flags_of, random_original
+from helpers import flags_of, random_original, toy_unet
 
 
 @pytest.fixture
@@ -346,11 +346,21 @@ def test_head_width_survives_saving_and_loading(tmp_path):
 def test_without_a_null_label_the_pipeline_compares_two_classes(tmp_path):
     net = random_original(**CONFIGURATIONS["Wolleb's: 4 channels, 4 heads"])
     torch.save(net.tensors, tmp_path / "model.pt")
-    info = convert_checkpoint(tmp_path / "model.pt", tmp_path / "out", **flags_of(net))
+    names = ("healthy", "tumour")
+    info = convert_checkpoint(tmp_path / "model.pt", tmp_path / "out", **flags_of(net), class_names=names)
     pipeline = CFGAnomalyPipeline.from_pretrained(tmp_path / "out")
-    assert info["pipeline"] == "CFGAnomalyPipeline"
+    assert info["pipeline"] == "CFGAnomalyPipeline" and pipeline.class_names == list(names)
     assert pipeline.settings()["source_label"] == 0 and pipeline.settings()["guidance_scale"] == 0
     assert pipeline.null_label is None
+    # the original's default guidance would push away from its last class
+    with pytest.raises(ValueError, match="expected `guidance_scale` -1 for a model without a null label, got 4.0"):
+        run_as_original(pipeline, torch.rand(1, 4, 16, 16), progress=False)
+
+
+def test_a_model_that_is_conditioned_on_the_view_does_not_run_as_the_original():
+    pipeline = CFGAnomalyPipeline(toy_unet(num_class_embeds=7), DDIMScheduler(clip_sample=False), views=["PA", "AP"])
+    with pytest.raises(ValueError, match="expected a model that is not conditioned on the view, got one for"):
+        run_as_original(pipeline, torch.rand(1, 1, 16, 16), progress=False)
 
 
 def test_an_unconditional_model_is_written_as_its_two_components(tmp_path):

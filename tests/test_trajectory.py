@@ -143,6 +143,9 @@ def test_an_animation_has_every_step_and_repeats(pipeline, images, tmp_path):
     trajectory.save(tmp_path / "strip.png")
     with Image.open(tmp_path / "strip.png") as strip:
         assert strip.width > 8 * 128 and strip.height > 2 * 128
+    trajectory.save(tmp_path / "small.png", panel_size=64)
+    with Image.open(tmp_path / "small.png") as small:
+        assert small.width < strip.width and small.height < strip.height
     assert trajectory.film(0)[3].tobytes() != trajectory.film(1)[3].tobytes(), "each image of a batch has its own"
 
 

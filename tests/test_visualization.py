@@ -145,6 +145,18 @@ def test_a_sheet_without_maps_claims_no_colour_scale(image, anomaly_map):
     assert not (foot(["a"]) == foot(["a"])[0, 0]).all()
 
 
+@pytest.mark.parametrize(
+    ("columns", "vmax", "message"),
+    [
+        (["b"], None, "expected columns among the maps a, got .'b'."),
+        (["a"], {"b": 0.5}, "expected `vmax` for some of the columns a, got .'b'."),
+    ],
+)
+def test_a_column_or_a_colour_scale_without_a_map_is_refused(image, anomaly_map, columns, vmax, message):
+    with pytest.raises(ValueError, match=message):
+        contact_sheet([{"image": image, "maps": {"a": anomaly_map}}], columns, vmax=vmax)
+
+
 def test_all_rows_of_a_column_share_their_colours():
     grey = np.full((32, 32), 128, np.uint8)
     rows = [{"image": grey, "maps": {"m": np.full((32, 32), v, np.float32)}} for v in (0.1, 0.4)]

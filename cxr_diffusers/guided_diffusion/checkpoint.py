@@ -106,10 +106,9 @@ def build_pipeline(
         )
     if not unet.config.num_class_embeds:
         return None
-    if info["null_label"]:
-        return CFGAnomalyPipeline(unet, scheduler, class_names=info["class_names"], **preparation)
-    settings = {"source_label": 0, "guidance_scale": 0.0}
-    return CFGAnomalyPipeline(unet, scheduler, settings=settings, has_null_label=False, **preparation)
+    preparation |= {"class_names": info["class_names"], "has_null_label": info["null_label"]}
+    settings = None if info["null_label"] else {"source_label": 0, "guidance_scale": 0.0}
+    return CFGAnomalyPipeline(unet, scheduler, settings=settings, **preparation)
 
 
 def read_checkpoint(path: Path | str) -> dict[str, torch.Tensor]:

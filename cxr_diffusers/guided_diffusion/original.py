@@ -99,12 +99,13 @@ def run_as_original(
         `OriginalOutput`. Unlike the original's, the batch may be larger than 1.
 
     Raises:
-        ValueError: `num_steps` that no whole stride gives, a level or label out of range, or a model that does not
-            predict the noise.
+        ValueError: `num_steps` that no whole stride gives, a level or label out of range, a model that does not
+            predict the noise, a pipeline that is conditioned on the view, or guidance of one without a null label.
     """
     unet, classifier, scheduler, preparation = parts(model, classifier, scheduler)
     chain = respaced_chain(scheduler, num_steps)
     guided = guidance_scale != -1 and classifier is None
+    check_labels(model, guided, guidance_scale)
     check_inputs(unet, classifier, scheduler, noise_level, num_steps, target_label, guided)
     check_variant(classifier_at, use_ddim, num_steps)
     x0 = prepare(image, unet, **preparation)
@@ -341,6 +342,15 @@ def check_inputs(
     last = classes - 2 if guided else classes - 1
     if not 0 <= target_label <= last:
         raise ValueError(f"expected `target_label` in 0..{last}, got {target_label}")
+
+
+def check_labels(model: DiffusionPipeline | UNet2DModel, guided: bool, guidance_scale: float) -> None:
+    """Raise ValueError for a pipeline whose class embeddings are not those of the originals' procedure."""
+    config = {} if isinstance(model, UNet2DModel) else model.config
+    if config.get("views"):
+        raise ValueError(f"expected a model that is not conditioned on the view, got one for {config['views']}")
+    if guided and not config.get("has_null_label", True):
+        raise ValueError(f"expected `guidance_scale` -1 for a model without a null label, got {guidance_scale}")
 
 
 def check_variant(classifier_at: str, use_ddim: bool, num_steps: int) -> None:

@@ -141,18 +141,22 @@ class Trajectory:
         """[noisy image, predicted clean image where known] of the latest frame, square RGB PIL images."""
         return [panel for panel in self._panels(self.last, index, panel_size, True) if panel is not None]
 
-    def save(self, path: Path | str, index: int = 0, panel_size: int = 256) -> None:
+    def save(self, path: Path | str, index: int = 0, panel_size: int | None = None) -> None:
         """Write .webp or .gif (the animation) or .png (the strip); `path` never holds half a file.
+
+        Args:
+            index: of the image in the batch.
+            panel_size: side of a panel, in pixels; None: 256 in an animation, 128 in a strip.
 
         Raises:
             ValueError: another ending, nothing recorded yet, or no such image in the batch.
         """
         ending = Path(path).suffix.lower()
         if ending == ".png":
-            return save_png(self.strip(index), path)
+            return save_png(self.strip(index, panel_size=panel_size or 128), path)
         if ending not in (".webp", ".gif"):
             raise ValueError(f"expected a file that ends in .webp or .gif (animation) or .png (strip), got {path}")
-        write_file(path, self.film_bytes(index, ending[1:], panel_size))
+        write_file(path, self.film_bytes(index, ending[1:], panel_size or 256))
 
     def film_bytes(self, index: int = 0, format: str = "webp", panel_size: int = 256) -> bytes:
         """The content of a WebP or GIF file with the animation, which repeats endlessly."""

@@ -358,6 +358,13 @@ def test_a_plain_folder_given_as_healthy_is_healthy(model, tmp_path, capsys):
     assert main([*evaluate, "--out", str(tmp_path / "out")]) == 0
 
 
+def test_diseased_images_of_a_model_without_denoising_network_are_said_to_be_unused(tmp_path, capsys):
+    GradCAMPipeline(toy_resnet(), sample_size=16).save_pretrained(tmp_path / "cam")
+    images = [str(save_images(tmp_path / name, phantoms(0, n=2))) for name in ("normal", "ill")]
+    assert main(["calibrate", str(tmp_path / "cam"), "--healthy", images[0], "--diseased", images[1]]) == 0
+    assert "--diseased is not used, a GradCAMPipeline has no denoising network" in capsys.readouterr().err
+
+
 def test_the_warning_is_written_into_the_panel(calibrated, tmp_path, monkeypatch):
     from cxr_diffusers.inference import detection_folder
 

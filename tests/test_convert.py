@@ -16,6 +16,7 @@ from cxr_diffusers.guided_diffusion import (
     parse_flag,
     read_checkpoint,
 )
+from cxr_diffusers.guided_diffusion.original import OriginalProcedure
 from cxr_diffusers.hub.loading import load_unet
 from cxr_diffusers.training.recipe import load_recipe
 from helpers import flags_of, random_original, toy_unet
@@ -361,6 +362,8 @@ def test_a_model_that_is_conditioned_on_the_view_does_not_run_as_the_original():
     pipeline = CFGAnomalyPipeline(toy_unet(num_class_embeds=7), DDIMScheduler(clip_sample=False), views=["PA", "AP"])
     with pytest.raises(ValueError, match="expected a model that is not conditioned on the view, got one for"):
         run_as_original(pipeline, torch.rand(1, 1, 16, 16), progress=False)
+    with pytest.raises(ValueError, match="expected a model that is not conditioned on the view, got one for"):
+        OriginalProcedure(pipeline)
 
 
 def test_an_unconditional_model_is_written_as_its_two_components(tmp_path):

@@ -202,6 +202,7 @@ def test_an_invalid_recipe_is_refused_with_the_reason(tmp_path, override, messag
         ("train_cfg", "pipeline.nois_level=3", "pipeline, images: .*nois_level"),
         ("train_cfg", "train.augment.angle=3", "train.augment: .*angle"),
         ("train_cfg", "unet=3", "section.key=value"),
+        ("train_cfg", "conditions.views=[PA, ap]", "conditions: expected labelled images .* got none of 'ap'"),
         ("train_unconditional", "unet.chanels=3", "unet: .*chanels"),
         ("train_fixed_point_gan", "generator.depth=3", "generator, discriminator: .*depth"),
         ("train_fixed_point_gan", "train.augment.angle=3", "train.augment: .*angle"),

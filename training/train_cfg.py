@@ -38,6 +38,9 @@ def main(arguments: Sequence[str]) -> None:
     with section("unet, images"):
         options = dict(num_channels=recipe.unet["in_channels"], views=views, **recipe.images)
         images = TensorImages(dataset, recipe.unet["sample_size"], **options)
+    for i, view in enumerate(views):
+        if not ((images.views == i) & (images.labels >= 0)).any():
+            raise ValueError(f"conditions: expected labelled images of the views {views}, got none of {view!r}")
     validation_rows = diseased_rows(recipe, dataset, unlabelled=True)
     conditions = Conditions(len(class_names), tuple(views))
 

@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     from ..data import open_dataset
     from ..inference.calibration import TRAINING_IMAGES, calibrate_model, check_own_folder
-    from ..inference.out_of_distribution import FEWEST
+    from ..inference.out_of_distribution import FEWEST, has_denoiser
     from ..processes import process_state
 
     if not process_state().is_main_process:
@@ -50,7 +50,10 @@ def run(options: argparse.Namespace) -> int:
     folder = check_own_folder(options.model)
     healthy = open_dataset(options.healthy)
     diseased = open_dataset(options.diseased) if options.diseased else None
-    arguments = keyword_options(options, calibrate_model, diseased=diseased, pipeline=open_pipeline(options))
+    pipeline = open_pipeline(options)
+    if diseased is not None and not has_denoiser(pipeline):
+        print(f"note: --diseased is not used, a {type(pipeline).__name__} has no denoising network", file=sys.stderr)
+    arguments = keyword_options(options, calibrate_model, diseased=diseased, pipeline=pipeline)
     result = calibrate_model(folder, healthy, options.named or options.healthy, **arguments)
     scores = result.scores.scores
     share = f"{result.quantile:.0%} of the pixels of {len(scores)} healthy images"

@@ -148,9 +148,13 @@ class OriginalProcedure:
 
     `num_inference_steps` is `run_as_original`'s `num_steps`, and `noise_level` an index into as many steps. A pipeline
     with a classifier runs Wolleb's procedure. Without a generator the noise of the first step is that of seed 0.
+
+    Raises:
+        ValueError: a pipeline that is conditioned on the view, which the originals' models are not.
     """
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
+        check_labels(pipeline)
         self.pipeline, self.config, self.components = pipeline, pipeline.config, pipeline.components
 
     def __call__(
@@ -344,7 +348,7 @@ def check_inputs(
         raise ValueError(f"expected `target_label` in 0..{last}, got {target_label}")
 
 
-def check_labels(model: DiffusionPipeline | UNet2DModel, guided: bool, guidance_scale: float) -> None:
+def check_labels(model: DiffusionPipeline | UNet2DModel, guided: bool = False, guidance_scale: float = -1) -> None:
     """Raise ValueError for a pipeline whose class embeddings are not those of the originals' procedure."""
     config = {} if isinstance(model, UNet2DModel) else model.config
     if config.get("views"):

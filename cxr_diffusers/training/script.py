@@ -110,6 +110,7 @@ def finish(output_dir: Path, config: RunConfig, *hints: str, recipe: Any = None)
     if recipe is not None:
         calibrate_on_validation(output_dir, recipe)
     if config.push_to_hub:
-        print("published at", publish(output_dir, config.hub_model_id or output_dir.name, private=config.hub_private))
+        name, private = config.hub_model_id or output_dir.name, config.hub_private or None  # None: as the account says
+        print("published at", publish(output_dir, name, private=private))
     print(f"model:   {output_dir}\nimage:   {sorted((output_dir / 'validation').glob('*.png'))[-1]}")
     print(*hints, sep="\n")

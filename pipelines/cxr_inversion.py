@@ -1,7 +1,7 @@
 """Deterministic DDIM inversion, and the class evidence of a diffusion model."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -14,7 +14,7 @@ DETERMINISTIC_SCHEDULERS = (
     "UniPCMultistepScheduler",
 )
 
-Generators = torch.Generator | list[torch.Generator] | None
+Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
 
 
 def check_scheduler(scheduler: Any) -> None:

@@ -165,8 +165,8 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
                 much better the UNet predicts the noise for `negative_label` than for `target_label`, as the log of the
                 ratio of the errors: 0 equally well, 0.01 one percent better. "combined": change + 2 x evidence, which
                 separates disease from health better than either (docs/experiments.md); it can be below 0.
-            view: "PA" or "AP", or a list with one for each image, only for a model that is conditioned on the view; None
-                or "" if it is unknown: then the view that explains the image best is used (six more evaluations).
+            view: "PA" or "AP", or a list with one for each image, for a model that is conditioned on the view alone;
+                None or "" if it is unknown: then the view that explains the image best is used (six more evaluations).
             generator: of the noise of the class evidence: one for all images, or a list with one for each. None: fixed
                 noise, the same in every call and on any device.
             output_type: "pil", "np" or "pt"; see `AnomalyOutput` for shapes and ranges.

@@ -215,7 +215,7 @@ def test_the_levels_of_evidence_are_shares_of_the_chain():
         ({"highpass": -0.1}, "expected a finite `highpass` of 0 or more, got -0.1"),
         ({"region": "heart"}, "expected `region` image or lungs, got 'heart'"),
         ({"region": "lungs"}, "expected a pipeline with a `lung_segmenter`"),
-        ({"negative_label": "healthy"}, "expected a `negative_label` other than `target_label`, got 'healthy' for both"),
+        ({"negative_label": "healthy"}, "expected a `negative_label` other than `target_label`, got 'healthy'"),
         ({"view": ["PA", ""]}, "expected no `view` with a model that is not conditioned on the view"),
     ],
 )

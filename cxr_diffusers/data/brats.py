@@ -46,8 +46,8 @@ def load_brats(
 
     Args:
         root: e.g. data/brats/training.
-        masks: a folder with ID-label.nii.gz, the segmentation of slice folder ID (the test_labels of Wolleb et al.), for
-            slices without seg.
+        masks: a folder with ID-label.nii.gz, the segmentation of slice folder ID (the test_labels of Wolleb et al.),
+            for slices without seg.
         classes: names of healthy and diseased.
         selection: `per_class`, `holdout` and the other keywords of `selection.select_rows`.
 
@@ -57,8 +57,8 @@ def load_brats(
 
     Raises:
         ImportError: nibabel is not installed. NotADirectoryError: no such folder.
-        ValueError: no slice, `masks` without any of their segmentations, another number of classes than two, a missing sequence or two files of one, a volume instead of a slice, a segmentation of
-            another size.
+        ValueError: no slice, `masks` without any of their segmentations, another number of classes than two, a missing
+            sequence or two files of one, a volume instead of a slice, a segmentation of another size.
     """
     root = Path(root)
     if len(classes) != 2:
@@ -108,7 +108,8 @@ def add_segmentations(files_of_slices: Sequence[dict[str, Path]], folder: Path) 
         if separate.is_file():
             files[SEGMENTATION] = separate
     if missing and not any(SEGMENTATION in files for files in missing):
-        raise ValueError(f"{folder}: expected {missing[0]['folder'].name}-label.nii.gz or those of other slices, got none")
+        name = f"{missing[0]['folder'].name}-label.nii.gz"
+        raise ValueError(f"{folder}: expected {name} or those of other slices, got none")
 
 
 def list_slices(root: Path | str) -> list[Path]:

@@ -82,8 +82,8 @@ def load_chexpert(
             gives the same rows as its source.
         boxes: CSV with columns file, x, y, w, h (and image_w, image_h where they count in pixels of an image of another
             size); None: `boxes.csv` in `root` or beside it, if there is one.
-        report_section: only for CheXpert Plus, the report section whose CheXbert labels count: "impression", "report" or
-            "findings" (of which users report `No Finding` = 1 wherever the section is empty).
+        report_section: for CheXpert Plus only: the section of the report whose CheXbert labels count, "impression",
+            "report" or "findings" (of which users report `No Finding` = 1 wherever the section is empty).
         check_files: look whether every image exists.
 
     Returns:

@@ -58,8 +58,8 @@ def load_vindr(
 
     Raises:
         FileNotFoundError: no folder of a split, or no table where one is needed.
-        ValueError: an unknown split or class, `other` without `classes`, an image without labels, or an invalid box, belongs to no image or
-            reaches beyond it.
+        ValueError: an unknown split or class, `other` without `classes`, an image without labels, or a box that is
+            invalid, belongs to no image or reaches beyond it.
     """
     check_splits(splits)
     check_other(other, classes)

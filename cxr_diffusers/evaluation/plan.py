@@ -14,8 +14,10 @@ from .report import COLUMNS, counterfactual_table, summary_table
 
 OWN_OPTIONS = ("healthy", "strata", "output_dir", "maps_dir", "shard")  # of `compare`, not among a plan's `options`
 # arguments of a pipeline's call that the evaluation gives itself
-OWN_ARGUMENTS = ("image", "generator", "output_type", "return_dict")
-OWN_ARGUMENTS += ("callback_on_step_end", "callback_on_step_end_tensor_inputs")
+OWN_ARGUMENTS = (
+    *("image", "generator", "output_type", "return_dict"),
+    *("callback_on_step_end", "callback_on_step_end_tensor_inputs"),
+)
 
 
 @dataclass

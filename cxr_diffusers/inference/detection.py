@@ -90,8 +90,9 @@ def detect(
         batch_size: images in each call of the pipeline.
         map_format: "png" or "npy".
         save_counterfactual, save_trajectory, save_masks, save_boxes ("coco" or "yolo"), save_panel: see above.
-        vmax: the map value of the last colour of panels and `dicom`. None: three times the threshold (with other settings, the model's), at
-            most 1, so all panels have one scale; without a threshold each panel's own 99.5 % quantile.
+        vmax: the map value of the last colour, in panels and in `dicom`. None: three times the threshold (with other
+            settings, the model's), at most 1, so all panels have one scale; without a threshold each panel's own 99.5 %
+            quantile.
         threshold: map value in (0, 1) above which a pixel is abnormal; or, as "healthy:0.99", the value that a share
             of 0.99 of the pixels of healthy images stays below: from a calibrated model (see `calibrate_model`), for
             its own settings only. None: the model's `map_threshold`, from healthy images, if the call has the model's

@@ -23,8 +23,8 @@ def initial_unet(recipe: Recipe, unconditional: bool = False) -> UNet2DModel:
     unet = load_unet(init_from, unconditional)
     for key, value in as_json(recipe.unet).items():
         if as_json(unet.config.get(key)) != value:
-            got = f"{key} {unet.config.get(key)}"
-            raise ValueError(f"train.init_from: expected unet.{key} {value}, as in this recipe, got {got} in {init_from}")
+            got = f"{unet.config.get(key)} in {init_from}"
+            raise ValueError(f"train.init_from: expected unet.{key} {value}, as in this recipe, got {got}")
     return unet
 
 

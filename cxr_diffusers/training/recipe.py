@@ -50,8 +50,6 @@ class RunConfig:
             pair = getattr(self, name, None)
             if pair is not None and (len(pair) != 2 or not all(isinstance(x, int | float) for x in pair)):
                 raise ValueError(f"train.{name}: expected two numbers, got {pair}")
-        if getattr(self, "lr_scheduler", None) == "constant" and self.lr_warmup_steps:
-            raise ValueError(f"train.lr_warmup_steps: expected 0 with the schedule constant, got {self.lr_warmup_steps}")
         for name in ("dataloader_num_workers", "checkpoints_total_limit", "lr_warmup_steps"):
             if getattr(self, name, 0) < 0:
                 raise ValueError(f"train.{name}: expected 0 or more, got {getattr(self, name)}")
@@ -69,6 +67,13 @@ class TrainConfig(RunConfig):
     ema_width: float | None = None  # relative width of a power-function average in place of `ema_decay`, e.g. 0.1
     balance: bool = False  # draw each (class, view), and the unlabelled images, equally often
     max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError if a number is out of its range, or for a warm-up that the schedule does not have."""
+        super().__post_init__()
+        if self.lr_scheduler == "constant" and self.lr_warmup_steps:
+            got = f"got {self.lr_warmup_steps}: see constant_with_warmup"
+            raise ValueError(f"train.lr_warmup_steps: expected 0 with the schedule constant, {got}")
 
 
 @dataclass

@@ -333,6 +333,7 @@ def test_publish_wants_a_card(model, tmp_path, capsys):
     [
         ("prepare DATA OUT --pack --format png --workers 2", "expected --format, --workers only without --pack"),
         ("prepare DATA OUT --quality 90", "expected --quality only with --pack"),
+        ("chexlocalize DATA x.json --out OUT --bootstrap 0", "expected --bootstrap of 1 or more, got 0"),
         ("prepare DATA OUT --frontal-only", "expected CheXpert for `frontal_only`, got "),
         ("deblur DATA OUT --kernel disk:radius=1 --plan --shard 0/2", "expected --plan without --shard, got 0/2"),
         ("detect DATA --out OUT --as-original --dtype bfloat16", "expected --dtype float32 with --as-original"),

@@ -47,6 +47,8 @@ def run(options: argparse.Namespace) -> None:
     from ..evaluation.chexlocalize import chexlocalize_table, evaluate_chexlocalize, open_split
     from ..processes import process_state
 
+    if options.bootstrap < 1:
+        raise ValueError(f"expected --bootstrap of 1 or more, got {options.bootstrap}")
     shard = shard_of(options)
     test = open_split(options.images, options.segmentations, options.frontal_only)
     validation = None

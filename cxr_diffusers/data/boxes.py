@@ -64,8 +64,16 @@ def read_boxes(path: Path | str) -> list[tuple[str, str, list[float], tuple[floa
 
 
 def units_of(table: pd.DataFrame, path: Path | str) -> list[tuple[float, float] | None]:
-    """(width, height) of the image that each row's box was drawn on, or None where a table does not say it."""
+    """(width, height) of the image that each row's box was drawn on, or None where a table does not say it.
+
+    Raises:
+        ValueError: one of the two columns without the other, or a size that is not above 0.
+    """
     pair = next((pair for pair in UNITS if set(pair) <= set(table.columns)), None)
+    alone = [name for both in UNITS for name in both if name in table.columns]
+    if pair is None and alone:
+        choices = " or ".join(" and ".join(pair) for pair in UNITS)
+        raise ValueError(f"{path}: expected the columns {choices}, or none of them, got {', '.join(alone)}")
     if pair is None:
         return [None] * len(table)
     widths, heights = (numbers(table, name, path) for name in pair)

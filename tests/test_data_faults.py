@@ -156,7 +156,9 @@ def test_boxes_of_an_image_of_another_size_are_scaled(folder, tmp_path):
     loaded, copied = opened(folder, tmp_path / "out")
     assert loaded["boxes"][:] == [[[10, 2, 20, 10]], [], []] and copied["boxes"][:] == [[[10, 7, 20, 10]], [], []]
     (folder / "boxes.csv").write_text("file,x,y,w,h,image_w,image_height\ndiseased/d0.png,10,2,20,10,400,300\n")
-    with pytest.raises(ValueError, match="expected the columns image_w and image_h or width and height, .* got image_w"):
+    with pytest.raises(
+        ValueError, match="expected the columns image_w and image_h or width and height, .* got image_w"
+    ):
         load_folder(folder)
 
 

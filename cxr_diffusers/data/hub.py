@@ -124,7 +124,7 @@ def _downloaded(path, split, config, revision):
 
 
 def _saved(dataset, path, split, config):
-    """The split of a data set that `save_to_disk` wrote; without splits it counts as "train", and its own name."""
+    """A split of what `save_to_disk` wrote; a data set without splits is "train", or has the name it was saved with."""
     is_dict = isinstance(dataset, datasets.DatasetDict)
     names = list(dataset) if is_dict else ["train", *([str(dataset.split)] if dataset.split else [])]
     if config is not None:

@@ -329,6 +329,24 @@ def test_publish_wants_a_card(model, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    "command",
+    [
+        "evaluate d --out o --only 1 2 --only 3 --skip 1 2 --skip 3 --on 1 --on 2 3",
+        "evaluate d --out o --strata 1 --strata 2 3 --model 1 --model 2 3 --noise-level 1 2 --noise-level 3",
+        "demo --model 1 --model 2 3",
+        "prepare d o --unlabelled 1 --unlabelled 2 3",
+    ],
+)
+def test_an_option_that_takes_several_values_may_be_given_several_times(command):
+    for _ in range(2):
+        options = vars(build_parser().parse_args(command.split()))
+        names = {word.removeprefix("--").replace("-", "_") for word in command.split() if word.startswith("--")} - {
+            "out"
+        }
+        assert {name: [int(value) for value in options[name]] for name in names} == dict.fromkeys(names, [1, 2, 3])
+
+
+@pytest.mark.parametrize(
     ("command", "message"),
     [
         ("prepare DATA OUT --pack --format png --workers 2", "expected --format, --workers only without --pack"),

@@ -19,7 +19,13 @@ docs/demo.md.
 def add(commands: Any) -> None:
     """Add the command to the parser."""
     demo = add_command(commands, "demo", run, "a web page: drop a radiograph, see where it is abnormal", DEMO)
-    demo.add_argument("--model", nargs="+", default=[], help="folders or Hub names, offered before the shipped models")
+    demo.add_argument(
+        "--model",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="folders or Hub names, offered before the shipped models",
+    )
     demo.add_argument("--trust-remote-code", action="store_true", help="run the code in a Hub model's repository")
     add_device_options(demo)
     demo.add_argument(

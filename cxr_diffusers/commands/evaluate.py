@@ -42,15 +42,23 @@ def add(commands: Any) -> None:
         "data", metavar="DATA", nargs="*", help="the data set, see below; section.key=value of a plan"
     )
     evaluate.add_argument("--config", type=Path, help="a plan: several methods on several data sets")
-    evaluate.add_argument("--only", metavar="METHOD", nargs="+", default=[], help="only these methods of the plan")
-    evaluate.add_argument("--skip", metavar="METHOD", nargs="+", default=[], help="all methods of the plan but these")
-    evaluate.add_argument("--on", metavar="NAME", nargs="+", default=[], help="only these data sets of the plan")
+    evaluate.add_argument(
+        "--only", metavar="METHOD", nargs="+", action="extend", default=[], help="only these methods of the plan"
+    )
+    evaluate.add_argument(
+        "--skip", metavar="METHOD", nargs="+", action="extend", default=[], help="all methods of the plan but these"
+    )
+    evaluate.add_argument(
+        "--on", metavar="NAME", nargs="+", action="extend", default=[], help="only these data sets of the plan"
+    )
     evaluate.add_argument("--healthy", metavar="DATA", help="healthy validation images, which give the thresholds")
     evaluate.add_argument("--out", type=Path, required=True, help="folder for tables, images and maps")
     evaluate.add_argument("--bootstrap", type=int, help="replicates over patients (default: 1000)")
     text = "measure images with a shorter side of more than N pixels at N (default: 1024); 0: all at full size"
     evaluate.add_argument("--resolution", metavar="N", type=int, help=text)
-    evaluate.add_argument("--strata", nargs="*", default=[], help="columns to report separately, e.g. source")
+    evaluate.add_argument(
+        "--strata", nargs="*", action="extend", default=[], help="columns to report separately, e.g. source"
+    )
     text = "a model with an image classifier that judges the counterfactuals, e.g. cxr_grad_cam_128"
     evaluate.add_argument("--judge", metavar="MODEL", help=text)
     text = "adds controls with its lung gate, e.g. cxr_lung_segmenter_64"

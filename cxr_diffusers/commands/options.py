@@ -23,6 +23,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "noise_level": {
         "type": int,
         "nargs": "+",
+        "action": "extend",
         "metavar": "T",
         "help": "timestep where inversion stops; more may change more. Several: their maps are averaged",
     },
@@ -81,7 +82,7 @@ def add_pipeline_options(parser: argparse.ArgumentParser, several: bool = False)
     """Add the options that select a model, or `several`, and set the arguments of its call."""
     text = "pipeline folder, Hub name or name of a shipped model (default: the default one)"
     if several:
-        parser.add_argument("--model", nargs="+", help=f"{text}; several make one table")
+        parser.add_argument("--model", nargs="+", action="extend", help=f"{text}; several make one table")
     else:
         parser.add_argument("--model", help=text)
     parser.add_argument("--trust-remote-code", action="store_true", help="run the code that a Hub model brings along")

@@ -38,7 +38,7 @@ def add(commands: Any) -> None:
     pack.add_argument("--pack", action="store_true", help=text)
     add_option = partial(pack.add_argument, default=argparse.SUPPRESS)
     text = "data sets whose images are packed without a class, for the null label"
-    add_option("--unlabelled", nargs="+", metavar="DATA", help=text)
+    add_option("--unlabelled", nargs="+", action="extend", metavar="DATA", help=text)
     text = "predict AP or PA from the image where the table does not say"
     add_option("--fill-views", action="store_true", help=text)
     add_option("--quality", type=int, help="of the JPEG images (default: 92)")

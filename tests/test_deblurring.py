@@ -80,14 +80,14 @@ def test_chexpert_keeps_its_rows_and_boxes_and_bad_files_are_told(prior, tmp_pat
         save_image(tmp_path / path, 50 * i, (20, 18))
     (source / "train/patient00002/study1/view1_frontal.jpg").write_bytes(b"broken")
     pd.DataFrame(rows, columns=HEADER).to_csv(source / "train.csv", index=False)
-    (source / "boxes.csv").write_text(f"file,x,y,w,h,image_w\n{rows[0]['Path']},3,4,5,6,20\n")
+    (source / "boxes.csv").write_text(f"file,x,y,w,h,reader\n{rows[0]['Path']},3,4,5,6,20\n")
     summary = deblur(prior, source, tmp_path / "out", kernel=KERNEL, call_kwargs=FAST, progress=False)
     assert summary["images"] == 3 and summary["reasons"] == {"broken image": 1}
     assert "patient00002" in (tmp_path / "out" / "skipped.csv").read_text()
     ours = load_chexpert(tmp_path / "out")
     assert ours["patient"][:] == ["patient00000", "patient00001", "patient00003"]
     assert ours["boxes"][0] == [[3, 4, 5, 6]] and ours[0]["image"].size == (20, 18)
-    assert "image_w\nout/train/patient00000/study1/view1_frontal.png,3,4,5,6,20" in (
+    assert "reader\nout/train/patient00000/study1/view1_frontal.png,3,4,5,6,20" in (
         tmp_path / "out" / "boxes.csv"
     ).read_text().replace(".0", "")
 

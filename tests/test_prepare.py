@@ -82,7 +82,7 @@ def test_boxes_land_on_the_same_anatomy(tmp_path, aspect):
     PIL.Image.fromarray(pixels).save(source)
     row = chexpert_row(f"{NAME}/train/patient00001/study1/view1_frontal.png", **{"Pleural Effusion": 1.0})
     pd.DataFrame([row], columns=HEADER).to_csv(tmp_path / NAME / "train.csv", index=False)
-    (tmp_path / "boxes.csv").write_text(f"file,label,x,y,w,h,image_w\n{row['Path']},Effusion,45,20,20,20,100\n")
+    (tmp_path / "boxes.csv").write_text(f"file,label,x,y,w,h,reader\n{row['Path']},Effusion,45,20,20,20,100\n")
     prepare(tmp_path / NAME, tmp_path / "out" / "small", size=48, aspect=aspect)
     prepared = load_chexpert(tmp_path / "out" / "small")[0]
     ys, xs = np.nonzero(np.asarray(prepared["image"]) > 127)

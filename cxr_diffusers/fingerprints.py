@@ -17,7 +17,7 @@ COUNTERFACTUAL_ONLY = ("keep_below",)  # settings that change neither map nor sc
 NOT_OF_THE_MAP = (*COUNTERFACTUAL_ONLY, "score")
 
 
-def fingerprint(pipeline: Any, call_kwargs: Mapping, seed: int) -> str:
+def fingerprint(pipeline: Any, call_kwargs: Mapping, seed: int | None) -> str:
     """Hash of everything that determines a map: code version, class, configuration, weights, arguments, seed.
 
     Args:

@@ -191,7 +191,8 @@ class ContractMixin(Base):
 
     Such a class describes its method to readers of model cards and of the page: `title`, a name; `summary`, one or two
     sentences; `score_meaning`, a description of its `anomaly_score` (a class whose score depends on the settings
-    overrides `describe_score`); `has_counterfactual`, False for a method that returns the image itself as such.
+    overrides `describe_score`); `has_counterfactual`, False for a method that returns the image itself as such;
+    `has_fixed_noise`, True for a method whose noise is always the same without a `generator`.
 
     Such a class has `ORIGINAL_SETTINGS = default_settings(__call__)`: the settings of the original procedure, which
     hold where neither the caller nor the checkpoint gives a value. A call with `**pipeline.ORIGINAL_SETTINGS` ignores
@@ -207,6 +208,7 @@ class ContractMixin(Base):
     summary: str = "A model of anomalies in chest X-rays."
     score_meaning: str = "mean of the highest 5 % of the anomaly map's pixels"
     has_counterfactual: bool = True
+    has_fixed_noise: bool = False
 
     ORIGINAL_SETTINGS: dict[str, Any] = {}
     num_classes: int

@@ -69,6 +69,8 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         "guidance; the anomaly map is what had to change."
     )
 
+    has_fixed_noise = True
+
     model_cpu_offload_seq = "unet"
     _optional_components = ["lung_segmenter"]
     _callback_tensor_inputs = ["latents"]

@@ -86,6 +86,16 @@ def test_metrics_are_computed_at_the_images_own_resolution(pipeline):
     assert table.prevalence.tolist() == pytest.approx([48 / (40 * 24)] * 5)
 
 
+@pytest.mark.parametrize("score", ["map", "combined"])
+def test_scores_are_those_of_a_call_whatever_the_batch(pipeline, score):
+    """The class evidence has noise, which is the same in `detect` and in `evaluate`, and for every image."""
+    dataset, call = spot_rows(5), {**FAST, "score": score, "negative_label": 1}
+    expected = [float(pipeline(row["image"], output_type="np", **call).anomaly_score[0]) for row in dataset]
+    for batch_size in (2, 5):
+        result = quick(pipeline, dataset, call_kwargs=call, batch_size=batch_size)
+        assert result.per_image.score.tolist() == pytest.approx(expected, abs=1e-6)
+
+
 def test_a_large_image_is_measured_at_the_centres_of_a_coarser_grid(tmp_path, pipeline):
     dataset = spot_rows(5, height=80, width=48) + spot_rows(2, height=20, width=16, spot=False)
     dataset[0] |= {"mask": None, "boxes": [[10, 7, 21, 30]]}

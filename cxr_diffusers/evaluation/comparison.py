@@ -118,7 +118,8 @@ def compare(
             roc.png and maps/; None writes nothing.
         batch_size: images a call.
         n_bootstrap: replicates.
-        seed: of the bootstrap, of the random map, and of the generator handed to the pipeline for each image.
+        seed: of the bootstrap, of the random map, and of the generator handed to the pipeline for each image; not to
+            one with `has_fixed_noise`, whose scores are then those of `detect`.
         call_kwargs: further arguments of the call, e.g. {"guidance_scale": 4}.
         progress: show bars.
         smoothing: sigma of a Gaussian over every map, as a fraction of the image's shorter side (0.01 is 2.6 pixels

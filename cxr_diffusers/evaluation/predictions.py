@@ -61,6 +61,12 @@ class Method:
     call_kwargs: dict[str, Any]
     threshold: float | None = None
 
+    @property
+    def is_random(self) -> bool:
+        """Whether the noise of its calls is drawn by a generator; a fixed noise is left as `detect` uses it."""
+        takes_generator = "generator" in inspect.signature(self.pipeline.__call__).parameters
+        return takes_generator and not getattr(self.pipeline, "has_fixed_noise", False)
+
     def option(self, name: str, default: Any = None) -> Any:
         """A value of the pipeline's config; `default` where it has none."""
         value = config_of(self.pipeline).get(name)
@@ -104,13 +110,14 @@ def predict(
         dataset: rows with `image` and, where they are known, `path` and `view`.
         folder: of the files, one an image. None: predictions are kept in memory.
         batch_size: images a call.
-        seed: part of the files' names.
+        seed: part of the files' names of a random method.
         progress, desc: show a bar of this description.
         shard: the share of the images to compute. Those of other shards may not exist yet.
     """
     state = process_state()
     # every process uses the main process's fingerprint: that of a pipeline without weights is random
-    [key] = broadcast_object_list([fingerprint(method.pipeline, method.call_kwargs, seed)])
+    own_seed = seed if method.is_random else None
+    [key] = broadcast_object_list([fingerprint(method.pipeline, method.call_kwargs, own_seed)])
     digests = [image_digest(key_with_view(key, view_of(method, row)), row) for row in dataset]
     computed: dict[int, Prediction] = {}
     files: list[Path] = []
@@ -145,7 +152,7 @@ def run_pipeline(method: Method, dataset: Any, batch: Sequence[int], digests: Se
         ValueError: the pipeline returned another number or shape of maps.
     """
     kwargs = dict(method.call_kwargs)
-    if "generator" in inspect.signature(method.pipeline.__call__).parameters:
+    if method.is_random:
         # an image's noise does not depend on the batch, the process, or where an interrupted run resumed
         kwargs.setdefault("generator", [torch.Generator().manual_seed(int(digests[i][:8], 16)) for i in batch])
     views = [view_of(method, dataset[i]) for i in batch]

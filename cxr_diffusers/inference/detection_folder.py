@@ -266,7 +266,7 @@ class DetectionFolder:
 
     def _among_healthy(self, score):
         below, count = self.reference.share_below(score)
-        percentile, p_value = round(100 * below / count, 2), self.reference.p_value(score)
+        percentile, p_value = round(100 * below / count, 2), float(f"{self.reference.p_value(score):.6g}")
         return dict(healthy_percentile=percentile, p_value=p_value, healthy_images=count)
 
 

@@ -58,7 +58,9 @@ def panel(pipeline, row: dict, title: str | None = None, note: bool = True) -> I
     image = row["image"]
     output = pipeline(image, output_type="np", **({"view": row["view"]} if takes_view(pipeline, row) else {}))
     size, aspect = (image.height, image.width), pipeline.config.aspect
-    counterfactual = restore_map(output.counterfactual[0].mean(-1), *size, aspect)
+    counterfactual = None
+    if pipeline.has_counterfactual:
+        counterfactual = restore_map(output.counterfactual[0].mean(-1), *size, aspect)
     anomaly_map = restore_map(output.anomaly_map[0], *size, aspect)
     vmax = min(1.0, 3 * pipeline.config.map_threshold)  # as in `cxr-diffusers detect`
     options = {"boxes": row["boxes"], "vmax": vmax, "title": title, "note": note, "panel_size": 300}

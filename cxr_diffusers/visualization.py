@@ -42,7 +42,7 @@ def overlay(
 
 def side_by_side(
     image: Image.Image | np.ndarray,
-    counterfactual: Image.Image | np.ndarray,
+    counterfactual: Image.Image | np.ndarray | None,
     anomaly_map: np.ndarray,
     *,
     mask: np.ndarray | None = None,
@@ -53,10 +53,10 @@ def side_by_side(
     panel_size: int = 320,
     opacity: float = 0.8,
 ) -> Image.Image:
-    """Input | counterfactual | overlay with its colour bar, in one image.
+    """Input | counterfactual, if any | overlay with its colour bar, in one image.
 
     Args:
-        image, counterfactual: PIL images or arrays of one size, see `to_grey`.
+        image, counterfactual: PIL images or arrays of one size, see `to_grey`; None: a method without counterfactual.
         anomaly_map: (H, W) in [0, 1], of that size.
         mask: (H, W) booleans, the true region, drawn as an outline; None: unknown.
         boxes: true boxes [x, y, w, h] in pixels of `image`; None: unknown.
@@ -72,17 +72,16 @@ def side_by_side(
     scale = "fixed colour scale"
     if vmax is None:
         vmax, scale = common_vmax([anomaly_map]), "colour scale of this image alone (its 99.5 % quantile)"
-    cells = [
-        _panel(to_grey(image), panel_size, mask, boxes),
-        _panel(to_grey(counterfactual), panel_size),
-        _panel(overlay(image, anomaly_map, vmax, opacity), panel_size, mask, boxes),
-    ]
+    cells = {"input": _panel(to_grey(image), panel_size, mask, boxes)}
+    if counterfactual is not None:
+        cells["counterfactual"] = _panel(to_grey(counterfactual), panel_size)
+    cells["anomaly map"] = _panel(overlay(image, anomaly_map, vmax, opacity), panel_size, mask, boxes)
     has_truth = mask is not None or boxes is not None
     return _grid(
-        [cells],
-        ["input", "counterfactual", "anomaly map"],
+        [list(cells.values())],
+        list(cells),
         None,
-        {2: vmax},
+        {len(cells) - 1: vmax},
         title,
         _note(has_truth, scale) if note else "",
         panel_size,

@@ -468,6 +468,15 @@ def test_the_crisp_counterfactual_is_the_input_plus_the_enlarged_change():
         np.testing.assert_allclose((crisp - grey)[rows][inside[rows]], change, atol=1e-5)
 
 
+def test_the_panel_of_a_method_without_counterfactual_has_none(pipeline, folder, tmp_path):
+    """A copy of the input below the word "counterfactual" would say that nothing had to change."""
+    classifier = GradCAMPipeline(toy_resnet(), sample_size=16, class_names=["healthy", "ill"])
+    run_detect(pipeline, [folder / "a.png"], tmp_path / "three")
+    detect(classifier, [folder / "a.png"], tmp_path / "two", progress=False)
+    three, two = (Image.open(tmp_path / name / "a.png") for name in ("three", "two"))
+    assert two.height == three.height and 0.6 * three.width < two.width < 0.72 * three.width
+
+
 def test_a_panel_bears_the_name_in_the_table_and_warnings_in_a_line_of_their_own(pipeline, tmp_path, monkeypatch):
     """Images of CheXpert are all called view1_frontal.jpg; a long line is cut at its end, where the warnings were."""
     for patient in ("patient1", "patient2"):

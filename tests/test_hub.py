@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 
-from cxr_diffusers import CFGAnomalyPipeline, default_checkpoint
+from cxr_diffusers import CFGAnomalyPipeline, GradCAMPipeline, default_checkpoint
 from cxr_diffusers.evaluation.predictions import Method
 from cxr_diffusers.evaluation.tables import describe_method
 from cxr_diffusers.files import as_json
@@ -18,6 +18,7 @@ from cxr_diffusers.hub.loading import load_pipeline, load_unet
 from cxr_diffusers.hub.model_card import describe_training, write_model_card
 from cxr_diffusers.hub.publishing import publish, uploading
 from cxr_diffusers.inference.reference_scores import ReferenceScores, keep_scores
+from helpers import toy_resnet
 from local_hub import local_hub, run_script
 
 FAST = dict(num_inference_steps=20, noise_level=300, guidance_scale=2.0, output_type="pt")
@@ -230,6 +231,15 @@ def test_a_card_without_figures_claims_none(folder):
     card = ModelCard.load(folder / "README.md")
     assert card.data.eval_results is None and "Not evaluated yet." in card.text
     assert "![input, counterfactual, anomaly map](example.png)" in card.text
+
+
+def test_the_card_of_a_method_without_counterfactual_promises_none(tmp_path):
+    folder = tmp_path / "cam"
+    GradCAMPipeline(toy_resnet(), sample_size=16, class_names=["healthy", "ill"]).save_pretrained(folder)
+    Image.new("L", (9, 9)).save(folder / "example.png")
+    write_model_card(folder, training=TRAINING, image="example.png")
+    text = (folder / "README.md").read_text()
+    assert "![input, anomaly map](example.png)" in text and "`counterfactual` (the image: this method makes" in text
 
 
 def test_a_card_with_a_missing_image_is_refused(folder):

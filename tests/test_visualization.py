@@ -108,6 +108,13 @@ def test_a_panel_without_its_note_is_shorter_and_else_the_same(image, anomaly_ma
     assert (full[len(short) :] < 200).any() and (short[-3:] == 255).all()
 
 
+def test_without_a_counterfactual_there_are_two_panels(image, anomaly_map):
+    three, two = (np.asarray(side_by_side(image, x, anomaly_map, vmax=0.2, note=False)) for x in (image, None))
+    removed = three.shape[1] - two.shape[1]
+    assert len(two) == len(three) and two.shape[1] // 2 - 10 < removed < two.shape[1] // 2 + 10
+    np.testing.assert_array_equal(two[:, removed:], three[:, 2 * removed :])
+
+
 def test_a_second_line_of_the_title_is_drawn_above_the_same_panels(image, anomaly_map):
     """A warning in a line of its own is not cut, however long the first line is."""
     titles = ("words " * 90, "words " * 90 + "\nW")

@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 
 from ..fingerprints import changed_settings
-from ..inference.panels import same_frame
+from ..inference.panels import has_counterfactual, same_frame
 from ..inference.regions import zone_columns
 from ..inference.trajectory import Trajectory, check_steps
 from ..pipelines.cxr_images import restore_map
@@ -126,7 +126,7 @@ def analyse(
         size=(image.height, image.width),
         aspect=config["aspect"],
         image=grey,
-        counterfactual=None if np.array_equal(square, counterfactual) else healthy,
+        counterfactual=healthy if has_counterfactual(pipeline) else None,
         display_map=display_map,
         square_map=anomaly_map,
         score=float(output.anomaly_score[0]),

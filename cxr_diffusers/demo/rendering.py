@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from ..evaluation.masks import threshold_map
 from ..files import safe_name
 from ..inference.reference_scores import ReferenceScores, short_number
-from ..visualization import contact_sheet, map_colours, side_by_side, to_grey
+from ..visualization import map_colours, side_by_side, to_grey
 from .analysis import Analysis, Step
 from .uploads import Upload
 
@@ -138,11 +138,7 @@ def panels_file(analysis: Analysis, opacity: float = 0.8) -> tuple[str, bytes]:
     """(file name, content): input | counterfactual, if any | map with its colour bar, as `cxr-diffusers detect`."""
     title = f"{analysis.name}    score {analysis.score:.3f}    {analysis.model}    research use only"
     options: dict[str, Any] = {"vmax": analysis.vmax, "title": title, "panel_size": 512, "opacity": opacity}
-    if analysis.counterfactual is None:
-        rows = [{"image": analysis.image, "maps": {"anomaly map": analysis.display_map}}]
-        sheet = contact_sheet(rows, ["anomaly map"], **options)
-    else:
-        sheet = side_by_side(analysis.image, analysis.counterfactual, analysis.display_map, **options)
+    sheet = side_by_side(analysis.image, analysis.counterfactual, analysis.display_map, **options)
     return f"{stem(analysis)}_images.png", png(sheet)
 
 

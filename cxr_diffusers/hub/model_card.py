@@ -52,7 +52,7 @@ pipeline = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
 pipeline(Image.open("chest.png")).anomaly_map[0].save("map.png")  # 16 bit, value / 65535
 ```
 
-The output also has `image`, `counterfactual` (the chest as if healthy) and `anomaly_score`, one number for each image.
+The output also has `image`, `counterfactual` ({counterfactual}) and `anomaly_score`, one number for each image.
 Classes: {classes}. Defaults of the call: {settings}.
 
 ## Training
@@ -142,6 +142,7 @@ def write_model_card(
         results, text = evaluation_section(load_pipeline(folder), read_summaries(evaluation, evaluated_on))
     class_name = class_named(index)
     pipeline_class = getattr(pipelines, class_name, pipelines.cxr_anomaly.ContractMixin)
+    counterfactual = getattr(pipeline_class, "has_counterfactual", True)
     metadata = ModelCardData(
         language="en",
         license=license,
@@ -157,8 +158,9 @@ def write_model_card(
         metadata=metadata.to_yaml(),
         title=name.split("/")[-1],
         method=textwrap.fill(getattr(pipeline_class, "summary", ""), 118),
-        image=f"![input, counterfactual, anomaly map]({image})\n" if image else "",
+        image=f"![input{', counterfactual' if counterfactual else ''}, anomaly map]({image})\n" if image else "",
         name=name,
+        counterfactual="the chest as if healthy" if counterfactual else "the image: this method makes none",
         classes=", ".join((index.get("class_names") or {}).values()) or "not named",
         settings=", ".join(f"`{key}={value!r}`" for key, value in (index.get("settings") or {}).items())
         or "those of the original procedure",

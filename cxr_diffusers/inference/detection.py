@@ -19,6 +19,7 @@ from .detection_folder import DetectionFolder, Outputs, file_stamp
 from .dicom_output import Algorithm, DicomOutputError, import_highdicom
 from .inputs import Input, find_images, model_channels, read_input
 from .out_of_distribution import unlikeness_warnings
+from .panels import has_counterfactual
 from .reference_scores import ReferenceScores, kept_scores
 from .regions import zone_columns
 from .thresholds import HEALTHY, parse_threshold
@@ -50,7 +51,7 @@ def detect(
 
     Files for every image; NAME is made of its path below the input folder:
 
-        NAME.png                  unless `save_panel` is False: input | counterfactual | map over the input
+        NAME.png                  unless `save_panel` is False: input | counterfactual, if any | map over the input
         maps/NAME.png (or .npy)   the raw map at the input's own resolution: 16 bits, value / 65535 (or float32)
         masks/NAME.png            with `save_masks`: 255 where the map is above the threshold, else 0
         labels/NAME.txt           with `save_boxes="yolo"`: boxes of the regions above the threshold, see `write_yolo`
@@ -135,7 +136,7 @@ def detect(
     outputs.complete(pipeline.config.get("map_threshold"), changed_settings(pipeline, call_kwargs or {}))
     if save_trajectory:
         check_steps(pipeline)
-    if save_counterfactual and not getattr(pipeline, "has_counterfactual", True):
+    if save_counterfactual and not has_counterfactual(pipeline):
         raise ValueError(f"expected a method with a counterfactual to save, got a {type(pipeline).__name__}")
     call_kwargs, state, shard = dict(call_kwargs or {}), process_state(), shard or Shard()
     named_paths, skipped = find_images(images, Path(output_dir), model_channels(pipeline))
@@ -275,7 +276,8 @@ class Detection:
         for i, file in enumerate(batch):
             if self.trajectory:  # it holds the last call only
                 self.trajectory.save(self.folder.path / "trajectories" / f"{file.name}.webp", index=i)
-            result = (output.image[i], output.counterfactual[i], output.anomaly_map[i], float(output.anomaly_score[i]))
+            counterfactual = output.counterfactual[i] if has_counterfactual(self.pipeline) else None
+            result = (output.image[i], counterfactual, output.anomaly_map[i], float(output.anomaly_score[i]))
             writing.append((file, seconds, writers.submit(self.write, file, result, seconds, zones[i])))
         return writing
 

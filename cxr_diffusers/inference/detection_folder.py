@@ -205,7 +205,8 @@ class DetectionFolder:
         Args:
             name, path, stamp: of the image's file, the stamp taken before it was read.
             image: the input of the pipeline.
-            output: (image, counterfactual, map, score) of the pipeline's "np" output.
+            output: (image, counterfactual, map, score) of the pipeline's "np" output; the counterfactual is None for a
+                method without.
             header: pydicom dataset of a DICOM file, for DICOM objects.
             columns: further columns of the row.
 
@@ -231,7 +232,9 @@ class DetectionFolder:
         algorithm = self.algorithm if header is not None else None
         if settings["save_panel"] or algorithm is not None:
             longest = panel_size(image)
-            panels = same_frame(image, model_input, counterfactual, anomaly_map, self.config, longest)
+            healthy = model_input if counterfactual is None else counterfactual
+            grey, healthy, display_map = same_frame(image, model_input, healthy, anomaly_map, self.config, longest)
+            panels = (grey, None if counterfactual is None else healthy, display_map)
             draw = partial(side_by_side, *panels, vmax=settings["vmax"], panel_size=longest)
             title = f"{self.reference.headline(score)}    " if self.reference is not None else ""
             title += f"score {score:.3f}"

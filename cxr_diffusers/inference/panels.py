@@ -1,6 +1,7 @@
 """Input, counterfactual and map of one image in the same frame, for display side by side."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,6 +16,11 @@ SMALLEST_PANEL = 320  # longer side of the panels of smaller images
 def panel_size(image: Image.Image | np.ndarray) -> int:
     """Longer side of an image's panels in pixels: its own, from `SMALLEST_PANEL` to `PANEL_SIZE`."""
     return min(max(*height_and_width(image), SMALLEST_PANEL), PANEL_SIZE)
+
+
+def has_counterfactual(pipeline: Any) -> bool:
+    """Whether a method (a pipeline or its class) makes a counterfactual; the others return the image itself."""
+    return getattr(pipeline, "has_counterfactual", True)
 
 
 def same_frame(

@@ -14,7 +14,7 @@ from PIL import Image
 
 from cxr_diffusers import CFGAnomalyPipeline, ClassifierGuidedPipeline, GradCAMPipeline, load_phantom, load_pipeline
 from cxr_diffusers.cli import main
-from cxr_diffusers.data.rows import contradicted
+from cxr_diffusers.data.rows import rows_with_region
 from cxr_diffusers.evaluation.masks import healthy_threshold
 from cxr_diffusers.hub.loading import DEFAULT, default_checkpoint
 from cxr_diffusers.inference.calibration import (
@@ -203,7 +203,9 @@ def test_a_healthy_image_with_a_true_region_is_left_out(model):
     masks = [Image.fromarray(np.full((32, 32), 255 * (i == 4), np.uint8)) for i in range(6)]
     marked = healthy.map(lambda row, i: {**row, "mask": masks[i]}, with_indices=True, features=healthy.features)
     marked = marked.add_column("boxes", [[[1.0, 1.0, 4.0, 4.0]] if i == 2 else None for i in range(6)])
-    assert contradicted(marked) == [2, 4]
+    assert rows_with_region(marked, range(6)) == [4]  # the empty mask of row 2 overrules its box
+    marked = marked.map(lambda row, i: {**row, "mask": None if i == 2 else row["mask"]}, with_indices=True)
+    assert rows_with_region(marked, range(6)) == [2, 4] and rows_with_region(marked, [0, 2]) == [2]
     result = calibrate_model(model, marked, "phantoms")
     assert len(result.scores.scores) == 4
     assert [text for text in result.failed.values() if "labelled healthy, but it has a true region" in text]

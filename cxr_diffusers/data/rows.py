@@ -3,7 +3,7 @@
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -184,17 +184,16 @@ def readable_images(dataset: Dataset) -> tuple[Dataset, dict[str, str]]:
     return dataset.select(kept) if failed else dataset, failed
 
 
-def contradicted(dataset: Dataset) -> list[int]:
-    """The rows that are labelled healthy (0) and have a box or a mask that is not empty all the same."""
-    labels, boxes = column_of(dataset, "label"), column_of(dataset, "boxes")
-    masks = dataset.select_columns(["mask"]) if "mask" in dataset.column_names else None
-    healthy = [i for i, label in enumerate(labels) if label == 0]
-    return [i for i in healthy if boxes[i] or (masks and is_marked(masks[i]["mask"]))]
+def rows_with_region(dataset: Dataset, among: Iterable[int]) -> list[int]:
+    """Those of some rows that have a true region: a mask with a pixel above 127 or, without a mask, a box."""
+    columns = [name for name in ("mask", "boxes") if name in dataset.column_names]
+    regions = dataset.select_columns(columns)  # so that no image is decoded
+    return [i for i in among if columns and is_marked(**regions[int(i)])]
 
 
-def is_marked(mask: PIL.Image.Image | None) -> bool:
-    """Whether a mask has a pixel above 127."""
-    return mask is not None and bool((np.asarray(mask.convert("L")) > 127).any())
+def is_marked(mask: PIL.Image.Image | None = None, boxes: Sequence | None = None) -> bool:
+    """Whether a mask has a pixel above 127; without a mask, whether there is a box."""
+    return bool(boxes) if mask is None else bool((np.asarray(mask.convert("L")) > 127).any())
 
 
 def column_of(dataset: Any, name: str) -> list[Any]:

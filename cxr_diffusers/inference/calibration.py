@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from ..data.images import height_and_width
-from ..data.rows import contradicted, readable_images
+from ..data.rows import readable_images, rows_with_region
 from ..evaluation.masks import pixel_quantiles
 from ..evaluation.predictions import load_prediction, save_prediction
 from ..files import remove_dead, write_file
@@ -212,7 +212,7 @@ def calibrate_trained(folder: Path | str, dataset: Dataset, name: str) -> list[P
         the folders of the calibrated models; [] if no validation image is healthy.
     """
     labels = np.array(dataset["label"])
-    labels[contradicted(dataset)] = -1
+    labels[rows_with_region(dataset, np.flatnonzero(labels == 0))] = -1
     healthy, diseased = (dataset.select(spread(np.flatnonzero(rows))) for rows in (labels == 0, labels > 0))
     if not len(healthy):
         return []

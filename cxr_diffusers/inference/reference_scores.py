@@ -14,7 +14,7 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
-from ..data.rows import column_of, contradicted, readable_images
+from ..data.rows import column_of, readable_images, rows_with_region
 from ..files import as_json, cache_folder, write_file
 from ..fingerprints import COUNTERFACTUAL_ONLY, fingerprint, image_digest, weights_digest
 from ..hub.loading import hub_file, is_hub_name
@@ -112,7 +112,7 @@ def readable_healthy(dataset: Dataset, data: str) -> tuple[Dataset, dict[str, st
     """
     check_healthy(dataset, data)
     readable, failed = readable_images(dataset)
-    marked = contradicted(readable)
+    marked = rows_with_region(readable, range(len(readable)))
     if marked:
         paths = column_of(readable, "path")
         failed |= {str(paths[i]): f"{paths[i]}: labelled healthy, but it has a true region" for i in marked}

@@ -16,7 +16,7 @@ from .version import __version__
 ONE_LINE_ERRORS = (ValueError, OSError, ImportError)
 DOCUMENTATION = "https://github.com/cxr-diffusers/cxr_diffusers/tree/main/docs"
 
-# at the end of the program Python searches all objects for cycles: more than a second for torch and diffusers
+# without Python's last search of all objects for cycles, which takes over a second with torch and diffusers
 atexit.register(gc.freeze)
 
 

@@ -114,7 +114,8 @@ def analyse(
     output = pipeline(image, output_type="np", **call)
     if is_stopped():
         raise Stopped
-    square, counterfactual, anomaly_map = output.image[0], output.counterfactual[0], output.anomaly_map[0]
+    square, anomaly_map = output.image[0], output.anomaly_map[0]
+    counterfactual = output.counterfactual[0] if has_counterfactual(pipeline) else None
     grey, healthy, display_map = same_frame(image, square, counterfactual, anomaly_map, config, DISPLAY_SIZE)
     segmenter = pipeline.components.get("lung_segmenter")
     [zones] = zone_columns(segmenter, output.image, output.anomaly_map, [(image.height, image.width)], config["aspect"])
@@ -126,7 +127,7 @@ def analyse(
         size=(image.height, image.width),
         aspect=config["aspect"],
         image=grey,
-        counterfactual=healthy if has_counterfactual(pipeline) else None,
+        counterfactual=healthy,
         display_map=display_map,
         square_map=anomaly_map,
         score=float(output.anomaly_score[0]),

@@ -13,14 +13,8 @@ from .lazy import Lazy
 from .metrics import box_mask
 from .predictions import Predictions
 
-INTERNAL = (
-    "group",
-    "height",
-    "width",
-    "full_size",
-    "truth",
-    "contradicted",
-)  # entries of a `Row` that are not in the tables
+# entries of a `Row` that are not in the tables
+INTERNAL = ("group", "height", "width", "full_size", "truth", "contradicted")
 
 Row = dict[str, Any]  # path, patient, label, view, the strata, and the entries `INTERNAL`; see `describe_row`
 

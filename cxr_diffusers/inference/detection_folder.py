@@ -232,9 +232,7 @@ class DetectionFolder:
         algorithm = self.algorithm if header is not None else None
         if settings["save_panel"] or algorithm is not None:
             longest = panel_size(image)
-            healthy = model_input if counterfactual is None else counterfactual
-            grey, healthy, display_map = same_frame(image, model_input, healthy, anomaly_map, self.config, longest)
-            panels = (grey, None if counterfactual is None else healthy, display_map)
+            panels = same_frame(image, model_input, counterfactual, anomaly_map, self.config, longest)
             draw = partial(side_by_side, *panels, vmax=settings["vmax"], panel_size=longest)
             title = f"{self.reference.headline(score)}    " if self.reference is not None else ""
             title += f"score {score:.3f}"

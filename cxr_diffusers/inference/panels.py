@@ -26,22 +26,24 @@ def has_counterfactual(pipeline: Any) -> bool:
 def same_frame(
     source: Image.Image | np.ndarray,
     image: np.ndarray,
-    counterfactual: np.ndarray,
+    counterfactual: np.ndarray | None,
     anomaly_map: np.ndarray,
     config: Mapping,
     longest: int = PANEL_SIZE,
-) -> list[np.ndarray]:
-    """[input, counterfactual, map], (h, w) floats in [0, 1] each, without the bars of the model's square.
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+    """(input, counterfactual, map), (h, w) floats in [0, 1] each, without the bars of the model's square.
 
     Args:
         source: the input of the pipeline, a PIL image or an (H, W, C) array.
-        image, counterfactual, anomaly_map: (size, size, C), (size, size, C) and (size, size) of its "np" output.
+        image, counterfactual, anomaly_map: (size, size, C), (size, size, C) and (size, size) of its "np" output;
+            without a counterfactual (None) there is none in the result either.
         config: the pipeline's.
         longest: longer side of the result, in pixels.
     """
     aspect = config["aspect"]
     grey = sharp_input(source, image, config, longest)
-    return [grey, *(restore_map(x, *grey.shape, aspect) for x in (counterfactual.mean(-1), anomaly_map))]
+    healthy = None if counterfactual is None else restore_map(counterfactual.mean(-1), *grey.shape, aspect)
+    return grey, healthy, restore_map(anomaly_map, *grey.shape, aspect)
 
 
 def crisp_counterfactual(

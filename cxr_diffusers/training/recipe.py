@@ -80,14 +80,14 @@ class TrainConfig(RunConfig):
 class SegmenterConfig(TrainConfig):
     """The `train:` section of a lung segmenter's recipe."""
 
-    validation_images: int = 4  # in the picture of a validation
+    validation_images: int = 4  # shown at each validation
 
 
 @dataclass
 class DenoisingConfig(TrainConfig):
     """The `train:` section of an unconditional UNet's recipe."""
 
-    validation_images: int = 4  # in the picture of a validation
+    validation_images: int = 4  # shown at each validation
     snr_gamma: float | None = None  # min-SNR weighting; 5 is the paper's
     logit_normal: list | None = None  # [mean, std] of logit(t / T) of the training timesteps; None: uniform
     vlb_weight: float = 1.0  # of the variational bound, for models with learned variance
@@ -159,7 +159,7 @@ class AdversarialConfig(RunConfig):
     no or bf16.
     """
 
-    validation_images: int = 4  # in the picture of a validation
+    validation_images: int = 4  # shown at each validation
     ema_decay: float = 0.999  # of the generator, per update of it
     n_critic: int = 5  # discriminator updates per generator update
     # number of last steps in which the learning rate falls linearly to 0; with `max_seconds`, the same part of the time

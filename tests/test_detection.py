@@ -4,6 +4,7 @@ import csv
 import json
 import multiprocessing
 import os
+import re
 import signal
 import time
 from dataclasses import replace
@@ -17,6 +18,7 @@ from PIL import Image
 from cxr_diffusers import GradCAMPipeline
 from cxr_diffusers.files import as_json, load_map
 from cxr_diffusers.fingerprints import weights_digest
+from cxr_diffusers.hub.loading import load_pipeline
 from cxr_diffusers.inference import detection_folder
 from cxr_diffusers.inference.detection import detect
 from cxr_diffusers.inference.panels import (
@@ -475,6 +477,19 @@ def test_the_panel_of_a_method_without_counterfactual_has_none(pipeline, folder,
     detect(classifier, [folder / "a.png"], tmp_path / "two", progress=False)
     three, two = (Image.open(tmp_path / name / "a.png") for name in ("three", "two"))
     assert two.height == three.height and 0.6 * three.width < two.width < 0.72 * three.width
+
+
+def test_the_title_of_two_panels_has_the_zone_and_the_fraction_in_a_second_line(folder, tmp_path, monkeypatch):
+    """It was cut at the end of one line."""
+    model = load_pipeline("cxr_pyramid_128")
+    titles, draw = [], detection_folder.side_by_side
+    monkeypatch.setattr(
+        detection_folder, "side_by_side", lambda *panels, **kw: titles.append(kw["title"]) or draw(*panels, **kw)
+    )
+    detect(model, [folder / "a.png"], tmp_path / "out", progress=False)
+    first, second = titles[0].split("\n")[:2]
+    assert first.startswith("a    higher than") and re.fullmatch(r"score [\d.]+", first.split("    ")[-1])
+    assert re.fullmatch(r"(largest part in the \w+ \w+ zone    )?[\d.]+% of the image above the threshold", second)
 
 
 def test_a_panel_bears_the_name_in_the_table_and_warnings_in_a_line_of_their_own(pipeline, tmp_path, monkeypatch):

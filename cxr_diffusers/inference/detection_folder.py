@@ -236,10 +236,12 @@ class DetectionFolder:
             draw = partial(side_by_side, *panels, vmax=settings["vmax"], panel_size=longest)
             title = f"{self.reference.headline(score)}    " if self.reference is not None else ""
             title += f"score {score:.3f}"
-            title += f"    largest part in the {columns['zone']} zone" if columns.get("zone") else ""
+            where = [f"largest part in the {columns['zone']} zone"] if columns.get("zone") else []
             quantile = settings["healthy_quantile"]
             threshold_text = "the threshold" if quantile is None else describe_threshold(threshold, quantile)
-            title += f"    {fraction:.1%} of the image above {threshold_text}" if threshold else ""
+            where += [f"{fraction:.1%} of the image above {threshold_text}"] if threshold else []
+            separator = "\n" if counterfactual is None else "    "  # the first line of two panels has no room for it
+            title += "".join([separator, "    ".join(where)] if where else [])
             title += f"\n{columns['warnings']}" if columns.get("warnings") else ""
         if settings["save_panel"]:
             save_png(draw(title=f"{name}    {title}"), self.path / f"{name}.png")

@@ -52,6 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ONE_LINE_ERRORS as error:
         say(f"cxr-diffusers {options.command}: {' '.join(str(error).split())}")
         return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        advice = "; lower --batch-size" if getattr(options, "batch_size", None) else ""
+        say(f"cxr-diffusers {options.command}: {' '.join(str(error).split()).rstrip('.')}{advice}")
+        return 2
     except KeyboardInterrupt:
         say(f"cxr-diffusers {options.command}: stopped")
         return 130

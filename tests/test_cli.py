@@ -17,7 +17,7 @@ from PIL import Image
 from cxr_diffusers import CFGAnomalyPipeline, pipelines, read_image, run_as_original
 from cxr_diffusers.cli import build_parser, main
 from cxr_diffusers.commands.convert import NOT_NEEDED
-from cxr_diffusers.commands.options import SETTINGS
+from cxr_diffusers.commands.options import SETTINGS, batch_size_of
 from cxr_diffusers.data import LOADERS, open_dataset
 from cxr_diffusers.files import load_map
 from cxr_diffusers.guided_diffusion import ConversionFlags
@@ -211,6 +211,32 @@ def test_an_invalid_argument_is_refused_in_one_line(model, folder, tmp_path, cap
     assert main(["detect", str(folder), "--out", str(tmp_path / "out"), *model, *arguments]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("cxr-diffusers detect: ") and message in said
+
+
+def test_out_of_memory_is_one_line_with_advice_and_other_errors_are_not_hidden(folder, tmp_path, monkeypatch, capsys):
+    call = ["detect", str(folder), "--out", str(tmp_path / "out")]
+
+    def fail_with(error):
+        def run(options):
+            raise error
+
+        return run
+
+    monkeypatch.setattr("cxr_diffusers.commands.detect.run", fail_with(torch.OutOfMemoryError("CUDA out of memory.")))
+    assert main([*call, "--batch-size", "64"]) == 2
+    assert capsys.readouterr().err.strip() == "cxr-diffusers detect: CUDA out of memory; lower --batch-size"
+    monkeypatch.setattr("cxr_diffusers.commands.detect.run", fail_with(RuntimeError("a fault")))
+    with pytest.raises(RuntimeError, match="a fault"):
+        main(call)
+
+
+def test_the_batch_size_is_the_given_one_or_that_of_the_device():
+    def resolved(*arguments):
+        return batch_size_of(build_parser().parse_args(["detect", "images", "--out", "out", *arguments]))
+
+    assert resolved("--device", "cpu") == 8
+    assert resolved() == (32 if torch.cuda.is_available() else 8)
+    assert resolved("--batch-size", "3") == 3
 
 
 @pytest.mark.parametrize(

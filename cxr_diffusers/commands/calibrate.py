@@ -4,7 +4,15 @@ import argparse
 import sys
 from typing import Any
 
-from .options import SETTINGS, add_command, add_device_options, keyword_options, open_pipeline
+from .options import (
+    SETTINGS,
+    add_batch_size_option,
+    add_command,
+    add_device_options,
+    batch_size_of,
+    keyword_options,
+    open_pipeline,
+)
 
 CALIBRATE = """\
 DATA is a folder of images, or NAME:key=value,... as for `cxr-diffusers evaluate`. Take validation images: neither
@@ -31,7 +39,7 @@ def add(commands: Any) -> None:
     text = "of the pixels of healthy maps; the threshold is the value that this share of them is below (default: 0.95)"
     calibrate.add_argument("--quantile", type=float, default=0.95, help=text)
     calibrate.add_argument("--named", help="description of the healthy images, for figures (default: DATA)")
-    calibrate.add_argument("--batch-size", type=int, default=8, help="images at once (default: 8)")
+    add_batch_size_option(calibrate)
     add_device_options(calibrate)
     # a model is calibrated with its own settings
     calibrate.set_defaults(trust_remote_code=False, backend=None, as_original=False)
@@ -50,6 +58,7 @@ def run(options: argparse.Namespace) -> int:
     folder = check_own_folder(options.model)
     healthy = open_dataset(options.healthy)
     diseased = open_dataset(options.diseased) if options.diseased else None
+    options.batch_size = batch_size_of(options)
     pipeline = open_pipeline(options)
     if diseased is not None and not has_denoiser(pipeline):
         print(f"note: --diseased is not used, a {type(pipeline).__name__} has no denoising network", file=sys.stderr)

@@ -5,7 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from .evaluate import open_methods
-from .options import SHARDS, add_command, add_pipeline_options, add_shard_option, call_kwargs, print_shard, shard_of
+from .options import (
+    SHARDS,
+    add_command,
+    add_pipeline_options,
+    add_shard_option,
+    batch_size_of,
+    call_kwargs,
+    print_shard,
+    shard_of,
+)
 
 CHEXLOCALIZE = f"""\
 Downloads: CheXpert's images and CheXlocalize's gt_segmentations_{{val,test}}.json, both from Stanford AIMI. The images
@@ -49,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
 
     if options.bootstrap < 1:
         raise ValueError(f"expected --bootstrap of 1 or more, got {options.bootstrap}")
-    shard = shard_of(options)
+    shard, batch_size = shard_of(options), batch_size_of(options)
     test = open_split(options.images, options.segmentations, options.frontal_only)
     validation = None
     if options.validation:
@@ -60,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
         test,
         validation,
         output_dir=options.out,
-        batch_size=options.batch_size,
+        batch_size=batch_size,
         n_bootstrap=options.bootstrap,
         call_kwargs=call_kwargs(options),
         shard=shard,

@@ -10,6 +10,7 @@ from .options import (
     add_command,
     add_pipeline_options,
     add_shard_option,
+    batch_size_of,
     call_kwargs,
     keyword_options,
     open_pipeline,
@@ -68,6 +69,7 @@ def run(options: argparse.Namespace) -> int:
     check_inputs(options.images)
     if options.dicom:
         import_highdicom()
+    options.batch_size = batch_size_of(options)
     summary = detect(
         open_pipeline(options),
         options.images,

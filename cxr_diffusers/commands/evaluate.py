@@ -11,6 +11,7 @@ from .options import (
     add_command,
     add_pipeline_options,
     add_shard_option,
+    batch_size_of,
     call_kwargs,
     open_pipeline,
     print_shard,
@@ -65,7 +66,6 @@ def add(commands: Any) -> None:
     evaluate.add_argument("--lung-segmenter", metavar="MODEL", help=text)
     add_shard_option(evaluate)
     add_pipeline_options(evaluate, several=True)
-    evaluate.set_defaults(batch_size=None)  # a plan may name one
 
 
 def run(options: argparse.Namespace) -> int:
@@ -81,9 +81,9 @@ def run(options: argparse.Namespace) -> int:
     plan = None
     if options.config:
         plan = load_plan(config_file(options.config, PLANS), options.data, options.only, options.on, options.skip)
-    if options.batch_size is None:
-        options.batch_size = plan.options.get("batch_size", 8) if plan else 8
-    shared: dict[str, Any] = {"batch_size": options.batch_size, "shard": shard}
+    if options.batch_size is None and plan:
+        options.batch_size = plan.options.get("batch_size")
+    shared: dict[str, Any] = {"batch_size": batch_size_of(options), "shard": shard}
     if options.bootstrap is not None:
         if options.bootstrap < 1:
             raise ValueError(f"expected --bootstrap of 1 or more, got {options.bootstrap}")

@@ -86,7 +86,7 @@ def add_pipeline_options(parser: argparse.ArgumentParser, several: bool = False)
     else:
         parser.add_argument("--model", help=text)
     parser.add_argument("--trust-remote-code", action="store_true", help="run the code that a Hub model brings along")
-    parser.add_argument("--batch-size", type=int, default=8, help="images at once, in each process (default: 8)")
+    add_batch_size_option(parser)
     add_device_options(parser)
     parser.add_argument(
         "--backend",
@@ -103,6 +103,12 @@ def add_pipeline_options(parser: argparse.ArgumentParser, several: bool = False)
     call = parser.add_argument_group("of the pipeline (default: the model's own)")
     for name, option in SETTINGS.items():
         call.add_argument(f"--{name.replace('_', '-')}", **option)
+
+
+def add_batch_size_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--batch-size`, see `batch_size_of`."""
+    text = "images at once, in each process (default: 8; 32 on a GPU)"
+    parser.add_argument("--batch-size", type=int, help=text)
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
@@ -161,6 +167,21 @@ def call_kwargs(options: argparse.Namespace) -> dict[str, Any]:
     return {k: int(v) if k.endswith("_label") and v.isdigit() else v for k, v in given.items()}
 
 
+def batch_size_of(options: argparse.Namespace) -> int:
+    """The number of `--batch-size`, or the default of the device: a GPU is idle most of the time with few images.
+
+    Raises:
+        ValueError: less than 1, or a device that cannot be used.
+    """
+    from ..processes import usable_device
+
+    if options.batch_size is None:
+        return 32 if usable_device(options.device).type in ("cuda", "xpu") else 8
+    if options.batch_size < 1:
+        raise ValueError(f"expected --batch-size of 1 or more, got {options.batch_size}")
+    return options.batch_size
+
+
 def open_pipeline(options: argparse.Namespace, model: str | None = None) -> Any:
     """A model, or that of `--model`, on the device of this process; ValueError where its call lacks a given option."""
     from ..evaluation.plan import checked_call
@@ -170,8 +191,6 @@ def open_pipeline(options: argparse.Namespace, model: str | None = None) -> Any:
     from ..precision import use_dtype
     from ..processes import process_state, usable_device
 
-    if options.batch_size < 1:
-        raise ValueError(f"expected --batch-size of 1 or more, got {options.batch_size}")
     if options.backend in BACKENDS[1:]:
         check_exported(options, f"--backend {options.backend}")
     if options.as_original:

@@ -140,7 +140,7 @@ def load_pipeline(name: Path | str, trust_remote_code: bool = False) -> Any:
     if class_name in pipelines.__all__ and class_name.endswith("Pipeline"):
         check_sizes(Path(name), index)
         components = shared_components(Path(name), index)
-        with one_line_errors(name):
+        with one_line_errors(name), no_loading_bar():
             return getattr(pipelines, class_name).from_pretrained(name, local_files_only=cached, **components)
     if trust_remote_code:
         return DiffusionPipeline.from_pretrained(name, local_files_only=cached, trust_remote_code=True)
@@ -148,6 +148,20 @@ def load_pipeline(name: Path | str, trust_remote_code: bool = False) -> Any:
     raise ValueError(
         f"expected a {expected} in {name}, got a {class_name}: pass `trust_remote_code=True` to run its own code"
     )
+
+
+@contextmanager
+def no_loading_bar() -> Iterator[None]:
+    """Hide diffusers' bar of the loaded components, which takes less than a second; downloads have bars of their own."""
+    from diffusers.utils import logging
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
 
 
 def index_folder(name: Path | str) -> Path:

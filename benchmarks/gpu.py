@@ -253,14 +253,14 @@ class Bench:
     def training(self, batch, precision, compiled=False):
         """One row: loss, backward, clipping, AdamW and the average of the weights, on a batch that stays on the card.
 
-        In bfloat16: autocast, channels_last, one kernel for all of AdamW and few for the average; in float32: as
-        torch is without any of these.
+        In bfloat16, as in `cxr_diffusers.train`: autocast, channels_last if compiled, one kernel for all of AdamW, few
+        for the average; in float32: as torch is without any of these.
         """
         low = precision == "bf16 autocast"
         config = self.recipe.train
-        unet = (
-            copy.deepcopy(self.unet).train().to(memory_format=torch.channels_last if low else torch.contiguous_format)
-        )
+        unet = copy.deepcopy(self.unet).train()
+        if compiled:
+            unet.to(memory_format=torch.channels_last)
         scheduler = DDIMScheduler(**self.recipe.scheduler)
         optimizer = torch.optim.AdamW(
             unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=low
@@ -290,7 +290,11 @@ class Bench:
         rate = self.rates.get("bf16" if low else "tf32")
         # a backward is two forwards' work
         share = f"{3 * batch * self.flops / seconds / rate:.1%}" if rate else "–"
-        name = "bf16 autocast, channels_last, fused" if low else "float32, tf32 in convolutions (torch's defaults)"
+        name = (
+            f"bf16 autocast, {'channels_last, ' * compiled}fused"
+            if low
+            else "float32, tf32 in convolutions (torch's defaults)"
+        )
         cells = [name, "default" if compiled else "no", str(batch), f"{1 / seconds:.3g}", f"{batch / seconds:.3g}"]
         yield "training", [*cells, share, f"{first:.1f}"]
 

@@ -32,7 +32,8 @@ def use_dtype(pipeline: DiffusionPipeline, dtype: str = "auto") -> DiffusionPipe
     """Let the networks of a pipeline, where it is placed now, compute in `dtype`: their forward pass under autocast.
 
     The values of the weights, their fingerprint and the files of `save_pretrained` are unchanged; outputs are float32.
-    Weights lie in the order `torch.channels_last`. Command line, page and Ray call this, and give the same maps.
+    On a CPU, weights lie in the order `torch.channels_last`; on a GPU, group norm is slow in it (a forward pass on an
+    H200 took 1.5 times as long). Command line, page and Ray call this, and give the same maps.
     Classifiers of transformers stay in float32: Grad-CAM differentiates by their feature maps, which a conversion of
     the output would copy.
 
@@ -56,6 +57,6 @@ def use_dtype(pipeline: DiffusionPipeline, dtype: str = "auto") -> DiffusionPipe
             component.forward = plain
             if dtype != "float32":
                 component.forward = convert_outputs_to_fp32(torch.autocast(device.type, DTYPES[dtype])(plain))
-        if isinstance(component, torch.nn.Module):
+        if isinstance(component, torch.nn.Module) and device.type == "cpu":
             component.to(memory_format=torch.channels_last)  # convolutions take three quarters of the time
     return pipeline

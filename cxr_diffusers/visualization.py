@@ -62,7 +62,7 @@ def side_by_side(
         boxes: true boxes [x, y, w, h] in pixels of `image`; None: unknown.
         vmax: the map value of the last colour. None: the map's own 99.5 % quantile; a note in the image says so.
         title: one or more lines above.
-        note: whether a line below explains outline and colour scale; False for all but the last of several panels.
+        note: whether a text below explains outline and colour scale; False for all but the last of several panels.
         panel_size: longer side of a panel, in pixels.
         opacity: of the last colour.
 
@@ -289,7 +289,11 @@ def _frame(widths, heights, column_titles, row_titles, bars, title_lines, note, 
     left = GAP + (text + GAP if any(row_titles) else 0)
     top = GAP + (title_lines * (text + GAP) + GAP if title_lines else 0) + text + GAP
     bar = max(8, round(0.7 * text))
-    foot = bar + (3 if note else 1) * text + 2 * GAP
+    first = bars[0][0] if bars else 0
+    beside = sum(widths[:first]) + GAP * (first - 1)  # what the first colour bar leaves free at its left
+    note_size = max(10, text - 2)
+    is_below = bool(note) and _font(note_size).getlength(note) > beside
+    foot = bar + (3 if is_below else 1) * text + 2 * GAP
     page = Image.new(
         "RGB", (left + sum(widths) + GAP * len(widths), top + sum(heights) + GAP * len(heights) + foot), PAPER
     )
@@ -305,7 +309,9 @@ def _frame(widths, heights, column_titles, row_titles, bars, title_lines, note, 
         if name:
             _write_upright(page, name, (GAP, y), text, height)
         y += height + GAP
-    write_words(draw, (left, page.height - GAP), note, max(10, text - 2), MUTED, page.width - left - GAP, anchor="ls")
+    if note:
+        room = page.width - left - GAP if is_below else beside
+        write_words(draw, (left, page.height - GAP), note, note_size, MUTED, room, anchor="ls")
     return page, left, top
 
 

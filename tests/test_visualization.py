@@ -102,10 +102,17 @@ def test_a_panel_with_its_own_colour_scale_is_labelled(image, anomaly_map):
     assert (one[-30:] != fixed[-30:]).any()  # the notes are not
 
 
-def test_a_panel_without_its_note_is_shorter_and_else_the_same(image, anomaly_map):
-    full, short = (np.asarray(side_by_side(image, image, anomaly_map, vmax=0.2, note=n)) for n in (True, False))
-    assert len(short) < len(full) - 20 and (short == full[: len(short)]).all()
-    assert (full[len(short) :] < 200).any() and (short[-3:] == 255).all()
+def test_a_note_takes_no_room_beside_the_colour_bar(image, anomaly_map):
+    noted, bare = (np.asarray(side_by_side(image, image, anomaly_map, vmax=0.2, note=n)) for n in (True, False))
+    rows, columns = np.nonzero((noted != bare).any(-1))
+    assert len(rows) and rows.min() > 260, "below the panels (267 high)"
+    assert columns.max() < noted.shape[1] * 2 / 3, "at the left of the colour bar"
+
+
+def test_a_note_that_does_not_fit_beside_the_colour_bar_is_below_it(image, anomaly_map):
+    row = {"image": image, "maps": {"a": anomaly_map}}
+    heights = [contact_sheet([row], columns, panel_size=60).height for columns in ([], ["a"])]
+    assert heights[1] >= heights[0] + 20
 
 
 def test_without_a_counterfactual_there_are_two_panels(image, anomaly_map):

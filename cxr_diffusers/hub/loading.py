@@ -152,7 +152,7 @@ def load_pipeline(name: Path | str, trust_remote_code: bool = False) -> Any:
 
 @contextmanager
 def no_loading_bar() -> Iterator[None]:
-    """Hide diffusers' bar of the loaded components, which takes less than a second; downloads have bars of their own."""
+    """Hide diffusers' bar of the loaded components, which takes less than a second; downloads have their own bars."""
     from diffusers.utils import logging
 
     was_enabled = logging.is_progress_bar_enabled()

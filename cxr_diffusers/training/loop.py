@@ -63,7 +63,7 @@ def train(
     )
     run.open()
     accelerator = run.accelerator
-    if accelerator.device.type == "cuda":
+    if accelerator.device.type == "cuda" and config.compile:  # uncompiled, group norm is slow in this order
         model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(
         model.parameters(),

@@ -166,7 +166,7 @@ def test_the_fixed_point_gan_is_small_opens_by_its_name_and_states_its_limits():
     assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 8e6
     assert not [p for p in folder.rglob("*") if p.suffix in (".bin", ".pt", ".pkl")]
     card = " ".join((folder / "README.md").read_text().split())
-    assert "Research use only" in card and "patent" in card and "far too little" in card
+    assert "Research use only" in card and "patent" in card and "200,000 updates" in card
     gan = load_pipeline(str(folder))
     assert isinstance(gan, FixedPointGANPipeline) and gan.class_names == [
         "healthy",

@@ -99,23 +99,37 @@ def difference_map(
     data_range: Sequence[float] = (-1.0, 1.0),
     direction: str = "both",
     highpass: float = 0.0,
+    match_exposure: bool = False,
 ) -> torch.Tensor:
     """(B, C, H, W) x (B, C, H, W) in `data_range` -> (B, H, W) in [0, 1]: the change, averaged over channels.
-
-    The images are not normalised before the subtraction.
 
     Args:
         direction: "both": |reference - counterfactual|. "bright": only where the reference is brighter (fluid,
             consolidation, masses). "dark": only where it is darker (air where there should be none).
         highpass: sigma in pixels of a Gaussian; the difference blurred by it is subtracted from the difference before
             `direction` applies, so that changes of overall brightness do not count. 0 leaves the difference as it is.
+        match_exposure: subtract the counterfactual with the exposure of the reference, see `matched_exposure`. False:
+            the images are not normalised before the subtraction.
     """
-    difference = reference - counterfactual
+    difference = reference - (matched_exposure(counterfactual, reference) if match_exposure else counterfactual)
     if highpass:
         blurred = smooth_map(difference.flatten(0, 1), highpass)
         difference = difference - blurred.unflatten(0, difference.shape[:2])
     change = {"both": difference.abs(), "bright": difference.clamp(min=0), "dark": (-difference).clamp(min=0)}
     return change[direction].mean(dim=1) / (data_range[1] - data_range[0])
+
+
+def matched_exposure(image: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) x (B, C, H, W) -> a + b * image, with the a and b for which it is closest to the reference.
+
+    One a and one b for each image: those of the least squares over all pixels. Differences of contrast and brightness
+    disappear, and a change of a small part remains.
+    """
+    mean, reference_mean = (x.float().mean(dim=(1, 2, 3), keepdim=True) for x in (image, reference))
+    centred = image - mean
+    variance = centred.square().mean(dim=(1, 2, 3), keepdim=True)
+    covariance = (centred * (reference - reference_mean)).mean(dim=(1, 2, 3), keepdim=True)
+    return reference_mean + covariance / variance.clamp(min=1e-12) * centred
 
 
 def smooth_map(anomaly_map: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -323,6 +337,7 @@ class ContractMixin(Base):
         direction: str,
         highpass: float,
         smoothing: float,
+        match_exposure: bool,
     ) -> torch.Tensor:
         """(B, C, H, W) x (B, C, H, W) in the model's range -> (B, H, W) map in [0, 1] of the change.
 
@@ -330,7 +345,8 @@ class ContractMixin(Base):
         """
         low, high = self.config.data_range
         highpass = highpass * image.shape[-1] / 64
-        change = difference_map(image, counterfactual.clamp(low, high), (low, high), direction, highpass)
+        counterfactual = counterfactual.clamp(low, high)
+        change = difference_map(image, counterfactual, (low, high), direction, highpass, match_exposure)
         return smooth_map(change, smoothing)
 
     def finish(
@@ -409,6 +425,7 @@ class ContractMixin(Base):
         region: str,
         direction: str = "both",
         highpass: float = 0.0,
+        match_exposure: bool = False,
         keep_below: float = 0.0,
     ) -> None:
         """Raise ValueError for invalid settings of the map, or an invalid `output_type`."""
@@ -417,6 +434,8 @@ class ContractMixin(Base):
         check_number("highpass", highpass)
         check_number("smoothing", smoothing)
         check_number("keep_below", keep_below)
+        if not isinstance(match_exposure, bool):
+            raise ValueError(f"expected `match_exposure` True or False, got {match_exposure!r}")
         if region not in ("image", "lungs"):
             raise ValueError(f"expected `region` image or lungs, got {region!r}")
         if region == "lungs" and self.lung_segmenter is None:

@@ -116,6 +116,7 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         direction: str = "both",
         smoothing: float = 0.0,
         highpass: float = 0.0,
+        match_exposure: bool = False,
         region: str = "image",
         keep_below: float = 0.0,
         evidence: float = 0.0,
@@ -155,6 +156,8 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
             smoothing: sigma of a Gaussian applied to the map, in pixels of the model's resolution.
             highpass: sigma of a Gaussian, in pixels of an image of 64 pixels (scaled with the model's resolution); the
                 difference of image and counterfactual blurred by it is subtracted before `direction` applies. 0: off.
+            match_exposure: decoding often changes the exposure. True: subtract a + b * counterfactual instead of the
+                counterfactual, with the a and b for which it is closest to the image (least squares over all pixels).
             region: "image", or "lungs": the map is multiplied by the soft lung mask of the pipeline's `lung_segmenter`.
             keep_below: a value of the map. Where the map is below it, the returned counterfactual is the image itself;
                 above twice the value, it is the decoded image, and in between a mixture. Neither the map nor the score
@@ -163,10 +166,11 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
                 more (in the sense of `direction`) for `negative_label` than for `target_label`; see `class_evidence`.
                 14 evaluations of the UNet for each image, shared with the score; 0: none.
             score: "map": the mean of the map's highest 5 % of pixels. "change": the same of the change to the decoded
-                image of the highest level without high-pass, so that overall brightness counts, too. "evidence": how
-                much better the UNet predicts the noise for `negative_label` than for `target_label`, as the log of the
-                ratio of the errors: 0 equally well, 0.01 one percent better. "combined": change + 2 x evidence, which
-                separates disease from health better than either (docs/experiments.md); it can be below 0.
+                image of the highest level with neither high-pass nor `match_exposure`: overall brightness counts, too.
+                "evidence": how much better the UNet predicts the noise for `negative_label` than for `target_label`, as
+                the log of the ratio of the errors: 0 equally well, 0.01 one percent better. "combined": change + 2 x
+                evidence, which separates disease from health better than either (docs/experiments.md); it can be
+                below 0.
             view: "PA" or "AP", or a list with one for each image, for a model that is conditioned on the view alone;
                 None or "" if it is unknown: then the view that explains the image best is used (six more evaluations).
             generator: of the noise of the class evidence: one for all images, or a list with one for each. None: fixed
@@ -207,6 +211,7 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         )
         averaged = self.is_averaged(inversion)
         map_settings: dict[str, Any] = dict(direction=direction, smoothing=smoothing, highpass=highpass)
+        map_settings |= dict(match_exposure=match_exposure)
         self.check_map(output_type, **map_settings, region=region, keep_below=keep_below)
         target = self.label_id(target_label, "target_label")
         source = self.label_id(source_label, "source_label")
@@ -261,7 +266,9 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         # 6. the output
         change = None
         if score in ("change", "combined"):
-            change = self.map_change(image, counterfactual, **{**map_settings, "highpass": 0.0})
+            change = self.map_change(
+                image, counterfactual, **{**map_settings, "highpass": 0.0, "match_exposure": False}
+            )
         data_range = self.config.data_range
         return self.finish(
             image,

@@ -101,6 +101,7 @@ class ClassifierGuidedPipeline(ContractMixin, ViewsMixin, PortableMixin, Diffusi
         direction: str = "both",
         smoothing: float = 0.0,
         highpass: float = 0.0,
+        match_exposure: bool = False,
         region: str = "image",
         keep_below: float = 0.0,
         view: str | list[str | None] | None = None,
@@ -121,8 +122,9 @@ class ClassifierGuidedPipeline(ContractMixin, ViewsMixin, PortableMixin, Diffusi
             target_label: the class to decode to, as an id or a name of the classifier; 0 is healthy.
             unet_label: the class given to a UNet with classes, in inversion and decoding: an id, a name, "null", or
                 "target" (as Wolleb et al. do). None: "null" if the UNet has a null label, else "target".
-            num_inference_steps, inversion, direction, smoothing, highpass, region, keep_below, view, output_type,
-            return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs: see the call of `CFGAnomalyPipeline`.
+            num_inference_steps, inversion, direction, smoothing, highpass, match_exposure, region, keep_below, view,
+            output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs: see the call of
+            `CFGAnomalyPipeline`.
 
         Returns:
             `AnomalyOutput`, or the tuple (image, counterfactual, anomaly_map, anomaly_score).
@@ -145,6 +147,7 @@ class ClassifierGuidedPipeline(ContractMixin, ViewsMixin, PortableMixin, Diffusi
         check_number("classifier_scale", classifier_scale)
         self.check_steps(noise_level, num_inference_steps, callback_on_step_end_tensor_inputs)
         map_settings: dict[str, Any] = dict(direction=direction, smoothing=smoothing, highpass=highpass)
+        map_settings |= dict(match_exposure=match_exposure)
         self.check_map(output_type, **map_settings, region=region, keep_below=keep_below)
         target = self.find_label(target_label, "target_label", self.num_classes)
         label = self.unet_class(unet_label, target)

@@ -65,6 +65,7 @@ class FixedPointGANPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         direction: str = "both",
         smoothing: float = 0.0,
         highpass: float = 0.0,
+        match_exposure: bool = False,
         region: str = "image",
         keep_below: float = 0.0,
         output_type: str = "pil",
@@ -77,8 +78,8 @@ class FixedPointGANPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
 
         Args:
             target_label: the class to translate to, as an id or a name; 0 is healthy.
-            image, direction, smoothing, highpass, region, keep_below, output_type, return_dict: see the call of
-                `CFGAnomalyPipeline`.
+            image, direction, smoothing, highpass, match_exposure, region, keep_below, output_type, return_dict: see the
+                call of `CFGAnomalyPipeline`.
 
         Returns:
             `AnomalyOutput`, or the tuple (image, counterfactual, anomaly_map, anomaly_score).
@@ -98,6 +99,7 @@ class FixedPointGANPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         """
         # 1. check the arguments
         map_settings: dict[str, Any] = dict(direction=direction, smoothing=smoothing, highpass=highpass)
+        map_settings |= dict(match_exposure=match_exposure)
         self.check_map(output_type, **map_settings, region=region, keep_below=keep_below)
         target = self.label_id(target_label)
 

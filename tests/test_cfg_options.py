@@ -21,7 +21,7 @@ from cxr_diffusers.commands.options import SETTINGS
 from cxr_diffusers.files import as_json
 from cxr_diffusers.fingerprints import weights_digest
 from cxr_diffusers.inference.reference_scores import ReferenceScores
-from cxr_diffusers.pipelines.cxr_anomaly import difference_map, score_map, smooth_map
+from cxr_diffusers.pipelines.cxr_anomaly import difference_map, matched_exposure, score_map, smooth_map
 from cxr_diffusers.pipelines.cxr_inversion import class_evidence, evidence_timesteps, output_from_noise
 from helpers import toy_classifier, toy_unet
 
@@ -212,6 +212,7 @@ def test_the_levels_of_evidence_are_shares_of_the_chain():
         ({"noise_level": []}, "expected at least one `noise_level`"),
         ({"noise_level": [300, 2000]}, "expected `noise_level` to be a timestep, 1..1000, got 2000"),
         ({"noise_level": [300, 0.5]}, "expected `noise_level` to be a whole number, got 0.5"),
+        ({"match_exposure": 1}, "expected `match_exposure` True or False, got 1"),
         ({"highpass": -0.1}, "expected a finite `highpass` of 0 or more, got -0.1"),
         ({"region": "heart"}, "expected `region` image or lungs, got 'heart'"),
         ({"region": "lungs"}, "expected a pipeline with a `lung_segmenter`"),
@@ -291,6 +292,34 @@ def test_a_highpass_removes_wide_changes_and_keeps_narrow_ones():
     difference = narrow + wide
     by_hand = (difference - smooth_map(difference[0], 6.0)[None]).clamp(min=0)[:, 0] / 2
     torch.testing.assert_close(filtered, by_hand)
+
+
+def test_matched_exposure_takes_away_contrast_and_brightness_and_keeps_a_small_change():
+    generator = torch.Generator().manual_seed(0)
+    healthy = smooth_map(torch.rand(3, 32, 32, generator=generator), 2.0)[:, None]
+    lesion = torch.zeros_like(healthy)
+    lesion[..., 10:13, 20:23] = 0.2
+    contrast, brightness = torch.tensor([0.5, 1.0, 2.0]), torch.tensor([0.3, 0.0, -0.4])
+    decoded = contrast[:, None, None, None] * healthy + brightness[:, None, None, None]
+    torch.testing.assert_close(matched_exposure(decoded, healthy), healthy)
+    change = difference_map(healthy + lesion, decoded, match_exposure=True) * 2
+    inside = lesion[:, 0] > 0
+    assert (change[inside] > 0.15).all() and (change[~inside] < 0.03).all()
+    plain = difference_map(healthy + lesion, decoded) * 2
+    assert plain[0][~inside[0]].max() > 0.1 and plain[2][~inside[2]].max() > 0.1
+    flat = torch.full((1, 1, 4, 4), 0.5)  # has no contrast that could be matched
+    assert torch.equal(matched_exposure(flat, healthy[:1, :, :4, :4]).std(), torch.tensor(0.0))
+
+
+def test_matched_exposure_is_in_the_map_and_not_in_the_scores_change(pipeline, images):
+    call = {**FAST, "direction": "both", "region": "image"}
+    output = pipeline(images, match_exposure=True, score="change", **call)
+    plain = pipeline(images, score="change", **call)
+    torch.testing.assert_close(output.counterfactual, plain.counterfactual)
+    torch.testing.assert_close(output.anomaly_score, plain.anomaly_score)
+    expected = difference_map(output.image, output.counterfactual, (0.0, 1.0), match_exposure=True)
+    torch.testing.assert_close(output.anomaly_map, expected, atol=1e-5, rtol=0)
+    assert (output.anomaly_map - plain.anomaly_map).abs().max() > 1e-3
 
 
 def test_the_highpass_is_in_pixels_of_64(pipeline, images):

@@ -42,6 +42,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "metavar": "SIGMA",
         "help": "without changes that are wider than this, in pixels of an image of 64 pixels; 0: off",
     },
+    "match_exposure": {
+        "action": argparse.BooleanOptionalAction,
+        "help": "map of the change to the counterfactual with the contrast and brightness of the image",
+    },
     "region": {"choices": ["image", "lungs"], "help": "part of the image that the map covers"},
     "keep_below": {
         "type": float,

@@ -235,6 +235,7 @@ def test_the_batch_size_is_the_given_one_or_that_of_the_device():
         return batch_size_of(build_parser().parse_args(["detect", "images", "--out", "out", *arguments]))
 
     assert resolved("--device", "cpu") == 8
+    assert resolved("--device", "cuda:1") == 32
     assert resolved() == (32 if torch.cuda.is_available() else 8)
     assert resolved("--batch-size", "3") == 3
 

@@ -175,12 +175,13 @@ def batch_size_of(options: argparse.Namespace) -> int:
     """The number of `--batch-size`, or the default of the device: a GPU is idle most of the time with few images.
 
     Raises:
-        ValueError: less than 1, or a device that cannot be used.
+        ValueError: less than 1.
     """
-    from ..processes import usable_device
+    from ..processes import process_state
 
     if options.batch_size is None:
-        return 32 if usable_device(options.device).type in ("cuda", "xpu") else 8
+        device = str(options.device or process_state().device)  # whether it can be used is checked later
+        return 32 if device.startswith(("cuda", "xpu")) else 8
     if options.batch_size < 1:
         raise ValueError(f"expected --batch-size of 1 or more, got {options.batch_size}")
     return options.batch_size

@@ -112,13 +112,14 @@ def _split_images(image, num_channels):
 
 
 def _from_pil(image, num_channels):
-    if num_channels == 3:
-        return np.moveaxis(np.asarray(image.convert("RGB")), -1, 0)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         array = np.asarray(image)
         if image.mode == "I" and array.min() >= 0 and array.max() < 65536:  # PIL opens many 16-bit files as mode I
             array = array.astype(np.uint16)
-        return array[None]
+        # PIL's convert("RGB") would make all values above 255 white
+        return np.repeat(array[None], 3 if num_channels == 3 else 1, axis=0)
+    if num_channels == 3:
+        return np.moveaxis(np.asarray(image.convert("RGB")), -1, 0)
     return np.asarray(image.convert("L"))[None]
 
 

@@ -136,6 +136,16 @@ def test_a_file_that_became_unreadable_loses_its_row(pipeline, folder, tmp_path)
     assert not (tmp_path / "results.csv").exists() and not times(tmp_path)
 
 
+def test_nothing_is_left_of_the_image_that_an_unreadable_file_was_before(pipeline, folder, tmp_path):
+    options = dict(save_masks=True, save_counterfactual=True, save_trajectory=True, save_boxes="coco", threshold=0.07)
+    run_detect(pipeline, [folder / "a.png"], tmp_path / "out", **options)
+    out = tmp_path / "out"
+    assert len([path for path in out.rglob("a*") if path.is_file()]) == 7 and (out / "boxes.json").is_file()
+    (folder / "a.png").write_bytes(b"not an image")
+    run_detect(pipeline, [folder / "a.png"], out, **options)
+    assert {path.name for path in out.rglob("*") if path.is_file()} == {"settings.json", "failed.csv"}
+
+
 def test_results_of_other_settings_are_not_mixed(pipeline, folder, tmp_path):
     run_detect(pipeline, [folder / "a.png"], tmp_path)
     with pytest.raises(FileExistsError, match="call: .*20.*, now .*30"):

@@ -164,8 +164,9 @@ def _scale_by_type(tensor, floating, dtype):
         if low < -1 or high > 1:
             raise ValueError(f"expected float images in [0, 1] or [-1, 1], got values from {low:g} to {high:g}")
         return (tensor + 1) / 2 if low < 0 else tensor
-    if tensor.min() < 0:
-        raise ValueError(f"expected integer images of 0 and more, got {int(tensor.min())}: use `scaling='minmax'`")
+    low, high = int(tensor.min()), int(tensor.max())
+    if low < 0 or high > 65535:
+        raise ValueError(f"expected integer images from 0 to 65535, got {low} to {high}: use `scaling='minmax'`")
     return tensor / {torch.uint8: 255, torch.bool: 1}.get(dtype, 65535)
 
 

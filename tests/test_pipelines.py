@@ -422,6 +422,16 @@ def test_an_image_is_the_same_in_all_types():
         assert (x - x[:1]).abs().max() < 1e-5
 
 
+def test_integers_beyond_16_bits_are_refused_where_they_would_be_white():
+    deep = np.linspace(0, 1_000_000, 32 * 32).reshape(32, 32).astype(np.int32)
+    for image in (deep, Image.fromarray(deep), torch.from_numpy(deep)):
+        with pytest.raises(
+            ValueError, match="integer images from 0 to 65535, got 0 to 1000000: use `scaling='minmax'`"
+        ):
+            prepare_image(image, 32, scaling="dtype")
+        assert prepare_image(image, 32, scaling="minmax").mean() == pytest.approx(0, abs=0.01)
+
+
 def test_minmax_removes_the_exposure_and_dtype_keeps_it():
     dark = (np.random.default_rng(0).random((16, 16)) * 0.3 + 0.2).astype(np.float32)
     assert prepare_image(dark, 16).min() == -1 and prepare_image(dark, 16).max() == 1

@@ -196,14 +196,16 @@ def cached_scores(
     cache_dir: Path | str | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> ReferenceScores:
-    """`measure_scores`, once for a model, its settings and these images. The scores are stored, the images are not.
+    """`measure_scores`, once for a model, its settings, and these images and their views.
+
+    The scores are stored, the images are not.
 
     Args:
         cache_dir: None: `healthy_scores` in the cache, see `files.cache_folder`.
     """
     key = hashlib.blake2b(fingerprint(pipeline, pipeline.settings(), 0).encode(), digest_size=16)
     for row in dataset:
-        key.update(image_digest("", row).encode())
+        key.update(f"{image_digest('', row)} {row.get('view') or ''}".encode())
     folder = Path(cache_dir or cache_folder("healthy_scores")) / key.hexdigest()
     reference = kept_scores(folder)
     if reference is None:

@@ -175,7 +175,9 @@ class DetectionFolder:
                 name = "__".join(without_suffix(relative).parts)
                 name = "".join(c if c.isprintable() else "_" for c in name)  # line breaks, bytes that are not UTF-8
                 name = name.encode()[-MAX_NAME:].decode(errors="ignore")
-                if name in owner_of:
+                # the second file of an image's counterfactual is NAME_crisp.png
+                crisp = (f"{name}_crisp", name.removesuffix("_crisp")) if self.settings["save_counterfactual"] else ()
+                if any(taken in owner_of for taken in (name, *crisp)):
                     name += "-" + hashlib.sha256(os.fsencode(source)).hexdigest()[:6]
                 name_of[source], owner_of[name] = name, source
             files[name_of[source]] = path

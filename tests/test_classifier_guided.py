@@ -8,7 +8,8 @@ from transformers import BeitImageProcessorPil as BeitImageProcessor
 from transformers import ViTConfig, ViTForImageClassification
 from transformers import ViTImageProcessorPil as ViTImageProcessor
 
-from cxr_diffusers import ClassifierGuidedPipeline, GradCAMPipeline
+from cxr_diffusers import ClassifierGuidedPipeline, DiffPIRDeblurPipeline, GradCAMPipeline
+from cxr_diffusers.inference.out_of_distribution import denoising_errors
 from cxr_diffusers.pipelines.cxr_classifier import classify
 from cxr_diffusers.pipelines.cxr_inversion import noise_from_output, output_from_noise, timesteps_below, view_errors
 from helpers import toy_classifier, toy_resnet, toy_unet
@@ -254,6 +255,30 @@ def test_tokens_of_a_vision_transformer_are_a_map_too(images):
         evidence > 0
     ).any()  # the class token alone reaches the logits: no gradient at the last layer's other tokens
     assert (evidence[0] - evidence[1]).abs().max() > 0
+
+
+def test_a_call_does_not_train(images):
+    """In training mode a batch norm mixes the images of a batch and changes, and dropout makes the maps random."""
+    classifier = toy_resnet().train()
+    classifier.resnet.encoder.eval()
+    modes = [module.training for module in classifier.modules()]
+    before = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
+    maps = cam(classifier)(images, output_type="pt").anomaly_map
+    assert all(torch.equal(before[name], tensor) for name, tensor in classifier.state_dict().items())
+    assert [module.training for module in classifier.modules()] == modes
+    torch.testing.assert_close(maps, cam(classifier.eval())(images, output_type="pt").anomaly_map)
+    unet = toy_unet(dropout=0.3).train()
+    first, second = (guided(unet=unet)(images, **FAST).anomaly_map for _ in range(2))
+    assert torch.equal(first, second) and unet.training
+    first, second = (denoising_errors(guided(unet=unet), images) for _ in range(2))
+    assert (first == second).all()
+    prior = DiffPIRDeblurPipeline(unet, DDIMScheduler(clip_sample=False))
+    prior.set_progress_bar_config(disable=True)
+    first, second = (
+        prior(images, [[1.0]], num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt")
+        for _ in range(2)
+    )
+    assert torch.equal(first.restored, second.restored) and unet.training
 
 
 def test_grad_cam_needs_an_image_classifier():

@@ -111,9 +111,9 @@ def compare(
         pipelines: {name: pipeline} or {name: (pipeline, call_kwargs)}, the latter over the common `call_kwargs`; a
             pipeline is anything that answers `pipeline(list of PIL images, output_type="np")` with an `AnomalyOutput`.
         dataset: rows with `image` and, if known, `label` (0 healthy), `patient`, `view`, `path`, `mask`, `boxes`.
-        healthy: rows of healthy VALIDATION images, with label 0 or without a label: their maps' `quantile` is the threshold. Without them it is the
-            pipeline's own `config.map_threshold`; without that, and with `smoothing` or other settings than the
-            pipeline's own, Dice and IoU are not defined.
+        healthy: rows of healthy VALIDATION images, with label 0 or without a label: their maps' `quantile` is the
+            threshold. Without them it is the pipeline's own `config.map_threshold`; without that, and with `smoothing`
+            or other settings than the pipeline's own, Dice and IoU are not defined.
         output_dir: folder for per_image.csv, summary.json, summary.md, contact_sheet.png, precision_recall.png,
             roc.png and maps/; None writes nothing.
         batch_size: images a call.

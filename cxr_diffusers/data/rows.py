@@ -157,22 +157,25 @@ def _texts(values, name):
     return texts
 
 
-def each_row(dataset: Any, failed: dict[str, str], contrast: bool = True) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def each_row(
+    dataset: Any, failed: dict[str, str], contrast: bool = True, unnamed: str = "row"
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Yield (index, row) of each row whose image can be read.
 
     Args:
         dataset: a sequence of rows with `image` and, where it is known, `path`.
         failed: {path: error} of the others is added to it, and logged.
         contrast: leave out images of a single value, too.
+        unnamed: with its number, the name of a row without a path.
     """
     for i in range(len(dataset)):
         try:
             row = dataset[i]
             if contrast:
-                check_has_contrast(row["image"], row.get("path") or f"row {i}")
+                check_has_contrast(row["image"], row.get("path") or f"{unnamed} {i}")
         except (ValueError, OSError) as error:
             logger.warning("left out: %s", error)
-            failed[column_of(dataset, "path")[i] or f"row {i}"] = str(error)
+            failed[column_of(dataset, "path")[i] or f"{unnamed} {i}"] = str(error)
         else:
             yield i, row
 

@@ -15,6 +15,7 @@ from cxr_diffusers.data import (
     load_table,
     load_vindr,
     prepare,
+    read_image,
 )
 from cxr_diffusers.data.boxes import check_box, image_size, parse_boxes, to_pixels
 from cxr_diffusers.data.tables import numbers, path_of, read_csv
@@ -57,6 +58,30 @@ def test_the_size_of_an_image_is_read_as_it_will_be_shown(tmp_path):
     PIL.Image.new("L", (12, 10)).save(tmp_path / "a.jpg", exif=exif)
     np.save(tmp_path / "a.npy", np.zeros((5, 7), np.uint8))
     assert image_size(tmp_path / "a.jpg") == (10, 12) and image_size(tmp_path / "a.npy") == (7, 5)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".tif", ".png", ".jpg"])
+def test_the_size_of_a_turned_image_is_that_of_its_pixels(tmp_path, suffix, orientation):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a{suffix}"
+    PIL.Image.new("L", (12, 10)).save(path, exif=exif)
+    assert image_size(path) == read_image(path).size == ((10, 12) if orientation > 4 else (12, 10))
+
+
+def test_boxes_of_a_turned_tiff_are_copied_to_the_same_anatomy(tmp_path):
+    pixels = np.zeros((40, 80), np.uint8)
+    pixels[20:30, 60:80] = 200  # shown on its side: 40 wide, 80 high
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "in").mkdir()
+    PIL.Image.fromarray(pixels).save(tmp_path / "in" / "a.tif", exif=exif)
+    (tmp_path / "in" / "a.txt").write_text("10 60 10 20\n")
+    prepare(tmp_path / "in", tmp_path / "out", size=80, num_workers=1)
+    row = load_folder(tmp_path / "out")[0]
+    ys, xs = np.nonzero(np.asarray(row["image"]))
+    assert row["boxes"] == [[xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1]]
 
 
 @pytest.mark.parametrize(

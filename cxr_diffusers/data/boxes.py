@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import PIL.Image
+import PIL.TiffImagePlugin
 
 from .dicom import integer, is_dicom, read_header
 from .images import FORMATS, ORIENTATION, PIL_SUFFIXES, read_image
@@ -125,7 +126,10 @@ def image_size(path: Path) -> tuple[int, int]:
             PIL.Image.init()
             with PIL.Image.open(path, formats=FORMATS) as image:
                 turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
-                return image.size[::-1] if turned else image.size
+                size = image.size
+                if isinstance(image, PIL.TiffImagePlugin.TiffImageFile):  # whose `size` may be turned already
+                    size = image.tag_v2[256], image.tag_v2[257]
+                return size[::-1] if turned else size
         if suffix != ".npy" and is_dicom(path):
             header = read_header(path)
             return integer(header, "Columns"), integer(header, "Rows")

@@ -18,7 +18,10 @@ from cxr_diffusers.data import (
     read_image,
 )
 from cxr_diffusers.data.boxes import check_box, image_size, parse_boxes, to_pixels
+from cxr_diffusers.data.chexpert import label_rows as label_chexpert
+from cxr_diffusers.data.nih import label_rows as label_nih
 from cxr_diffusers.data.tables import numbers, path_of, read_csv
+from cxr_diffusers.data.vindr import label_images as label_vindr
 from helpers import HEADER, chexpert_row, save_image, write_chexpert
 
 NAME = "CheXpert-v1.0-small"
@@ -509,3 +512,35 @@ def test_lists_of_boxes_are_checked_line_by_line():
     for bad in ("1 2 3", "1 2 3 4 5", "1 2 nan 4", "1 2 3 0", "a b c d"):
         with pytest.raises(ValueError, match=r"d\.txt.*expected.*x y w h|d\.txt.*x y w h.*expected"):
             parse_boxes(f"1 2 3 4\n{bad}", "d.txt")
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_row_that_says_no_finding_and_names_one_is_not_healthy(other):
+    columns = {"No Finding": [1, 1, 1], "Edema": [0, 1, 0], "Pneumonia": [0, 0, 1], "Support Devices": [1, 0, 0]}
+    chexpert = label_chexpert(pd.DataFrame(columns), ["Pneumonia"], other)
+    nih = label_nih(["No Finding", "No Finding|Edema", "No Finding|Pneumonia"], ["Pneumonia"], other)
+    voted = pd.DataFrame({"No finding": [1, 1, 1], "Edema": columns["Edema"], "Pneumonia": columns["Pneumonia"]}) > 0
+    vindr = label_vindr(voted, ["Pneumonia"], other)
+    for labels in (chexpert.tolist(), nih.tolist(), list(vindr.values())):
+        assert labels == [0, 2 if other else -1, 1]
+
+
+def test_an_image_in_several_rows_of_a_table_is_told(folder):
+    csv = folder / "table.csv"
+    csv.write_text('file,label,boxes\nhealthy/h0.png,healthy,\ndiseased/d0.png,diseased,"1,2,3,4"\n')
+    assert len(load_table(csv, boxes="boxes")) == 2
+    csv.write_text(csv.read_text() + '"./diseased/d0.png",healthy,"5,6,3,4"\n')
+    with pytest.raises(ValueError, match=r"table\.csv, line 4: expected one row an image, got .* in line 3, too"):
+        load_table(csv, boxes="boxes")
+
+
+def test_an_image_in_several_rows_counts_once_and_has_one_label(tmp_path):
+    root = write_chexpert(tmp_path)
+    whole, lines = load_chexpert(root), (root / "train.csv").read_text().splitlines(keepends=True)
+    (root / "train.csv").write_text("".join([*lines, lines[1]]))
+    assert load_chexpert(root)["path"][:] == whole["path"][:]
+    row = dict(zip(lines[0].strip().split(","), lines[1].strip().split(","), strict=True))
+    row |= {"No Finding": "" if row["No Finding"] else "1.0", "Pleural Effusion": "1.0" if row["No Finding"] else ""}
+    (root / "train.csv").write_text("".join([*lines, ",".join(row.values()) + "\n"]))
+    with pytest.raises(ValueError, match="expected one label an image, got the classes . and . for train/patient"):
+        load_chexpert(root)

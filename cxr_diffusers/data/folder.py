@@ -91,8 +91,8 @@ def load_table(
 
     Raises:
         FileNotFoundError: the CSV, or a file that it names (with its line).
-        ValueError: a missing column, an unknown class, a mask of another size, an invalid box, or a path with
-            "..".
+        ValueError: a missing column, an unknown class, a mask of another size, an invalid box, a second row of an
+            image, or a path with "..".
     """
     csv = Path(csv)
     if root and not csv.is_file():
@@ -110,10 +110,13 @@ def load_table(
     for name, value in where.items():
         values = [value] if isinstance(value, str) or not isinstance(value, Sequence) else value
         table = table[table[name].isin([str(each) for each in values])]
-    rows = []
+    rows: list[dict] = []
+    lines: dict[Path, int] = {}
     for index, row in zip(table.index, table.to_dict("records"), strict=True):
         place = f"{csv}, line {index}"
         file = existing_file(root, row[image], place)
+        if lines.setdefault(file, index) != index:
+            raise ValueError(f"{place}: expected one row an image, got {brief(row[image])} in line {lines[file]}, too")
         own_view = row[view].strip().upper() if view else ""
         rows.append(
             {

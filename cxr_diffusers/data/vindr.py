@@ -236,10 +236,10 @@ def vote(labels: pd.DataFrame, votes: int = 2) -> pd.DataFrame:
 def label_images(voted: pd.DataFrame, classes: Sequence[str], other: bool = False) -> dict[str, int]:
     """Booleans, a row for image_id and a column a finding -> {image id: class id, -1 to leave it out}."""
     names = match_names(classes, [name for name in voted.columns if name != NO_FINDING])
-    label = pd.Series(-1, index=voted.index)
+    label, diseased = pd.Series(-1, index=voted.index), voted.drop(columns=NO_FINDING).any(axis=1)
     if other:
-        label[voted.drop(columns=NO_FINDING).any(axis=1)] = len(names) + 1
-    label[voted[NO_FINDING]] = 0
+        label[diseased] = len(names) + 1
+    label[voted[NO_FINDING] & ~diseased] = 0  # with `votes` 1, one radiologist may see what another does not
     for i, name in reversed(list(enumerate(names, start=1))):
         label[voted[name]] = i
     return label.to_dict()

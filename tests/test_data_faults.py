@@ -20,6 +20,7 @@ from cxr_diffusers.data import (
 from cxr_diffusers.data.boxes import check_box, image_size, parse_boxes, to_pixels
 from cxr_diffusers.data.chexpert import label_rows as label_chexpert
 from cxr_diffusers.data.nih import label_rows as label_nih
+from cxr_diffusers.data.rows import rows_with_region
 from cxr_diffusers.data.tables import numbers, path_of, read_csv
 from cxr_diffusers.data.vindr import label_images as label_vindr
 from helpers import HEADER, chexpert_row, save_image, write_chexpert
@@ -544,3 +545,38 @@ def test_an_image_in_several_rows_counts_once_and_has_one_label(tmp_path):
     (root / "train.csv").write_text("".join([*lines, ",".join(row.values()) + "\n"]))
     with pytest.raises(ValueError, match="expected one label an image, got the classes . and . for train/patient"):
         load_chexpert(root)
+
+
+def test_boxes_in_shares_of_the_sides_are_refused(folder, tmp_path):
+    table = "file,x,y,w,h\ndiseased/d0.png,0.4,0.3,0.25,0.25\ndiseased/d1.png,0,0,1,1\n"
+    (folder / "boxes.csv").write_text(table)
+    match = r"boxes.csv: expected boxes x, y, w, h in pixels, got \[0.4, 0.3, 0.25, 0.25\]: shares of the image's sides"
+    for call in (lambda: load_folder(folder), lambda: prepare(folder, tmp_path / "out", size=16)):
+        with pytest.raises(ValueError, match=match):
+            call()
+    (folder / "boxes.csv").write_text(table + "diseased/d1.png,3,3,8,8\n")  # among boxes in pixels, one of one pixel
+    assert len(load_folder(folder)[1]["boxes"]) == 2
+    with pytest.raises(ValueError, match=r"row: expected boxes x, y, w, h in pixels, got \[0.5, 0.5, 0.2, 0.2\]"):
+        parse_boxes("0.5 0.5 0.2 0.2\n0.1 0.1 0.2 0.2\n", "row")
+
+
+def test_a_mask_saved_as_jpeg_keeps_its_size(folder, tmp_path):
+    mask = np.zeros((30, 40), np.uint8)
+    mask[8:20, 10:22] = 255
+    PIL.Image.fromarray(mask).save(folder / "diseased" / "d0_mask.jpg", quality=75)
+    for dataset in opened(folder, tmp_path / "out"):
+        area = np.count_nonzero(np.asarray(dataset[0]["mask"]))
+        assert area == pytest.approx(144, abs=6)
+
+
+@pytest.mark.parametrize("top", [1, 2, 255])
+def test_masks_of_the_hub_may_count_from_zero_to_one(tmp_path, top):
+    mask = np.zeros((20, 20), np.uint8)
+    mask[5:9, 5:9] = top
+    row = {"image": PIL.Image.fromarray(mask), "mask": PIL.Image.fromarray(mask), "label": 1}
+    features = {"image": datasets.Image(), "mask": datasets.Image()}
+    features["label"] = datasets.ClassLabel(names=["healthy", "diseased"])
+    datasets.Dataset.from_list([row], features=datasets.Features(features)).save_to_disk(tmp_path / "saved")
+    dataset = load_hub(tmp_path / "saved")
+    assert rows_with_region(dataset, [0]) == [0]
+    assert np.array_equal(np.asarray(dataset[0]["mask"]) > 127, mask > 0)

@@ -25,7 +25,7 @@ def load_folder(
     Label: the class whose name a folder between `root` and the file (or `root` itself) has; case does not matter.
     Without class folders all images are unlabelled: label -1, which `datasets.ClassLabel` reads as "missing".
     Mask: NAME_mask.* beside the image, or NAME.* or NAME_mask.* in a folder masks/ with the same subfolders as `root`;
-    values above 0 are inside.
+    values above 0 are inside (of a JPEG, above half its maximum).
     Boxes: NAME.txt beside the image (one box "x y w h" in each line, in pixels), or boxes.csv in `root` (columns file,
     x, y, w, h, and image_w, image_h if the boxes are in pixels of an image of another size).
     Patient: DICOM's PatientID; else the first group of `patient_pattern`, searched in the path below `root`; else the

@@ -274,6 +274,14 @@ def binary_mask(mask: PIL.Image.Image) -> PIL.Image.Image:
     return PIL.Image.fromarray((np.asarray(to_grey(mask)) > 0).astype(np.uint8) * 255)
 
 
+def read_binary_mask(path: Path | str) -> PIL.Image.Image:
+    """A mask's file -> "L" of 0 / 255: above 0 is inside; of a JPEG, whose edges are blurred, above half its maximum."""
+    mask = read_image(path)
+    if Path(path).suffix.lower() in (".jpg", ".jpeg"):
+        mask = mask.point(lambda value, half=mask.getextrema()[1] / 2: 255 * (value > half))
+    return binary_mask(mask)
+
+
 def equalize(image: PIL.Image.Image) -> PIL.Image.Image:
     """Histogram equalisation, v -> round(max * (cdf(v) - cdf(v_min)) / (N - cdf(v_min))), as OpenCV's equalizeHist.
 

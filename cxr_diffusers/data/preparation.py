@@ -24,7 +24,7 @@ from ..files import keep_settings, remove_dead, write, write_csv, write_text
 from .boxes import PREPARED as SETTINGS
 from .copy_plans import NOT_COPIED, SourceJournal, line_of, plan_copy
 from .images import equalize as equalize_image
-from .images import fit_image, fit_mask, read_image
+from .images import fit_image, fit_mask, read_binary_mask, read_image
 
 if TYPE_CHECKING:  # imports torch, which takes seconds
     from ..processes import Shard
@@ -214,7 +214,8 @@ def _one(job, output_root, settings):
     output = output_root / relative
     try:
         status = os.stat(source)  # before it is read: a change meanwhile is seen the next time
-        image = read_image(source, draft=2 * settings["size"] if settings["fast_jpeg"] and not is_mask else None)
+        draft = 2 * settings["size"] if settings["fast_jpeg"] else None
+        image = read_binary_mask(source) if is_mask else read_image(source, draft=draft)
     except (ValueError, OSError) as error:
         with contextlib.suppress(OSError):
             output.unlink(missing_ok=True)  # the copy of an older source

@@ -10,7 +10,7 @@ from typing import Any, Unpack
 import datasets
 import pandas as pd
 
-from .boxes import PREPARED, check_box, image_size, to_pixels, units_of
+from .boxes import PREPARED, check_box, check_in_pixels, image_size, to_pixels, units_of
 from .dicom import is_dicom
 from .findings import check_other, match_names
 from .image_files import files_to_dataset
@@ -300,6 +300,7 @@ def rows_of(table: pd.DataFrame, csv: Path) -> list[list[float] | None]:
             boxes.append(None)
         else:
             boxes.append(check_box([x0, y0, x1 - x0, y1 - y0], f"{csv}, line {line}"))
+    check_in_pixels([box for box in boxes if box is not None], csv)
     return boxes
 
 

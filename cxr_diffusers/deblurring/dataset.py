@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..data.copy_plans import CopyPlan, Job, SourceJournal, line_of, plan_copy
-from ..data.images import read_image
+from ..data.images import read_binary_mask, read_image
 from ..files import keep_settings, remove_dead, stamp_of, write_file
 from ..fingerprints import fingerprint
 from ..hub.loading import default_checkpoint, load_pipeline
@@ -185,7 +185,7 @@ def deblur_share(worker: "Worker", share: Iterable[Job], on_done: Callable[[int]
     for source, output, is_mask in share:
         stamp = stamp_of(source) or ()  # before it is read: a change meanwhile is seen the next time
         try:  # only errors of the image itself: an error of the run, such as a full disk, stops it
-            image = read_image(source)
+            image = read_binary_mask(source) if is_mask else read_image(source)
         except (ValueError, OSError) as error:
             failed[str(source)] = f"broken image: {str(error).removeprefix(f'{source}: ')}"
         else:

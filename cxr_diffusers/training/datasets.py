@@ -7,10 +7,18 @@ from .recipe import AdversarialRecipe, AnyRecipe, ClassifierRecipe, Recipe, Segm
 
 
 def open_data(recipe: AnyRecipe) -> tuple[Dataset, list[str]]:
-    """The data set of a recipe's `data:` section, and the names of its classes."""
+    """The data set of a recipe's `data:` section, and the names of its classes.
+
+    Raises:
+        ValueError: also for a class without an image, which a model that starts from no other one never learns.
+    """
     with section("data"):
         dataset = build_dataset(**recipe.data)
-    return dataset, dataset.features["label"].names
+        names, present = dataset.features["label"].names, set(dataset["label"][:])
+        missing = [name for k, name in enumerate(names) if k not in present]
+        if missing and max(present) >= 0 and not recipe.train.init_from:
+            raise ValueError(f"expected images of each class of {', '.join(names)}, got none of {', '.join(missing)}")
+    return dataset, names
 
 
 def open_validation(recipe: Recipe | AdversarialRecipe | ClassifierRecipe | SegmenterRecipe) -> Dataset:

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import DatasetDict
 from safetensors.torch import load_file
 
-from cxr_diffusers import CFGAnomalyPipeline, DiffPIRDeblurPipeline, FixedPointGANPipeline, load_phantom
+from cxr_diffusers import CFGAnomalyPipeline, DiffPIRDeblurPipeline, FixedPointGANPipeline, load_hub, load_phantom
 from cxr_diffusers.cli import main
 from cxr_diffusers.config import CONFIGS
 from cxr_diffusers.training import script
+from cxr_diffusers.training.datasets import open_data, open_validation, patients_of
 from cxr_diffusers.training.recipe import RECIPE_TYPES, load_recipe
 from cxr_diffusers.training.script import PROGRAMS, load_program, run_program
 from helpers import save_image
@@ -186,6 +188,23 @@ def test_a_class_that_no_image_has_is_refused(tmp_path, script):
     data = ["data.name=folder", f"data.root={tmp_path / 'in'}", "data.classes=[healthy, fracture, diseased]"]
     with pytest.raises(ValueError, match="data: expected images of each class of .*, got none of fracture"):
         load_program(script).main([*data, f"train.output_dir={tmp_path / 'run'}"])
+
+
+def test_patients_that_are_trained_on_and_validated_with_are_counted(capsys):
+    recipe = load_recipe("phantom_cfg_32", ["data.n=24"])
+    open_validation(recipe, open_data(recipe)[0])
+    assert "too good" not in capsys.readouterr().err
+    recipe = load_recipe("phantom_cfg_32", ["data.n=24", "validation.seed=0", "validation.n=8"])
+    open_validation(recipe, open_data(recipe)[0])
+    assert "8 of 8 patients of the validation images are among the training images" in capsys.readouterr().err
+
+
+def test_rows_that_are_numbered_in_place_of_patients_are_not_taken_for_the_same(tmp_path):
+    rows = load_phantom(n=4, seed=0, size=16).remove_columns(["patient", "path"])
+    DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "saved")
+    train, test = (load_hub(tmp_path / "saved", split=split) for split in ("train", "test"))
+    assert train["patient"][:] == test["patient"][:]
+    assert not patients_of(train) & patients_of(test) and len(patients_of(train) & patients_of(train)) == 4
 
 
 def test_a_class_that_no_image_of_a_view_has_is_refused(tmp_path):

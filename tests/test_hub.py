@@ -229,7 +229,7 @@ def test_a_card_of_a_run_names_no_file_or_folder_of_this_machine():
 
 @pytest.mark.parametrize(
     ("init_from", "words"),
-    [("cxr_cfg_128", "cxr_cfg_128"), ("me/model", "me/model"), ("/home/a/model", "another model"), ("runs/a", "another")],
+    [("cxr_cfg_128", "cxr_cfg_128"), ("me/model", "me/model"), ("/home/a/b", "another model"), ("runs/a", "another")],
 )
 def test_a_card_of_a_run_says_that_it_started_from_another_model(init_from, words):
     train = SimpleNamespace(max_steps=5, batch_size=2, seed=0, init_from=init_from, gradient_accumulation_steps=4)

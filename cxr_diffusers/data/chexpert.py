@@ -63,8 +63,8 @@ def load_chexpert(
 ) -> Dataset:
     """CheXpert -> data set with labels 0 healthy, 1.. `classes`, and with `other` a last class "other finding".
 
-    Healthy is `No Finding` = 1 without a finding = 1 (such a contradictory row is one of that finding). Of several named
-    diseases the first named counts. Blank is 0.
+    Healthy is `No Finding` = 1 where no finding is 1: a row that contradicts itself is one of that finding. Of several
+    named diseases the first named counts. Blank is 0.
 
     Args:
         root: the downloaded folder (CheXpert-v1.0, CheXpert-v1.0-small, the four "batch" folders, a copy made by

@@ -308,10 +308,11 @@ def binary_mask(mask: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def read_binary_mask(path: Path | str) -> PIL.Image.Image:
-    """A mask's file -> "L" of 0 / 255: above 0 is inside; of a JPEG, whose edges are blurred, above half its maximum."""
+    """A mask's file -> "L" of 0 / 255. Inside is above 0, or in a JPEG, whose edges are blurred, above half its top."""
     mask = read_image(path)
     if Path(path).suffix.lower() in (".jpg", ".jpeg"):
-        mask = mask.point(lambda value, half=mask.getextrema()[1] / 2: 255 * (value > half))
+        half = np.asarray(mask).max() / 2
+        mask = mask.point(lambda value: 255 * (value > half))
     return binary_mask(mask)
 
 

@@ -81,7 +81,7 @@ def select_rows(
 
 
 def one_row_each(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of a table (columns label, key) -> the first of each key; ValueError where its rows have different labels."""
+    """Rows of a table (columns label, key) -> the first of each key; ValueError where a key has different labels."""
     again = table["key"].duplicated()
     if not again.any():
         return table

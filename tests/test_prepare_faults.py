@@ -86,6 +86,15 @@ def test_copies_of_sources_that_are_no_longer_there_are_deleted(tmp_path):
     assert ours.column_names == theirs.column_names, "boxes or masks of the older copy are still there"
 
 
+def test_copies_are_not_deleted_for_another_data_set(tmp_path):
+    for name in ("one/healthy/a.png", "two/diseased/b.png"):
+        save_image(tmp_path / name)
+    prepare(tmp_path / "one", tmp_path / "out", size=16)
+    with pytest.raises(ValueError, match="expected the data set that the 1 copies in .*out were made of, got one that none"):
+        prepare(tmp_path / "two", tmp_path / "out", size=16)
+    assert (tmp_path / "out" / "healthy" / "a.png").is_file() and not (tmp_path / "out" / "diseased").exists()
+
+
 def test_a_copy_that_is_made_anew_in_another_format_is_there_once(tmp_path):
     save_image(tmp_path / "in" / "diseased" / "a.png")
     (tmp_path / "in" / "diseased" / "a.txt").write_text("1 1 5 5\n")

@@ -94,22 +94,34 @@ class SourceJournal:
         return numbers
 
     def remove_others(self, jobs: Sequence[Job]) -> int:
-        """Delete the copies of sources that are no longer there, or have another place; returns their number."""
+        """Delete the copies of sources that are no longer there, or have another place; returns their number.
+
+        Raises:
+            ValueError: there are jobs, and none of them is for one of the copies: these are of another data set.
+        """
         wanted = {output for _, output, _ in jobs}
-        removed = 0
+        stale, kept = [], 0
         for begin in self.lines:
             if begin[2:-1] in wanted:  # the usual case, quickly
+                kept += 1
                 continue
             try:
                 output = json.loads(begin[1:])
-                stale = output not in wanted and (self.folder / path_of(output, self.folder)).is_file()
+                if output in wanted:
+                    kept += 1
+                elif (self.folder / path_of(output, self.folder)).is_file():
+                    stale.append(self.folder / output)
             except (ValueError, TypeError, OSError):  # a line that a crash cut short
                 continue
-            if stale:
-                (self.folder / output).unlink()
-                text_of(self.folder / output).unlink(missing_ok=True)
-                removed += 1
-        return removed
+        if jobs and stale and not kept:
+            raise ValueError(
+                f"expected the data set that the {len(stale)} copies in {self.folder} were made of, got one that none "
+                "of them belongs to: give another folder"
+            )
+        for path in stale:
+            path.unlink()
+            text_of(path).unlink(missing_ok=True)
+        return len(stale)
 
 
 def line_of(output: str, stamp: Sequence[int]) -> str:

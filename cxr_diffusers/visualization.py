@@ -68,6 +68,9 @@ def side_by_side(
 
     Returns:
         RGB PIL image.
+
+    Raises:
+        ValueError: a map or mask of another size than the image.
     """
     scale = "fixed colour scale"
     if vmax is None:
@@ -134,7 +137,8 @@ def contact_sheet(
         title, panel_size, opacity: as in `side_by_side`.
 
     Raises:
-        ValueError: no row, a column without a map in any row, or a `vmax` of another column.
+        ValueError: no row, a column without a map in any row, a `vmax` of another column, or a map or mask of another
+            size than its image.
     """
     if not rows:
         raise ValueError("expected at least one row, got none")
@@ -239,7 +243,13 @@ def _font(size):
 
 
 def _panel(image, size, mask=None, boxes=None):
-    """An image scaled to a longer side of `size`, RGB, with the outline of the true region."""
+    """An image scaled to a longer side of `size`, RGB, with the outline of the true region.
+
+    Raises:
+        ValueError: a mask of another size than the image.
+    """
+    if mask is not None and np.shape(mask) != image.size[::-1]:
+        raise ValueError(f"expected a true region of the image's size {image.size[::-1]}, got {np.shape(mask)}")
     scale = size / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
     panel = image.resize((width, height), Image.Resampling.BICUBIC).convert("RGB")

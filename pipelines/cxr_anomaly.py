@@ -1,12 +1,13 @@
 """The output and the maps of the anomaly pipelines, and the parts that their calls share."""
 
+import contextlib
 import functools
 import inspect
 import itertools
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +70,7 @@ class AnomalyOutput(BaseOutput):
 
 
 def anomaly_call(call: Callable) -> Callable:
-    """Decorator of `__call__`: without gradients; omitted arguments take the checkpoint's own values.
+    """Decorator of `__call__`: no gradients, no training mode; omitted arguments take the checkpoint's own values.
 
     Where the checkpoint has none, the signature's default holds. `help()` and `inspect.signature` show the signature
     of `call`.
@@ -82,9 +83,27 @@ def anomaly_call(call: Callable) -> Callable:
         given = signature.bind_partial(self, *args, **kwargs).arguments
         given.pop("self")
         self._interrupt = False
-        return call(self, **self.settings(**given))
+        with in_evaluation_mode(self.components.values()):
+            return call(self, **self.settings(**given))
 
     return call_with_settings
+
+
+@contextlib.contextmanager
+def in_evaluation_mode(components: Iterable[Any]) -> Iterator[None]:
+    """Networks that are in training mode are in evaluation mode within the context; other components are skipped.
+
+    In training mode batch norm would mix the images of a batch and change, and dropout would make a result random.
+    """
+    networks = [component for component in components if isinstance(component, torch.nn.Module)]
+    training = [part for network in networks for part in network.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def default_settings(call: Callable) -> dict[str, Any]:

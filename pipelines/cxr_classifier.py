@@ -34,8 +34,9 @@ def classify(classifier: Any, images: torch.Tensor, feature_extractor: Any = Non
 
     Args:
         images: (B, C, H, W) in [0, 1]; one channel is repeated for as many as the classifier has.
-        feature_extractor: its image processor, for `image_mean`, `image_std` and `size`. None: mean and deviation are
-            one half (the classifier's input is in [-1, 1]) and the size is not changed.
+        feature_extractor: its image processor, for `image_mean`, `image_std` (with `do_normalize`) and the size, see
+            `edge_lengths`. None: mean and deviation are one half (the classifier's input is in [-1, 1]) and the size is
+            not changed.
         options: further arguments of the classifier's call.
     """
     size = edge_lengths(feature_extractor)
@@ -44,12 +45,13 @@ def classify(classifier: Any, images: torch.Tensor, feature_extractor: Any = Non
     channels = getattr(classifier.config, "num_channels", images.shape[1])
     if images.shape[1] == 1:
         images = images.expand(-1, channels, -1, -1)
-    mean, std = (
-        torch.tensor(getattr(feature_extractor, name, None) or [0.5], device=images.device)[:, None, None]
-        for name in ("image_mean", "image_std")
-    )
-    pixels = ((images - mean) / std).to(classifier.dtype)
-    return classifier(pixel_values=pixels, **options)
+    if getattr(feature_extractor, "do_normalize", True):
+        mean, std = (
+            torch.tensor(getattr(feature_extractor, name, None) or [0.5], device=images.device)[:, None, None]
+            for name in ("image_mean", "image_std")
+        )
+        images = (images - mean) / std
+    return classifier(pixel_values=images.to(classifier.dtype), **options)
 
 
 def log_odds_against(logits: torch.Tensor, target: int) -> torch.Tensor:
@@ -59,9 +61,10 @@ def log_odds_against(logits: torch.Tensor, target: int) -> torch.Tensor:
 
 
 def edge_lengths(feature_extractor: Any) -> tuple[int, int] | None:
-    """(height, width) of an image processor's output, or None."""
-    for name in ("crop_size", "size"):
-        size = getattr(feature_extractor, name, None)
+    """(height, width) of an image processor's output, or None if it changes no size."""
+    # the values of a step stay in a processor's config when the step is off
+    for name, step in (("crop_size", "do_center_crop"), ("size", "do_resize")):
+        size = getattr(feature_extractor, name, None) if getattr(feature_extractor, step, True) else None
         if size and "height" in size:
             return size["height"], size["width"]
         if size and "shortest_edge" in size:

@@ -112,13 +112,14 @@ def _split_images(image, num_channels):
 
 
 def _from_pil(image, num_channels):
-    if num_channels == 3:
-        return np.moveaxis(np.asarray(image.convert("RGB")), -1, 0)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         array = np.asarray(image)
         if image.mode == "I" and array.min() >= 0 and array.max() < 65536:  # PIL opens many 16-bit files as mode I
             array = array.astype(np.uint16)
-        return array[None]
+        # PIL's convert("RGB") would make all values above 255 white
+        return np.repeat(array[None], 3 if num_channels == 3 else 1, axis=0)
+    if num_channels == 3:
+        return np.moveaxis(np.asarray(image.convert("RGB")), -1, 0)
     return np.asarray(image.convert("L"))[None]
 
 
@@ -163,8 +164,9 @@ def _scale_by_type(tensor, floating, dtype):
         if low < -1 or high > 1:
             raise ValueError(f"expected float images in [0, 1] or [-1, 1], got values from {low:g} to {high:g}")
         return (tensor + 1) / 2 if low < 0 else tensor
-    if tensor.min() < 0:
-        raise ValueError(f"expected integer images of 0 and more, got {int(tensor.min())}: use `scaling='minmax'`")
+    low, high = int(tensor.min()), int(tensor.max())
+    if low < 0 or high > 65535:
+        raise ValueError(f"expected integer images from 0 to 65535, got {low} to {high}: use `scaling='minmax'`")
     return tensor / {torch.uint8: 255, torch.bool: 1}.get(dtype, 65535)
 
 

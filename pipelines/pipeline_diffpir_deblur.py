@@ -13,6 +13,7 @@ from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import BaseOutput, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 
+from .cxr_anomaly import in_evaluation_mode
 from .cxr_deconvolution import (
     canvas_size,
     check_kernel,
@@ -183,19 +184,20 @@ class DiffPIRDeblurPipeline(PortableMixin, DiffusionPipeline):
         with self.progress_bar(total=len(groups) * num_inference_steps) as bar:
             for canvas, members in groups.items():
                 on_step = self.on_step(callback_on_step_end, callback_on_step_end_tensor_inputs, bar)
-                results = self.restore(
-                    [images[i] for i in members],
-                    kernel if len(kernel) == 1 else kernel[members],
-                    canvas,
-                    timesteps,
-                    noise_std=noise_std,
-                    lambda_=lambda_,
-                    zeta=zeta,
-                    boundary=boundary,
-                    tile_size=tile_size,
-                    generator=[generator[i] for i in members] if isinstance(generator, list) else generator,
-                    on_step=on_step,
-                )
+                with in_evaluation_mode([self.unet]):
+                    results = self.restore(
+                        [images[i] for i in members],
+                        kernel if len(kernel) == 1 else kernel[members],
+                        canvas,
+                        timesteps,
+                        noise_std=noise_std,
+                        lambda_=lambda_,
+                        zeta=zeta,
+                        boundary=boundary,
+                        tile_size=tile_size,
+                        generator=[generator[i] for i in members] if isinstance(generator, list) else generator,
+                        on_step=on_step,
+                    )
                 for i, result in zip(members, results, strict=True):
                     restored[i] = result
 

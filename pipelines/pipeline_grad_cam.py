@@ -28,7 +28,8 @@ class GradCAMPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
 
     Args:
         classifier: an image classifier of `transformers` that can return its hidden states: feature maps (ResNet,
-            ConvNeXt, ...) or tokens of a square grid (ViT, DeiT, ...).
+            ConvNeXt, ...) or tokens of a square grid (ViT, DeiT, ...). Where its logits depend on the class token
+            alone, as ViT's do, the tokens before the last layer are taken.
         feature_extractor: its image processor, for its mean, deviation and size.
         class_names: None: those of the classifier's own config.
         sample_size: side of the image in pixels; None: the image processor's, or the classifier's `image_size`.
@@ -155,13 +156,18 @@ class GradCAMPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         target = self.find_label(target_label, "target_label", self.num_classes)
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             output = classify(self.classifier, x, self.feature_extractor, output_hidden_states=True)
-            features, logits = output.hidden_states[-1], output.logits.float()
+            layers, logits = output.hidden_states[-1:], output.logits.float()
             odds = log_odds_against(logits, target)
             explained = odds if explained_label is None else logits[:, explained_label]
-            if not features.requires_grad:  # frozen weights
+            if not layers[0].requires_grad:  # frozen weights
                 raise ValueError("expected a classifier whose last hidden state has a gradient: unfreeze its weights")
-            (gradient,) = torch.autograd.grad(explained.sum(), features)
-        features, gradient = (feature_map(value.detach().float()) for value in (features, gradient))
+            if layers[0].ndim == 3:
+                layers = [layer for layer in output.hidden_states[:-3:-1] if layer.requires_grad]
+            gradients = torch.autograd.grad(explained.sum(), layers)
+        pairs = zip(layers, gradients, strict=True)
+        maps = [[feature_map(value.detach().float()) for value in pair] for pair in pairs]
+        # where the logits depend on the class token alone, the other tokens of the last layer have no gradient
+        features, gradient = next((pair for pair in maps if pair[1].any()), maps[0])
         weights = gradient.sum(dim=(2, 3), keepdim=True)  # the sum, not the mean: evidence in log-odds on any grid
         return (weights * features).sum(dim=1).clamp(min=0), odds.detach().sigmoid()
 

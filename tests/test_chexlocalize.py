@@ -337,6 +337,18 @@ def test_one_command_writes_all_of_it(released, pipeline, tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]["method"][ANY]["miou"]["value"] >= 0
 
 
+def test_maps_in_the_images_own_pixels_are_measured_too(released, evaluated, tmp_path):
+    class Keep(Bright):
+        """Its square is as wide as the images and higher: the same maps as with `pad`."""
+
+        config = {"aspect": "keep"}
+
+    test, validation = (open_split(*split) for split in released)
+    evaluate_chexlocalize({"bright": Keep()}, test, validation, output_dir=tmp_path, progress=False)
+    rows = [json.loads((out / "summary.json").read_text())["rows"]["bright"] for out in (tmp_path, evaluated[1])]
+    assert rows[0] == rows[1]
+
+
 def test_without_a_validation_split_the_threshold_is_otsus(released):
     summary = evaluate_chexlocalize({"bright": Bright()}, open_split(*released[0]), n_bootstrap=10, progress=False)
     assert summary["thresholds"]["bright"][EDEMA] is None

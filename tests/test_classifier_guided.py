@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from transformers import BeitImageProcessorPil as BeitImageProcessor
 from transformers import ViTConfig, ViTForImageClassification
 from transformers import ViTImageProcessorPil as ViTImageProcessor
 
-from cxr_diffusers import ClassifierGuidedPipeline, GradCAMPipeline
+from cxr_diffusers import ClassifierGuidedPipeline, DiffPIRDeblurPipeline, GradCAMPipeline
+from cxr_diffusers.inference.out_of_distribution import denoising_errors
+from cxr_diffusers.pipelines.cxr_classifier import classify
 from cxr_diffusers.pipelines.cxr_inversion import noise_from_output, output_from_noise, timesteps_below, view_errors
 from helpers import toy_classifier, toy_resnet, toy_unet
 
@@ -131,6 +134,30 @@ def test_a_classifier_trained_without_noise_guides_through_the_predicted_image(i
     assert 0 < mean < 1, "the scaled input is an image again"
 
 
+def test_a_step_that_the_image_processor_leaves_out_is_left_out(images):
+    """`do_normalize`, `do_resize` and `do_center_crop`: the values of a step stay in the config when it is off."""
+
+    def prepared(**options):
+        processor = BeitImageProcessor(
+            size={"height": 24, "width": 24}, crop_size={"height": 20, "width": 20}, **options
+        )
+        seen = []
+        classifier = toy_resnet(num_channels=3)
+        classifier.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["pixel_values"]), with_kwargs=True
+        )
+        classify(classifier, images, processor)
+        return seen[0]
+
+    off = dict(do_normalize=False, do_resize=False, do_center_crop=False)
+    torch.testing.assert_close(prepared(**off), images.expand(-1, 3, -1, -1))
+    mean, std = BeitImageProcessor().image_mean[0], BeitImageProcessor().image_std[0]
+    normalised = prepared(**off | dict(do_normalize=True))
+    torch.testing.assert_close(normalised[:, 0], ((images - mean) / std)[:, 0])
+    assert prepared(**off | dict(do_resize=True)).shape[-2:] == (24, 24)
+    assert prepared(**off | dict(do_resize=True, do_center_crop=True)).shape[-2:] == (20, 20)
+
+
 def test_a_unet_without_classes_needs_no_label_and_one_without_null_label_gets_the_target(images):
     plain = guided(unet=toy_unet(num_class_embeds=None))
     assert plain(images, **FAST).anomaly_map.shape == (2, 16, 16)
@@ -222,7 +249,36 @@ def test_tokens_of_a_vision_transformer_are_a_map_too(images):
     classifier = ViTForImageClassification(ViTConfig(**shape, image_size=16, num_channels=1, num_labels=2)).eval()
     pipeline = GradCAMPipeline(classifier)
     assert pipeline.config.sample_size == 16
-    assert pipeline.explain(images)[0].shape == (2, 4, 4)
+    evidence, _ = pipeline.explain(images)
+    assert evidence.shape == (2, 4, 4)
+    assert (
+        evidence > 0
+    ).any()  # the class token alone reaches the logits: no gradient at the last layer's other tokens
+    assert (evidence[0] - evidence[1]).abs().max() > 0
+
+
+def test_a_call_does_not_train(images):
+    """In training mode a batch norm mixes the images of a batch and changes, and dropout makes the maps random."""
+    classifier = toy_resnet().train()
+    classifier.resnet.encoder.eval()
+    modes = [module.training for module in classifier.modules()]
+    before = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
+    maps = cam(classifier)(images, output_type="pt").anomaly_map
+    assert all(torch.equal(before[name], tensor) for name, tensor in classifier.state_dict().items())
+    assert [module.training for module in classifier.modules()] == modes
+    torch.testing.assert_close(maps, cam(classifier.eval())(images, output_type="pt").anomaly_map)
+    unet = toy_unet(dropout=0.3).train()
+    first, second = (guided(unet=unet)(images, **FAST).anomaly_map for _ in range(2))
+    assert torch.equal(first, second) and unet.training
+    first, second = (denoising_errors(guided(unet=unet), images) for _ in range(2))
+    assert (first == second).all()
+    prior = DiffPIRDeblurPipeline(unet, DDIMScheduler(clip_sample=False))
+    prior.set_progress_bar_config(disable=True)
+    first, second = (
+        prior(images, [[1.0]], num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt")
+        for _ in range(2)
+    )
+    assert torch.equal(first.restored, second.restored) and unet.training
 
 
 def test_grad_cam_needs_an_image_classifier():

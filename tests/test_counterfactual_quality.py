@@ -174,6 +174,16 @@ def test_features_are_the_input_of_the_last_layer(judge):
     assert logits.softmax(1).numpy() == pytest.approx(probabilities, abs=1e-5)
 
 
+def test_a_judge_in_training_mode_judges_as_any_other(judge):
+    images = [np.asarray(row["image"], np.float32) / 255 for row in spot_rows(3)]
+    expected = classify_images(judge, images)[0]
+    judge.components["classifier"].train()
+    try:
+        np.testing.assert_allclose(classify_images(judge, images)[0], expected, atol=1e-6)
+    finally:
+        judge.components["classifier"].eval()
+
+
 def test_a_counterfactual_is_stretched_like_its_image(judge):
     stretching = GradCAMPipeline(judge.classifier, sample_size=32, scaling="minmax")
     image = np.asarray(spot_rows(1)[0]["image"], np.float32) / 255

@@ -15,9 +15,14 @@ from cxr_diffusers.data import (
     load_table,
     load_vindr,
     prepare,
+    read_image,
 )
 from cxr_diffusers.data.boxes import check_box, image_size, parse_boxes, to_pixels
+from cxr_diffusers.data.chexpert import label_rows as label_chexpert
+from cxr_diffusers.data.nih import label_rows as label_nih
+from cxr_diffusers.data.rows import rows_with_region
 from cxr_diffusers.data.tables import numbers, path_of, read_csv
+from cxr_diffusers.data.vindr import label_images as label_vindr
 from helpers import HEADER, chexpert_row, save_image, write_chexpert
 
 NAME = "CheXpert-v1.0-small"
@@ -57,6 +62,30 @@ def test_the_size_of_an_image_is_read_as_it_will_be_shown(tmp_path):
     PIL.Image.new("L", (12, 10)).save(tmp_path / "a.jpg", exif=exif)
     np.save(tmp_path / "a.npy", np.zeros((5, 7), np.uint8))
     assert image_size(tmp_path / "a.jpg") == (10, 12) and image_size(tmp_path / "a.npy") == (7, 5)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".tif", ".png", ".jpg"])
+def test_the_size_of_a_turned_image_is_that_of_its_pixels(tmp_path, suffix, orientation):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a{suffix}"
+    PIL.Image.new("L", (12, 10)).save(path, exif=exif)
+    assert image_size(path) == read_image(path).size == ((10, 12) if orientation > 4 else (12, 10))
+
+
+def test_boxes_of_a_turned_tiff_are_copied_to_the_same_anatomy(tmp_path):
+    pixels = np.zeros((40, 80), np.uint8)
+    pixels[20:30, 60:80] = 200  # shown on its side: 40 wide, 80 high
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "in").mkdir()
+    PIL.Image.fromarray(pixels).save(tmp_path / "in" / "a.tif", exif=exif)
+    (tmp_path / "in" / "a.txt").write_text("10 60 10 20\n")
+    prepare(tmp_path / "in", tmp_path / "out", size=80, num_workers=1)
+    row = load_folder(tmp_path / "out")[0]
+    ys, xs = np.nonzero(np.asarray(row["image"]))
+    assert row["boxes"] == [[xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1]]
 
 
 @pytest.mark.parametrize(
@@ -484,3 +513,70 @@ def test_lists_of_boxes_are_checked_line_by_line():
     for bad in ("1 2 3", "1 2 3 4 5", "1 2 nan 4", "1 2 3 0", "a b c d"):
         with pytest.raises(ValueError, match=r"d\.txt.*expected.*x y w h|d\.txt.*x y w h.*expected"):
             parse_boxes(f"1 2 3 4\n{bad}", "d.txt")
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_row_that_says_no_finding_and_names_one_is_not_healthy(other):
+    columns = {"No Finding": [1, 1, 1], "Edema": [0, 1, 0], "Pneumonia": [0, 0, 1], "Support Devices": [1, 0, 0]}
+    chexpert = label_chexpert(pd.DataFrame(columns), ["Pneumonia"], other)
+    nih = label_nih(["No Finding", "No Finding|Edema", "No Finding|Pneumonia"], ["Pneumonia"], other)
+    voted = pd.DataFrame({"No finding": [1, 1, 1], "Edema": columns["Edema"], "Pneumonia": columns["Pneumonia"]}) > 0
+    vindr = label_vindr(voted, ["Pneumonia"], other)
+    for labels in (chexpert.tolist(), nih.tolist(), list(vindr.values())):
+        assert labels == [0, 2 if other else -1, 1]
+
+
+def test_an_image_in_several_rows_of_a_table_is_told(folder):
+    csv = folder / "table.csv"
+    csv.write_text('file,label,boxes\nhealthy/h0.png,healthy,\ndiseased/d0.png,diseased,"1,2,3,4"\n')
+    assert len(load_table(csv, boxes="boxes")) == 2
+    csv.write_text(csv.read_text() + '"./diseased/d0.png",healthy,"5,6,3,4"\n')
+    with pytest.raises(ValueError, match=r"table\.csv, line 4: expected one row an image, got .* in line 3, too"):
+        load_table(csv, boxes="boxes")
+
+
+def test_an_image_in_several_rows_counts_once_and_has_one_label(tmp_path):
+    root = write_chexpert(tmp_path)
+    whole, lines = load_chexpert(root), (root / "train.csv").read_text().splitlines(keepends=True)
+    (root / "train.csv").write_text("".join([*lines, lines[1]]))
+    assert load_chexpert(root)["path"][:] == whole["path"][:]
+    row = dict(zip(lines[0].strip().split(","), lines[1].strip().split(","), strict=True))
+    row |= {"No Finding": "" if row["No Finding"] else "1.0", "Pleural Effusion": "1.0" if row["No Finding"] else ""}
+    (root / "train.csv").write_text("".join([*lines, ",".join(row.values()) + "\n"]))
+    with pytest.raises(ValueError, match="expected one label an image, got the classes . and . for train/patient"):
+        load_chexpert(root)
+
+
+def test_boxes_in_shares_of_the_sides_are_refused(folder, tmp_path):
+    table = "file,x,y,w,h\ndiseased/d0.png,0.4,0.3,0.25,0.25\ndiseased/d1.png,0,0,1,1\n"
+    (folder / "boxes.csv").write_text(table)
+    match = r"boxes.csv: expected boxes x, y, w, h in pixels, got \[0.4, 0.3, 0.25, 0.25\]: shares of the image's sides"
+    for call in (lambda: load_folder(folder), lambda: prepare(folder, tmp_path / "out", size=16)):
+        with pytest.raises(ValueError, match=match):
+            call()
+    (folder / "boxes.csv").write_text(table + "diseased/d1.png,3,3,8,8\n")  # among boxes in pixels, one of one pixel
+    assert len(load_folder(folder)[1]["boxes"]) == 2
+    with pytest.raises(ValueError, match=r"row: expected boxes x, y, w, h in pixels, got \[0.5, 0.5, 0.2, 0.2\]"):
+        parse_boxes("0.5 0.5 0.2 0.2\n0.1 0.1 0.2 0.2\n", "row")
+
+
+def test_a_mask_saved_as_jpeg_keeps_its_size(folder, tmp_path):
+    mask = np.zeros((30, 40), np.uint8)
+    mask[8:20, 10:22] = 255
+    PIL.Image.fromarray(mask).save(folder / "diseased" / "d0_mask.jpg", quality=75)
+    for dataset in opened(folder, tmp_path / "out"):
+        area = np.count_nonzero(np.asarray(dataset[0]["mask"]))
+        assert area == pytest.approx(144, abs=6)
+
+
+@pytest.mark.parametrize("top", [1, 2, 255])
+def test_masks_of_the_hub_may_count_from_zero_to_one(tmp_path, top):
+    mask = np.zeros((20, 20), np.uint8)
+    mask[5:9, 5:9] = top
+    row = {"image": PIL.Image.fromarray(mask), "mask": PIL.Image.fromarray(mask), "label": 1}
+    features = {"image": datasets.Image(), "mask": datasets.Image()}
+    features["label"] = datasets.ClassLabel(names=["healthy", "diseased"])
+    datasets.Dataset.from_list([row], features=datasets.Features(features)).save_to_disk(tmp_path / "saved")
+    dataset = load_hub(tmp_path / "saved")
+    assert rows_with_region(dataset, [0]) == [0]
+    assert np.array_equal(np.asarray(dataset[0]["mask"]) > 127, mask > 0)

@@ -152,8 +152,10 @@ def test_any_model_of_ours_is_opened_as_a_prior(unet, images, tmp_path):
         "the shipped model"
     )
     CFGAnomalyPipeline(unet, DDIMScheduler(), has_null_label=False).save_pretrained(tmp_path / "classes")
-    with pytest.raises(ValueError, match="null label"):
-        load_prior(tmp_path / "classes")
+    for load in (load_prior, lambda name: load_unet(name, unconditional=True)):
+        with pytest.raises(ValueError, match="null label, got .*classes, which has only classes"):
+            load(tmp_path / "classes")
+    assert load_unet(tmp_path / "classes").config.num_class_embeds
 
 
 def test_the_range_of_the_model_does_not_matter(images):

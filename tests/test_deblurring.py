@@ -164,6 +164,28 @@ def test_a_run_that_is_killed_goes_on_and_loses_and_repeats_nothing(prior, tmp_p
     assert deblur(prior, tmp_path / "in", tmp_path / "out", **options)["computed"] == 0
 
 
+def test_what_has_changed_in_the_source_changes_in_the_copy(prior, folder, tmp_path):
+    options = dict(kernel=KERNEL, call_kwargs=FAST, progress=False)
+    deblur(prior, folder, tmp_path / "out", **options)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.png")}
+    save_noise(folder / "healthy" / "0.png", 77, (24, 18))
+    save_image(folder / "diseased" / "3_mask.png", 255, (20, 18))
+    (folder / "healthy" / "2.png").rename(folder / "diseased" / "2.png")  # its label was wrong
+    (folder / "list.csv").write_text("file,note\nhealthy/0.png,corrected\n")
+    summary = deblur(prior, folder, tmp_path / "out", **options)
+    assert (summary["computed"], summary["kept"]) == (2, 4)
+    deblur(prior, folder, tmp_path / "anew", **options)
+    again, anew = pictures(tmp_path / "out"), pictures(tmp_path / "anew")
+    assert again.keys() == anew.keys()
+    assert all(np.abs(again[name].astype(int) - anew[name]).max() <= 1 for name in again)
+    assert (tmp_path / "out" / "list.csv").read_text() == (folder / "list.csv").read_text()
+    kept = [p for p, time in before.items() if p.exists() and p.stat().st_mtime_ns == time]
+    assert len(kept) == 4
+    (folder / "healthy" / "0.png").write_bytes(b"broken")
+    assert deblur(prior, folder, tmp_path / "out", **options)["reasons"] == {"broken image": 1}
+    assert not (tmp_path / "out" / "healthy" / "0.png").exists()
+
+
 def test_a_folder_of_other_settings_is_not_gone_on_with(prior, folder, tmp_path):
     deblur(prior, folder, tmp_path / "out", kernel=KERNEL, call_kwargs=FAST, progress=False)
     with pytest.raises(ValueError, match="other settings.*kernel"):

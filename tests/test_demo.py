@@ -304,6 +304,8 @@ def test_healthy_scores_are_measured_once_for_a_model_its_settings_and_the_image
     assert counted == len(calls) > 0 and again.scores == first.scores and again.data == "the same phantoms"
     alone = [float(toy(row["image"]).anomaly_score[0]) for row in dataset]
     assert first.scores == pytest.approx(sorted(alone), abs=1e-5) and first.share_below(1) == (len(alone),) * 2
+    views = dataset.remove_columns("view").add_column("view", ["AP"] * len(dataset))
+    assert cached_scores(toy, views, "phantoms", cache_dir=tmp_path).by_view == {"AP": first.scores}
     toy.register_to_config(settings={**TEN_STEPS, "noise_level": 200})
     assert cached_scores(toy, dataset, "phantoms", cache_dir=tmp_path).call["noise_level"] == 200
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".png", ".npz")], "no image is stored"

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 
 from cxr_diffusers import GradCAMPipeline
@@ -28,7 +29,13 @@ from cxr_diffusers.inference.panels import (
     in_model_greys,
     panel_size,
 )
-from cxr_diffusers.inference.reference_scores import SCORES_FILE, ReferenceScores, keep_scores, kept_scores
+from cxr_diffusers.inference.reference_scores import (
+    SCORES_FILE,
+    ReferenceScores,
+    keep_scores,
+    kept_scores,
+    reference_scores,
+)
 from cxr_diffusers.inference.thresholds import describe_threshold
 from cxr_diffusers.pipelines.cxr_images import restore_map
 from helpers import FEW_STEPS, run_detect, toy_resnet, write_dicom
@@ -110,6 +117,15 @@ def test_a_second_run_computes_only_new_or_changed_files(pipeline, folder, tmp_p
     assert {Path(now[name]["image"]).name for name in changed} == {"a.png", "a.bmp"}
 
 
+@pytest.mark.parametrize("names", [("b", "b_crisp"), ("b_crisp", "b")])
+def test_the_crisp_counterfactual_of_one_image_is_not_the_file_of_another(pipeline, tmp_path, names):
+    for i, name in enumerate(names):
+        make_image(i).save(tmp_path / f"{name}.png")
+        run_detect(pipeline, [tmp_path / f"{name}.png"], tmp_path / "out", save_counterfactual=True)
+    assert len(table(tmp_path / "out")) == 2
+    assert len(list((tmp_path / "out" / "counterfactuals").iterdir())) == 4
+
+
 def test_results_of_two_folders_are_in_one_table(pipeline, folder, tmp_path):
     out = tmp_path / "out"
     run_detect(pipeline, [folder / "a.png"], out)
@@ -134,6 +150,16 @@ def test_a_file_that_became_unreadable_loses_its_row(pipeline, folder, tmp_path)
     (folder / "a.png").write_bytes(b"not an image")
     assert list(run_detect(pipeline, [folder / "a.png"], tmp_path)["failed"]) == [str(folder / "a.png")]
     assert not (tmp_path / "results.csv").exists() and not times(tmp_path)
+
+
+def test_nothing_is_left_of_the_image_that_an_unreadable_file_was_before(pipeline, folder, tmp_path):
+    options = dict(save_masks=True, save_counterfactual=True, save_trajectory=True, save_boxes="coco", threshold=0.07)
+    run_detect(pipeline, [folder / "a.png"], tmp_path / "out", **options)
+    out = tmp_path / "out"
+    assert len([path for path in out.rglob("a*") if path.is_file()]) == 7 and (out / "boxes.json").is_file()
+    (folder / "a.png").write_bytes(b"not an image")
+    run_detect(pipeline, [folder / "a.png"], out, **options)
+    assert {path.name for path in out.rglob("*") if path.is_file()} == {"settings.json", "failed.csv"}
 
 
 def test_results_of_other_settings_are_not_mixed(pipeline, folder, tmp_path):
@@ -414,6 +440,14 @@ def test_results_give_the_rank_among_the_models_healthy_scores(pipeline, folder,
     assert list(row)[:6] == ["image", "name", "healthy_percentile", "p_value", "healthy_images", "anomaly_score"]
     detect(model, [folder / "a.png"], tmp_path / "other", call_kwargs={**FEW_STEPS, "noise_level": 200}, progress=False)
     assert table(tmp_path / "other")["a"]["p_value"] == ""  # other settings: other scores
+
+
+def test_scores_that_the_stored_digits_cannot_tell_apart_are_equal(pipeline):
+    """A classifier may give most healthy images a probability below the last digit."""
+    dataset = Dataset.from_dict({"view": ["PA"] * 4})
+    reference = reference_scores(pipeline, dataset, "healthy", [1e-7, 3e-7, 4e-7, 0.2])
+    assert reference.share_below(2e-7) == (0, 4) and reference.p_value(2e-7) == 1
+    assert reference.share_below(0.2 + 1e-8, "PA") == (3, 4) and reference.share_below(0.21) == (4, 4)
 
 
 def test_a_headline_gives_the_rank_and_the_p_value_before_the_score():

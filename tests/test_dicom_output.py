@@ -11,10 +11,12 @@ import pytest
 from PIL import Image
 from pydicom import Dataset
 
+from cxr_diffusers import GradCAMPipeline
 from cxr_diffusers.cli import main
 from cxr_diffusers.data.images import read_header, read_image
 from cxr_diffusers.files import load_map
 from cxr_diffusers.inference import detection
+from cxr_diffusers.inference.detection import detect
 from cxr_diffusers.inference.dicom_output import (
     ENDINGS,
     Algorithm,
@@ -24,7 +26,7 @@ from cxr_diffusers.inference.dicom_output import (
     make_segmentation,
     write_objects,
 )
-from helpers import FEW_STEPS, run_detect, write_source
+from helpers import FEW_STEPS, run_detect, toy_resnet, write_source
 
 ALGORITHM = Algorithm("CFGAnomalyPipeline", "toy", "0123456789abcdef", 0.05)
 THRESHOLD = 0.05
@@ -94,6 +96,21 @@ def test_the_capture_is_the_panel_under_a_banner_and_without_the_files_name(dete
     renamed = pydicom.dcmread(tmp_path / "other" / "dicom" / "x_overlay.dcm").pixel_array
     np.testing.assert_array_equal(renamed, pixels)
     assert (np.asarray(Image.open(tmp_path / "other" / "x.png")) != strip).any()
+
+
+def test_the_capture_of_a_method_without_counterfactual_does_not_name_one(tmp_path):
+    source = pydicom.dcmread(write_source(tmp_path / "a.dcm"))
+    for has_counterfactual, panels in (
+        (True, "input, counterfactual and anomaly map"),
+        (False, "input and anomaly map"),
+    ):
+        algorithm = Algorithm(**{**vars(ALGORITHM), "has_counterfactual": has_counterfactual})
+        capture = make_capture(source, Image.new("RGB", (60, 30)), algorithm)
+        assert capture.DerivationDescription.startswith(f"{panels} side by side.")
+    classifier = GradCAMPipeline(toy_resnet(), sample_size=16, class_names=["healthy", "ill"], map_threshold=0.01)
+    detect(classifier, [tmp_path / "a.dcm"], tmp_path / "out", dicom=True, progress=False)
+    capture = pydicom.dcmread(tmp_path / "out" / "dicom" / "a_overlay.dcm")
+    assert capture.DerivationDescription.startswith("input and anomaly map side by side.")
 
 
 def test_the_presentation_state_outlines_the_region_on_its_source(detected):

@@ -576,6 +576,8 @@ def test_similarity_is_measured_outside_the_true_region():
         (lambda d: dict(dataset=d, resolution=True), "as `resolution`, got True"),
         (lambda d: dict(dataset=d, resolution=24.5), "as `resolution`, got 24.5"),
         (lambda d: dict(dataset=[{**r, "height": 1} for r in d], strata=("height",)), r"strata.*got \['height'\]"),
+        (lambda d: dict(dataset=d, strata=("label",)), r"strata.*got \['label'\]"),
+        (lambda d: dict(dataset=[{**r, "part": "chest"} for r in d], strata=("part",)), r"strata.*got \['part'\]"),
         (lambda d: dict(dataset=d, healthy=d), r"label 0.*got labels \[1\]"),
         (
             lambda d: dict(dataset=[{**d[0], "image": Image.new("L", (32, 32), 7)}]),
@@ -584,6 +586,10 @@ def test_similarity_is_measured_outside_the_true_region():
         (
             lambda d: dict(dataset=[{**d[0], "mask": Image.new("L", (9, 9))}]),
             r"image's size \(32, 32\), got \(9, 9\)",
+        ),
+        (
+            lambda d: dict(dataset=[{**d[0], "mask": d[0]["mask"].point(lambda v: v // 255)}]),
+            "expected a mask of 0 and 255, got one of 0 and 1: spot/0.png",
         ),
     ],
 )
@@ -608,3 +614,85 @@ def test_image_metrics_need_no_true_region():
     result = quick(BrightSpots(), dataset)
     assert result.summary["n_with_region"] == 0 and value(result, "method", "image_auroc") == 1
     assert "pixel_ap" not in result.summary["rows"]["method"] and "| method |" in summary_table(result)
+
+
+@pytest.mark.parametrize("label", [{"label": 0}, {"label": -1}, {}])
+def test_healthy_images_are_healthy_with_or_without_a_label(label):
+    dataset, healthy = spot_rows(3), [{"image": row["image"], **label} for row in spot_rows(4, spot=False)]
+    result = quick(BrightSpots(), dataset, healthy=healthy)
+    assert value(result, "method", "image_auroc") == 1
+    assert set(result.per_image.label[result.per_image.part == "healthy"]) == {0}
+
+
+def test_images_without_path_and_patient_are_patients_of_their_own_in_both_parts():
+    flat = {"image": Image.new("L", (32, 32), 7)}
+    dataset, healthy = (
+        [{k: row[k] for k in ("image", "label", "mask")} for row in spot_rows(4, spot)] + [flat]
+        for spot in (True, False)
+    )
+    summary = quick(BrightSpots(), dataset, healthy=healthy).summary
+    assert summary["n_patients"] == summary["n_healthy_patients"] == 4 and summary["n_patients_in_both"] == 0
+    assert summary["n_failed"] == 2 and set(summary["failed"]) == {"row 4", "healthy row 4"}
+
+
+def test_a_patients_number_may_be_zero_or_missing():
+    def patients(*numbers):
+        rows = [{**row, "patient": number} for row, number in zip(spot_rows(len(numbers)), numbers, strict=True)]
+        return quick(BrightSpots(), rows).summary["n_patients"]
+
+    assert patients(0, 0, 0, 1) == patients("0", 0, "0", 1) == 2
+    assert patients(float("nan"), float("nan"), None, "", "a") == 5
+
+
+def test_a_stratum_of_one_patient_has_no_interval():
+    dataset = [{**row, "sex": "F" if row["patient"] == "p0" else "M"} for row in spot_rows(8)]
+    strata = quick(BrightSpots(inverted=True), dataset, strata=("sex",)).summary["strata"]
+    assert strata["sex = F"]["n_patients"] == 1 and strata["sex = M"]["n_patients"] == 3
+    for name, undefined in (("sex = F", True), ("sex = M", False)):
+        for part, row in (("rows", "method"), ("differences", "method - centre prior")):
+            interval = strata[name][part][row]["best_dice"]
+            assert np.isfinite(interval["value"]) and np.isnan(interval["low"]) == undefined, (name, part)
+
+
+def test_a_rate_over_one_patient_has_no_interval():
+    dataset = spot_rows(2) + spot_rows(4, spot=False)
+    rows = quick(BrightSpots(), dataset, healthy=spot_rows(6, spot=False)[4:]).summary["rows"]["method"]
+    assert rows["image_sensitivity"]["value"] == 1 and np.isnan(rows["image_sensitivity"]["low"])
+    assert np.isfinite(rows["image_specificity"]["low"])
+
+
+def test_the_threshold_of_unsmoothed_maps_is_not_that_of_smoothed_ones(pipeline):
+    stored = CFGAnomalyPipeline(**pipeline.components, map_threshold=0.25, settings=FAST)
+    for smoothing, threshold in ((0.0, 0.25), (0.05, None)):
+        result = quick(stored, spot_rows(2), smoothing=smoothing)
+        assert result.summary["settings"]["threshold"]["method"] == threshold
+
+
+def test_what_a_crop_cuts_away_does_not_count_as_preserved():
+    class Half(BrightSpots):
+        """Sees the centre square, and makes it darker."""
+
+        config = {"aspect": "crop"}
+
+        def __call__(self, image, output_type="np"):
+            array = prepare_image(image, 32, scaling="dtype", aspect="crop", data_range=(0, 1)).permute(0, 2, 3, 1)
+            array = array.numpy()
+            return AnomalyOutput(array, array - 0.05, array[..., 0], array.max((1, 2, 3)))
+
+    dataset = [{**row, "mask": None} for row in spot_rows(3, height=64, width=32)]
+    table = quick(Half(), dataset).per_image
+    assert table.psnr_outside.tolist() == pytest.approx([-20 * np.log10(0.05)] * 3, abs=0.1)
+    whole = quick(Half(), [{**row, "mask": None} for row in spot_rows(3, height=32, width=32)]).per_image
+    assert table.ssim_outside.mean() == pytest.approx(whole.ssim_outside.mean(), abs=0.05)
+
+
+def test_an_image_that_is_kept_exactly_is_counted_as_without_psnr():
+    class Painter(BrightSpots):
+        def __call__(self, image, output_type="np"):
+            output = super().__call__(image)
+            changed = output.image.copy()
+            changed[0] = 0.5 * changed[0]
+            return AnomalyOutput(output.image, changed, output.anomaly_map, output.anomaly_score)
+
+    result = quick(Painter(), spot_rows(4), batch_size=4)
+    assert np.isinf(result.per_image.psnr_outside).sum() == result.summary["undefined"]["psnr_outside"] == 3

@@ -219,12 +219,23 @@ def test_a_card_written_while_a_run_saves_has_the_name_of_the_run(pipeline, tmp_
 
 def test_a_card_of_a_run_names_no_file_or_folder_of_this_machine():
     data = {"name": "table", "csv": "val.csv", "root": "images", "gates": {"path": "x"}, "holdout": ["/home/a/b.txt"]}
-    train = SimpleNamespace(max_steps=5, batch_size=2, seed=0)
+    train = SimpleNamespace(max_steps=5, batch_size=2, seed=0, init_from=None)
     recipe = SimpleNamespace(train=train, data={**data, "classes": ["healthy", "mass"], "size": 64})
     text = describe_training(recipe, 64, 7)
     assert text.startswith("7 images (name=table, classes=['healthy', 'mass'], size=64), 64 x 64 pixels;")
     recipe.data = {"name": "hub", "path": "me/phantoms"}
     assert "(name=hub, path=me/phantoms)" in describe_training(recipe, 64, 7)
+
+
+@pytest.mark.parametrize(
+    ("init_from", "words"),
+    [("cxr_cfg_128", "cxr_cfg_128"), ("me/model", "me/model"), ("/home/a/b", "another model"), ("runs/a", "another")],
+)
+def test_a_card_of_a_run_says_that_it_started_from_another_model(init_from, words):
+    train = SimpleNamespace(max_steps=5, batch_size=2, seed=0, init_from=init_from, gradient_accumulation_steps=4)
+    text = describe_training(SimpleNamespace(train=train, data={"name": "phantom"}), 64, 7)
+    assert f"started from the weights of {words}" in text and "home" not in text and "runs" not in text
+    assert "up to 5 steps of batch 4 x 2 per process" in text
 
 
 def test_a_card_without_figures_claims_none(folder):

@@ -15,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from cxr_diffusers import load_folder, load_hub, load_phantom, publish_dataset
 from cxr_diffusers.cli import build_parser, main
 from cxr_diffusers.data.hub import check_columns
+from cxr_diffusers.data.images import decode_image
 from cxr_diffusers.hub.datasets import (
     agreement_of,
     card,
@@ -309,6 +310,16 @@ def test_an_image_that_exif_turns_is_stored_turned(suffix):
     after = Image.open(io.BytesIO(strip_metadata(content)))
     assert after.size == (8, 12) and after.getexif().get(0x0112, 1) == 1
     np.testing.assert_array_equal(after, ImageOps.exif_transpose(Image.open(io.BytesIO(content))))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_tiff_whose_zero_is_white_is_not_published_as_a_negative(dtype):
+    dark_to_bright = np.arange(96, dtype=dtype).reshape(8, 12) * (np.iinfo(dtype).max // 96)
+    with io.BytesIO() as buffer:
+        Image.fromarray(dark_to_bright).save(buffer, "tiff", tiffinfo={262: 0})
+        content = buffer.getvalue()
+    published = Image.open(io.BytesIO(strip_metadata(content)))
+    np.testing.assert_array_equal(published, decode_image(content))
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "progressive.jpg", "tif"])

@@ -6,6 +6,7 @@ import PIL.ImageOps
 import pydicom
 import pytest
 from pydicom.uid import JPEGLSLossless
+from scipy import ndimage
 
 from cxr_diffusers.data.images import (
     dicom_header,
@@ -17,6 +18,7 @@ from cxr_diffusers.data.images import (
     list_images,
     read_image,
 )
+from cxr_diffusers.data.run_lengths import mask_image
 from cxr_diffusers.pipelines.cxr_images import prepare_image
 from helpers import write_dicom
 
@@ -204,6 +206,18 @@ def test_a_box_that_the_crop_removes_is_left_out():
 
 def test_masks_of_zero_and_one_count_as_masks():
     assert set(np.unique(np.asarray(fit_mask(PIL.Image.fromarray(np.eye(8, dtype=np.uint8)), 8)))) == {0, 255}
+
+
+@pytest.mark.parametrize("aspect", ["pad", "squash"])
+def test_a_region_that_is_smaller_than_a_pixel_of_the_copy_is_kept(aspect):
+    mask = np.zeros((300, 600), np.uint8)
+    mask[101:105, 401:405] = mask[150:200, 100:200] = 1
+    small = np.asarray(fit_mask(PIL.Image.fromarray(mask), 30, aspect)) > 0
+    assert ndimage.label(small)[1] == 2
+    [box] = fit_boxes([[401, 101, 4, 4]], 600, 300, 30, aspect)
+    assert small[int(box[1] + box[3] / 2), int(box[0] + box[2] / 2)]
+    assert ndimage.label(np.asarray(mask_image(mask > 0, (60, 30), "row")))[1] == 2
+    assert not np.asarray(mask_image(mask > 1, (60, 30), "row")).any()
 
 
 def test_equalize_follows_its_formula():

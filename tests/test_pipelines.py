@@ -380,6 +380,17 @@ def test_bars_are_as_dark_as_the_darkest_pixel():
     assert (x[0, 0, :4] == -1).all() and (x[0, 0, 12:] == -1).all() and x.max() == 1
 
 
+@pytest.mark.parametrize("scaling", ["minmax", "dtype"])
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_deep_images_keep_their_greys_in_a_model_of_three_channels(mode, scaling):
+    ramp = np.linspace(0, 1, 32 * 32, dtype=np.float32).reshape(32, 32)
+    deep = Image.fromarray(ramp if mode == "F" else (ramp * 65535).astype(np.uint16 if mode == "I;16" else np.int32))
+    assert deep.mode == mode
+    one, three = (prepare_image(deep, 32, scaling, num_channels=n) for n in (1, 3))
+    assert three.shape == (1, 3, 32, 32)
+    assert (three == one).all()
+
+
 def test_shrinking_is_the_mean_of_the_area():
     array = np.random.default_rng(0).integers(0, 256, (64, 64)).astype(np.uint8)
     expected = array.reshape(16, 4, 16, 4).mean((1, 3)) / 255
@@ -409,6 +420,16 @@ def test_an_image_is_the_same_in_all_types():
         x = prepare_image(same, 16, scaling=scaling)
         assert len(x) == len(same)
         assert (x - x[:1]).abs().max() < 1e-5
+
+
+def test_integers_beyond_16_bits_are_refused_where_they_would_be_white():
+    deep = np.linspace(0, 1_000_000, 32 * 32).reshape(32, 32).astype(np.int32)
+    for image in (deep, Image.fromarray(deep), torch.from_numpy(deep)):
+        with pytest.raises(
+            ValueError, match="integer images from 0 to 65535, got 0 to 1000000: use `scaling='minmax'`"
+        ):
+            prepare_image(image, 32, scaling="dtype")
+        assert prepare_image(image, 32, scaling="minmax").mean() == pytest.approx(0, abs=0.01)
 
 
 def test_minmax_removes_the_exposure_and_dtype_keeps_it():

@@ -14,7 +14,7 @@ import PIL.Image
 import pytest
 
 from cxr_diffusers.cli import main
-from cxr_diffusers.data import list_images, preparation, prepare, read_image
+from cxr_diffusers.data import list_images, load_folder, preparation, prepare, read_image
 from cxr_diffusers.files import remove_dead, write
 from helpers import save_image, write_chexpert
 
@@ -70,6 +70,39 @@ def test_a_changed_source_is_copied_anew(tmp_path):
     assert not (tmp_path / "out" / "a.png").exists(), "the copy of an image that is no more"
 
 
+def test_copies_of_sources_that_are_no_longer_there_are_deleted(tmp_path):
+    source, copy = tmp_path / "in", tmp_path / "out"
+    for name in ("healthy/a.png", "healthy/ä.png", "diseased/b.png", "diseased/b_mask.png"):
+        save_image(source / name)
+    (source / "diseased" / "b.txt").write_text("1 1 5 5\n")
+    (source / "boxes.csv").write_text("file,x,y,w,h\ndiseased/b.png,2,2,3,3\n")
+    prepare(source, copy, size=16)
+    (source / "healthy" / "a.png").rename(source / "diseased" / "a.png")  # its label was wrong
+    for name in ("healthy/ä.png", "diseased/b_mask.png", "diseased/b.txt", "boxes.csv"):
+        (source / name).unlink()
+    prepare(source, copy, size=16)
+    ours, theirs = load_folder(copy), load_folder(source)
+    assert ours["label"][:] == theirs["label"][:] == [1, 1]
+    assert ours.column_names == theirs.column_names, "boxes or masks of the older copy are still there"
+
+
+def test_copies_are_not_deleted_for_another_data_set(tmp_path):
+    for name in ("one/healthy/a.png", "two/diseased/b.png"):
+        save_image(tmp_path / name)
+    prepare(tmp_path / "one", tmp_path / "out", size=16)
+    with pytest.raises(ValueError, match="expected the data set that the 1 copies in .*out were made of, got one that none"):
+        prepare(tmp_path / "two", tmp_path / "out", size=16)
+    assert (tmp_path / "out" / "healthy" / "a.png").is_file() and not (tmp_path / "out" / "diseased").exists()
+
+
+def test_a_copy_that_is_made_anew_in_another_format_is_there_once(tmp_path):
+    save_image(tmp_path / "in" / "diseased" / "a.png")
+    (tmp_path / "in" / "diseased" / "a.txt").write_text("1 1 5 5\n")
+    prepare(tmp_path / "in", tmp_path / "out", size=16)
+    prepare(tmp_path / "in", tmp_path / "out", size=8, image_format="jpg", overwrite=True)
+    assert [row["image"].size for row in load_folder(tmp_path / "out")] == [(8, 8)]
+
+
 def test_a_source_that_changes_while_it_is_read_is_copied_anew_the_next_time(tmp_path, monkeypatch):
     source = save_image(tmp_path / "in" / "a.png", 50)
 
@@ -89,7 +122,7 @@ def test_a_list_of_sources_that_a_crash_cut_off_costs_only_time(tmp_path):
     for name in "abc":
         save_image(tmp_path / "in" / f"{name}.png", 50)
     prepare(tmp_path / "in", tmp_path / "out", size=16)
-    stamps = tmp_path / "out" / preparation.STAMPS
+    stamps = tmp_path / "out" / "prepare_sources.jsonl"
     stamps.write_text(stamps.read_text()[:-5] + '\n{"a": 1}\n[[1], 2]\n\x00')
     summary = prepare(tmp_path / "in", tmp_path / "out", size=16)
     assert (summary["written"], summary["kept"]) == (1, 2)

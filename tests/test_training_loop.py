@@ -142,3 +142,38 @@ def test_the_precision_of_the_recipe_takes_precedence_over_the_launcher(tmp_path
     AcceleratorState._reset_state(True)
     assert same == straight and rounded != straight
     assert rounded[1]["loss"] == pytest.approx(straight[1]["loss"], rel=0.05)
+
+
+# rank 1's clock runs twice as fast as rank 0's
+CLOCKS = """if True:
+    import itertools, os, socket, sys, types
+    import torch
+    from cxr_diffusers.training import run
+    from helpers import train_toy
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE="2")
+    children = []
+    for rank in (0, 1):
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+        if not (child := os.fork()):
+            looks = itertools.count(1)
+            run.time = types.SimpleNamespace(monotonic=lambda: next(looks) * (0.1 + 0.1 * rank))
+            end, path = run.Run.end, f"{sys.argv[1]}/{rank}.pt"
+            run.Run.end = lambda self: (torch.save(self.model.module.state_dict(), path), end(self))
+            train_toy(sys.argv[1], 10_000, max_seconds=6.0, lr_scheduler="linear", batch_size=2, save_every=10_000)
+            os._exit(0)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+"""
+
+
+def test_the_clock_of_one_process_gives_all_the_learning_rate(tmp_path):
+    tests = Path(__file__).parent
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tests.parent}:{tests}"}
+    done = subprocess.run(
+        [sys.executable, "-c", CLOCKS, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert_same(*(torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)))

@@ -10,14 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import DatasetDict
 from safetensors.torch import load_file
 
-from cxr_diffusers import CFGAnomalyPipeline, DiffPIRDeblurPipeline, FixedPointGANPipeline, load_phantom
+from cxr_diffusers import CFGAnomalyPipeline, DiffPIRDeblurPipeline, FixedPointGANPipeline, load_hub, load_phantom
 from cxr_diffusers.cli import main
 from cxr_diffusers.config import CONFIGS
 from cxr_diffusers.training import script
+from cxr_diffusers.training.datasets import open_data, open_validation, patients_of
 from cxr_diffusers.training.recipe import RECIPE_TYPES, load_recipe
 from cxr_diffusers.training.script import PROGRAMS, load_program, run_program
+from helpers import save_image
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["data.n=24", "train.batch_size=4", "train.validation_images=2", "unet.block_out_channels=[8, 16, 16]"]
@@ -176,6 +179,42 @@ def test_a_setting_of_another_kind_of_training_is_refused(script, override):
     recipe = {"train_lung_segmenter": "cxr_lung_segmenter_64"}.get(script, f"phantom_{script[6:]}_32")
     with pytest.raises(ValueError, match="unknown key '(p_uncond|validation|snr_gamma|vlb_weight|compile)"):
         load_recipe(recipe, ["data.root=here", override] if "lung" in recipe else [override])
+
+
+@pytest.mark.parametrize("script", ["train_cfg", "train_fixed_point_gan", "train_classifier"])
+def test_a_class_that_no_image_has_is_refused(tmp_path, script):
+    for name in ("healthy/0.png", "healthy/1.png", "diseased/2.png", "diseased/3.png"):
+        save_image(tmp_path / "in" / name)
+    data = ["data.name=folder", f"data.root={tmp_path / 'in'}", "data.classes=[healthy, fracture, diseased]"]
+    with pytest.raises(ValueError, match="data: expected images of each class of .*, got none of fracture"):
+        load_program(script).main([*data, f"train.output_dir={tmp_path / 'run'}"])
+
+
+def test_patients_that_are_trained_on_and_validated_with_are_counted(capsys):
+    recipe = load_recipe("phantom_cfg_32", ["data.n=24"])
+    open_validation(recipe, open_data(recipe)[0])
+    assert "too good" not in capsys.readouterr().err
+    recipe = load_recipe("phantom_cfg_32", ["data.n=24", "validation.seed=0", "validation.n=8"])
+    open_validation(recipe, open_data(recipe)[0])
+    assert "8 of 8 patients of the validation images are among the training images" in capsys.readouterr().err
+
+
+def test_rows_that_are_numbered_in_place_of_patients_are_not_taken_for_the_same(tmp_path):
+    rows = load_phantom(n=4, seed=0, size=16).remove_columns(["patient", "path"])
+    DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "saved")
+    train, test = (load_hub(tmp_path / "saved", split=split) for split in ("train", "test"))
+    assert train["patient"][:] == test["patient"][:]
+    assert not patients_of(train) & patients_of(test) and len(patients_of(train) & patients_of(train)) == 4
+
+
+def test_a_class_that_no_image_of_a_view_has_is_refused(tmp_path):
+    rows = [("a", "healthy", "PA"), ("b", "diseased", "PA"), ("c", "healthy", "AP")]
+    for name, _, _ in rows:
+        save_image(tmp_path / f"{name}.png")
+    (tmp_path / "t.csv").write_text("file,label,view\n" + "".join(f"{a}.png,{b},{c}\n" for a, b, c in rows))
+    data = ["data.name=table", f"data.csv={tmp_path / 't.csv'}", "data.view=view", "conditions.views=[PA, AP]"]
+    with pytest.raises(ValueError, match="expected images of each class in each view, got none of diseased, AP"):
+        load_program("train_cfg").main([*data, f"train.output_dir={tmp_path / 'run'}"])
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,15 @@ def test_a_map_of_another_size_is_refused(image):
         overlay(image, np.zeros((48, 40)))
 
 
+def test_a_true_region_of_another_size_is_refused(image, anomaly_map):
+    turned = np.zeros((48, 40), bool)
+    turned[5:9, 5:9] = True
+    with pytest.raises(ValueError, match=r"true region of the image's size \(40, 48\), got \(48, 40\)"):
+        side_by_side(image, None, anomaly_map, mask=turned)
+    with pytest.raises(ValueError, match=r"\(40, 48\), got \(48, 40\)"):
+        contact_sheet([{"image": image, "mask": turned, "maps": {"a": anomaly_map}}], ["a"])
+
+
 def test_the_true_region_is_drawn_if_it_is_given(image, anomaly_map):
     plain = side_by_side(image, image, anomaly_map, vmax=0.2)
     outlined = side_by_side(image, image, anomaly_map, vmax=0.2, mask=anomaly_map > 0)

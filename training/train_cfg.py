@@ -41,6 +41,9 @@ def main(arguments: Sequence[str]) -> None:
     for i, view in enumerate(views):
         if not ((images.views == i) & (images.labels >= 0)).any():
             raise ValueError(f"conditions: expected labelled images of the views {views}, got none of {view!r}")
+        for k, name in enumerate(class_names):
+            if not config.init_from and not ((images.views == i) & (images.labels == k)).any():
+                raise ValueError(f"conditions: expected images of each class in each view, got none of {name}, {view}")
     validation_rows = diseased_rows(recipe, dataset, unlabelled=True)
     conditions = Conditions(len(class_names), tuple(views))
 

@@ -47,7 +47,7 @@ DEFAULT_RECIPE = Path(__file__).parent.parent / "configs" / "phantom_classifier_
 def main(arguments: Sequence[str]) -> None:
     recipe = parse_command_line(arguments, DEFAULT_RECIPE, ClassifierRecipe)
     dataset, class_names = open_data(recipe)
-    held_out = open_validation(recipe)
+    held_out = open_validation(recipe, dataset)
     if min(dataset["label"][:]) < 0 or len(set(held_out["label"][:])) < 2:
         raise ValueError(f"expected a label for every image and more than one class to tell apart, got {recipe.data}")
     with seeded(recipe.train.seed):

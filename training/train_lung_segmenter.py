@@ -39,8 +39,9 @@ def main(arguments: Sequence[str]) -> None:
         model.load_state_dict(LungSegmenter.from_pretrained(recipe.train.init_from).state_dict())
     size = model.config.sample_size
     with section("data, images"):
-        images = LungImages(build_dataset(**recipe.data), OVERSAMPLING * size, **recipe.images)
-    held_out = open_validation(recipe)
+        dataset = build_dataset(**recipe.data)
+        images = LungImages(dataset, OVERSAMPLING * size, **recipe.images)
+    held_out = open_validation(recipe, dataset)
     with section("validation, images"):
         held_out = LungImages(held_out, OVERSAMPLING * size, **recipe.images)
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import PIL.Image
+import PIL.TiffImagePlugin
 
 from .dicom import integer, is_dicom, read_header
 from .images import FORMATS, ORIENTATION, PIL_SUFFIXES, read_image
@@ -34,6 +35,13 @@ def check_box(box: Iterable[Any], where: object) -> list[float]:
     return values
 
 
+def check_in_pixels(boxes: Sequence[Sequence[float]], where: object) -> None:
+    """ValueError naming `where` if all of some boxes lie in the first pixel: they are shares of an image's sides."""
+    if len(boxes) and max(max(x + w, y + h) for x, y, w, h in boxes) <= 1:
+        got = ", ".join(f"{n:g}" for n in boxes[0])
+        raise ValueError(f"{where}: expected boxes x, y, w, h in pixels, got [{got}]: shares of the image's sides?")
+
+
 def parse_boxes(text: object, where: object) -> list[list[float]]:
     """ "x y w h" a line (or separated by ";"), in pixels -> [[x, y, w, h]]; ValueError naming `where`."""
     boxes = []
@@ -43,6 +51,7 @@ def parse_boxes(text: object, where: object) -> list[list[float]]:
             raise ValueError(f"{where}: expected boxes as `x y w h` in pixels, one a line, got {brief(line)}")
         if cells:
             boxes.append(check_box(cells, f"{where} (`x y w h`)"))
+    check_in_pixels(boxes, where)
     return boxes
 
 
@@ -52,7 +61,7 @@ def read_boxes(path: Path | str) -> list[tuple[str, str, list[float], tuple[floa
     `unit` is (width, height) of the image that a box was drawn on, if the table says so (`UNITS`), else None.
 
     Raises:
-        ValueError: a missing column, or a row with an invalid box.
+        ValueError: a missing column, a row with an invalid box, or boxes that do not count in pixels.
     """
     table = read_csv(path, COLUMNS)
     units = units_of(table, path)
@@ -60,6 +69,7 @@ def read_boxes(path: Path | str) -> list[tuple[str, str, list[float], tuple[floa
     for (line, row), unit in zip(table.iterrows(), units, strict=True):
         where = f"{path}, line {line}"
         rows.append((where, row["file"], check_box([row[name] for name in "xywh"], where), unit))
+    check_in_pixels([box for _, _, box, unit in rows if unit is None or max(unit) > 1], path)
     return rows
 
 
@@ -125,7 +135,10 @@ def image_size(path: Path) -> tuple[int, int]:
             PIL.Image.init()
             with PIL.Image.open(path, formats=FORMATS) as image:
                 turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
-                return image.size[::-1] if turned else image.size
+                size = image.size
+                if isinstance(image, PIL.TiffImagePlugin.TiffImageFile):  # whose `size` may be turned already
+                    size = image.tag_v2[256], image.tag_v2[257]
+                return size[::-1] if turned else size
         if suffix != ".npy" and is_dicom(path):
             header = read_header(path)
             return integer(header, "Columns"), integer(header, "Rows")

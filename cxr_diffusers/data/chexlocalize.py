@@ -12,7 +12,7 @@ import PIL.Image
 from tqdm.auto import tqdm
 
 from .boxes import image_size
-from .images import list_images, read_image, to_grey
+from .images import list_images, read_image, to_grey, with_lost_regions
 from .limits import check_pixel_count
 from .rows import png_cell, to_dataset
 from .tables import brief
@@ -80,9 +80,9 @@ def load_chexlocalize(
         if size is not None:
             row["image"] = shrink(to_grey(read_image(path)), size)
         if mask is not None:
-            small = shrink(PIL.Image.fromarray(mask.astype(np.uint8) * 255), size)
+            small = np.asarray(shrink(PIL.Image.fromarray(mask.astype(np.uint8) * 255), size)) > 127
             # encoded immediately: hundreds of masks of six million pixels are gigabytes
-            row["mask"] = png_cell(small.point(lambda value: 255 * (value > 127)))
+            row["mask"] = png_cell(PIL.Image.fromarray(with_lost_regions(small, mask).astype(np.uint8) * 255))
         rows.append(row)
     return to_dataset(rows, ["healthy", "abnormal" if len(tasks) != 1 else tasks[0].lower()])
 

@@ -63,7 +63,8 @@ def load_chexpert(
 ) -> Dataset:
     """CheXpert -> data set with labels 0 healthy, 1.. `classes`, and with `other` a last class "other finding".
 
-    Healthy is `No Finding` = 1; a named disease = 1 wins over it, the first named over the second. Blank is 0.
+    Healthy is `No Finding` = 1 where no finding is 1: a row that contradicts itself is one of that finding. Of several
+    named diseases the first named counts. Blank is 0.
 
     Args:
         root: the downloaded folder (CheXpert-v1.0, CheXpert-v1.0-small, the four "batch" folders, a copy made by
@@ -131,7 +132,7 @@ def label_rows(
         # not healthy, and no column says why: the finding has none (emphysema, fibrosis, hernia)
         unnamed = ~positive.any(axis=1) & ~(table[findings] == -1).any(axis=1) & ~devices
         label[positive.any(axis=1) | unnamed] = len(classes) + 1
-    label[table[NO_FINDING] == 1] = 0
+    label[(table[NO_FINDING] == 1) & ~positive.any(axis=1)] = 0
     for i, name in reversed(list(enumerate(classes, start=1))):
         label[positive[name]] = i
     if uncertain == "ignore":

@@ -1,15 +1,17 @@
 """Plans of copies of data sets: the images, and the tables, lists, boxes and masks that belong to them."""
 
 import itertools
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
 
-from ..files import copy_file, write_csv, write_text
+from ..files import copy_file, stamp_of, write_csv, write_text
 from . import chexpert, nih, vindr
 from .boxes import UNITS, image_size, read_boxes, to_pixels, units_of
 from .folder import box_rows, images_and_masks, text_of
@@ -47,6 +49,84 @@ class CopyPlan:
             if outputs.setdefault(output, source) != source:
                 raise ValueError(f"{outputs[output]} and {source} would both become {output}: rename one")
         self.jobs, self.finish, self.skipped, self.stamps = jobs, finish, list(skipped), stamps
+
+
+class SourceJournal:
+    """Files `STEM*.jsonl` of a copy, whose lines say of which source each output was made: `[output, [size, time]]`.
+
+    Each process has a file of its own: on a network file system two writers could overwrite each other's lines. The
+    latest line of an output counts.
+
+    Args:
+        folder: the copy.
+        stem: begin of the names of the files.
+    """
+
+    def __init__(self, folder: Path, stem: str) -> None:
+        self.folder, self.stem = folder, stem
+
+    def files(self) -> list[Path]:
+        """The files, the latest last."""
+        return sorted(self.folder.glob(f"{self.stem}*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
+
+    @cached_property
+    def lines(self) -> dict[str, str]:
+        """{begin of a line, with the output: its end, with the stamp of the source}, as they are at first."""
+        lines: dict[str, str] = {}
+        for path in self.files():
+            # compared as texts, which is quick, and a line that a crash cut short equals none
+            rows = (line.rpartition(", [") for line in path.read_text(errors="replace").splitlines())
+            lines |= {begin: end for begin, _, end in rows}
+        return lines
+
+    def outdated(self, jobs: Sequence[Job], stamps: Mapping[str, tuple[int, int]], there: Iterable[str]) -> list[int]:
+        """Numbers of the jobs without a copy, or whose source has another size or time than when it was copied.
+
+        Args:
+            stamps: {source: `files.stamp_of` it}, of some or all sources.
+            there: outputs that exist, some or all.
+        """
+        there, numbers = set(there), []
+        for i, (source, output, _) in enumerate(jobs):
+            begin, _, end = line_of(output, stamps.get(source) or stamp_of(source) or ()).rpartition(", [")
+            if self.lines.get(begin) != end or not (output in there or (self.folder / output).is_file()):
+                numbers.append(i)
+        return numbers
+
+    def remove_others(self, jobs: Sequence[Job]) -> int:
+        """Delete the copies of sources that are no longer there, or have another place; returns their number.
+
+        Raises:
+            ValueError: there are jobs, and none of them is for one of the copies: these are of another data set.
+        """
+        wanted = {output for _, output, _ in jobs}
+        stale, kept = [], 0
+        for begin in self.lines:
+            if begin[2:-1] in wanted:  # the usual case, quickly
+                kept += 1
+                continue
+            try:
+                output = json.loads(begin[1:])
+                if output in wanted:
+                    kept += 1
+                elif (self.folder / path_of(output, self.folder)).is_file():
+                    stale.append(self.folder / output)
+            except (ValueError, TypeError, OSError):  # a line that a crash cut short
+                continue
+        if jobs and stale and not kept:
+            raise ValueError(
+                f"expected the data set that the {len(stale)} copies in {self.folder} were made of, got one that none "
+                "of them belongs to: give another folder"
+            )
+        for path in stale:
+            path.unlink()
+            text_of(path).unlink(missing_ok=True)
+        return len(stale)
+
+
+def line_of(output: str, stamp: Sequence[int]) -> str:
+    """A line of a `SourceJournal`: an output, and the size and time of the source that it was made of."""
+    return f"[{json.dumps(output)}, {list(stamp)}]"
 
 
 def plan_copy(source_root: Path, output_root: Path, settings: Mapping[str, Any]) -> CopyPlan:
@@ -122,21 +202,21 @@ def _plan_chexpert(root, output_root, settings):
             copied |= {chexpert.key_of(path): (file, output) for path, file, output in rows if boxes and file in done}
             for labels in [*csv.parent.glob("*_fixed.json"), *csv.parent.glob("chexbert_labels/*_fixed.json")]:
                 copy_file(labels, output_root / labels.relative_to(csv.parent))
-        if boxes:
-            _write_boxes(boxes, chexpert.key_of, copied, output_root, output_root.name, settings)
+        _write_boxes(boxes, chexpert.key_of, copied, output_root, output_root.name, settings)
 
     return CopyPlan(list(jobs.values()), finish, skipped, stamps)
 
 
 def _write_boxes(source, key_of, copied, output_root, prefix, settings):
-    """Write boxes.csv of the copy, with all columns.
+    """Write boxes.csv of the copy, with all columns; an older one is deleted where there is no box.
 
     Args:
+        source: the table, or None.
         key_of: the path of a row (a text) -> key of `copied`.
         copied: {key: (source, output)} of the images in the copy.
     """
-    table, rows = read_csv(source), []
-    for (_, row), (where, file, box, unit) in zip(table.iterrows(), read_boxes(source), strict=True):
+    table, rows = read_csv(source) if source else pd.DataFrame(), []
+    for (_, row), (where, file, box, unit) in zip(table.iterrows(), read_boxes(source) if source else (), strict=True):
         key = key_of(str(path_of(file, where, absolute=True)))
         if key in copied:
             image, output = copied[key]
@@ -149,6 +229,8 @@ def _write_boxes(source, key_of, copied, output_root, prefix, settings):
                 rows.append(row.to_dict() | new | {k: round(v, 3) for k, v in zip("xywh", moved, strict=True)})
     if rows:
         write_csv(output_root / "boxes.csv", pd.DataFrame(rows))
+    else:
+        (output_root / "boxes.csv").unlink(missing_ok=True)
 
 
 def _plan_nih(root, output_root, settings):
@@ -173,6 +255,8 @@ def _plan_nih(root, output_root, settings):
             if (root / name).is_file():
                 stems = [Path(line).stem for line in (root / name).read_text(errors="surrogateescape").split()]
                 write_text(output_root / name, "".join(f"{names[stem]}\n" for stem in stems if stem in names))
+            else:
+                (output_root / name).unlink(missing_ok=True)
         lines = [nih.BOX_HEADER]
         for key, name in names.items():
             image = files[key]
@@ -182,6 +266,8 @@ def _plan_nih(root, output_root, settings):
                     lines.append(",".join(map(str, [name, finding, *moved])) + ",,,")
         if (root / nih.BOXES).is_file():
             write_text(output_root / nih.BOXES, "".join(f"{line}\n" for line in lines))
+        else:
+            (output_root / nih.BOXES).unlink(missing_ok=True)
 
     return CopyPlan([(file, new[key], False) for key, file in sources.items()], finish, skipped)
 
@@ -246,9 +332,11 @@ def _plan_folder(root, output_root, settings):
                 size = image_size(source)
                 own = [to_pixels(box, unit, size, source, where) for where, box, unit in boxes.get(source, [])]
                 lines = (" ".join(f"{n:g}" for n in box) + "\n" for box in _fit(own, size, settings))
-                write_text((output_root / output).with_suffix(".txt"), "".join(lines))
-        if (root / "boxes.csv").is_file():
-            _write_boxes(root / "boxes.csv", lambda path: str(root / path), copied, output_root, "", settings)
+                write_text(text_of(output_root / output), "".join(lines))
+            else:
+                text_of(output_root / output).unlink(missing_ok=True)
+        table = root / "boxes.csv" if (root / "boxes.csv").is_file() else None
+        _write_boxes(table, lambda path: str(root / path), copied, output_root, "", settings)
 
     return CopyPlan(jobs, finish, skipped if jobs else ())
 

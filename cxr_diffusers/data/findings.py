@@ -35,14 +35,14 @@ def class_id(findings: Iterable[str], classes: Sequence[str], *, healthy: bool, 
 
     Args:
         findings: names of all findings of the row.
-        healthy: whether the row is labelled as healthy; a named finding takes precedence.
+        healthy: whether the row is labelled as healthy; any finding takes precedence.
         other: whether a row with other findings only gets the class after the last of `classes`.
     """
     findings = set(findings)
     named = [i for i, name in enumerate(classes, start=1) if name in findings]
     if named:
         return named[0]
-    if healthy:
+    if healthy and not findings:
         return 0
     return len(classes) + 1 if other and findings else -1
 

@@ -25,7 +25,7 @@ def load_folder(
     Label: the class whose name a folder between `root` and the file (or `root` itself) has; case does not matter.
     Without class folders all images are unlabelled: label -1, which `datasets.ClassLabel` reads as "missing".
     Mask: NAME_mask.* beside the image, or NAME.* or NAME_mask.* in a folder masks/ with the same subfolders as `root`;
-    values above 0 are inside.
+    values above 0 are inside (of a JPEG, above half its maximum).
     Boxes: NAME.txt beside the image (one box "x y w h" in each line, in pixels), or boxes.csv in `root` (columns file,
     x, y, w, h, and image_w, image_h if the boxes are in pixels of an image of another size).
     Patient: DICOM's PatientID; else the first group of `patient_pattern`, searched in the path below `root`; else the
@@ -91,8 +91,8 @@ def load_table(
 
     Raises:
         FileNotFoundError: the CSV, or a file that it names (with its line).
-        ValueError: a missing column, an unknown class, a mask of another size, an invalid box, or a path with
-            "..".
+        ValueError: a missing column, an unknown class, a mask of another size, an invalid box, a second row of an
+            image, or a path with "..".
     """
     csv = Path(csv)
     if root and not csv.is_file():
@@ -110,10 +110,13 @@ def load_table(
     for name, value in where.items():
         values = [value] if isinstance(value, str) or not isinstance(value, Sequence) else value
         table = table[table[name].isin([str(each) for each in values])]
-    rows = []
+    rows: list[dict] = []
+    lines: dict[Path, int] = {}
     for index, row in zip(table.index, table.to_dict("records"), strict=True):
         place = f"{csv}, line {index}"
         file = existing_file(root, row[image], place)
+        if lines.setdefault(file, index) != index:
+            raise ValueError(f"{place}: expected one row an image, got {brief(row[image])} in line {lines[file]}, too")
         own_view = row[view].strip().upper() if view else ""
         rows.append(
             {

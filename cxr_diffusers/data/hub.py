@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from ..connection import cache_if_unreachable
-from .boxes import check_box
+from .boxes import check_box, check_in_pixels
 from .images import binary_mask, fit_boxes, fit_image, fit_mask, to_grey
 from .rows import BOXES, check_images, png_cell
 from .tables import missing_columns
@@ -97,10 +97,12 @@ def check_columns(features: datasets.Features, where: Path | str) -> None:
 
 
 def check_boxes(dataset: datasets.Dataset, where: object) -> None:
-    """Raise ValueError naming the first row with an invalid box."""
+    """Raise ValueError naming the first row with an invalid box, or for boxes that do not count in pixels."""
+    checked = []
     for i, boxes in enumerate(dataset["boxes"] if "boxes" in dataset.column_names else ()):
         for box in boxes or ():
-            check_box(box, f"{where}, row {i}")
+            checked.append(check_box(box, f"{where}, row {i}"))
+    check_in_pixels(checked, where)
 
 
 @contextmanager

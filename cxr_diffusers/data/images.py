@@ -241,13 +241,46 @@ def fit_image(image: PIL.Image.Image, size: int, aspect: str = "pad") -> PIL.Ima
         aspect: "pad" (adds bars of the darkest pixel value, which keeps the range of grey values), "crop" (the centre)
             or "squash" (changes the aspect ratio, as the preparation script of the original does).
     """
-    return _fit(image, size, aspect, PIL.Image.Resampling.BICUBIC, PIL.Image.Resampling.BOX, fill=np.min)
+
+    def shrink(image, size):
+        return image.resize(size, PIL.Image.Resampling.BOX)
+
+    return _fit(image, size, aspect, PIL.Image.Resampling.BICUBIC, shrink, fill=np.min)
 
 
 def fit_mask(mask: PIL.Image.Image, size: int, aspect: str = "pad") -> PIL.Image.Image:
-    """PIL mask -> PIL "L" of 0 / 255, `size` x `size`, moved exactly as `fit_image` moves its image; nearest."""
-    nearest = PIL.Image.Resampling.NEAREST
-    return _fit(binary_mask(mask), size, aspect, nearest, nearest, fill=lambda mask: 0)
+    """PIL mask -> PIL "L" of 0 / 255, `size` x `size`, moved exactly as `fit_image` moves its image; nearest.
+
+    Of a region that is too small for the pixels of the result, one is kept.
+    """
+    return _fit(binary_mask(mask), size, aspect, PIL.Image.Resampling.NEAREST, shrink_mask, fill=lambda mask: 0)
+
+
+def shrink_mask(mask: PIL.Image.Image, size: tuple[int, int]) -> PIL.Image.Image:
+    """PIL "L" of 0 / 255 -> `size` (width, height), nearest; one pixel is kept of a region that falls between them."""
+    if mask.size == tuple(size):
+        return mask
+    small = np.asarray(mask.resize(size, PIL.Image.Resampling.NEAREST)) > 0
+    return PIL.Image.fromarray(with_lost_regions(small, np.asarray(mask) > 0).astype(np.uint8) * 255)
+
+
+def with_lost_regions(small: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """(h, w) booleans, a shrunk mask -> the same, with one pixel for each 8-connected region that has none in it.
+
+    Args:
+        mask: (H, W) booleans, the mask at its full size.
+    """
+    from scipy import ndimage
+
+    (h, w), (height, width) = small.shape, mask.shape
+    y, x = mask.nonzero()
+    regions, count = ndimage.label(mask, np.ones((3, 3)))
+    there = np.bincount(regions[y, x], weights=small[y * h // height, x * w // width], minlength=count + 1)
+    lost = [i for i in range(1, count + 1) if not there[i]]
+    small = small.copy()
+    for row, column in ndimage.center_of_mass(mask, regions, lost):
+        small[int((row + 0.5) * h / height), int((column + 0.5) * w / width)] = True
+    return small
 
 
 def fit_boxes(
@@ -272,6 +305,15 @@ def fit_boxes(
 def binary_mask(mask: PIL.Image.Image) -> PIL.Image.Image:
     """PIL image -> "L" of 0 / 255: everything above 0 is inside (so masks of 0 / 1 work as well)."""
     return PIL.Image.fromarray((np.asarray(to_grey(mask)) > 0).astype(np.uint8) * 255)
+
+
+def read_binary_mask(path: Path | str) -> PIL.Image.Image:
+    """A mask's file -> "L" of 0 / 255. Inside is above 0, or in a JPEG, whose edges are blurred, above half its top."""
+    mask = read_image(path)
+    if Path(path).suffix.lower() in (".jpg", ".jpeg"):
+        half = np.asarray(mask).max() / 2
+        mask = mask.point(lambda value: 255 * (value > half))
+    return binary_mask(mask)
 
 
 def equalize(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -304,7 +346,7 @@ def _fit(image, size, aspect, grow, shrink, fill):
     dtype = np.uint8 if image.mode == "L" else np.uint16
     # 16 bits are resized as floats: exact, and bicubic overshoot is clipped instead of wrapped
     values = image if dtype == np.uint8 else PIL.Image.fromarray(np.asarray(image).astype(np.float32))
-    values = values.resize((min(w, image.width), min(h, image.height)), shrink).resize((w, h), grow)
+    values = shrink(values, (min(w, image.width), min(h, image.height))).resize((w, h), grow)
     resized = np.asarray(values)[max(-top, 0) : max(-top, 0) + size, max(-left, 0) : max(-left, 0) + size]
     if dtype != np.uint8:
         resized = resized.round().clip(0, 65535).astype(dtype)

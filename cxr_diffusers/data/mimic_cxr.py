@@ -38,8 +38,8 @@ def load_mimic_cxr(
 ) -> datasets.Dataset:
     """MIMIC-CXR-JPG -> data set with labels 0 healthy, 1.. `classes`, and with `other` a last class "other finding".
 
-    All images of a study have the labels of its report. Healthy is `No Finding` = 1; a named disease = 1 takes
-    precedence, the first named over the second. Studies that the labeller gave no row are left out.
+    All images of a study have the labels of its report. Healthy is `No Finding` = 1 without a finding = 1;
+    of several named diseases the first named counts. Studies that the labeller gave no row are left out.
 
     Args:
         root: the folder with files/p10/p10000032/s50414267/DICOM_ID.jpg and mimic-cxr-2.0.0-metadata.csv.gz, -split

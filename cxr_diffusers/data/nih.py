@@ -54,7 +54,7 @@ def load_nih(
 ) -> datasets.Dataset:
     """ChestX-ray14 -> data set with labels 0 healthy, 1.. `classes`, and with `other` a last class "other finding".
 
-    Healthy is the label "No Finding"; a row with several of the named diseases belongs to the first named.
+    Healthy is the label "No Finding" alone; a row with several of the named diseases belongs to the first named.
 
     Args:
         root: the folder with `Data_Entry_2017*.csv`; images lie in images/ or images_001/images/, images_002/ ...

@@ -20,18 +20,18 @@ import pandas as pd
 import PIL.Image
 from tqdm.auto import tqdm
 
-from ..files import keep_settings, remove_dead, stamp_of, write, write_csv, write_text
+from ..files import keep_settings, remove_dead, write, write_csv, write_text
 from .boxes import PREPARED as SETTINGS
-from .copy_plans import NOT_COPIED, plan_copy
+from .copy_plans import NOT_COPIED, SourceJournal, line_of, plan_copy
 from .images import equalize as equalize_image
-from .images import fit_image, fit_mask, read_image
+from .images import fit_image, fit_mask, read_binary_mask, read_image
 
 if TYPE_CHECKING:  # imports torch, which takes seconds
     from ..processes import Shard
 
 logger = logging.getLogger(__name__)
 
-SUMMARY, SKIPPED, STAMPS = "prepare_summary.json", "skipped.csv", "prepare_sources.jsonl"
+SUMMARY, SKIPPED, STAMPS = "prepare_summary.json", "skipped.csv", "prepare_sources"
 BREAKS = 3  # how many times a worker may be killed
 
 
@@ -53,8 +53,9 @@ def prepare(
 
     CheXpert (also Plus), ChestX-ray14 and VinDr-CXR keep their CSVs, with paths rewritten and rows dropped whose image
     is missing or broken. Any other folder keeps its subfolders. Boxes and masks are transformed with their images. A
-    run that was stopped resumes, and repeats the copies whose sources have changed; no file is ever incomplete. Files
-    that are left out are listed in skipped.csv, with the reason, and counted in prepare_summary.json.
+    run that was stopped resumes, repeats the copies whose sources have changed, and deletes those whose sources are no
+    longer there (so a folder is the copy of one source); no file is ever incomplete. Files that are left out are listed
+    in skipped.csv, with the reason, and counted in prepare_summary.json.
 
     Args:
         aspect: "pad", "crop" or "squash" (the original's), see `images.fit_image`.
@@ -89,18 +90,20 @@ def prepare(
     jobs = plan.jobs if shard is None else shard.of(plan.jobs)
     output_root.mkdir(parents=True, exist_ok=True)
     there = set() if part else remove_dead(output_root)
+    sources = SourceJournal(output_root, STAMPS)
     if overwrite:  # first of all, so that a run stopped half-way does not mix two settings
-        stale = output_root.glob(f"{Path(STAMPS).stem}*.jsonl")
-        for path in [output_root / SETTINGS, *stale, *(output_root / output for _, output, _ in jobs)]:
+        sources.remove_others([])
+        for path in [output_root / SETTINGS, *sources.files(), *(output_root / output for _, output, _ in jobs)]:
             path.unlink(missing_ok=True)
-        there = set()
+        sources, there = SourceJournal(output_root, STAMPS), set()
     advice = "give another folder or `overwrite`"
     keep_settings(output_root / SETTINGS, settings, defaults={"fast_jpeg": False}, advice=advice)
 
     begin = time.monotonic()
-    journal = STAMPS if part is None else f"{Path(STAMPS).stem}.{part.index}-of-{part.count}.jsonl"
-    todo = _pending(jobs, plan.stamps, there, output_root)
-    results = _run(jobs, todo, output_root, settings, num_workers, output_root / journal)
+    removed = 0 if part else sources.remove_others(jobs)
+    journal = STAMPS if part is None else f"{STAMPS}.{part.index}-of-{part.count}"
+    todo = sources.outdated(jobs, plan.stamps, there)
+    results = _run(jobs, todo, output_root, settings, num_workers, output_root / f"{journal}.jsonl")
     reasons = {job[0]: error for job, (_, error) in zip(jobs, results, strict=True) if error}
     done = {job[0] for job in jobs} - reasons.keys()
     skipped = list(reasons.items())
@@ -120,6 +123,8 @@ def prepare(
     if not part:
         write_csv(output_root / SKIPPED, pd.DataFrame(skipped, columns=["file", "reason"], dtype=object))
         write_text(output_root / SUMMARY, json.dumps(summary, indent=2))
+    if removed:
+        print(f"{output_root}: deleted {removed} copies of images that are no longer at their place in {source_root}")
     _print_summary(summary, output_root, with_table=not part)
     return summary
 
@@ -130,22 +135,6 @@ def _print_summary(summary, output_root, with_table):
         print(f"  {count} x {reason}")
     if summary["skipped"] and with_table:
         print(f"  see {output_root / SKIPPED}")
-
-
-def _pending(jobs, stamps, there, output_root):
-    """Numbers of the jobs without a copy, or whose source has another size or time than when it was copied.
-
-    Args:
-        stamps: {source: `stamp_of` it}, of some or all sources.
-        there: outputs that exist, some or all.
-    """
-    journal, pending = _read_journal(output_root), []
-    for i, (source, output, _) in enumerate(jobs):
-        stamp = stamps.get(source) or stamp_of(source)
-        begin, _, end = _line_of(output, stamp or ()).rpartition(", [")
-        if journal.get(begin) != end or not (output in there or (output_root / output).is_file()):
-            pending.append(i)
-    return pending
 
 
 def _run(jobs, todo, output_root, settings, num_workers, journal_file):
@@ -160,7 +149,7 @@ def _run(jobs, todo, output_root, settings, num_workers, journal_file):
             for i, state, reason, stamp in _results(jobs, todo, output_root, settings, num_workers):
                 results[i] = state, reason
                 if state == "written":
-                    journal.write(f"{_line_of(jobs[i][1], stamp)}\n")
+                    journal.write(f"{line_of(jobs[i][1], stamp)}\n")
                     journal.flush()
                 bar.update()
     return results
@@ -215,24 +204,6 @@ def _end_with_parent():
         threading.Thread(target=target, daemon=True).start()
 
 
-def _line_of(output, stamp):
-    """A line of the journal: an output, and the size and time of the source that it was made of."""
-    return f"[{json.dumps(output)}, {list(stamp)}]"
-
-
-def _read_journal(output_root):
-    """{begin of a line, with the output: its end, with the stamp of the source}; the latest line of an output counts.
-
-    Each shard has a journal of its own: on a network file system two writers could overwrite each other's lines.
-    """
-    lines = {}
-    journals = output_root.glob(f"{Path(STAMPS).stem}*.jsonl")
-    for path in sorted(journals, key=lambda path: path.stat().st_mtime_ns):
-        # compared as texts, which is quick, and a line that a crash cut short equals none
-        lines |= (line.rpartition(", [")[::2] for line in path.read_text(errors="replace").splitlines())
-    return lines
-
-
 def _some(jobs, output_root, settings):
     return [(i, *_one(job, output_root, settings)) for i, *job in jobs]
 
@@ -243,7 +214,8 @@ def _one(job, output_root, settings):
     output = output_root / relative
     try:
         status = os.stat(source)  # before it is read: a change meanwhile is seen the next time
-        image = read_image(source, draft=2 * settings["size"] if settings["fast_jpeg"] and not is_mask else None)
+        draft = 2 * settings["size"] if settings["fast_jpeg"] else None
+        image = read_binary_mask(source) if is_mask else read_image(source, draft=draft)
     except (ValueError, OSError) as error:
         with contextlib.suppress(OSError):
             output.unlink(missing_ok=True)  # the copy of an older source

@@ -18,7 +18,7 @@ from datasets.utils.file_utils import is_local_path, xopen
 from tqdm.auto import tqdm
 
 from .boxes import check_box, image_size
-from .images import binary_mask, check_has_contrast, decode_image, errors_name, read_image
+from .images import binary_mask, check_has_contrast, decode_image, errors_name, read_binary_mask, read_image
 from .limits import MAX_BYTES, check_byte_count
 from .tables import check_encodable
 
@@ -78,11 +78,20 @@ class CheckedImage(Image):
         return image if self.mode in (None, image.mode) else image.convert(self.mode)
 
 
+class CheckedMask(CheckedImage):
+    """`CheckedImage` of masks: one without a value above 127, as of 0 and 1, becomes 0 / 255 (above 0 is inside)."""
+
+    def decode_example(self, value: Any, token_per_repo_id: Any = None) -> PIL.Image.Image:
+        mask = super().decode_example(value, token_per_repo_id)
+        return binary_mask(mask) if self.decode and np.asarray(mask.convert("L")).max() <= 127 else mask
+
+
 def check_images(dataset: Any) -> Any:
-    """A data set, or a stream, whose columns of `datasets.Image` are decoded by `CheckedImage`."""
+    """A data set, or a stream, whose columns of `datasets.Image` are decoded by `CheckedImage`, masks `CheckedMask`."""
     for name, feature in dataset.features.items():
         if isinstance(feature, Image):
-            dataset = dataset.cast_column(name, CheckedImage(mode=feature.mode, decode=feature.decode))
+            checked = CheckedMask if name == "mask" else CheckedImage
+            dataset = dataset.cast_column(name, checked(mode=feature.mode, decode=feature.decode))
     return dataset
 
 
@@ -157,22 +166,25 @@ def _texts(values, name):
     return texts
 
 
-def each_row(dataset: Any, failed: dict[str, str], contrast: bool = True) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def each_row(
+    dataset: Any, failed: dict[str, str], contrast: bool = True, unnamed: str = "row"
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Yield (index, row) of each row whose image can be read.
 
     Args:
         dataset: a sequence of rows with `image` and, where it is known, `path`.
         failed: {path: error} of the others is added to it, and logged.
         contrast: leave out images of a single value, too.
+        unnamed: with its number, the name of a row without a path.
     """
     for i in range(len(dataset)):
         try:
             row = dataset[i]
             if contrast:
-                check_has_contrast(row["image"], row.get("path") or f"row {i}")
+                check_has_contrast(row["image"], row.get("path") or f"{unnamed} {i}")
         except (ValueError, OSError) as error:
             logger.warning("left out: %s", error)
-            failed[column_of(dataset, "path")[i] or f"row {i}"] = str(error)
+            failed[column_of(dataset, "path")[i] or f"{unnamed} {i}"] = str(error)
         else:
             yield i, row
 
@@ -210,7 +222,7 @@ def read_mask(path: Path, image_path: Path) -> PIL.Image.Image | dict[str, Any]:
         ValueError: the mask has another size than its image.
     """
     try:
-        mask, size = binary_mask(read_image(path)), image_size(image_path)
+        mask, size = read_binary_mask(path), image_size(image_path)
     except (ValueError, OSError):
         return {"path": str(path), "bytes": None}
     if mask.size != size:

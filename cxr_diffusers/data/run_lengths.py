@@ -5,6 +5,7 @@ from typing import Literal
 import numpy as np
 import PIL.Image
 
+from .images import shrink_mask
 from .tables import brief
 
 SAME_SHAPE = 0.02  # relative difference of the aspect ratios that counts as rounding
@@ -56,7 +57,7 @@ def decode_runs(
 
 
 def mask_image(mask: np.ndarray, size: tuple[int, int], where: str) -> PIL.Image.Image:
-    """(H, W) booleans -> PIL "L" of 0 / 255 and of `size` (width, height), resized by nearest neighbour.
+    """(H, W) booleans -> PIL "L" of 0 / 255 and of `size` (width, height), resized by `images.shrink_mask`.
 
     Raises:
         ValueError: `size` has another shape, so that it is not the same image at another resolution.
@@ -65,4 +66,4 @@ def mask_image(mask: np.ndarray, size: tuple[int, int], where: str) -> PIL.Image
     if abs(size[0] / size[1] * height / width - 1) > SAME_SHAPE:
         raise ValueError(f"{where}: expected an image of the shape of its mask, {width} x {height}, got {size}")
     image = PIL.Image.fromarray(mask.astype(np.uint8) * 255)
-    return image if image.size == tuple(size) else image.resize(size, PIL.Image.Resampling.NEAREST)
+    return shrink_mask(image, size)

@@ -38,6 +38,8 @@ def select_rows(
 ) -> pd.DataFrame:
     """Rows of a table (columns label, patient, key) -> those asked for, in the table's order.
 
+    Of several rows of one image (the same `key`) with one label, the first counts.
+
     Args:
         per_class: at most so many rows of each class, drawn by `seed` and the row's `key`; None keeps all.
         one_per_patient: one row of each patient, drawn likewise, before `per_class`.
@@ -46,7 +48,8 @@ def select_rows(
             when `seed`, `per_class` or the classes differ between the two calls.
 
     Raises:
-        ValueError: an option that is not as said above, or a part of the patients without any.
+        ValueError: an option that is not as said above, a part of the patients without any, or rows of one image with
+            different labels.
     """
     if part not in ("train", "holdout"):
         raise ValueError(f"expected `part` train or holdout, got {part!r}")
@@ -56,6 +59,7 @@ def select_rows(
         raise ValueError("`part='holdout'` is empty with `holdout=0`: give the share of patients, for example 0.1")
     if per_class is not None and per_class < 1:
         raise ValueError(f"expected `per_class` of 1 or more, or none, got {per_class}")
+    table = one_row_each(table)
     if holdout:
         # patients, not images, are split: two views of one chest must not sit on both sides
         aside = {p: lottery(f"holdout {holdout_seed}", p) < holdout for p in table["patient"].unique()}
@@ -74,3 +78,15 @@ def select_rows(
     if per_class is not None:
         drawn = drawn.groupby("label", sort=False).head(per_class)
     return drawn.sort_index()
+
+
+def one_row_each(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of a table (columns label, key) -> the first of each key; ValueError where a key has different labels."""
+    again = table["key"].duplicated()
+    if not again.any():
+        return table
+    first = table[~again].set_index("key")["label"]
+    for key, label in table.loc[again, ["key", "label"]].itertuples(index=False):
+        if label != first[key]:
+            raise ValueError(f"expected one label an image, got the classes {first[key]} and {label} for {key}")
+    return table[~again]

@@ -10,7 +10,7 @@ from typing import Any, Unpack
 import datasets
 import pandas as pd
 
-from .boxes import PREPARED, check_box, image_size, to_pixels, units_of
+from .boxes import PREPARED, check_box, check_in_pixels, image_size, to_pixels, units_of
 from .dicom import is_dicom
 from .findings import check_other, match_names
 from .image_files import files_to_dataset
@@ -236,10 +236,10 @@ def vote(labels: pd.DataFrame, votes: int = 2) -> pd.DataFrame:
 def label_images(voted: pd.DataFrame, classes: Sequence[str], other: bool = False) -> dict[str, int]:
     """Booleans, a row for image_id and a column a finding -> {image id: class id, -1 to leave it out}."""
     names = match_names(classes, [name for name in voted.columns if name != NO_FINDING])
-    label = pd.Series(-1, index=voted.index)
+    label, diseased = pd.Series(-1, index=voted.index), voted.drop(columns=NO_FINDING).any(axis=1)
     if other:
-        label[voted.drop(columns=NO_FINDING).any(axis=1)] = len(names) + 1
-    label[voted[NO_FINDING]] = 0
+        label[diseased] = len(names) + 1
+    label[voted[NO_FINDING] & ~diseased] = 0  # with `votes` 1, one radiologist may see what another does not
     for i, name in reversed(list(enumerate(names, start=1))):
         label[voted[name]] = i
     return label.to_dict()
@@ -300,6 +300,7 @@ def rows_of(table: pd.DataFrame, csv: Path) -> list[list[float] | None]:
             boxes.append(None)
         else:
             boxes.append(check_box([x0, y0, x1 - x0, y1 - y0], f"{csv}, line {line}"))
+    check_in_pixels([box for box in boxes if box is not None], csv)
     return boxes
 
 

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..data.copy_plans import CopyPlan, Job, plan_copy
-from ..data.images import read_image
-from ..files import keep_settings, remove_dead, write_file
+from ..data.copy_plans import CopyPlan, Job, SourceJournal, line_of, plan_copy
+from ..data.images import read_binary_mask, read_image
+from ..files import keep_settings, remove_dead, stamp_of, write_file
 from ..fingerprints import fingerprint
 from ..hub.loading import default_checkpoint, load_pipeline
 from ..pipelines import DiffPIRDeblurPipeline
@@ -29,7 +29,7 @@ from .kernel_estimation import estimate_kernel
 
 logger = logging.getLogger(__name__)
 
-SETTINGS, SUMMARY, SKIPPED = "deblur_settings.json", "deblur_summary.json", "skipped.csv"
+SETTINGS, SUMMARY, SKIPPED, STAMPS = "deblur_settings.json", "deblur_summary.json", "skipped.csv", "deblur_sources"
 ESTIMATE = "estimate"
 # deblurring changes neither size nor shape
 SAME_GEOMETRY = {"size": None, "aspect": "pad", "frontal_only": False}
@@ -75,7 +75,8 @@ def deblur(
     image is missing or broken; all other CSV files are copied, with the names of images in them rewritten. Boxes are
     unchanged. Masks, recognised by their names or by having at most two grey values, are copied.
 
-    Run it again to resume, also after kill -9: an image is either complete or absent, and is not computed twice. Under
+    Run it again to resume, also after kill -9: an image is either complete or absent, and is not computed twice. Images
+    whose sources have changed are computed again, those whose sources are no longer there are deleted. Under
     `accelerate launch` or torchrun each process takes its share (place the pipeline on its device first). The noise of
     an image depends on `seed` and its path only, so, apart from rounding, the result does not depend on the batch.
 
@@ -107,10 +108,16 @@ def deblur(
         remove_dead(output_root)
     keep_settings(output_root / SETTINGS, settings, ignore=("model",))
     shard = shard or Shard()
-    jobs = shard.of(plan.jobs)
-    todo, share = split_pending(jobs, lambda job: (output_root / job[1]).is_file())
+    jobs, sources = shard.of(plan.jobs), SourceJournal(output_root, STAMPS)
+    if state.is_main_process and shard.is_all and (removed := sources.remove_others(jobs)):
+        print(f"{output_root}: deleted {removed} copies of images that are no longer at their place in {source_root}")
+    outdated = set(sources.outdated(jobs, plan.stamps, ()))
+    todo, numbers = split_pending(range(len(jobs)), lambda i: i not in outdated)
+    share = [jobs[i] for i in numbers]
 
-    worker = Worker(pipeline, output_root, fixed_kernel, batch_size, seed, call_kwargs or {})
+    process = f"{shard.index}-of-{shard.count}.{state.process_index}-of-{state.num_processes}"
+    journal = output_root / f"{STAMPS}.{process}.jsonl"
+    worker = Worker(pipeline, output_root, fixed_kernel, batch_size, seed, call_kwargs or {}, journal)
     with tqdm(
         total=len(jobs),
         initial=len(jobs) - len(todo),
@@ -153,8 +160,8 @@ def identify_model(pipeline: DiffPIRDeblurPipeline) -> dict[str, str]:
 
 def finish_tables(plan: CopyPlan, source_root: Path, output_root: Path, done: set[str]) -> list[tuple[str, str]]:
     """Write the tables of the copy; returns the files that the plan left out, with their reasons."""
-    plan.finish(done)
     carry_tables(source_root, output_root, plan)
+    plan.finish(done)  # writes some of them anew
     return [item for item in plan.skipped if not item[0].endswith(".csv")]
 
 
@@ -176,15 +183,18 @@ def deblur_share(worker: "Worker", share: Iterable[Job], on_done: Callable[[int]
     failed: dict[str, str] = {}
     before = 0
     for source, output, is_mask in share:
+        stamp = stamp_of(source) or ()  # before it is read: a change meanwhile is seen the next time
         try:  # only errors of the image itself: an error of the run, such as a full disk, stops it
-            image = read_image(source)
+            image = read_binary_mask(source) if is_mask else read_image(source)
         except (ValueError, OSError) as error:
             failed[str(source)] = f"broken image: {str(error).removeprefix(f'{source}: ')}"
         else:
             try:
-                worker.take(image, Path(output), is_mask)
+                worker.take(image, Path(output), is_mask, stamp)
             except TooSmall as error:
                 failed[str(source)] = f"smaller than the kernel: {error}"
+        if str(source) in failed:
+            (worker.output_root / output).unlink(missing_ok=True)  # the copy of an older source
         done = worker.written + len(failed)
         on_done(done - before)
         before = done
@@ -207,21 +217,22 @@ class Worker:
         batch_size: int,
         seed: int,
         call_kwargs: dict[str, Any],
+        journal: Path,
     ) -> None:
-        self.pipeline, self.output_root, self.kernel = pipeline, output_root, kernel
+        self.pipeline, self.output_root, self.kernel, self.journal = pipeline, output_root, kernel, journal
         self.batch_size, self.seed, self.call_kwargs = batch_size, seed, call_kwargs
-        self.waiting: dict[tuple, list] = {}  # size -> [(image, kernel, output)]
+        self.waiting: dict[tuple, list] = {}  # size -> [(image, kernel, output, stamp of the source)]
         self.written, self.computed, self.seconds = 0, 0, 0.0
 
-    def take(self, image: Image.Image, output: Path, is_mask: bool) -> None:
+    def take(self, image: Image.Image, output: Path, is_mask: bool, stamp: Sequence[int]) -> None:
         """Raises `TooSmall` for an image that is smaller than the kernel, OSError if a result cannot be written."""
         if is_mask or len(np.unique(np.asarray(image))) <= 2:
-            self.write(image, output)
+            self.write(image, output, stamp)
             return
         kernel = kernel_of(image, self.kernel)
         # kernels of one size are one batch
         key = (image.size, kernel.shape)
-        self.waiting.setdefault(key, []).append((image, kernel, output))
+        self.waiting.setdefault(key, []).append((image, kernel, output, stamp))
         if len(self.waiting[key]) == self.batch_size:
             self.run(key)
         elif sum(map(len, self.waiting.values())) >= 8 * self.batch_size:  # many sizes: limits the memory
@@ -235,18 +246,22 @@ class Worker:
         batch = self.waiting.pop(key)
         start = time.perf_counter()
         restored = self.pipeline(
-            [image for image, _, _ in batch],
-            kernel=np.stack([kernel for _, kernel, _ in batch]),
-            generator=[generator_of(self.seed, output) for _, _, output in batch],
+            [image for image, *_ in batch],
+            kernel=np.stack([kernel for _, kernel, *_ in batch]),
+            generator=[generator_of(self.seed, output) for _, _, output, _ in batch],
             output_type="pil",
             **self.call_kwargs,
         ).restored
         self.seconds += time.perf_counter() - start
         self.computed += len(batch)
-        for (_, _, output), image in zip(batch, restored, strict=True):
-            self.write(image, output)
+        for (_, _, output, stamp), image in zip(batch, restored, strict=True):
+            self.write(image, output, stamp)
 
-    def write(self, image: Image.Image, output: Path) -> None:
+    def write(self, image: Image.Image, output: Path, stamp: Sequence[int]) -> None:
+        """Write a result, and before it the line of its source: a file that is there has the source of that line."""
+        (self.output_root / output).unlink(missing_ok=True)
+        with open(self.journal, "a") as journal:  # an empty line, since a crash may have cut the one before
+            journal.write(f"\n{line_of(output.as_posix(), stamp)}\n")
         write_file(self.output_root / output, encode(image, output.suffix))
         self.written += 1
 
@@ -361,11 +376,11 @@ def check(source_root: Path, output_root: Path, image_format: str, batch_size: i
 
 
 def carry_tables(source_root: Path, output_root: Path, plan: CopyPlan) -> None:
-    """Copy the CSV files that the plan did not write, with the names of images in them rewritten."""
+    """Copy the CSV files, with the names of images in them rewritten."""
     outputs = {Path(source).resolve(): Path(output) for source, output, _ in plan.jobs}
     for csv in sorted(source_root.rglob("*.csv")):
         target = output_root / csv.relative_to(source_root)
-        if target.exists() or output_root in csv.parents:
+        if output_root in csv.parents:
             continue
         places = (csv.parent, source_root.parent)  # CheXpert's paths begin with the data set's own name
 

@@ -248,8 +248,13 @@ def maps_of(method: Method | None, split: Segmented, predictions: Predictions | 
             yield cxr_id(row["path"]), resample(centre_prior(), height, width), np.nan
         else:
             prediction = predictions[i]
-            anomaly_map = method.restore(prediction["anomaly_map"], {"height": height, "width": width})
+            anomaly_map = method.restore(prediction["anomaly_map"], full_size(height, width))
             yield cxr_id(row["path"]), anomaly_map, float(prediction["score"])
+
+
+def full_size(height: int, width: int) -> dict[str, Any]:
+    """The row of `Method.restore` for an image that is measured at its own size."""
+    return {"height": height, "width": width, "full_size": (height, width)}
 
 
 def stretch(anomaly_map: np.ndarray) -> np.ndarray:
@@ -447,7 +452,7 @@ def write_sheet(
     for k in np.linspace(0, len(patients) - 1, min(SHEET_ROWS, len(patients))).round().astype(int):
         i = first_images[patients[k]]
         image = test.images[i]["image"]
-        size = dict(zip(("height", "width"), height_and_width(image), strict=True))
+        size = full_size(*height_and_width(image))
         maps = {m.name: m.restore(predictions[m.name]["test"][i]["anomaly_map"], size) for m in methods}
         truth = decode(test.segmentations[cxr_id(test.images[i]["path"])], PATHOLOGIES)
         rows.append({"image": image, "mask": truth, "maps": maps, "title": patients[k]})

@@ -111,9 +111,9 @@ def compare(
         pipelines: {name: pipeline} or {name: (pipeline, call_kwargs)}, the latter over the common `call_kwargs`; a
             pipeline is anything that answers `pipeline(list of PIL images, output_type="np")` with an `AnomalyOutput`.
         dataset: rows with `image` and, if known, `label` (0 healthy), `patient`, `view`, `path`, `mask`, `boxes`.
-        healthy: rows of healthy VALIDATION images: their maps' `quantile` is the threshold. Without them it is the
-            pipeline's own `config.map_threshold`; without that, and with other settings than the pipeline's own, Dice
-            and IoU are not defined.
+        healthy: rows of healthy VALIDATION images, with label 0 or without a label: their maps' `quantile` is the
+            threshold. Without them it is the pipeline's own `config.map_threshold`; without that, and with `smoothing`
+            or other settings than the pipeline's own, Dice and IoU are not defined.
         output_dir: folder for per_image.csv, summary.json, summary.md, contact_sheet.png, precision_recall.png,
             roc.png and maps/; None writes nothing.
         batch_size: images a call.
@@ -249,7 +249,8 @@ class Comparison:
             **self.intervals(pixels, scores, list(maps)),
             "strata": statistics.stratified(measured, rows, [m.name for m in self.methods], weights, strata),
             "counterfactuals": quality,
-            "undefined": {c: int(n) for c, n in per_image.select_dtypes("number").isna().sum().items() if n},
+            # an infinite PSNR (of an image that is kept exactly) does not count in the mean either
+            "undefined": {c: int(n) for c, n in (~np.isfinite(per_image.select_dtypes("number"))).sum().items() if n},
         }
         summary["method"] = summary["rows"].get(self.methods[0].name, {})
         return Evaluation(per_image, summary, {name: each.ranking for name, each in measured.items()})
@@ -262,7 +263,7 @@ class Comparison:
     def threshold_of(self, method: Method) -> float | None:
         """From the healthy images, else the pipeline's own, which holds for its own settings; None without either."""
         if not self.healthy.rows:
-            changed = changed_settings(method.pipeline, method.call_kwargs)
+            changed = self.smoothing or changed_settings(method.pipeline, method.call_kwargs)
             return None if changed else method.option("map_threshold")
         predictions = self.healthy.predictions[method.name]
         return healthy_threshold(method.maps(predictions, self.healthy.rows, self.smoothing), self.quantile)
@@ -379,9 +380,10 @@ def check(
     if output_dir is None and (process_state().num_processes > 1 or not shard.is_all):
         raise ValueError("expected `output_dir` with several processes or a shard, which keep their results there")
     columns = getattr(dataset, "column_names", None) or dataset[0]
-    unknown = [s for s in strata if s not in columns or s in INTERNAL]
+    reserved = {*INTERNAL, "label", "method", "part"}  # of the tables
+    unknown = [s for s in strata if s not in columns or s in reserved]
     if unknown:
-        free = sorted(set(columns) - set(INTERNAL))
+        free = sorted(set(columns) - reserved)
         raise ValueError(f"expected `strata` among the columns {free}, got {unknown}")
     labels = set(column_of(healthy, "label")) - {0, -1, None}  # without a label: healthy by the user's word
     if labels:

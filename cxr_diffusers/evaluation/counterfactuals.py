@@ -103,7 +103,7 @@ def similarity(table: pd.DataFrame, rows: Sequence[Row], weights: np.ndarray) ->
     means = {}
     for name in SIMILARITIES:
         values = np.where(with_region, table[name].to_numpy(np.float64), np.nan)
-        means[name] = interval(metrics.mean_of(values), weights[:, : len(rows)])
+        means[name] = mean_interval(values, [row["group"] for row in rows], weights[:, : len(rows)])
     return means
 
 
@@ -188,9 +188,9 @@ def compare_calls(
     chosen = np.concatenate([np.flatnonzero(diseased), np.flatnonzero(healthy)])
     side = np.arange(len(chosen)) < diseased.sum()
     measured = {
-        "flip_rate": interval(metrics.mean_of(flipped), weights),
-        "p_healthy_moved": interval(metrics.mean_of(np.where(diseased, moved, np.nan)), weights),
-        "p_healthy_moved_healthy": interval(metrics.mean_of(np.where(healthy, moved, np.nan)), weights),
+        "flip_rate": mean_interval(flipped, groups, weights),
+        "p_healthy_moved": mean_interval(np.where(diseased, moved, np.nan), groups, weights),
+        "p_healthy_moved_healthy": mean_interval(np.where(healthy, moved, np.nan), groups, weights),
     }
     if side.any() and not side.all():
         distance = kernel_distance_of(both, side, ~side, [groups[i] for i in chosen])
@@ -223,6 +223,17 @@ def interval(statistic: metrics.Statistic, weights: np.ndarray) -> dict[str, Any
     return metrics.interval_of(statistic, weights)._asdict()
 
 
+def mean_interval(values: np.ndarray, groups: Sequence[Any], weights: np.ndarray) -> dict[str, Any]:
+    """`interval` of the mean of the defined values; without bounds if these are of one patient."""
+    mean = metrics.mean_of(values)
+    if len({group for group, value in zip(groups, values, strict=True) if np.isfinite(value)}) < 2:
+        return without_interval(mean(np.ones((1, len(values))))[0])
+    return interval(mean, weights)
+
+
 def without_interval(value: float | np.floating) -> dict[str, Any]:
-    """A metric without an interval: a bootstrap replicate has fewer different images, which biases the FID further."""
+    """A metric without an interval.
+
+    That of one patient, or the FID: a bootstrap replicate has fewer different images, which biases it further.
+    """
     return metrics.Interval(float(value), float("nan"), float("nan"), 0)._asdict()

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+from ..pipelines.cxr_anomaly import in_evaluation_mode
 from ..pipelines.cxr_classifier import classify, is_image_classifier
 from .lazy import Lazy
 
@@ -77,7 +78,8 @@ def classify_images(
         stop = min(start + batch_size, len(images))
         stretched = [stretch(images[i], references[i], judge.config.scaling) for i in range(start, stop)]
         batch = torch.cat([resize(image, size) for image in stretched]).to(classifier.device)
-        output = classify(classifier, batch, getattr(judge, "feature_extractor", None), output_hidden_states=True)
+        with in_evaluation_mode([classifier]):
+            output = classify(classifier, batch, getattr(judge, "feature_extractor", None), output_hidden_states=True)
         last = output.hidden_states[-1].float()
         probabilities.append(output.logits.float().softmax(1).cpu().numpy())
         features.append((last.mean((2, 3)) if last.ndim == 4 else last.mean(1)).cpu().numpy())

@@ -192,6 +192,11 @@ def strata_of(rows: Sequence[Row], strata: Iterable[str]) -> dict[str, np.ndarra
     }
 
 
+def count_patients(rows: Sequence[Row], inside: np.ndarray) -> int:
+    """The number of patients of the rows where `inside`, (N,) booleans, is true."""
+    return len({row["group"] for row, ok in zip(rows, inside, strict=True) if ok})
+
+
 def stratified(
     measured: Mapping[str, Measured],
     rows: Sequence[Row],
@@ -202,10 +207,12 @@ def stratified(
     """The pixel metrics of each stratum, {"view = AP": {n_images, n_patients, rows, differences}}."""
     parts = {}
     for name, inside in strata.items():
+        n_patients = count_patients(rows, inside)
         table = as_table({m: each.strata[name] for m, each in measured.items()}, weights)
+        table.has_intervals &= n_patients > 1
         parts[name] = {
             "n_images": int(inside.sum()),
-            "n_patients": len({row["group"] for row, ok in zip(rows, inside, strict=True) if ok}),
+            "n_patients": n_patients,
             "rows": table.intervals(),
             "differences": differences([table], methods, list(measured)),
         }
@@ -241,13 +248,20 @@ def image_rates(
     weights = replicate_weights(rows, n_bootstrap, seed)
     abnormal = np.array([row["label"] not in (None, 0) for row in rows])
     healthy = np.array([row["label"] == 0 for row in rows])
+
+    def rate(called: np.ndarray, images: np.ndarray) -> np.ndarray:
+        values = metrics.ratio_of(called & images, images)(weights)
+        if count_patients(rows, images) < 2:  # every replicate that has the patient has the same rate
+            values[1:] = np.nan
+        return values
+
     samples = {}
     for name, threshold in thresholds.items():
         if threshold is not None:
             called = np.asarray(scores[name][: len(rows)]) > threshold
             samples[name] = {
-                "image_sensitivity": metrics.ratio_of(called & abnormal, abnormal)(weights),
-                "image_specificity": metrics.ratio_of(~called & healthy, healthy)(weights),
+                "image_sensitivity": rate(called, abnormal),
+                "image_specificity": rate(~called, healthy),
             }
     return as_table(samples, weights)
 

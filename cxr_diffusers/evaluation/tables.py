@@ -49,9 +49,15 @@ def image_table(
 
 
 def similarity_outside(method: Method, prediction: Prediction, row: Row) -> dict[str, float]:
-    """PSNR and SSIM of counterfactual and image outside the true region; of the whole image if there is none."""
+    """PSNR and SSIM of counterfactual and image outside the true region; of the whole image if there is none.
+
+    What the pipeline did not see of the image (cut away by its `aspect`) does not count.
+    """
     image, counterfactual = (method.restore(prediction[key], row) for key in ("image", "counterfactual"))
     outside = None if row["truth"] is None else row["truth"].mask()
+    if method.option("aspect", "pad") in ("crop", "keep"):
+        unseen = method.restore(np.ones_like(prediction["image"]), row) == 0
+        outside = unseen if outside is None else outside | unseen
     small = min(image.shape) < 2 * metrics.SSIM_RADIUS + 1
     return {
         "psnr_outside": metrics.psnr(counterfactual, image, outside=outside),

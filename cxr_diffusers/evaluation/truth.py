@@ -64,7 +64,8 @@ def open_images(
             `boxes`.
         strata: names of further columns to keep.
         resolution: see `measured_size`.
-        healthy: whether the images are to be healthy; those with a true region are then left out, too.
+        healthy: whether the images are healthy by the user's word, with or without a label; those with a true region
+            are then left out, too.
 
     Raises:
         ValueError: a mask of another size than its image, or no image that can be read and has contrast.
@@ -72,11 +73,14 @@ def open_images(
     strata = tuple(strata)
     rows, kept = [], []
     failed: dict[str, str] = {}
-    for i, row in each_row(dataset, failed):
-        described = describe_row(row, row.get("path") or f"row {i}", strata, resolution)
+    unnamed = "healthy row" if healthy else "row"  # names differ: images without a patient are grouped by them
+    for i, row in each_row(dataset, failed, unnamed=unnamed):
+        described = describe_row(row, row.get("path") or f"{unnamed} {i}", strata, resolution)
         if healthy and has_region(described):
             failed[described["path"]] = f"{described['path']}: labelled healthy, but it has a true region"
             continue
+        if healthy:
+            described["label"] = 0
         rows.append(described)
         kept.append(i)
     if failed and not rows:
@@ -96,10 +100,12 @@ def describe_row(row: Mapping[str, Any], path: str, strata: Sequence[str], resol
     height, width = measured_size(*full_size, resolution)
     truth = true_region(row, full_size, (height, width))
     contradicted = row.get("label") == 0 and truth is not None and truth.size > 0
+    patient = row.get("patient")
+    patient = "" if patient is None or patient != patient else str(patient)  # NaN: a cell that is empty; 0 is a patient
     return {
         "path": path,
-        "patient": row.get("patient") or "",
-        "group": row.get("patient") or path,
+        "patient": patient,
+        "group": patient or path,
         "label": None if row.get("label") == -1 or contradicted else row.get("label"),
         "contradicted": contradicted,
         "view": row.get("view") or "",
@@ -125,10 +131,13 @@ def true_region(row: Mapping[str, Any], full_size: tuple[int, int], size: tuple[
         size: of the region.
 
     Raises:
-        ValueError: a mask of another size than its image.
+        ValueError: a mask of another size than its image, or one of 0 and 1.
     """
     if row.get("mask") is not None:
-        mask = np.asarray(row["mask"].convert("L")) > 127
+        values = np.asarray(row["mask"].convert("L"))
+        if values.max() == 1:
+            raise ValueError(f"expected a mask of 0 and 255, got one of 0 and 1: {row.get('path')}")
+        mask = values > 127
         if mask.shape != full_size:
             raise ValueError(f"expected a mask of the image's size {full_size}, got {mask.shape}: {row.get('path')}")
     elif row.get("boxes"):

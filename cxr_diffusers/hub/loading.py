@@ -58,6 +58,7 @@ def load_unet(folder: Path | str, unconditional: bool = False) -> Any:
 
     Raises:
         FileNotFoundError: no such folder, and no such model on the Hub.
+        ValueError: `unconditional` of a model that was trained without a null label.
     """
     from diffusers import UNet2DModel
 
@@ -72,6 +73,9 @@ def load_unet(folder: Path | str, unconditional: bool = False) -> Any:
     unet = unet_class.from_pretrained(folder, subfolder="unet")
     if not unconditional or unet.config.num_class_embeds is None:
         return unet
+    is_whole = not Path(folder).is_dir() or (Path(folder) / "model_index.json").is_file()
+    if is_whole and not read_index(index_folder(folder)).get("has_null_label", True):
+        raise ValueError(f"expected a model without classes or with a null label, got {folder}, which has only classes")
     config = {key: value for key, value in unet.config.items() if key != "num_class_embeds" and key[0] != "_"}
     plain = unet_class(**config)
     weights = unet.state_dict()

@@ -5,9 +5,8 @@ import struct
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 
-from ..data.images import FORMATS
+from ..data.images import FORMATS, decode_image
 from ..data.limits import check_pixel_count
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -25,7 +24,7 @@ def strip_metadata(content: bytes) -> bytes:
         content: bytes of an image file that Pillow reads.
 
     Returns:
-        bytes of a file with the same pixels and mode.
+        bytes of a file with the same pixels and mode; a TIFF whose zero is white becomes one whose zero is black.
 
     Raises:
         ValueError: not an image file, or a truncated one.
@@ -39,7 +38,7 @@ def strip_metadata(content: bytes) -> bytes:
                 return _strip_png(content)
             if image.format == "JPEG" and not turned:
                 return _strip_jpeg(content)
-            return _encode(PIL.ImageOps.exif_transpose(image))
+        return _encode(decode_image(content))
     except (OSError, struct.error, IndexError, SyntaxError) as error:
         raise ValueError(f"expected a whole image file, got one that cannot be read ({type(error).__name__})") from None
 

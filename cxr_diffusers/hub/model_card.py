@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..files import as_json, write_file
 from ..fingerprints import weights_digest
-from .loading import class_named, load_pipeline, read_index
+from .loading import class_named, is_hub_name, load_pipeline, read_index
 
 # metrics of an evaluation that a card reports, in its table and in its YAML
 HEADLINES = {
@@ -181,9 +181,15 @@ def describe_training(recipe: Any, size: int, num_images: int) -> str:
     config, hub_names = recipe.train, trained_on(recipe)
     public = {k: v for k, v in recipe.data.items() if v in hub_names or not is_local(k, v)}
     data = ", ".join(f"{key}={value}" for key, value in public.items())
+    accumulated = getattr(config, "gradient_accumulation_steps", 1)
+    batch = config.batch_size if accumulated == 1 else f"{accumulated} x {config.batch_size}"
+    start, other = "", config.init_from
+    if other:
+        other = "another model" if is_local("", other) and not is_hub_name(other) else other
+        start = f"Training started from the weights of {other}, whose training data are not named here.\n\n"
     return (
         f"{num_images} images ({data}), {size} x {size} pixels; up to {config.max_steps} steps of batch "
-        f"{config.batch_size} per process, seed {config.seed}; averaged (EMA) weights.\n\n"
+        f"{batch} per process, seed {config.seed}; averaged (EMA) weights.\n\n{start}"
         "Name the source and the licence of your data here before you publish."
     )
 

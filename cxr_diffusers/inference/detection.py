@@ -386,4 +386,5 @@ def dicom_algorithm(pipeline: Any, call_kwargs: dict, paths: Iterable[Path], out
     name = str(pipeline.config.get("_name_or_path") or "")
     model = Path(name).resolve().name if Path(name).is_dir() else name
     weights = fingerprint(pipeline, call_kwargs, 0)
-    return Algorithm(type(pipeline).__name__, model or "unnamed", weights, outputs.threshold, outputs.healthy_quantile)
+    threshold = outputs.threshold, outputs.healthy_quantile
+    return Algorithm(type(pipeline).__name__, model or "unnamed", weights, *threshold, has_counterfactual(pipeline))

@@ -175,7 +175,9 @@ class DetectionFolder:
                 name = "__".join(without_suffix(relative).parts)
                 name = "".join(c if c.isprintable() else "_" for c in name)  # line breaks, bytes that are not UTF-8
                 name = name.encode()[-MAX_NAME:].decode(errors="ignore")
-                if name in owner_of:
+                # the second file of an image's counterfactual is NAME_crisp.png
+                crisp = (f"{name}_crisp", name.removesuffix("_crisp")) if self.settings["save_counterfactual"] else ()
+                if any(taken in owner_of for taken in (name, *crisp)):
                     name += "-" + hashlib.sha256(os.fsencode(source)).hexdigest()[:6]
                 name_of[source], owner_of[name] = name, source
             files[name_of[source]] = path
@@ -185,10 +187,20 @@ class DetectionFolder:
         return self.path / "rows" / f"{name}.json"
 
     def forget(self, name: str) -> None:
-        """Delete the row, boxes and DICOM objects of an earlier file of this name: they are not this one's."""
-        objects = [self.path / "dicom" / f"{name}_{ending}.dcm" for ending in ENDINGS]
-        for path in (self.row_file(name), self.path / "labels" / f"{name}.txt", *objects):
-            path.unlink(missing_ok=True)
+        """Delete all results of an earlier file of this name: they are not this one's."""
+        ours = {
+            "": [".png"],
+            "maps": [".png", ".npy"],
+            "masks": [".png"],
+            "labels": [".txt"],
+            "counterfactuals": [".png", "_crisp.png"],
+            "trajectories": [".webp"],
+            "dicom": [f"_{ending}.dcm" for ending in ENDINGS],
+        }
+        self.row_file(name).unlink(missing_ok=True)
+        for folder, endings in ours.items():
+            for ending in endings:
+                (self.path / folder / f"{name}{ending}").unlink(missing_ok=True)
 
     def write(
         self,
@@ -263,8 +275,11 @@ class DetectionFolder:
             rows = [row | self._among_healthy(row["anomaly_score"]) for row in rows]
         write_table(self.path / "results.csv", FIELDS, rows)
         write_table(self.path / "failed.csv", ["image", "error"], [dict(image=k, error=failed[k]) for k in failed])
-        if self.settings["save_boxes"] == "coco" and rows:
-            write_file(self.path / "boxes.json", json.dumps(coco_boxes(rows)).encode())
+        if self.settings["save_boxes"] == "coco":
+            if rows:
+                write_file(self.path / "boxes.json", json.dumps(coco_boxes(rows)).encode())
+            else:
+                (self.path / "boxes.json").unlink(missing_ok=True)
         return rows
 
     def _among_healthy(self, score):

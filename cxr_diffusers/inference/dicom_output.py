@@ -60,6 +60,7 @@ class Algorithm:
     fingerprint: of weights, settings and code version.
     threshold: map value above which a pixel is in the segment.
     healthy_quantile: the quantile of healthy images' pixels that gave the threshold; None for any other.
+    has_counterfactual: whether the panel has one.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Algorithm:
     fingerprint: str
     threshold: float
     healthy_quantile: float | None = None
+    has_counterfactual: bool = True
 
     def describe_threshold(self) -> str:
         """See the function of this name in `thresholds`."""
@@ -205,7 +207,8 @@ def make_capture(source: Any, image: Image.Image, algorithm: Algorithm) -> Any:
     capture.ConversionType = "WSD"  # made by a workstation's software
     capture.ManufacturerModelName = f"{algorithm.name} {algorithm.model}"[:64]
     capture.SoftwareVersions, capture.DeviceSerialNumber = __version__, algorithm.fingerprint
-    capture.DerivationDescription = f"input, counterfactual and anomaly map side by side. {WARNING}"
+    panels = "input, counterfactual and anomaly map" if algorithm.has_counterfactual else "input and anomaly map"
+    capture.DerivationDescription = f"{panels} side by side. {WARNING}"
     # the banner and title name no patient, but text in the source's pixels is visible in the capture
     if source.get("BurnedInAnnotation"):
         capture.BurnedInAnnotation = source.BurnedInAnnotation

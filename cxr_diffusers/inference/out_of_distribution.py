@@ -16,6 +16,7 @@ import torch
 
 from ..files import write_file
 from ..fingerprints import weights_digest
+from ..pipelines.cxr_anomaly import in_evaluation_mode
 from ..pipelines.cxr_images import prepare_image
 from ..pipelines.cxr_inversion import class_evidence_errors
 from .reference_scores import model_file
@@ -121,7 +122,8 @@ def denoising_errors(pipeline: Any, images: list) -> np.ndarray:
     features = []
     for level in NOISE_LEVELS:
         timesteps = [round(level * chain)]
-        errors, _ = class_evidence_errors(predict, x, pipeline.scheduler, len(labels or [0]), timesteps)
+        with in_evaluation_mode([pipeline.unet]):
+            errors, _ = class_evidence_errors(predict, x, pipeline.scheduler, len(labels or [0]), timesteps)
         features.append(errors.amin(dim=0))
     gradients = [side.diff(dim=dim).square().mean(dim=(1, 2, 3)) for side, dim in ((x, 2), (x, 3))]
     features.append(sum(gradients))

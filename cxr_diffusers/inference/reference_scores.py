@@ -21,6 +21,7 @@ from ..hub.loading import hub_file, is_hub_name
 from ..processes import quiet
 
 SCORES_FILE = "healthy_scores.json"  # in a model's folder
+DIGITS = 6  # of a score, decimals; scores that do not differ in them are equal
 
 
 @dataclass
@@ -28,8 +29,9 @@ class ReferenceScores:
     """Scores of images that are known to be healthy.
 
     data: a description of the images. call: all settings of the calls that gave the scores. scores: one an image,
-    sorted. weights: `weights_digest` of the model. by_view: {view: sorted scores} of the images whose view is known.
-    map_quantiles: {quantile: map value} of the pixels of all their maps, rising; {} where only scores were measured.
+    sorted, to `DIGITS` decimals. weights: `weights_digest` of the model. by_view: {view: sorted scores} of the images
+    whose view is known. map_quantiles: {quantile: map value} of the pixels of all their maps, rising; {} where only
+    scores were measured.
     """
 
     data: str
@@ -54,7 +56,7 @@ class ReferenceScores:
         Args:
             view: compare with the images of this view only; all of them if it is None, or if none has this view.
         """
-        scores = self.by_view.get(view or "", self.scores)
+        scores, score = self.by_view.get(view or "", self.scores), round(float(score), DIGITS)
         return sum(s < score for s in scores), len(scores)
 
     def p_value(self, score: float, view: str | None = None) -> float:
@@ -126,7 +128,7 @@ def reference_scores(
     pipeline: DiffusionPipeline, dataset: Dataset, data: str, scores: list[float], call_kwargs: dict | None = None
 ) -> ReferenceScores:
     """`ReferenceScores` of the images of `dataset`, given their `scores` in the order of its rows."""
-    scores, by_view = [round(float(score), 6) for score in scores], {}
+    scores, by_view = [round(float(score), DIGITS) for score in scores], {}
     views = dataset["view"] if "view" in dataset.column_names else []
     for view in sorted({view for view in views if view}):
         by_view[view] = sorted(score for score, other in zip(scores, views, strict=True) if other == view)
@@ -196,14 +198,16 @@ def cached_scores(
     cache_dir: Path | str | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> ReferenceScores:
-    """`measure_scores`, once for a model, its settings and these images. The scores are stored, the images are not.
+    """`measure_scores`, once for a model, its settings, and these images and their views.
+
+    The scores are stored, the images are not.
 
     Args:
         cache_dir: None: `healthy_scores` in the cache, see `files.cache_folder`.
     """
     key = hashlib.blake2b(fingerprint(pipeline, pipeline.settings(), 0).encode(), digest_size=16)
     for row in dataset:
-        key.update(image_digest("", row).encode())
+        key.update(f"{image_digest('', row)} {row.get('view') or ''}".encode())
     folder = Path(cache_dir or cache_folder("healthy_scores")) / key.hexdigest()
     reference = kept_scores(folder)
     if reference is None:

@@ -94,7 +94,8 @@ def train_adversarial(
                 images = augment(images, **config.augment)
         # the target of each image is the class of another image of the batch: targets are as frequent as classes
         target_labels = labels[torch.randperm(len(labels)).to(labels.device)]
-        rate = config.learning_rate * decay(run.progress * config.max_steps, config.max_steps, config.lr_decay_steps)
+        done = run.agreed_progress() * config.max_steps
+        rate = config.learning_rate * decay(done, config.max_steps, config.lr_decay_steps)
         for optimizer in optimizers.values():
             optimizer.param_groups[0]["lr"] = rate
 

@@ -144,7 +144,7 @@ def learning_rates(
         raise ValueError(f"expected `lr_scheduler` {', '.join(shapes)} with `max_seconds`, got {config.lr_scheduler!r}")
 
     def factor(shape, done):
-        return min(1.0, (done + 1) / max(1, config.lr_warmup_steps)) * shape(run.progress)
+        return min(1.0, (done + 1) / max(1, config.lr_warmup_steps)) * shape(run.agreed_progress())
 
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])

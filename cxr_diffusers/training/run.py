@@ -229,7 +229,7 @@ class Run:
         last_step = self.step == self.config.max_steps
         if save_due or validation_due or last_step or len(self.pending) >= self.read_every:
             self.read_pending(in_bar)
-            self.last = self.agreed_end()
+            self.last = self.agreed_progress() >= 1.0
         if save_due or self.last:
             self.save_average()
         if validation_due or self.last:
@@ -256,12 +256,14 @@ class Run:
         self.bar.set_postfix({label: f"{values[name]:.4f}" for label, name in in_bar.items() if name in values})
         self.pending = []
 
-    def agreed_end(self) -> bool:
-        """Whether the run ends here; the clock of the main process decides for all."""
-        if not self.config.max_seconds:
-            return self.finished
-        flag = torch.tensor(float(self.finished), device=self.accelerator.device)
-        return bool(accelerate.utils.broadcast(flag).item())
+    def agreed_progress(self) -> float:
+        """`progress` by the clock of the main process, for all processes: each must call this at the same places.
+
+        With learning rates by clocks of their own, the weights of the processes would drift apart.
+        """
+        if not self.config.max_seconds or self.accelerator.num_processes == 1:
+            return self.progress
+        return accelerate.utils.broadcast(torch.tensor(self.progress, device=self.accelerator.device)).item()
 
     def end(self) -> Path:
         """Close the log, the trackers and the lock; returns the folder of the run."""

@@ -90,7 +90,9 @@ def test_copies_are_not_deleted_for_another_data_set(tmp_path):
     for name in ("one/healthy/a.png", "two/diseased/b.png"):
         save_image(tmp_path / name)
     prepare(tmp_path / "one", tmp_path / "out", size=16)
-    with pytest.raises(ValueError, match="expected the data set that the 1 copies in .*out were made of, got one that none"):
+    with pytest.raises(
+        ValueError, match="expected the data set that the 1 copies in .*out were made of, got one that none"
+    ):
         prepare(tmp_path / "two", tmp_path / "out", size=16)
     assert (tmp_path / "out" / "healthy" / "a.png").is_file() and not (tmp_path / "out" / "diseased").exists()
 

@@ -162,7 +162,7 @@ CLOCKS = """if True:
             run.time = types.SimpleNamespace(monotonic=lambda: next(looks) * (0.1 + 0.1 * rank))
             end, path = run.Run.end, f"{sys.argv[1]}/{rank}.pt"
             run.Run.end = lambda self: (torch.save(self.model.module.state_dict(), path), end(self))
-            train_toy(sys.argv[1], 10_000, max_seconds=6.0, lr_scheduler="linear", batch_size=2, save_every=10_000)
+            train_toy(sys.argv[1], 10_000, max_seconds=2.0, lr_scheduler="linear", batch_size=2, save_every=10_000)
             os._exit(0)
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]

@@ -210,8 +210,9 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
             callback_on_step_end_tensor_inputs,
         )
         averaged = self.is_averaged(inversion)
-        map_settings: dict[str, Any] = dict(direction=direction, smoothing=smoothing, highpass=highpass)
-        map_settings |= dict(match_exposure=match_exposure)
+        map_settings: dict[str, Any] = dict(
+            direction=direction, smoothing=smoothing, highpass=highpass, match_exposure=match_exposure
+        )
         self.check_map(output_type, **map_settings, region=region, keep_below=keep_below)
         target = self.label_id(target_label, "target_label")
         source = self.label_id(source_label, "source_label")

@@ -146,8 +146,9 @@ class ClassifierGuidedPipeline(ContractMixin, ViewsMixin, PortableMixin, Diffusi
         check_scheduler(self.scheduler)
         check_number("classifier_scale", classifier_scale)
         self.check_steps(noise_level, num_inference_steps, callback_on_step_end_tensor_inputs)
-        map_settings: dict[str, Any] = dict(direction=direction, smoothing=smoothing, highpass=highpass)
-        map_settings |= dict(match_exposure=match_exposure)
+        map_settings: dict[str, Any] = dict(
+            direction=direction, smoothing=smoothing, highpass=highpass, match_exposure=match_exposure
+        )
         self.check_map(output_type, **map_settings, region=region, keep_below=keep_below)
         target = self.find_label(target_label, "target_label", self.num_classes)
         label = self.unet_class(unet_label, target)

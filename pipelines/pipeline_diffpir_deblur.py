@@ -181,23 +181,22 @@ class DiffPIRDeblurPipeline(PortableMixin, DiffusionPipeline):
         canvases = [canvas_size(height, width, margin, self.reduction) for height, width in sizes]
         groups = {canvas: [i for i, c in enumerate(canvases) if c == canvas] for canvas in canvases}
         restored = [None] * len(images)
-        with self.progress_bar(total=len(groups) * num_inference_steps) as bar:
+        with in_evaluation_mode([self.unet]), self.progress_bar(total=len(groups) * num_inference_steps) as bar:
             for canvas, members in groups.items():
                 on_step = self.on_step(callback_on_step_end, callback_on_step_end_tensor_inputs, bar)
-                with in_evaluation_mode([self.unet]):
-                    results = self.restore(
-                        [images[i] for i in members],
-                        kernel if len(kernel) == 1 else kernel[members],
-                        canvas,
-                        timesteps,
-                        noise_std=noise_std,
-                        lambda_=lambda_,
-                        zeta=zeta,
-                        boundary=boundary,
-                        tile_size=tile_size,
-                        generator=[generator[i] for i in members] if isinstance(generator, list) else generator,
-                        on_step=on_step,
-                    )
+                results = self.restore(
+                    [images[i] for i in members],
+                    kernel if len(kernel) == 1 else kernel[members],
+                    canvas,
+                    timesteps,
+                    noise_std=noise_std,
+                    lambda_=lambda_,
+                    zeta=zeta,
+                    boundary=boundary,
+                    tile_size=tile_size,
+                    generator=[generator[i] for i in members] if isinstance(generator, list) else generator,
+                    on_step=on_step,
+                )
                 for i, result in zip(members, results, strict=True):
                     restored[i] = result
 

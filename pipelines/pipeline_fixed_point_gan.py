@@ -98,8 +98,9 @@ class FixedPointGANPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
             ```
         """
         # 1. check the arguments
-        map_settings: dict[str, Any] = dict(direction=direction, smoothing=smoothing, highpass=highpass)
-        map_settings |= dict(match_exposure=match_exposure)
+        map_settings: dict[str, Any] = dict(
+            direction=direction, smoothing=smoothing, highpass=highpass, match_exposure=match_exposure
+        )
         self.check_map(output_type, **map_settings, region=region, keep_below=keep_below)
         target = self.label_id(target_label)
 

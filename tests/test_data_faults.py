@@ -526,7 +526,7 @@ def test_a_row_that_says_no_finding_and_names_one_is_not_healthy(other):
         assert labels == [0, 2 if other else -1, 1]
 
 
-def test_an_image_in_several_rows_of_a_table_is_told(folder):
+def test_an_image_in_several_rows_of_a_table_is_an_error(folder):
     csv = folder / "table.csv"
     csv.write_text('file,label,boxes\nhealthy/h0.png,healthy,\ndiseased/d0.png,diseased,"1,2,3,4"\n')
     assert len(load_table(csv, boxes="boxes")) == 2

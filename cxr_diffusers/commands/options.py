@@ -44,7 +44,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "match_exposure": {
         "action": argparse.BooleanOptionalAction,
-        "help": "map of the change to the counterfactual with the contrast and brightness of the image",
+        "help": "give the counterfactual the contrast and brightness of the image before the subtraction",
     },
     "region": {"choices": ["image", "lungs"], "help": "part of the image that the map covers"},
     "keep_below": {
@@ -59,8 +59,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "score": {
         "choices": ["map", "change", "evidence", "combined"],
-        "help": "what the score measures: the map, the change without high-pass, the class evidence (how much better "
-        "the negative label explains the image), or change + 2 x evidence",
+        "help": "what the score measures: the map, the change with neither high-pass nor matched exposure, the class "
+        "evidence (how much better the negative label explains the image), or change + 2 x evidence",
     },
 }
 

@@ -232,8 +232,8 @@ def mean_interval(values: np.ndarray, groups: Sequence[Any], weights: np.ndarray
 
 
 def without_interval(value: float | np.floating) -> dict[str, Any]:
-    """A metric without an interval.
+    """A metric without an interval: one of a single patient, or the FID.
 
-    That of one patient, or the FID: a bootstrap replicate has fewer different images, which biases it further.
+    The fewer different images of a bootstrap replicate would bias the FID further.
     """
     return metrics.Interval(float(value), float("nan"), float("nan"), 0)._asdict()

@@ -120,11 +120,11 @@ def denoising_errors(pipeline: Any, images: list) -> np.ndarray:
         return pipeline.predict(torch.cat([x] * len(labels or [0])), t, ids)
 
     features = []
-    for level in NOISE_LEVELS:
-        timesteps = [round(level * chain)]
-        with in_evaluation_mode([pipeline.unet]):
+    with in_evaluation_mode([pipeline.unet]):
+        for level in NOISE_LEVELS:
+            timesteps = [round(level * chain)]
             errors, _ = class_evidence_errors(predict, x, pipeline.scheduler, len(labels or [0]), timesteps)
-        features.append(errors.amin(dim=0))
+            features.append(errors.amin(dim=0))
     gradients = [side.diff(dim=dim).square().mean(dim=(1, 2, 3)) for side, dim in ((x, 2), (x, 3))]
     features.append(sum(gradients))
     return torch.stack(features, dim=1).double().clamp(min=1e-12).log().cpu().numpy()

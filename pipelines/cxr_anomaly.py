@@ -163,6 +163,23 @@ def smooth_map(anomaly_map: torch.Tensor, sigma: float) -> torch.Tensor:
     return F.conv2d(F.conv2d(maps, kernel[None, None, None]), kernel[None, None, :, None])[:, 0]
 
 
+def highest_share(
+    anomaly_map: torch.Tensor, share: float, gate: torch.Tensor | None = None, softness: float = 0.0
+) -> torch.Tensor:
+    """(B, H, W) -> (B, H, W) in [0, 1]: 1 for the given share of pixels of each map that are highest, else 0.
+
+    Args:
+        share: of all pixels, or with a (B, H, W) `gate` of those where it is above 0.5; at least one pixel.
+        softness: sigma of a Gaussian that smooths the edge, in pixels of the map.
+    """
+    flat, total = anomaly_map.flatten(1), anomaly_map[0].numel()
+    counts = [total] * len(flat) if gate is None else (gate.flatten(1) > 0.5).sum(dim=1).tolist()
+    mask = torch.zeros_like(flat)
+    for i, count in enumerate(counts):
+        mask[i, flat[i].topk(max(1, round(share * count))).indices] = 1
+    return smooth_map(mask.view_as(anomaly_map), softness).clamp(0, 1)
+
+
 def composite(
     image: torch.Tensor, counterfactual: torch.Tensor, anomaly_map: torch.Tensor, keep_below: float
 ) -> torch.Tensor:
@@ -246,6 +263,7 @@ class ContractMixin(Base):
     ORIGINAL_SETTINGS: dict[str, Any] = {}
     num_classes: int
     _interrupt = False
+    _is_inpainting = False
     _num_timesteps: int | None = None
 
     @classmethod
@@ -261,6 +279,11 @@ class ContractMixin(Base):
     def interrupt(self) -> bool:
         """True once a callback has set `pipeline._interrupt = True`: the call then skips the remaining steps."""
         return self._interrupt
+
+    @property
+    def is_inpainting(self) -> bool:
+        """Whether the steps that a callback sees now are those of inpainting."""
+        return self._is_inpainting
 
     @property
     def num_timesteps(self) -> int | None:
@@ -462,17 +485,19 @@ class ContractMixin(Base):
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"expected `output_type` pil, np or pt, got {output_type!r}")
 
-    def check_steps(self, noise_level: Any, num_inference_steps: Any, tensor_inputs: Sequence[str]) -> None:
-        """Raise ValueError for an invalid noise level, number of steps, or name of a callback's tensor."""
+    def check_steps(
+        self, noise_level: Any, steps: Any, tensor_inputs: Sequence[str], name: str = "num_inference_steps"
+    ) -> None:
+        """Raise ValueError for an invalid noise level, number of steps (the argument `name`), or callback's tensor."""
         chain = self.scheduler.config.num_train_timesteps
-        for name, value, limits in (
+        for argument, value, limits in (
             ("noise_level", noise_level, f"to be a timestep, 1..{chain}"),
-            ("num_inference_steps", num_inference_steps, f"from 1 to {chain}"),
+            (name, steps, f"from 1 to {chain}"),
         ):
             if not isinstance(value, int):
-                raise ValueError(f"expected `{name}` to be a whole number, got {value!r}")
+                raise ValueError(f"expected `{argument}` to be a whole number, got {value!r}")
             if not 1 <= value <= chain:
-                raise ValueError(f"expected `{name}` {limits}, got {value!r}")
+                raise ValueError(f"expected `{argument}` {limits}, got {value!r}")
         if unknown := sorted(set(tensor_inputs) - set(self._callback_tensor_inputs)):
             raise ValueError(
                 f"expected `callback_on_step_end_tensor_inputs` among {self._callback_tensor_inputs}, got {unknown}"

@@ -1,4 +1,4 @@
-"""Deterministic DDIM inversion, and the class evidence of a diffusion model."""
+"""Deterministic DDIM inversion, inpainting, and the class evidence of a diffusion model."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
@@ -82,13 +82,17 @@ def output_from_noise(noise: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor,
     return (x - (1 - alpha) ** 0.5 * noise) / alpha**0.5
 
 
+def image_from_noise(x: torch.Tensor, noise: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    """The image x_0 in the latents `x` at signal level `alpha` (alpha bar), whose noise is `noise`."""
+    return (x - (1 - alpha) ** 0.5 * noise) / alpha**0.5
+
+
 def move(x: torch.Tensor, noise: torch.Tensor, alpha: torch.Tensor, new_alpha: torch.Tensor) -> torch.Tensor:
     """The DDIM update without randomness (Song et al. 2021, https://arxiv.org/abs/2010.02502, eq. 12 with sigma = 0).
 
     It goes both ways: from alpha bar `alpha` to a smaller one (towards noise) or to a larger one (towards the image).
     """
-    x0 = (x - (1 - alpha) ** 0.5 * noise) / alpha**0.5
-    return new_alpha**0.5 * x0 + (1 - new_alpha) ** 0.5 * noise
+    return new_alpha**0.5 * image_from_noise(x, noise, alpha) + (1 - new_alpha) ** 0.5 * noise
 
 
 def invert(
@@ -151,6 +155,57 @@ def decode_step(scheduler: Any, timesteps: torch.Tensor, i: int, output: torch.T
     alpha = alphas[timesteps[i].long()]
     new_alpha = alphas[timesteps[i + 1].long()] if i + 1 < len(timesteps) else clean_alpha(scheduler).to(x.device)
     return move(x, noise_from_output(output, x, alpha, config.prediction_type), alpha, new_alpha)
+
+
+def inpaint(
+    predict: Callable,
+    x: torch.Tensor,
+    mask: torch.Tensor,
+    timesteps: torch.Tensor,
+    scheduler: Any,
+    data_range: Sequence[float],
+    generator: Generators = None,
+    on_step: Callable | None = None,
+    interrupted: Callable[[], bool] | None = None,
+) -> torch.Tensor:
+    """Draw a part of the images anew, so that it fits the rest.
+
+    DDIM from noise. In each step, the image that the network predicts is replaced by the known one outside the mask;
+    RePaint (Lugmayr et al. 2022, https://arxiv.org/abs/2201.09865, algorithm 1) replaces the latents instead.
+
+    Args:
+        predict: `predict(x, t)` -> the network's output, the variance already split off, float32.
+        x: (B, C, H, W) images in the model's range.
+        mask: (B, H, W), 1: drawn anew, 0: known; in between, a mixture.
+        timesteps: descending; each step goes to the next one, the last one to the clean image.
+        data_range: limits of the predicted images.
+        generator: of the noise, as in `class_evidence`.
+        on_step, interrupted: as in `invert`; an interrupted call returns the images themselves.
+
+    Returns:
+        (B, C, H, W) images, equal to `x` outside the mask.
+    """
+    alphas = scheduler.alphas_cumprod.to(x.device, torch.float32)
+    mask = mask[:, None].to(x.dtype)
+    alpha = alphas[timesteps[0].long()]
+    noise = evidence_noise(x, int(timesteps[0]), generator)
+    latents = alpha**0.5 * (1 - mask) * x + (1 - alpha) ** 0.5 * noise
+    for i, t in enumerate(timesteps):
+        if interrupted is not None and interrupted():
+            return x
+        alpha = alphas[t.long()]
+        noise = noise_from_output(predict(latents, t), latents, alpha, scheduler.config.prediction_type)
+        predicted = image_from_noise(latents, noise, alpha).clamp(*data_range)
+        result = x + mask * (predicted - x)
+        if i + 1 < len(timesteps):
+            noise = (latents - alpha**0.5 * result) / (1 - alpha) ** 0.5  # the noise for which `result` is the image
+            new_alpha = alphas[timesteps[i + 1].long()]
+            latents = new_alpha**0.5 * result + (1 - new_alpha) ** 0.5 * noise
+        else:
+            latents = result
+        if on_step is not None:
+            latents = on_step(i, t, latents)
+    return latents
 
 
 def evidence_timesteps(scheduler: Any) -> list[int]:
@@ -221,7 +276,7 @@ def class_evidence(
     images, errors = torch.zeros(()), torch.zeros(())
     for alpha, noise, noised, output in predict_noised(predict, x, scheduler, 2, timesteps, generator):
         predicted_noise = noise_from_output(output, noised, alpha, prediction_type)
-        images = images + (noised - (1 - alpha) ** 0.5 * predicted_noise) / alpha**0.5 / len(timesteps)
+        images = images + image_from_noise(noised, predicted_noise, alpha) / len(timesteps)
         errors = errors + ((predicted_noise - noise) ** 2 * weights).flatten(2).sum(dim=2)
     return images[0], images[1], (errors[0] / errors[1]).log()
 

@@ -15,6 +15,7 @@ from .cxr_anomaly import (
     check_number,
     default_settings,
     difference_map,
+    highest_share,
     smooth_map,
 )
 from .cxr_conditions import ViewsMixin
@@ -24,6 +25,8 @@ from .cxr_inversion import (
     check_scheduler,
     class_evidence,
     decode_step,
+    image_from_noise,
+    inpaint,
     invert,
     noise_from_output,
     output_from_noise,
@@ -110,6 +113,9 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         num_inference_steps: int = 1000,
         inversion: str = "plain",
         guidance_every: int = 1,
+        decode_until: int = 0,
+        inpaint: float = 0.0,
+        inpaint_steps: int = 10,
         target_label: int | str = 0,
         negative_label: int | str = "null",
         source_label: int | str = "null",
@@ -147,6 +153,13 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
             guidance_every: n: of n steps of decoding, only the first evaluates the UNet under both labels. The others
                 evaluate it under the target label and reuse the last difference of the noise (as in Dinh et al. 2024,
                 https://arxiv.org/abs/2408.11194). 1: every step.
+            decode_until: a timestep. Decoding takes no steps below it, and ends with the image that the UNet predicts
+                from there. Its fine details are missing, but a smoothed map hardly changes. 0: decode to the end.
+            inpaint: 0, or a share of the image's pixels (with `region="lungs"`, of the lungs). Where the map is
+                highest, so many pixels are drawn anew from noise, as `target_label` and so that they fit the rest of
+                the image. The result is the counterfactual, and its map is averaged with those of the noise levels.
+                After Bercea et al. 2023, https://arxiv.org/abs/2305.19643.
+            inpaint_steps: steps of the whole chain for `inpaint`; those below the lowest noise level are taken.
             target_label: the class to decode to, as an id or a name; 0 is healthy.
             negative_label: the class that guidance pushes away from: an id, a name, or "null" for the null label; not
                 `target_label`, from which it would not differ.
@@ -208,6 +221,9 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
             evidence,
             score,
             callback_on_step_end_tensor_inputs,
+            decode_until,
+            inpaint,
+            inpaint_steps,
         )
         averaged = self.is_averaged(inversion)
         map_settings: dict[str, Any] = dict(
@@ -233,7 +249,9 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         views = self.view_indices(view, image, view_errors)
 
         # 3. x_0 -> x_L: inversion, once for all noise levels
-        self.count_timesteps(*(timesteps_below(self.scheduler, n, num_inference_steps) for n in [max(levels), *levels]))
+        chains = [timesteps_below(self.scheduler, min(levels), inpaint_steps)] if inpaint else []
+        chains += [self.decoding_timesteps(n, num_inference_steps, decode_until)[0] for n in levels]
+        self.count_timesteps(timesteps_below(self.scheduler, max(levels), num_inference_steps), *chains)
         span: dict[str, Any] = dict(num_inference_steps=num_inference_steps, on_step=on_step, views=views)
         encoded = self.encode(image, source, levels, averaged=averaged, **span)
 
@@ -246,15 +264,37 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
                 noise_level=level,
                 guidance_scale=guidance_scale,
                 guidance_every=guidance_every,
+                decode_until=decode_until,
                 negative_label=negative,
                 **span,
             )
             maps.append(self.map_change(image, counterfactual, **map_settings))
-        anomaly_map, ratio, added, gate = torch.stack(maps).mean(dim=0), None, None, None
+        gate = self.lung_gate(image) if region == "lungs" and (inpaint or needs_evidence) else None
+        change = None
+        if score in ("change", "combined"):
+            change = self.map_change(
+                image, counterfactual, **{**map_settings, "highpass": 0.0, "match_exposure": False}
+            )
 
-        # 5. class evidence: the comparison of the two labels
+        # 5. inpainting, where the map is highest
+        if inpaint and not self.interrupt:
+            suspicious = torch.stack(maps).mean(dim=0) * (1 if gate is None else gate)
+            mask = highest_share(suspicious, inpaint, gate, softness=image.shape[-1] / 64)
+            counterfactual = self.inpaint(
+                image,
+                mask,
+                target,
+                noise_level=min(levels),
+                num_inference_steps=inpaint_steps,
+                views=views,
+                generator=generator,
+                on_step=on_step,
+            )
+            maps.append(self.map_change(image, counterfactual, **map_settings))
+        anomaly_map, ratio, added = torch.stack(maps).mean(dim=0), None, None
+
+        # 6. class evidence: the comparison of the two labels
         if needs_evidence:
-            gate = self.lung_gate(image) if region == "lungs" else None
             weights = None if gate is None else 1 + gate  # errors in the lungs count double
             as_target, as_negative, ratio = self.compute_class_evidence(
                 image, target, negative, views, generator, weights
@@ -264,12 +304,7 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
             added = EVIDENCE_WEIGHT * ratio if score == "combined" else None
             ratio = ratio if score == "evidence" else None
 
-        # 6. the output
-        change = None
-        if score in ("change", "combined"):
-            change = self.map_change(
-                image, counterfactual, **{**map_settings, "highpass": 0.0, "match_exposure": False}
-            )
+        # 7. the output
         data_range = self.config.data_range
         return self.finish(
             image,
@@ -312,6 +347,9 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         evidence: float,
         score: str,
         tensor_inputs: Sequence[str] = (),
+        decode_until: int = 0,
+        inpaint: float = 0.0,
+        inpaint_steps: int = 10,
     ) -> None:
         """Raise ValueError for an invalid scheduler, or an invalid value of one of these arguments."""
         check_scheduler(self.scheduler)
@@ -323,6 +361,11 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         if not isinstance(guidance_every, int) or guidance_every < 1:
             raise ValueError(f"expected a `guidance_every` of 1 or more steps, got {guidance_every!r}")
         check_number("evidence", evidence)
+        check_number("inpaint", inpaint, high=1.0)
+        if not isinstance(decode_until, int) or decode_until < 0:
+            raise ValueError(f"expected `decode_until` to be a timestep, 0 or more, got {decode_until!r}")
+        if inpaint:
+            self.check_steps(min(levels), inpaint_steps, tensor_inputs, "inpaint_steps")
         if score not in ("map", "change", "evidence", "combined"):
             raise ValueError(f"expected `score` map, change, evidence or combined, got {score!r}")
 
@@ -421,19 +464,20 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         num_inference_steps: int,
         guidance_scale: float,
         guidance_every: int = 1,
+        decode_until: int = 0,
         negative_label: int | str = "null",
         views: torch.Tensor | None = None,
         on_step: Callable | None = None,
     ) -> torch.Tensor:
         """(B, C, H, W) latents at `noise_level` -> (B, C, H, W) counterfactual."""
-        timesteps = timesteps_below(self.scheduler, noise_level, num_inference_steps, x.device)
+        taken, timesteps = self.decoding_timesteps(noise_level, num_inference_steps, decode_until, x.device)
         weights = guidance_weights(target_label, negative_label, guidance_scale)
         labels = self.label_tensor(weights, len(x), x.device, views)
         alphas = self.scheduler.alphas_cumprod.to(x.device, torch.float32)
         prediction_type, difference = self.scheduler.config.prediction_type, torch.zeros(())
-        for i, t in enumerate(self.progress_bar(timesteps)):
+        for i, t in enumerate(self.progress_bar(taken)):
             if self.interrupt:
-                break
+                return x
             alpha = alphas[t.long()]
             if len(weights) == 2 and i % guidance_every:
                 output = self.predict(x, t, labels[: len(x)])
@@ -445,10 +489,60 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
                 if guidance_every > 1:
                     first, last = (noise_from_output(outputs[k], x, alpha, prediction_type) for k in (0, -1))
                     difference = first - last
+            last_noise = noise_from_output(guided, x, alpha, prediction_type)
             x = decode_step(self.scheduler, timesteps, i, guided, x)
             if on_step is not None:
                 x = on_step(len(timesteps) + i, t, x)
+        if len(taken) < len(timesteps):
+            x = image_from_noise(x, last_noise, alphas[timesteps[len(taken)].long()])
         return x
+
+    def decoding_timesteps(
+        self, noise_level: int, num_inference_steps: int, decode_until: int = 0, device: torch.device | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The timesteps below `noise_level` that `decode` takes, and all of them, descending.
+
+        Raises:
+            ValueError: all of them are below `decode_until`.
+        """
+        timesteps = timesteps_below(self.scheduler, noise_level, num_inference_steps, device)
+        taken = timesteps[timesteps >= decode_until]
+        if not len(taken):
+            raise ValueError(
+                f"expected `decode_until` of {int(timesteps[0])} or less, the first of the {num_inference_steps} steps "
+                f"below the noise level {noise_level}, got {decode_until}"
+            )
+        return taken, timesteps
+
+    def inpaint(
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor,
+        target_label: int | str = 0,
+        *,
+        noise_level: int,
+        num_inference_steps: int,
+        views: torch.Tensor | None = None,
+        generator: Generators = None,
+        on_step: Callable | None = None,
+    ) -> torch.Tensor:
+        """(B, C, H, W) images in the model's range, drawn anew as `target_label` where the (B, H, W) mask is 1."""
+        timesteps = timesteps_below(self.scheduler, noise_level, num_inference_steps, x.device)
+        labels = self.label_tensor([target_label], len(x), x.device, views)
+        self._is_inpainting = True
+        try:
+            with self.progress_bar(total=len(timesteps)) as bar:
+
+                def predict(x, t):
+                    bar.update()
+                    return self.predict(x, t, labels)
+
+                data_range = self.config.data_range
+                return inpaint(
+                    predict, x, mask, timesteps, self.scheduler, data_range, generator, on_step, lambda: self.interrupt
+                )
+        finally:
+            self._is_inpainting = False
 
 
 def noise_levels(noise_level: int | list[int] | tuple[int, ...]) -> list[int]:

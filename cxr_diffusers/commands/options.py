@@ -30,6 +30,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "num_inference_steps": {"type": int, "help": "of the whole chain"},
     "inversion": {"choices": ["plain", "averaged"], "help": "averaged: more accurate with few steps"},
     "guidance_every": {"type": int, "metavar": "N", "help": "steps, of which only the first evaluates both labels"},
+    "decode_until": {"type": int, "metavar": "T", "help": "timestep where decoding ends; 0: the image itself"},
+    "inpaint": {
+        "type": float,
+        "metavar": "SHARE",
+        "help": "of the pixels where the map is highest, which are drawn anew to fit the rest; 0: off",
+    },
+    "inpaint_steps": {"type": int, "help": "of the whole chain, for --inpaint"},
     "negative_label": {"help": "class that guidance pushes away from: a name, an id, or null"},
     "source_label": {"help": "class of the inversion"},
     "classifier_scale": {"type": float, "help": "s of classifier guidance"},

@@ -22,7 +22,7 @@ HOLD = 900  # ms for the first frame, the noisiest and the last
 class Frame:
     """The end of a step.
 
-    level: the timestep of the latents, 0 (an image) to T (noise). direction: "inversion" or "decoding".
+    level: the timestep of the latents, 0 (an image) to T (noise). direction: "inversion", "decoding" or "inpainting".
     latents: (B, C, H, W) float32 on the CPU. predicted: likewise, the clean image x_0 that the step predicted, or None.
     alpha: alpha bar of the level.
     """
@@ -69,7 +69,9 @@ class Trajectory:
         if i == 0:
             self.kept, self.last, self.stride, self.t = [], None, 1, -1
             self.data_range = tuple(pipeline.config.data_range)
-        before, t, rising = self._before(int(t)), int(t), self._is_inversion(int(t))
+        t, inpainting = int(t), getattr(pipeline, "is_inpainting", False)
+        rising = not inpainting and self._is_inversion(t)
+        before = self._before(t, rising, inpainting)
         level = t if rising else level_after(scheduler, t)
         alpha, clean = signal_level(scheduler, level), None
         if self.predicted and before is not None and steps_are_lines(scheduler):
@@ -77,7 +79,8 @@ class Trajectory:
             start = before.alpha if rising else signal_level(scheduler, t)
             clean = predict_clean_image(before.latents, latents, start, alpha)
             clean = before.predicted if clean is None else clean
-        self.last, self.t = Frame(max(level, 0), "inversion" if rising else "decoding", latents, clean, alpha), t
+        direction = "inpainting" if inpainting else "inversion" if rising else "decoding"
+        self.last, self.t = Frame(max(level, 0), direction, latents, clean, alpha), t
         if i % self.stride == 0:
             self.kept.append(self.last)
         if len(self.kept) > self.max_frames:
@@ -88,13 +91,15 @@ class Trajectory:
         """Timesteps rise during inversion; the first one that does not belongs to decoding."""
         return t > self.t and (self.last is None or self.last.direction == "inversion")
 
-    def _before(self, t):
+    def _before(self, t, rising, inpainting):
         """The frame at the beginning of the step from `t`, None if it was not recorded.
 
         This is the last frame, except when decoding begins at another noise level: then it is the frame that inversion
-        recorded at that level.
+        recorded at that level. Inpainting begins at noise that is not recorded.
         """
-        if self.last is None or self._is_inversion(t):
+        if inpainting:
+            return self.last if self.last is not None and self.last.direction == "inpainting" else None
+        if self.last is None or rising:
             return self.last
         goes_on = self.last.level == t if self.last.direction == "inversion" else t < self.t
         left = [frame for frame in self.kept if frame.direction == "inversion" and frame.level == t]
@@ -124,7 +129,7 @@ class Trajectory:
         draw = ImageDraw.Draw(page)
         for k, frame in enumerate(frames[n] for n in chosen):
             x, y = GAP + k * (panel_size + GAP), GAP
-            colour = LINE if frame.direction == "decoding" else DIM
+            colour = DIM if frame.direction == "inversion" else LINE
             write_words(draw, (x, y), frame.direction, text, colour, panel_size)
             write_words(draw, (x, y + text + GAP), f"level {frame.level}", text, BRIGHT, panel_size)
             y += 2 * (text + GAP)
@@ -161,7 +166,7 @@ class Trajectory:
     def film_bytes(self, index: int = 0, format: str = "webp", panel_size: int = 256) -> bytes:
         """The content of a WebP or GIF file with the animation, which repeats endlessly."""
         film = self.film(index, panel_size)
-        turn = next((k for k, frame in enumerate(self.frames) if frame.direction == "decoding"), len(film)) - 1
+        turn = next((k for k, frame in enumerate(self.frames) if frame.direction != "inversion"), len(film)) - 1
         step = max(40, round(1000 * SECONDS / len(film)))
         times = [HOLD if k in (0, turn, len(film) - 1) else step for k in range(len(film))]
         options: dict[str, Any] = {"quality": 80, "method": 2} if format == "webp" else {"optimize": False}

@@ -164,7 +164,7 @@ def inpaint(
     timesteps: torch.Tensor,
     scheduler: Any,
     data_range: Sequence[float],
-    generator: Generators = None,
+    noise: torch.Tensor,
     on_step: Callable | None = None,
     interrupted: Callable[[], bool] | None = None,
 ) -> torch.Tensor:
@@ -179,7 +179,7 @@ def inpaint(
         mask: (B, H, W), 1: drawn anew, 0: known; in between, a mixture.
         timesteps: descending; each step goes to the next one, the last one to the clean image.
         data_range: limits of the predicted images.
-        generator: of the noise, as in `class_evidence`.
+        noise: standard normal, of the shape of `x` or one for all images.
         on_step, interrupted: as in `invert`; an interrupted call returns the images themselves.
 
     Returns:
@@ -188,7 +188,6 @@ def inpaint(
     alphas = scheduler.alphas_cumprod.to(x.device, torch.float32)
     mask = mask[:, None].to(x.dtype)
     alpha = alphas[timesteps[0].long()]
-    noise = evidence_noise(x, int(timesteps[0]), generator)
     latents = alpha**0.5 * (1 - mask) * x + (1 - alpha) ** 0.5 * noise
     for i, t in enumerate(timesteps):
         if interrupted is not None and interrupted():

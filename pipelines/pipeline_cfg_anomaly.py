@@ -25,6 +25,7 @@ from .cxr_inversion import (
     check_scheduler,
     class_evidence,
     decode_step,
+    evidence_noise,
     image_from_noise,
     inpaint,
     invert,
@@ -116,6 +117,7 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         decode_until: int = 0,
         inpaint: float = 0.0,
         inpaint_steps: int = 10,
+        inpaint_rounds: int = 1,
         target_label: int | str = 0,
         negative_label: int | str = "null",
         source_label: int | str = "null",
@@ -160,6 +162,8 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
                 the image. The result is the counterfactual, and its map is averaged with those of the noise levels.
                 After Bercea et al. 2023, https://arxiv.org/abs/2305.19643.
             inpaint_steps: steps of the whole chain for `inpaint`; those below the lowest noise level are taken.
+            inpaint_rounds: how often, each time with other noise and where the average of all maps so far is highest.
+                The counterfactual is that of the last round.
             target_label: the class to decode to, as an id or a name; 0 is healthy.
             negative_label: the class that guidance pushes away from: an id, a name, or "null" for the null label; not
                 `target_label`, from which it would not differ.
@@ -224,6 +228,7 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
             decode_until,
             inpaint,
             inpaint_steps,
+            inpaint_rounds,
         )
         averaged = self.is_averaged(inversion)
         map_settings: dict[str, Any] = dict(
@@ -249,7 +254,7 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         views = self.view_indices(view, image, view_errors)
 
         # 3. x_0 -> x_L: inversion, once for all noise levels
-        chains = [timesteps_below(self.scheduler, min(levels), inpaint_steps)] if inpaint else []
+        chains = [timesteps_below(self.scheduler, min(levels), inpaint_steps)] * inpaint_rounds if inpaint else []
         chains += [self.decoding_timesteps(n, num_inference_steps, decode_until)[0] for n in levels]
         self.count_timesteps(timesteps_below(self.scheduler, max(levels), num_inference_steps), *chains)
         span: dict[str, Any] = dict(num_inference_steps=num_inference_steps, on_step=on_step, views=views)
@@ -277,7 +282,7 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
             )
 
         # 5. inpainting, where the map is highest
-        if inpaint and not self.interrupt:
+        for number in range(inpaint_rounds if inpaint and not self.interrupt else 0):
             suspicious = torch.stack(maps).mean(dim=0) * (1 if gate is None else gate)
             mask = highest_share(suspicious, inpaint, gate, softness=image.shape[-1] / 64)
             counterfactual = self.inpaint(
@@ -288,6 +293,7 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
                 num_inference_steps=inpaint_steps,
                 views=views,
                 generator=generator,
+                number=number,
                 on_step=on_step,
             )
             maps.append(self.map_change(image, counterfactual, **map_settings))
@@ -350,6 +356,7 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         decode_until: int = 0,
         inpaint: float = 0.0,
         inpaint_steps: int = 10,
+        inpaint_rounds: int = 1,
     ) -> None:
         """Raise ValueError for an invalid scheduler, or an invalid value of one of these arguments."""
         check_scheduler(self.scheduler)
@@ -366,6 +373,8 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
             raise ValueError(f"expected `decode_until` to be a timestep, 0 or more, got {decode_until!r}")
         if inpaint:
             self.check_steps(min(levels), inpaint_steps, tensor_inputs, "inpaint_steps")
+            if not isinstance(inpaint_rounds, int) or inpaint_rounds < 1:
+                raise ValueError(f"expected `inpaint_rounds` of 1 or more, got {inpaint_rounds!r}")
         if score not in ("map", "change", "evidence", "combined"):
             raise ValueError(f"expected `score` map, change, evidence or combined, got {score!r}")
 
@@ -524,9 +533,13 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         num_inference_steps: int,
         views: torch.Tensor | None = None,
         generator: Generators = None,
+        number: int = 0,
         on_step: Callable | None = None,
     ) -> torch.Tensor:
-        """(B, C, H, W) images in the model's range, drawn anew as `target_label` where the (B, H, W) mask is 1."""
+        """(B, C, H, W) images in the model's range, drawn anew as `target_label` where the (B, H, W) mask is 1.
+
+        Without a generator, the noise is fixed; another `number` gives other noise.
+        """
         timesteps = timesteps_below(self.scheduler, noise_level, num_inference_steps, x.device)
         labels = self.label_tensor([target_label], len(x), x.device, views)
         self._is_inpainting = True
@@ -537,9 +550,12 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
                     bar.update()
                     return self.predict(x, t, labels)
 
+                # the seed of a timestep that the chain does not have is used by nothing else
+                seed = int(timesteps[0]) + number * self.scheduler.config.num_train_timesteps
+                noise = evidence_noise(x, seed, generator)
                 data_range = self.config.data_range
                 return inpaint(
-                    predict, x, mask, timesteps, self.scheduler, data_range, generator, on_step, lambda: self.interrupt
+                    predict, x, mask, timesteps, self.scheduler, data_range, noise, on_step, lambda: self.interrupt
                 )
         finally:
             self._is_inpainting = False

@@ -52,11 +52,12 @@ def test_the_masked_part_is_what_the_network_predicts_and_the_rest_is_kept(image
         return output.get(prediction_type, healthy)
 
     timesteps = timesteps_below(scheduler, 500, 10)
-    result = inpaint(predict, x, mask, timesteps, scheduler, (-1.0, 1.0))
+    noise = evidence_noise(x, 400)
+    result = inpaint(predict, x, mask, timesteps, scheduler, (-1.0, 1.0), noise)
     expected = x + mask[:, None] * (healthy - x)
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
     assert torch.equal(result[:, :, 20:], x[:, :, 20:])
-    clipped = inpaint(predict, x, mask, timesteps, scheduler, (-1.0, 0.0))
+    clipped = inpaint(predict, x, mask, timesteps, scheduler, (-1.0, 0.0), noise)
     assert clipped[:, :, 4:12, 4:12].max() == 0.0, "the prediction stays in the range of the data"
 
 
@@ -72,9 +73,9 @@ def test_the_network_sees_the_known_part_at_the_level_of_each_step(images):
         return torch.randn(latents.shape, generator=torch.Generator().manual_seed(int(t)))
 
     timesteps = timesteps_below(scheduler, 500, 10)
-    inpaint(predict, x, mask, timesteps, scheduler, (-1.0, 1.0))
+    noise = evidence_noise(x, 400)
+    inpaint(predict, x, mask, timesteps, scheduler, (-1.0, 1.0), noise)
     assert [t for t, _ in seen] == timesteps.tolist() and len(seen) == 5
-    noise = evidence_noise(x, int(timesteps[0]))
     for t, latents in seen:
         alpha = scheduler.alphas_cumprod[t]
         expected = alpha**0.5 * x + (1 - alpha) ** 0.5 * noise
@@ -118,6 +119,22 @@ def test_several_levels_count_once_each_and_inpainting_starts_at_the_lowest(pipe
     assert cost == plain_cost + 3
     change = (after.image - after.counterfactual).abs()[:, 0]
     torch.testing.assert_close(after.anomaly_map, (2 * before.anomaly_map + change) / 3, atol=1e-5, rtol=0)
+
+
+def test_each_round_looks_where_the_maps_so_far_are_highest(pipeline, images):
+    masks, draw = [], pipeline.inpaint
+    pipeline.inpaint = lambda x, mask, *args, **kwargs: masks.append(mask) or draw(x, mask, *args, **kwargs)
+    one = pipeline(images, **FAST, **INPAINT)
+    masks.clear()
+    two, cost = evaluations(pipeline, images, **FAST, **INPAINT, inpaint_rounds=2)
+    assert cost == 5 + 2 * 5 + 2 * 5 and len(masks) == 2
+    torch.testing.assert_close(masks[1], highest_share(one.anomaly_map, 0.1, softness=images.shape[-1] / 64))
+    change = (two.image - two.counterfactual).abs()[:, 0]
+    torch.testing.assert_close(two.anomaly_map, (2 * one.anomaly_map + change) / 3, atol=1e-5, rtol=0)
+    x = images * 2 - 1
+    same = dict(noise_level=500, num_inference_steps=10)
+    drawn = [draw(x, masks[0], 0, number=number, **same) for number in (0, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.allclose(drawn[0], drawn[2], atol=1e-3)
 
 
 def test_the_score_of_the_change_is_that_of_decoding(pipeline, images):
@@ -236,6 +253,7 @@ def test_a_trajectory_shows_the_image_that_inpainting_predicts(pipeline, images)
         (dict(inpaint=True), "expected `inpaint` to be a number, got True"),
         (dict(inpaint=0.1, inpaint_steps=0), "expected `inpaint_steps` from 1 to 1000, got 0"),
         (dict(inpaint=0.1, inpaint_steps=2.5), "expected `inpaint_steps` to be a whole number, got 2.5"),
+        (dict(inpaint=0.1, inpaint_rounds=0), "expected `inpaint_rounds` of 1 or more, got 0"),
         (dict(decode_until=-1), "expected `decode_until` to be a timestep, 0 or more, got -1"),
         (dict(decode_until=0.5), "expected `decode_until` to be a timestep, 0 or more, got 0.5"),
         (dict(decode_until=450), "expected `decode_until` of 400 or less, the first of the 10 steps below"),

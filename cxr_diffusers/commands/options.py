@@ -37,6 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "help": "of the pixels where the map is highest, which are drawn anew to fit the rest; 0: off",
     },
     "inpaint_steps": {"type": int, "help": "of the whole chain, for --inpaint"},
+    "inpaint_rounds": {"type": int, "metavar": "N", "help": "how often, each time with a new choice of the pixels"},
     "negative_label": {"help": "class that guidance pushes away from: a name, an id, or null"},
     "source_label": {"help": "class of the inversion"},
     "classifier_scale": {"type": float, "help": "s of classifier guidance"},

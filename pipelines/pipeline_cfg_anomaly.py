@@ -155,8 +155,9 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
             guidance_every: n: of n steps of decoding, only the first evaluates the UNet under both labels. The others
                 evaluate it under the target label and reuse the last difference of the noise (as in Dinh et al. 2024,
                 https://arxiv.org/abs/2408.11194). 1: every step.
-            decode_until: a timestep. Decoding takes no steps below it, and ends with the image that the UNet predicts
-                from there. Its fine details are missing, but a smoothed map hardly changes. 0: decode to the end.
+            decode_until: a timestep. Decoding takes no steps below it (nor, from noise levels under twice its value,
+                below half of the level), and ends with the image that the UNet predicts from there. Its fine details
+                are missing, but a smoothed map hardly changes. 0: decode to the end.
             inpaint: 0, or a share of the image's pixels (with `region="lungs"`, of the lungs). Where the map is
                 highest, so many pixels are drawn anew from noise, as `target_label` and so that they fit the rest of
                 the image. The result is the counterfactual, and its map is averaged with those of the noise levels.
@@ -509,18 +510,10 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
     def decoding_timesteps(
         self, noise_level: int, num_inference_steps: int, decode_until: int = 0, device: torch.device | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The timesteps below `noise_level` that `decode` takes, and all of them, descending.
-
-        Raises:
-            ValueError: all of them are below `decode_until`.
-        """
+        """The timesteps below `noise_level` that `decode` takes (see `decode_until`), and all of them, descending."""
         timesteps = timesteps_below(self.scheduler, noise_level, num_inference_steps, device)
-        taken = timesteps[timesteps >= decode_until]
-        if not len(taken):
-            raise ValueError(
-                f"expected `decode_until` of {int(timesteps[0])} or less, the first of the {num_inference_steps} steps "
-                f"below the noise level {noise_level}, got {decode_until}"
-            )
+        taken = timesteps[timesteps >= min(decode_until, noise_level / 2)]
+        taken = taken if len(taken) else timesteps
         return taken, timesteps
 
     def inpaint(

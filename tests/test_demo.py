@@ -180,6 +180,10 @@ def test_progress_counts_real_steps_to_their_end(toy, upload):
     toy.register_to_config(settings={**TEN_STEPS, "noise_level": [200, 500]})
     analyse(toy, "toy", upload, {}, steps.append)
     assert (steps[-1].number, steps[-1].total, steps[-1].stage) == (12, 12, "decoding") and len(steps) == 22
+    steps.clear()
+    analyse(toy, "toy", upload, {"inpaint": 0.1, "inpaint_steps": 10, "decode_until": 150}, steps.append)
+    assert (steps[-1].number, steps[-1].total, steps[-1].stage) == (len(steps), len(steps), "inpainting")
+    assert "drawing the most suspicious part anew" in rendering.live_view(steps[-1])
 
 
 def test_the_live_view_is_the_noisy_image_and_the_estimate_of_each_step(toy, upload):

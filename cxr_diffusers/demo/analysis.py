@@ -14,7 +14,6 @@ from ..inference.panels import has_counterfactual, same_frame
 from ..inference.regions import zone_columns
 from ..inference.trajectory import Trajectory, check_steps
 from ..pipelines.cxr_images import restore_map
-from ..pipelines.cxr_inversion import timesteps_below
 from ..visualization import common_vmax
 from .uploads import Upload
 
@@ -60,7 +59,7 @@ class Analysis:
 
 @dataclass
 class Step:
-    """The end of one step of a run. number: from 1 to `total`. stage: "inversion" or "decoding".
+    """The end of one step of a run. number: from 1 to `total`. stage: "inversion", "decoding" or "inpainting".
 
     panels: the noisy image and, where the scheduler allows it, the model's estimate of the clean image; [] for
         the steps in between, see `LIVE_EVERY`.
@@ -98,14 +97,15 @@ def analyse(
     config, image = pipeline.config, upload.image
     trajectory, call = None, dict(call_kwargs)
     if has_steps(pipeline):
-        trajectory, total = Trajectory(), count_steps(pipeline, call_kwargs)
-        every = max(1, min(LIVE_EVERY, total // LIVE_IMAGES))
+        trajectory = Trajectory()
 
         def step_end(pipeline: Any, i: int, t: int, kwargs: dict[str, Any]) -> dict[str, Any]:
             changed = trajectory(pipeline, i, t, kwargs)
             if is_stopped():
                 pipeline._interrupt = True
             elif on_step is not None and trajectory.last is not None:
+                total = pipeline.num_timesteps
+                every = max(1, min(LIVE_EVERY, total // LIVE_IMAGES))
                 panels = trajectory.last_panels(DISPLAY_SIZE // 2) if i % every == 0 or i + 1 == total else []
                 on_step(Step(i + 1, total, trajectory.last.direction, panels))
             return changed
@@ -194,12 +194,3 @@ def has_steps(pipeline: Any) -> bool:
     except ValueError:
         return False
     return True
-
-
-def count_steps(pipeline: Any, call_kwargs: Mapping[str, Any]) -> int:
-    """Number of steps that a call reports: inversion up to the highest noise level, and decoding from each level."""
-    settings = pipeline.settings(**call_kwargs)
-    level, steps = settings["noise_level"], settings["num_inference_steps"]
-    levels = set(level) if isinstance(level, (list, tuple)) else {level}
-    decoding = [len(timesteps_below(pipeline.scheduler, level, steps)) for level in levels]
-    return max(decoding) + sum(decoding)

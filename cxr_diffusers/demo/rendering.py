@@ -16,7 +16,12 @@ from ..visualization import map_colours, side_by_side, to_grey
 from .analysis import Analysis, Step
 from .uploads import Upload
 
-STAGES = {"inversion": "adding noise", "decoding": "removing noise, towards healthy"}  # in words of the page
+# in words of the page
+STAGES = {
+    "inversion": "adding noise",
+    "decoding": "removing noise, towards healthy",
+    "inpainting": "drawing the most suspicious part anew",
+}
 
 
 def headline(

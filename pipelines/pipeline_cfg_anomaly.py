@@ -157,14 +157,14 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
                 https://arxiv.org/abs/2408.11194). 1: every step.
             decode_until: a timestep. Decoding takes no steps below it (nor, from noise levels under twice its value,
                 below half of the level), and ends with the image that the UNet predicts from there. Its fine details
-                are missing, but a smoothed map hardly changes. 0: decode to the end.
+                are missing, but a smoothed map hardly changes. The highest noise level, whose image is the
+                counterfactual, is decoded to the end. 0: all are.
             inpaint: 0, or a share of the image's pixels (with `region="lungs"`, of the lungs). Where the map is
                 highest, so many pixels are drawn anew from noise, as `target_label` and so that they fit the rest of
-                the image. The result is the counterfactual, and its map is averaged with those of the noise levels.
-                After Bercea et al. 2023, https://arxiv.org/abs/2305.19643.
+                the image. The map of the result is averaged with those of the noise levels; the counterfactual stays
+                the decoded one. After Bercea et al. 2023, https://arxiv.org/abs/2305.19643.
             inpaint_steps: steps of the whole chain for `inpaint`; those below the lowest noise level are taken.
             inpaint_rounds: how often, each time with other noise and where the average of all maps so far is highest.
-                The counterfactual is that of the last round.
             target_label: the class to decode to, as an id or a name; 0 is healthy.
             negative_label: the class that guidance pushes away from: an id, a name, or "null" for the null label; not
                 `target_label`, from which it would not differ.
@@ -256,7 +256,8 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
 
         # 3. x_0 -> x_L: inversion, once for all noise levels
         chains = [timesteps_below(self.scheduler, min(levels), inpaint_steps)] * inpaint_rounds if inpaint else []
-        chains += [self.decoding_timesteps(n, num_inference_steps, decode_until)[0] for n in levels]
+        until = {n: decode_until if n < max(levels) else 0 for n in levels}
+        chains += [self.decoding_timesteps(n, num_inference_steps, until[n])[0] for n in levels]
         self.count_timesteps(timesteps_below(self.scheduler, max(levels), num_inference_steps), *chains)
         span: dict[str, Any] = dict(num_inference_steps=num_inference_steps, on_step=on_step, views=views)
         encoded = self.encode(image, source, levels, averaged=averaged, **span)
@@ -270,7 +271,7 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
                 noise_level=level,
                 guidance_scale=guidance_scale,
                 guidance_every=guidance_every,
-                decode_until=decode_until,
+                decode_until=until[level],
                 negative_label=negative,
                 **span,
             )
@@ -286,7 +287,7 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         for number in range(inpaint_rounds if inpaint and not self.interrupt else 0):
             suspicious = torch.stack(maps).mean(dim=0) * (1 if gate is None else gate)
             mask = highest_share(suspicious, inpaint, gate, softness=image.shape[-1] / 64)
-            counterfactual = self.inpaint(
+            drawn = self.inpaint(
                 image,
                 mask,
                 target,
@@ -297,7 +298,7 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
                 number=number,
                 on_step=on_step,
             )
-            maps.append(self.map_change(image, counterfactual, **map_settings))
+            maps.append(self.map_change(image, drawn, **map_settings))
         anomaly_map, ratio, added = torch.stack(maps).mean(dim=0), None, None
 
         # 6. class evidence: the comparison of the two labels

@@ -181,7 +181,9 @@ def test_progress_counts_real_steps_to_their_end(toy, upload):
     analyse(toy, "toy", upload, {}, steps.append)
     assert (steps[-1].number, steps[-1].total, steps[-1].stage) == (12, 12, "decoding") and len(steps) == 22
     steps.clear()
-    analyse(toy, "toy", upload, {"inpaint": 0.1, "inpaint_steps": 10, "decode_until": 150}, steps.append)
+    assert "Inpainting" not in rendering.film_card(analyse(toy, "toy", upload, {}))
+    inpainted = analyse(toy, "toy", upload, {"inpaint": 0.1, "inpaint_steps": 10, "decode_until": 150}, steps.append)
+    assert "<b>Inpainting</b> draws" in rendering.film_card(inpainted)
     assert (steps[-1].number, steps[-1].total, steps[-1].stage) == (len(steps), len(steps), "inpainting")
     assert "drawing the most suspicious part anew" in rendering.live_view(steps[-1])
 

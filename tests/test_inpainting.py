@@ -100,40 +100,50 @@ def test_the_highest_share_is_exact_also_on_a_flat_map():
     assert 0 < soft.min() + 1e-9 and soft.max() <= 1 and ((soft > 0.01) & (soft < 0.99)).any()
 
 
+def spy(pipeline):
+    """[(mask, result)] of each inpainting of a pipeline, filled by its calls."""
+    calls, draw = [], pipeline.inpaint
+
+    def inpaint(x, mask, *args, **kwargs):
+        calls.append((mask, draw(x, mask, *args, **kwargs)))
+        return calls[-1][1]
+
+    pipeline.inpaint = inpaint
+    return calls
+
+
 def test_inpainting_changes_the_highest_pixels_alone_and_its_map_is_averaged(pipeline, images):
     before, plain_cost = evaluations(pipeline, images, **FAST)
+    calls = spy(pipeline)
     after, cost = evaluations(pipeline, images, **FAST, **INPAINT)
     assert cost == plain_cost + 5
-    low = highest_share(before.anomaly_map, 0.1, softness=images.shape[-1] / 64) == 0
+    [(mask, drawn)] = calls
+    torch.testing.assert_close(mask, highest_share(before.anomaly_map, 0.1, softness=images.shape[-1] / 64))
+    low = mask == 0
     assert low.any() and not low.all()
-    torch.testing.assert_close(after.counterfactual[:, 0][low], after.image[:, 0][low], atol=1e-6, rtol=0)
-    change = (after.image - after.counterfactual).abs()[:, 0]
+    assert torch.equal(drawn[:, 0][low], (images * 2 - 1)[:, 0][low])
+    change = (images - drawn / 2 - 0.5).abs()[:, 0]
+    assert change.max() > 0.01
     torch.testing.assert_close(after.anomaly_map, (before.anomaly_map + change) / 2, atol=1e-5, rtol=0)
-    assert not torch.allclose(before.anomaly_map, after.anomaly_map, atol=1e-3)
+    assert torch.equal(after.counterfactual, before.counterfactual), "the decoded image stays the counterfactual"
 
 
-def test_several_levels_count_once_each_and_inpainting_starts_at_the_lowest(pipeline, images):
+def test_several_levels_and_rounds_count_once_each_and_inpainting_starts_at_the_lowest(pipeline, images):
     levels = {**FAST, "noise_level": [300, 500]}
     before, plain_cost = evaluations(pipeline, images, **levels)
-    after, cost = evaluations(pipeline, images, **levels, **INPAINT)
-    assert cost == plain_cost + 3
-    change = (after.image - after.counterfactual).abs()[:, 0]
-    torch.testing.assert_close(after.anomaly_map, (2 * before.anomaly_map + change) / 3, atol=1e-5, rtol=0)
+    calls = spy(pipeline)
+    after, cost = evaluations(pipeline, images, **levels, **INPAINT, inpaint_rounds=2)
+    assert cost == plain_cost + 2 * 3 and len(calls) == 2
+    first, second = ((images - drawn / 2 - 0.5).abs()[:, 0] for _, drawn in calls)
+    so_far = (2 * before.anomaly_map + first) / 3
+    torch.testing.assert_close(calls[1][0], highest_share(so_far, 0.1, softness=images.shape[-1] / 64))
+    torch.testing.assert_close(after.anomaly_map, (3 * so_far + second) / 4, atol=1e-5, rtol=0)
 
 
-def test_each_round_looks_where_the_maps_so_far_are_highest(pipeline, images):
-    masks, draw = [], pipeline.inpaint
-    pipeline.inpaint = lambda x, mask, *args, **kwargs: masks.append(mask) or draw(x, mask, *args, **kwargs)
-    one = pipeline(images, **FAST, **INPAINT)
-    masks.clear()
-    two, cost = evaluations(pipeline, images, **FAST, **INPAINT, inpaint_rounds=2)
-    assert cost == 5 + 2 * 5 + 2 * 5 and len(masks) == 2
-    torch.testing.assert_close(masks[1], highest_share(one.anomaly_map, 0.1, softness=images.shape[-1] / 64))
-    change = (two.image - two.counterfactual).abs()[:, 0]
-    torch.testing.assert_close(two.anomaly_map, (2 * one.anomaly_map + change) / 3, atol=1e-5, rtol=0)
-    x = images * 2 - 1
+def test_each_round_has_other_noise(pipeline, images):
+    mask = torch.ones(len(images), *images.shape[-2:])
     same = dict(noise_level=500, num_inference_steps=10)
-    drawn = [draw(x, masks[0], 0, number=number, **same) for number in (0, 0, 1)]
+    drawn = [pipeline.inpaint(images * 2 - 1, mask, 0, number=number, **same) for number in (0, 0, 1)]
     assert torch.equal(drawn[0], drawn[1]) and not torch.allclose(drawn[0], drawn[2], atol=1e-3)
 
 
@@ -163,11 +173,12 @@ def test_only_lungs_are_drawn_anew_with_that_region(images):
     gate[:, 8:24, 8:24] = 1
     pipeline.lung_gate = lambda x: asked.append(1) or gate[: len(x)]
     call = {**FAST, **INPAINT, "region": "lungs", "keep_below": 0.0}
-    output = pipeline(images, **call)
-    far = torch.ones_like(gate, dtype=torch.bool)
-    far[:, 4:28, 4:28] = False
-    torch.testing.assert_close(output.counterfactual[:, 0][far], output.image[:, 0][far], atol=1e-6, rtol=0)
-    assert (output.counterfactual - output.image).abs().max() > 0.01
+    calls = spy(pipeline)
+    pipeline(images, **call)
+    [(mask, _)] = calls
+    assert (
+        mask.sum() > 0 and mask[:, :4].sum() == mask[:, 28:].sum() == mask[:, :, :4].sum() == mask[:, :, 28:].sum() == 0
+    )
     assert len(asked) == 1, "the lungs are segmented once"
 
 
@@ -219,15 +230,19 @@ def test_low_noise_levels_are_decoded_through_half_of_their_steps_at_least(pipel
     assert pipeline.decoding_timesteps(level, 10, until)[0].tolist() == taken
 
 
-def test_decoding_that_ends_early_costs_less(pipeline, images):
-    _, whole = evaluations(pipeline, images, **FAST)
-    _, short = evaluations(pipeline, images, **FAST, decode_until=250)
-    assert (whole, short) == (5 + 2 * 5, 5 + 2 * 2)
+def test_all_levels_but_the_counterfactuals_are_decoded_until_there(pipeline, images):
+    one = [evaluations(pipeline, images, **FAST, decode_until=until) for until in (0, 250)]
+    assert one[0][1] == one[1][1] == 5 + 2 * 5 and torch.equal(one[0][0].anomaly_map, one[1][0].anomaly_map)
+    levels = {**FAST, "noise_level": [300, 500]}
+    (whole, whole_cost), (short, cost) = (evaluations(pipeline, images, **levels, decode_until=u) for u in (0, 250))
+    assert (whole_cost, cost) == (5 + 2 * (5 + 3), 5 + 2 * (5 + 1))
+    assert torch.equal(whole.counterfactual, short.counterfactual)
+    assert not torch.allclose(whole.anomaly_map, short.anomaly_map, atol=1e-4)
 
 
 def test_steps_are_counted_and_can_be_interrupted(pipeline, images):
     call = {**FAST, **INPAINT, "noise_level": [300, 500], "decode_until": 150}
-    for last in (2, 6, 9, 99):  # during inversion, decoding, inpainting, and not at all
+    for last in (2, 6, 11, 99):  # during inversion, decoding, inpainting, and not at all
         seen = []
 
         def callback(pipe, i, t, kwargs, seen=seen, last=last):
@@ -236,26 +251,24 @@ def test_steps_are_counted_and_can_be_interrupted(pipeline, images):
             return {}
 
         output = pipeline(images[:1], **call, callback_on_step_end=callback)
-        times = [0, 100, 200, 300, 400, 200, 400, 300, 200, 200, 100, 0]
+        times = [0, 100, 200, 300, 400, 200, 400, 300, 200, 100, 0, 200, 100, 0]
         assert [t for t, _, _ in seen] == times[: last + 1]
-        assert [inside for _, inside, _ in seen] == [i > 8 for i in range(len(seen))]
+        assert [inside for _, inside, _ in seen] == [i > 10 for i in range(len(seen))]
         assert {count for _, _, count in seen} == {len(times)}
         assert output.anomaly_map.isfinite().all() and not pipeline.interrupt and not pipeline.is_inpainting
 
 
-def test_a_trajectory_shows_the_image_that_inpainting_predicts(pipeline, images):
-    trajectory = Trajectory()
-    output = pipeline(
-        images[:1], **{**FAST, "keep_below": 0.0, "decode_until": 150}, **INPAINT, callback_on_step_end=trajectory
-    )
+def test_a_trajectory_shows_the_image_that_each_round_predicts(pipeline, images):
+    trajectory, calls = Trajectory(), spy(pipeline)
+    pipeline(images[:1], **FAST, **INPAINT, inpaint_rounds=2, callback_on_step_end=trajectory)
     frames = [frame for frame in trajectory.frames if frame.direction == "inpainting"]
-    assert len(frames) == 5 and trajectory.frames[-5:] == frames
-    assert frames[0].predicted is None and [frame.level for frame in frames] == [300, 200, 100, 0, 0]
-    final = output.counterfactual * 2 - 1
-    torch.testing.assert_close(frames[-1].latents, final, atol=1e-5, rtol=0)
-    known = (output.image == output.counterfactual)[0, 0]
-    for frame in frames[1:4]:
-        torch.testing.assert_close(frame.predicted[0, 0][known], final[0, 0][known], atol=1e-3, rtol=0)
+    assert len(frames) == 10 and trajectory.frames[-10:] == frames
+    for (mask, final), part in zip(calls, (frames[:5], frames[5:]), strict=True):
+        assert part[0].predicted is None and [frame.level for frame in part] == [300, 200, 100, 0, 0]
+        torch.testing.assert_close(part[-1].latents, final, atol=1e-5, rtol=0)
+        known = mask[0] == 0
+        for frame in part[1:4]:
+            torch.testing.assert_close(frame.predicted[0, 0][known], final[0, 0][known], atol=1e-3, rtol=0)
     assert len(trajectory.film()) == len(trajectory.frames)
 
 

@@ -50,7 +50,7 @@ def test_its_own_settings_cost_as_many_forwards_as_the_docs_say(shipped):
     hook = shipped.unet.register_forward_pre_hook(lambda unet, args: count.append(len(args[0])))
     output = shipped(samples(1), output_type="np")
     hook.remove()
-    assert sum(count) == 50 + 6  # docs/method.md; six to estimate the view
+    assert sum(count) == 49 + 6  # docs/method.md; six to estimate the view
     assert shipped.config.map_threshold < output.anomaly_map.max()
 
 

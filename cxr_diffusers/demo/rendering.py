@@ -181,18 +181,24 @@ def film_card(analysis: Analysis) -> str:
         return '<p class="hint">This method works in one step: there is no film of it.</p>'
     film = data_uri(analysis.trajectory.film_bytes(panel_size=224), "image/webp")
     strip = data_uri(png(analysis.trajectory.strip(columns=7, panel_size=106)))
+    inpainted = any(frame.direction == "inpainting" for frame in analysis.trajectory.frames)
+    about = ABOUT_FILM.format(inpainting=ABOUT_INPAINTING if inpainted else "")
     return (
         f'<div class="steps"><img class="film" alt="Film: noise is added to the image and removed again" src="{film}">'
-        f'{ABOUT_FILM}</div><div class="strip" tabindex="0"><img alt="Frames of the film, from left to right" '
+        f'{about}</div><div class="strip" tabindex="0"><img alt="Frames of the film, from left to right" '
         f'src="{strip}"></div>'
     )
 
 
+ABOUT_INPAINTING = (
+    "<p><b>Inpainting</b> draws the most suspicious part anew, from noise, so that it fits the rest of your image. It "
+    "serves the map alone.</p>"
+)
 ABOUT_FILM = (
     '<div class="hint"><p><b>Inversion</b> adds noise to your image step by step, in such a way that removing it would '
     "give your image again.</p><p><b>Decoding</b> removes the noise, but towards a <i>healthy</i> chest. What does not "
-    "belong to a healthy chest disappears.</p><p>Left: the noisy image. Right: the model's estimate of the image "
-    "without noise.</p></div>"
+    "belong to a healthy chest disappears.</p>{inpainting}<p>Left: the noisy image. Right: the model's estimate of the "
+    "image without noise.</p></div>"
 )
 
 

@@ -95,10 +95,10 @@ class Trajectory:
         """The frame at the beginning of the step from `t`, None if it was not recorded.
 
         This is the last frame, except when decoding begins at another noise level: then it is the frame that inversion
-        recorded at that level. Inpainting begins at noise that is not recorded.
+        recorded at that level. Each round of inpainting begins at noise that is not recorded.
         """
         if inpainting:
-            return self.last if self.last is not None and self.last.direction == "inpainting" else None
+            return self.last if self.last is not None and self.last.direction == "inpainting" and t < self.t else None
         if self.last is None or rising:
             return self.last
         goes_on = self.last.level == t if self.last.direction == "inversion" else t < self.t

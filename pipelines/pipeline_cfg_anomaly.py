@@ -163,7 +163,8 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
                 highest, so many pixels are drawn anew from noise, as `target_label` and so that they fit the rest of
                 the image. The map of the result is averaged with those of the noise levels; the counterfactual stays
                 the decoded one. After Bercea et al. 2023, https://arxiv.org/abs/2305.19643.
-            inpaint_steps: steps of the whole chain for `inpaint`; those below the lowest noise level are taken.
+            inpaint_steps: steps of the whole chain for `inpaint`; those below the lowest noise level are
+                taken, or one from that level.
             inpaint_rounds: how often, each time with other noise and where the average of all maps so far is highest.
             target_label: the class to decode to, as an id or a name; 0 is healthy.
             negative_label: the class that guidance pushes away from: an id, a name, or "null" for the null label; not
@@ -255,7 +256,7 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         views = self.view_indices(view, image, view_errors)
 
         # 3. x_0 -> x_L: inversion, once for all noise levels
-        chains = [timesteps_below(self.scheduler, min(levels), inpaint_steps)] * inpaint_rounds if inpaint else []
+        chains = [self.inpainting_timesteps(min(levels), inpaint_steps)] * inpaint_rounds if inpaint else []
         until = {n: decode_until if n < max(levels) else 0 for n in levels}
         chains += [self.decoding_timesteps(n, num_inference_steps, until[n])[0] for n in levels]
         self.count_timesteps(timesteps_below(self.scheduler, max(levels), num_inference_steps), *chains)
@@ -517,6 +518,15 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
         taken = taken if len(taken) else timesteps
         return taken, timesteps
 
+    def inpainting_timesteps(
+        self, noise_level: int, num_inference_steps: int, device: torch.device | None = None
+    ) -> torch.Tensor:
+        """The timesteps below `noise_level`, descending; where there are none, one step from just below the level."""
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        timesteps = self.scheduler.timesteps
+        below = timesteps[timesteps < noise_level]
+        return below if len(below) else timesteps.new_tensor([noise_level - 1])
+
     def inpaint(
         self,
         x: torch.Tensor,
@@ -534,7 +544,7 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
 
         Without a generator, the noise is fixed; another `number` gives other noise.
         """
-        timesteps = timesteps_below(self.scheduler, noise_level, num_inference_steps, x.device)
+        timesteps = self.inpainting_timesteps(noise_level, num_inference_steps, x.device)
         labels = self.label_tensor([target_label], len(x), x.device, views)
         self._is_inpainting = True
         try:

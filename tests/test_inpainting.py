@@ -140,6 +140,16 @@ def test_several_levels_and_rounds_count_once_each_and_inpainting_starts_at_the_
     torch.testing.assert_close(after.anomaly_map, (3 * so_far + second) / 4, atol=1e-5, rtol=0)
 
 
+def test_a_low_noise_level_is_inpainted_in_one_step(pipeline, images):
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+    assert pipeline.inpainting_timesteps(500, 4).tolist() == [499, 249]
+    assert pipeline.inpainting_timesteps(200, 4).tolist() == [199]
+    seen = []
+    low = {**FAST, "noise_level": 200, "inpaint": 0.1, "inpaint_steps": 4, "inpaint_rounds": 2}
+    pipeline(images[:1], **low, callback_on_step_end=lambda pipe, i, t, kwargs: seen.append(int(t)) or {})
+    assert seen == [99, 199, 199, 99, 199, 199] and len(seen) == pipeline.num_timesteps
+
+
 def test_each_round_has_other_noise(pipeline, images):
     mask = torch.ones(len(images), *images.shape[-2:])
     same = dict(noise_level=500, num_inference_steps=10)

@@ -159,12 +159,12 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
                 below half of the level), and ends with the image that the UNet predicts from there. Its fine details
                 are missing, but a smoothed map hardly changes. The highest noise level, whose image is the
                 counterfactual, is decoded to the end. 0: all are.
-            inpaint: 0, or a share of the image's pixels (with `region="lungs"`, of the lungs). Where the map is
-                highest, so many pixels are drawn anew from noise, as `target_label` and so that they fit the rest of
+            inpaint: 0, or a share of the image's pixels (with `region="lungs"`, of the lungs). That many pixels, those
+                where the map is highest, are drawn anew from noise, as `target_label` and so that they fit the rest of
                 the image. The map of the result is averaged with those of the noise levels; the counterfactual stays
                 the decoded one. After Bercea et al. 2023, https://arxiv.org/abs/2305.19643.
-            inpaint_steps: steps of the whole chain for `inpaint`; those below the lowest noise level are
-                taken, or one from that level.
+            inpaint_steps: steps of the whole chain for `inpaint`; those below the lowest noise level are taken, or one
+                step if there are none.
             inpaint_rounds: how often, each time with other noise and where the average of all maps so far is highest.
             target_label: the class to decode to, as an id or a name; 0 is healthy.
             negative_label: the class that guidance pushes away from: an id, a name, or "null" for the null label; not

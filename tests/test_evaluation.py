@@ -589,7 +589,11 @@ def test_similarity_is_measured_outside_the_true_region():
         ),
         (
             lambda d: dict(dataset=[{**d[0], "mask": d[0]["mask"].point(lambda v: v // 255)}]),
-            "expected a mask of 0 and 255, got one of 0 and 1: spot/0.png",
+            "expected a mask of 0 and 255, got values up to 1: spot/0.png",
+        ),
+        (
+            lambda d: dict(dataset=[{**d[0], "mask": d[0]["mask"].point(lambda v: v // 2)}]),
+            "expected a mask of 0 and 255, got values up to 127: spot/0.png",
         ),
     ],
 )

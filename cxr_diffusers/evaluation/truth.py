@@ -131,12 +131,12 @@ def true_region(row: Mapping[str, Any], full_size: tuple[int, int], size: tuple[
         size: of the region.
 
     Raises:
-        ValueError: a mask of another size than its image, or one of 0 and 1.
+        ValueError: a mask of another size than its image, or one with values above 0 but none above 127.
     """
     if row.get("mask") is not None:
         values = np.asarray(row["mask"].convert("L"))
-        if values.max() == 1:
-            raise ValueError(f"expected a mask of 0 and 255, got one of 0 and 1: {row.get('path')}")
+        if 0 < values.max() <= 127:
+            raise ValueError(f"expected a mask of 0 and 255, got values up to {values.max()}: {row.get('path')}")
         mask = values > 127
         if mask.shape != full_size:
             raise ValueError(f"expected a mask of the image's size {full_size}, got {mask.shape}: {row.get('path')}")

@@ -165,7 +165,8 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
                 the decoded one. After Bercea et al. 2023, https://arxiv.org/abs/2305.19643.
             inpaint_steps: steps of the whole chain for `inpaint`; those below the lowest noise level are taken, or one
                 step if there are none.
-            inpaint_rounds: how often, each time with other noise and where the average of all maps so far is highest.
+            inpaint_rounds: the number of inpaintings. Each has other noise, and redraws where the average of all maps
+                so far is highest.
             target_label: the class to decode to, as an id or a name; 0 is healthy.
             negative_label: the class that guidance pushes away from: an id, a name, or "null" for the null label; not
                 `target_label`, from which it would not differ.
@@ -554,7 +555,7 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
                     bar.update()
                     return self.predict(x, t, labels)
 
-                # the seed of a timestep that the chain does not have is used by nothing else
+                # a seed of its own for each number and first timestep
                 seed = int(timesteps[0]) + number * self.scheduler.config.num_train_timesteps
                 noise = evidence_noise(x, seed, generator)
                 data_range = self.config.data_range

@@ -53,6 +53,16 @@ def toy_unet(seed=0, **changes):
     return unet.eval()
 
 
+def evaluations(pipeline, images, **kwargs):
+    """(the output, the number of images that the UNet evaluated)."""
+    counts = []
+    handle = pipeline.unet.register_forward_pre_hook(lambda module, args: counts.append(len(args[0])))
+    try:
+        return pipeline(images, **kwargs), sum(counts)
+    finally:
+        handle.remove()
+
+
 TOY_CLASSIFIER = dict(
     sample_size=16,
     block_out_channels=(8, 16),

@@ -23,7 +23,7 @@ from cxr_diffusers.fingerprints import weights_digest
 from cxr_diffusers.inference.reference_scores import ReferenceScores
 from cxr_diffusers.pipelines.cxr_anomaly import difference_map, matched_exposure, score_map, smooth_map
 from cxr_diffusers.pipelines.cxr_inversion import class_evidence, evidence_timesteps, output_from_noise
-from helpers import toy_classifier, toy_unet
+from helpers import evaluations, toy_classifier, toy_unet
 
 FAST = dict(num_inference_steps=10, noise_level=300, output_type="pt")
 
@@ -35,16 +35,6 @@ def with_settings(**settings):
 def quiet(pipeline):
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def evaluations(pipeline, images, **kwargs):
-    """(the output, the number of images that the UNet evaluated)."""
-    counts = []
-    handle = pipeline.unet.register_forward_pre_hook(lambda module, args: counts.append(len(args[0])))
-    try:
-        return pipeline(images, **kwargs), sum(counts)
-    finally:
-        handle.remove()
 
 
 def test_original_settings_replace_those_of_the_checkpoint(pipeline, images):

@@ -14,26 +14,10 @@ from cxr_diffusers.pipelines.cxr_inversion import (
     noise_from_output,
     timesteps_below,
 )
-from helpers import toy_unet
+from helpers import evaluations, toy_unet
 
 FAST = dict(num_inference_steps=10, noise_level=500, output_type="pt")
 INPAINT = dict(inpaint=0.1, inpaint_steps=10)
-
-
-@pytest.fixture
-def pipeline():
-    pipeline = CFGAnomalyPipeline(toy_unet(), DDIMScheduler(clip_sample=False))
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def evaluations(pipeline, images, **kwargs):
-    counts = []
-    handle = pipeline.unet.register_forward_pre_hook(lambda module, args: counts.append(len(args[0])))
-    try:
-        return pipeline(images, **kwargs), sum(counts) / len(images)
-    finally:
-        handle.remove()
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
@@ -56,7 +40,8 @@ def test_the_masked_part_is_what_the_network_predicts_and_the_rest_is_kept(image
     result = inpaint(predict, x, mask, timesteps, scheduler, (-1.0, 1.0), noise)
     expected = x + mask[:, None] * (healthy - x)
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
-    assert torch.equal(result[:, :, 20:], x[:, :, 20:])
+    known = mask == 0
+    assert known.any() and torch.equal(result[:, 0][known], x[:, 0][known])
     clipped = inpaint(predict, x, mask, timesteps, scheduler, (-1.0, 0.0), noise)
     assert clipped[:, :, 4:12, 4:12].max() == 0.0, "the prediction stays in the range of the data"
 
@@ -66,7 +51,7 @@ def test_the_network_sees_the_known_part_at_the_level_of_each_step(images):
     scheduler = DDIMScheduler(clip_sample=False)
     x, seen = images * 2 - 1, []
     mask = torch.zeros(len(images), *images.shape[-2:])
-    mask[:, :16] = 1
+    mask[:, :8] = 1
 
     def predict(latents, t):
         seen.append((int(t), latents))
@@ -79,9 +64,9 @@ def test_the_network_sees_the_known_part_at_the_level_of_each_step(images):
     for t, latents in seen:
         alpha = scheduler.alphas_cumprod[t]
         expected = alpha**0.5 * x + (1 - alpha) ** 0.5 * noise
-        torch.testing.assert_close(latents[:, :, 16:], expected[:, :, 16:], atol=2e-5, rtol=0)
+        torch.testing.assert_close(latents[:, :, 8:], expected[:, :, 8:], atol=2e-5, rtol=0)
     first, alpha = seen[0][1], scheduler.alphas_cumprod[seen[0][0]]
-    torch.testing.assert_close(first[:, :, :16], ((1 - alpha) ** 0.5 * noise).expand_as(first)[:, :, :16])
+    torch.testing.assert_close(first[:, :, :8], ((1 - alpha) ** 0.5 * noise).expand_as(first)[:, :, :8])
 
 
 def test_the_highest_share_is_exact_also_on_a_flat_map():
@@ -97,7 +82,7 @@ def test_the_highest_share_is_exact_also_on_a_flat_map():
     assert highest_share(maps * gate, 0.1, gate).flatten(1).sum(dim=1).tolist() == [30, 6]
     assert highest_share(maps, 0.1, torch.zeros_like(gate)).sum() == 2, "at least one pixel"
     soft = highest_share(maps, 0.1, softness=1.0)
-    assert 0 < soft.min() + 1e-9 and soft.max() <= 1 and ((soft > 0.01) & (soft < 0.99)).any()
+    assert soft.min() >= 0 and soft.max() <= 1 and ((soft > 0.01) & (soft < 0.99)).any()
 
 
 def spy(pipeline):
@@ -116,7 +101,7 @@ def test_inpainting_changes_the_highest_pixels_alone_and_its_map_is_averaged(pip
     before, plain_cost = evaluations(pipeline, images, **FAST)
     calls = spy(pipeline)
     after, cost = evaluations(pipeline, images, **FAST, **INPAINT)
-    assert cost == plain_cost + 5
+    assert cost == plain_cost + 5 * len(images)
     [(mask, drawn)] = calls
     torch.testing.assert_close(mask, highest_share(before.anomaly_map, 0.1, softness=images.shape[-1] / 64))
     low = mask == 0
@@ -133,7 +118,7 @@ def test_several_levels_and_rounds_count_once_each_and_inpainting_starts_at_the_
     before, plain_cost = evaluations(pipeline, images, **levels)
     calls = spy(pipeline)
     after, cost = evaluations(pipeline, images, **levels, **INPAINT, inpaint_rounds=2)
-    assert cost == plain_cost + 2 * 3 and len(calls) == 2
+    assert cost == plain_cost + 2 * 3 * len(images) and len(calls) == 2
     first, second = ((images - drawn / 2 - 0.5).abs()[:, 0] for _, drawn in calls)
     so_far = (2 * before.anomaly_map + first) / 3
     torch.testing.assert_close(calls[1][0], highest_share(so_far, 0.1, softness=images.shape[-1] / 64))
@@ -175,12 +160,12 @@ def test_an_image_does_not_depend_on_its_batch(pipeline, images):
 
 def test_only_lungs_are_drawn_anew_with_that_region(images):
     torch.manual_seed(0)
-    segmenter = LungSegmenter(sample_size=32, block_out_channels=(8, 8))
+    segmenter = LungSegmenter(sample_size=16, block_out_channels=(8, 8))
     pipeline = CFGAnomalyPipeline(toy_unet(), DDIMScheduler(clip_sample=False), lung_segmenter=segmenter)
     pipeline.set_progress_bar_config(disable=True)
     asked = []
     gate = torch.zeros(len(images), *images.shape[-2:])
-    gate[:, 8:24, 8:24] = 1
+    gate[:, 6:10, 6:10] = 1
     pipeline.lung_gate = lambda x: asked.append(1) or gate[: len(x)]
     call = {**FAST, **INPAINT, "region": "lungs", "keep_below": 0.0}
     calls = spy(pipeline)
@@ -242,10 +227,12 @@ def test_low_noise_levels_are_decoded_through_half_of_their_steps_at_least(pipel
 
 def test_all_levels_but_the_counterfactuals_are_decoded_until_there(pipeline, images):
     one = [evaluations(pipeline, images, **FAST, decode_until=until) for until in (0, 250)]
-    assert one[0][1] == one[1][1] == 5 + 2 * 5 and torch.equal(one[0][0].anomaly_map, one[1][0].anomaly_map)
+    assert one[0][1] == one[1][1] == len(images) * (5 + 2 * 5) and torch.equal(
+        one[0][0].anomaly_map, one[1][0].anomaly_map
+    )
     levels = {**FAST, "noise_level": [300, 500]}
     (whole, whole_cost), (short, cost) = (evaluations(pipeline, images, **levels, decode_until=u) for u in (0, 250))
-    assert (whole_cost, cost) == (5 + 2 * (5 + 3), 5 + 2 * (5 + 1))
+    assert (whole_cost, cost) == (len(images) * (5 + 2 * (5 + 3)), len(images) * (5 + 2 * (5 + 1)))
     assert torch.equal(whole.counterfactual, short.counterfactual)
     assert not torch.allclose(whole.anomaly_map, short.anomaly_map, atol=1e-4)
 

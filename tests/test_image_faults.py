@@ -274,3 +274,36 @@ def test_a_bare_dicom_file_is_listed(tmp_path):
     assert list_images(tmp_path) == []
     path = write_dicom(tmp_path / "IM1", RAMP.astype(np.uint16), 12)
     assert list_images(tmp_path) == [path]
+
+
+def pages(path, *kinds):
+    """A TIFF of pages (NewSubfileType of each), the first a ramp."""
+    images = [PIL.Image.fromarray((RAMP if i == 0 else RAMP[::-1]).astype(np.uint8) * 4) for i in range(len(kinds))]
+    with PIL.TiffImagePlugin.AppendingTiffWriter(str(path), new=True) as file:
+        for image, kind in zip(images, kinds, strict=True):
+            image.save(file, format="TIFF", tiffinfo={254: kind})
+            file.newFrame()
+    return path
+
+
+def test_a_file_of_several_pages_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"a\.tif: expected one page, got 3"):
+        read_image(pages(tmp_path / "a.tif", 0, 0, 0))
+    frames = [PIL.Image.fromarray((RAMP * i).astype(np.uint8)) for i in (1, 2, 3)]
+    for suffix in ("gif", "png", "webp"):
+        path = tmp_path / f"{suffix}.png"  # the content decides
+        frames[0].save(path, format=suffix.upper(), save_all=True, append_images=frames[1:])
+        with pytest.raises(ValueError, match=f"{suffix}.png: expected one page, got 3"):
+            read_image(path)
+
+
+def test_thumbnails_and_transparency_masks_of_a_tiff_are_no_pages(tmp_path):
+    assert np.array_equal(np.asarray(read_image(pages(tmp_path / "a.tif", 0, 1, 4))), RAMP * 4)
+    with pytest.raises(ValueError, match="expected one page, got 2"):
+        read_image(pages(tmp_path / "b.tif", 0, 1, 2))
+
+
+def test_the_previews_of_a_photograph_of_several_pictures_are_ignored(tmp_path):
+    image = PIL.Image.fromarray((RAMP * 4).astype(np.uint8)).convert("RGB")
+    image.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[image.transpose(1)], quality=100)
+    assert np.abs(np.asarray(read_image(tmp_path / "a.jpg")).astype(int) - RAMP * 4).max() < 4

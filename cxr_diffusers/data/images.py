@@ -94,7 +94,8 @@ def decode_image(content: bytes, draft: int | None = None) -> PIL.Image.Image:
         PIL image in the file's own mode: EXIF orientation applied, a TIFF whose zero is white inverted.
 
     Raises:
-        ValueError: too many bytes, pixels or scans, or none at all; Pillow's errors for damaged files.
+        ValueError: too many bytes, pixels or scans, or none at all; more than one page; Pillow's errors for damaged
+            files.
     """
     check_byte_count(len(content))
     content, white_is_zero = as_black_is_zero(content)
@@ -105,6 +106,8 @@ def decode_image(content: bytes, draft: int | None = None) -> PIL.Image.Image:
         raise ValueError("cannot be read as an image (damaged or of another format)") from None
     with opened as image:
         check_pixel_count(image.width, image.height)
+        if image.format != "MPO" and (pages := count_pages(image)) > 1:  # after the first, an MPO has previews
+            raise ValueError(f"expected one page, got {pages}: save the one to be read as a file of its own")
         if image.format in ("JPEG", "MPO"):
             check_scans(content, image.width * image.height)
             if draft is not None:
@@ -114,6 +117,19 @@ def decode_image(content: bytes, draft: int | None = None) -> PIL.Image.Image:
         if white_is_zero and isinstance(image, PIL.TiffImagePlugin.TiffImageFile):
             turned = negative(turned, image.tag_v2.get(258, (1,))[0], signed=image.tag_v2.get(339, (1,))[0] == 2)
         return turned
+
+
+def count_pages(image: PIL.Image.Image) -> int:
+    """The pages of an open TIFF without its thumbnails and transparency masks, or the frames of an animation."""
+    pages = getattr(image, "n_frames", 1)
+    if pages == 1 or not isinstance(image, PIL.TiffImagePlugin.TiffImageFile):
+        return pages
+    auxiliary = 0
+    for page in range(1, pages):
+        image.seek(page)
+        auxiliary += bool(image.tag_v2.get(254, 0) & 0b101)  # NewSubfileType: reduced image, transparency mask
+    image.seek(0)
+    return pages - auxiliary
 
 
 def check_has_contrast(image: PIL.Image.Image | np.ndarray, path: Path | str) -> None:

@@ -2,9 +2,11 @@
 
 from functools import cache
 from pathlib import Path
+from types import MethodType
+from typing import Any
 
 import torch
-from accelerate.utils import convert_outputs_to_fp32
+from accelerate.utils import convert_to_fp32
 from diffusers import DiffusionPipeline, ModelMixin
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -56,7 +58,15 @@ def use_dtype(pipeline: DiffusionPipeline, dtype: str = "auto") -> DiffusionPipe
             plain = vars(component).setdefault("_plain_forward", component.forward)  # not that of an earlier call
             component.forward = plain
             if dtype != "float32":
-                component.forward = convert_outputs_to_fp32(torch.autocast(device.type, DTYPES[dtype])(plain))
+                component._autocast = (device.type, DTYPES[dtype])
+                component.forward = MethodType(forward_under_autocast, component)  # `deepcopy` binds it to the copy
         if isinstance(component, torch.nn.Module) and device.type == "cpu":
             component.to(memory_format=torch.channels_last)  # convolutions take three quarters of the time
     return pipeline
+
+
+def forward_under_autocast(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The forward pass that `use_dtype` gives a network; outputs in float32."""
+    device_type, dtype = module._autocast
+    with torch.autocast(device_type, dtype):
+        return convert_to_fp32(module._plain_forward(*args, **kwargs))

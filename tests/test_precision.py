@@ -1,5 +1,6 @@
 """Networks that compute in bfloat16: the same maps to a thousandth, the same weights and fingerprints."""
 
+import copy
 from inspect import signature
 
 import numpy as np
@@ -45,6 +46,20 @@ def test_a_pipeline_in_bfloat16_is_saved_as_it_was(tmp_path):
     pipeline = use_dtype(load_pipeline("cxr_fixed_point_gan_128"), "bfloat16")
     pipeline.save_pretrained(tmp_path / "saved")
     assert weights_digest(load_pipeline(tmp_path / "saved")) == weights_digest(load_pipeline("cxr_fixed_point_gan_128"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_deep_copy_computes_with_its_own_weights(dtype):
+    network = use_dtype(load_pipeline("cxr_fixed_point_gan_128"), dtype).generator
+    twin = copy.deepcopy(network)
+    images, labels = torch.zeros(1, 1, 128, 128), torch.zeros(1, dtype=torch.long)
+    with torch.no_grad():
+        before = network(images, labels).sample
+        assert torch.equal(twin(images, labels).sample, before)
+        for parameter in twin.parameters():
+            parameter.zero_()
+        assert not torch.equal(twin(images, labels).sample, before)
+        assert torch.equal(network(images, labels).sample, before)
 
 
 @pytest.mark.parametrize(("dtype", "message"), [("int8", "auto, float32"), ("float16", "CUDA device")])

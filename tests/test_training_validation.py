@@ -100,6 +100,32 @@ def test_the_model_with_the_lowest_validation_loss_is_kept(chests, tmp_path):
     assert any(not torch.equal(best[key], saved[2][key]) for key in best)
 
 
+def test_losses_of_other_validation_images_are_not_compared(chests, tmp_path):
+    """3 and 1 on some images, then 2 on others: `best` holds the last weights, though their loss is not the lowest."""
+
+    class Measure:
+        def __init__(self, digest, *values):
+            self.digest, self.values, self.saved = digest, iter(values), []
+
+        def __call__(self, model):
+            self.saved.append({key: value.clone() for key, value in model.state_dict().items()})
+            return {"validation_loss": next(self.values)}
+
+    first, other = Measure("aaaaaaaa", 3.0, 1.0), Measure("bbbbbbbb", 2.0)
+    train_toy(tmp_path, chests, 2, save_every=1, measure=first)
+    train_toy(tmp_path, chests, 3, save_every=1, measure=other)
+    best = type(toy_unet()).from_pretrained(tmp_path / "best").state_dict()
+    assert all(torch.equal(best[key], other.saved[0][key]) for key in best)
+
+
+def test_the_digest_of_the_validation_images_depends_on_each_of_them(chests):
+    assert validation_loss(chests).digest == validation_loss(chests).digest
+    changed = TensorImages(load_phantom(n=16, size=32), 16)
+    changed.labels[0] = 1 - changed.labels[0]
+    digests = [validation_loss(chests).digest, validation_loss(chests, limit=4).digest, validation_loss(changed).digest]
+    assert len(set(digests)) == 3
+
+
 def test_a_validation_log_that_was_cut_in_the_middle_of_a_line_is_continued(chests, tmp_path):
     def measure(model):
         return {"validation_loss": 1.0}

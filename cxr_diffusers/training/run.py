@@ -285,10 +285,12 @@ class Run:
             with self.accelerator.autocast():
                 values = {name: float(value) for name, value in self.measure(unwrapped).items()}
             log = RunLog(self.output_dir / "validation.jsonl", self.step - 1)
-            log.write(self.step, seconds=round(self.seconds, 1), **values)
+            images = getattr(self.measure, "digest", "")  # losses of other images are not comparable
+            log.write(self.step, seconds=round(self.seconds, 1), images=images, **values)
             self.accelerator.log(values, step=self.step)
             self.bar.write(f"step {self.step}: " + ", ".join(f"{name} {value:.5f}" for name, value in values.items()))
-            if values["validation_loss"] <= min(line["validation_loss"] for line in log.lines()):
+            comparable = [line for line in log.lines() if line.get("images", images) == images]
+            if values["validation_loss"] <= min(line["validation_loss"] for line in comparable):
                 (self.output_dir / "best").mkdir(exist_ok=True)
                 replace_into(self.output_dir / "best", lambda folder: self.save(unwrapped, folder))
 
@@ -431,7 +433,7 @@ class RunLog:
         """The objects, oldest first."""
         return [json.loads(line) for line in self.path.read_text().splitlines()]
 
-    def write(self, step: int, **values: float) -> None:
+    def write(self, step: int, **values: float | str) -> None:
         """Append a line."""
         with open(self.path, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")

@@ -1,5 +1,6 @@
 """A loss of a diffusion model on images it was not trained on, with the same noise each time."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,10 @@ class ValidationLoss:
         picked = torch.linspace(0, len(rows) - 1, min(limit, len(rows))).round().long()
         self.batch = images.batch(rows[picked])
         self.batch_size = batch_size
+        # of the images, classes and views: a run that is resumed with others does not compare their losses with these
+        self.digest = hashlib.blake2b(
+            b"".join(self.batch[name].cpu().numpy().tobytes() for name in sorted(self.batch)), digest_size=4
+        ).hexdigest()
 
     @torch.no_grad()
     def __call__(self, unet: torch.nn.Module) -> dict[str, float]:

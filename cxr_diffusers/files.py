@@ -262,7 +262,19 @@ def keep_settings(path: Path | str, settings: Mapping, **options: Any) -> None:
 
 def as_json(values: Any) -> Any:
     """Plain values after writing them to JSON and reading them back: a tuple becomes a list."""
-    return json.loads(json.dumps(values, default=str))
+    return json.loads(json.dumps(values, default=plain))
+
+
+def plain(value: Any, otherwise: Callable[[Any], str] = str) -> Any:
+    """A value that JSON does not have: an array or tensor as [type, shape, digest of its content], else its text.
+
+    The text of a large array leaves most of it out.
+    """
+    if hasattr(value, "detach"):
+        value = value.detach().float().cpu().numpy()
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return [str(value.dtype), list(value.shape), hashlib.blake2b(value.tobytes(), digest_size=16).hexdigest()]
+    return otherwise(value)
 
 
 def load_map(path: Path | str) -> np.ndarray:

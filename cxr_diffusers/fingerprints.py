@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from .files import as_json
+from .files import as_json, plain
 from .version import __version__
 
 COUNTERFACTUAL_ONLY = ("keep_below",)  # settings that change neither map nor score
@@ -31,12 +31,12 @@ def fingerprint(pipeline: Any, call_kwargs: Mapping, seed: int | None) -> str:
     for part in (pipeline, *components.values()):
         config = config_of(part)
         config.pop("map_threshold", None)  # applied after the map is computed
-        digest.update(json.dumps(config, sort_keys=True, default=repr).encode())
+        digest.update(json.dumps(config, sort_keys=True, default=lambda value: plain(value, repr)).encode())
         if isinstance(part, torch.nn.Module):
             for name, tensor in part.state_dict().items():
                 digest.update(name.encode() + str(tensor.dtype).encode())
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    digest.update(json.dumps([call_kwargs, seed], sort_keys=True, default=repr).encode())
+    digest.update(json.dumps([call_kwargs, seed], sort_keys=True, default=lambda value: plain(value, repr)).encode())
     return digest.hexdigest()
 
 
@@ -52,6 +52,8 @@ def image_digest(key: str, row: Mapping) -> str:
     """Hash of `key` and the pixels of `row["image"]` (PIL image or array), independent of file name and location."""
     image = row["image"]
     layout = f"{image.mode} {image.size}" if hasattr(image, "mode") else f"{image.dtype} {image.shape}"
+    if palette := getattr(image, "palette", None):  # the pixels are indices of its colours
+        layout = f"{layout} {palette.mode} {bytes(palette.palette).hex()}"
     content = f"{key} {layout}".encode() + image.tobytes()
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
@@ -72,7 +74,7 @@ def weights_digest(pipeline: Any) -> str:
 
 
 def checkpoint_digest(folder: Path | str) -> str:
-    """Hash (8 hexadecimal digits) of what determines a checkpoint's images: its weights, settings and scheduler."""
+    """Hash (8 hexadecimal digits) of what determines a checkpoint's images: weights, configs and settings."""
     names = ("model_index.json", "scheduler_config.json")
     files = sorted(p for p in Path(folder).rglob("*") if p.suffix == ".safetensors" or p.name in names)
     digest = hashlib.blake2b(digest_size=4)

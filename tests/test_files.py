@@ -4,9 +4,13 @@ import os
 import subprocess
 import sys
 
+import numpy as np
+import PIL.Image
 import pytest
+import torch
 
 from cxr_diffusers.files import (
+    as_json,
     check_settings,
     keep_settings,
     new_file,
@@ -16,6 +20,7 @@ from cxr_diffusers.files import (
     safe_name,
     write_file,
 )
+from cxr_diffusers.fingerprints import fingerprint, image_digest
 
 
 def contents(folder):
@@ -82,3 +87,28 @@ def test_what_a_killed_process_left_beside_a_folder_is_removed_or_put_back(tmp_p
     assert (tmp_path / "model" / "weights").read_text() == "2" and not aside.exists()
     remove_dead(tmp_path)  # folders, too
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([living.name, "model"])
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+def test_settings_that_are_large_arrays_differ_by_one_of_their_values(tmp_path, kind):
+    """`repr` and `str` of an array of more than 1,000 values show six of them."""
+    array = np.zeros((64, 64), np.float32)
+    changed = array.copy()
+    changed[30, 30] = 1
+    first, second = {"kernel": kind(array)}, {"kernel": kind(changed)}
+    assert as_json(first) == as_json({"kernel": kind(array.copy())}) != as_json(second)
+    network = torch.nn.Linear(1, 1)
+    assert fingerprint(network, first, 0) == fingerprint(network, {"kernel": kind(array.copy())}, 0)
+    assert fingerprint(network, first, 0) != fingerprint(network, second, 0)
+    keep_settings(tmp_path / "settings.json", first)
+    with pytest.raises(ValueError):
+        check_settings(tmp_path / "settings.json", second)
+
+
+def test_the_digest_of_an_image_depends_on_its_palette():
+    image = PIL.Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4)).convert("P")
+    other = image.copy()
+    other.putpalette(image.getpalette()[::-1])
+    assert image.tobytes() == other.tobytes()
+    digests = [image_digest("", {"image": i}) for i in (image, image.copy(), other)]
+    assert digests[0] == digests[1] != digests[2]

@@ -75,7 +75,7 @@ def weights_digest(pipeline: Any) -> str:
 
 def checkpoint_digest(folder: Path | str) -> str:
     """Hash (8 hexadecimal digits) of what determines a checkpoint's images: weights, configs and settings."""
-    names = ("model_index.json", "scheduler_config.json")
+    names = ("config.json", "model_index.json", "scheduler_config.json")
     files = sorted(p for p in Path(folder).rglob("*") if p.suffix == ".safetensors" or p.name in names)
     digest = hashlib.blake2b(digest_size=4)
     for path in files:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, UNet2DModel
 from PIL import Image
 
 from cxr_diffusers import CFGAnomalyPipeline, DiffPIRDeblurPipeline, load_phantom
@@ -270,6 +270,17 @@ def test_a_compiled_forward_with_channelwise_norms_is_the_same_network(tmp_path)
     x = 100 + torch.randn(2, 16, 8, 8)  # a mean far from zero must not cost digits
     torch.testing.assert_close(gpu.channelwise_group_norm(norm, x), norm(x), atol=1e-4, rtol=1e-4)
     assert gpu.channelwise_group_norm(norm, x.flatten(2).bfloat16()).dtype == torch.bfloat16
+
+
+def test_the_bytes_of_norms_sums_and_joins_are_counted():
+    import gpu
+
+    blocks = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "block_out_channels": [8]}
+    unet = UNet2DModel(**blocks, layers_per_block=1, norm_num_groups=4, attention_head_dim=8, num_class_embeds=2)
+    # in activations of 8 channels; down 2 norms, middle 5, up 2 x (2 + 1), out 1; sums of 1, 2 and 2 blocks and of the
+    # attention; 2 joins of 2 activations
+    passes = 3 * (2 + 5 + 6 + 1) + 3 * (1 + 2 + 2 + 1) + 2 * 2 * 2
+    assert gpu.bytes_outside_arithmetic(unet, (3, 16, 16)) == passes * 8 * 16 * 16 * 2
 
 
 def test_a_measurement_that_fails_costs_no_other(tmp_path, monkeypatch):

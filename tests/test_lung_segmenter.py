@@ -76,6 +76,41 @@ def test_the_gate_grows_with_the_dilation_and_covers_the_lungs():
     assert default[0, 0, 16] < 0.01, "far from the lungs the gate is closed"
 
 
+def test_the_recess_extends_the_outer_part_of_each_lung_downwards():
+    bare = dict(dilation=0, sigma=0)
+    images = torch.zeros(1, 1, 32, 32)
+    plain = TwoDiscs(**TOY).eval().field(images, **bare)[0]
+    deep = TwoDiscs(**TOY, recess=8).eval().field(images, **bare)[0]  # 8 of 64 pixels are 4 of 32
+    assert (deep >= plain).all()
+    torch.testing.assert_close(deep, deep.flip(-1))
+    added = (deep > 0.5) & (plain <= 0.5)
+    lung = plain > 0.5
+    for column in range(16):  # the right half of the image is its mirror image
+        if not lung[:, column].any():
+            assert not added[:, column].any()
+            continue
+        lowest = lung[:, column].nonzero().max()
+        new = added[:, column].nonzero().flatten().tolist()
+        columns = lung[:, :16].any(dim=0).nonzero().flatten()
+        outer = column + 0.5 < columns.min() + 0.4 * (columns.max() + 1 - columns.min())
+        assert new == ([lowest + i for i in range(1, 5)] if outer else []), column
+    assert added.any()
+
+
+def test_an_image_without_lungs_has_no_recess():
+    segmenter = toy_segmenter(recess=8)
+    segmenter.conv_out.bias.data.fill_(-1e3)
+    gate = segmenter.field(chests())
+    assert torch.isfinite(gate).all() and gate.max() < 1e-3
+
+
+def test_every_shipped_gate_reaches_into_the_recess():
+    shipped = LungSegmenter.from_pretrained(SHIPPED)
+    assert shipped.config.recess == 3
+    for folder in SHIPPED.parent.glob("*/lung_segmenter"):
+        assert LungSegmenter.from_pretrained(folder).config.recess == 3, folder
+
+
 def test_zones_are_two_lungs_and_their_thirds():
     zones = TwoDiscs(**TOY).eval().zones(torch.zeros(2, 1, 64, 64))
     right, left = zones["right"], zones["left"]
@@ -107,7 +142,8 @@ def test_the_segmenter_is_unchanged_after_saving_and_loading(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "got"), [(dict(sample_size=31), "31"), (dict(block_out_channels=(4, 7)), r"\(4, 7\)")]
+    ("wrong", "got"),
+    [(dict(sample_size=31), "31"), (dict(block_out_channels=(4, 7)), r"\(4, 7\)"), (dict(recess=-1), "-1")],
 )
 def test_an_impossible_configuration_is_refused(wrong, got):
     with pytest.raises(ValueError, match=f"expected .*got {got}"):

@@ -1,10 +1,16 @@
 """Lung segmentation in chest radiographs: a small U-Net and the soft gate from its output."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
+
+OUTER = (
+    0.4  # the share of a lung's width, from the chest wall inwards, below which the costophrenic recess is looked for
+)
 
 
 class LungSegmenter(ModelMixin, ConfigMixin):
@@ -19,9 +25,12 @@ class LungSegmenter(ModelMixin, ConfigMixin):
             smoothed by 2 of 64 pixels, and takes milliseconds for each image on a CPU.
         block_out_channels: channels of each level; every level but the first halves the image.
         norm_num_groups: groups of every group norm, a divisor of each level's channels.
+        recess: by how much `field` extends the outer part of each lung downwards, in pixels of 64. The costophrenic
+            recess reaches below the visible dome of the diaphragm, and there small effusions collect.
 
     Raises:
-        ValueError: a `sample_size` that the levels do not divide, channels that the groups do not divide.
+        ValueError: a `sample_size` that the levels do not divide, channels that the groups do not divide, a negative
+            `recess`.
     """
 
     @register_to_config
@@ -30,8 +39,11 @@ class LungSegmenter(ModelMixin, ConfigMixin):
         sample_size: int = 64,
         block_out_channels: tuple[int, ...] = (12, 24, 40, 56),
         norm_num_groups: int = 4,
+        recess: float = 0.0,
     ) -> None:
         super().__init__()
+        if not recess >= 0:
+            raise ValueError(f"expected a `recess` of 0 or more pixels, got {recess}")
         channels, reduction = tuple(block_out_channels), 2 ** (len(block_out_channels) - 1)
         if sample_size % reduction:
             raise ValueError(f"expected a `sample_size` that {reduction} divides, got {sample_size}")
@@ -59,19 +71,23 @@ class LungSegmenter(ModelMixin, ConfigMixin):
     def field(self, images: torch.Tensor, dilation: float = 2.0, sigma: float = 1.5) -> torch.Tensor:
         """(B, 1, H, W) images -> (B, H, W) float32 lung gate in [0, 1]: 1 in the lungs, 0 far from them.
 
-        The probability of lung is combined with its own mirror image by the maximum (if fluid hides one lung, the other
-        one gives its place), dilated and smoothed, all at the network's own resolution.
+        The probability of each lung is combined with the mirror image of the other one by the maximum (if fluid hides
+        one lung, the other one gives its place), dilated, extended downwards by `config.recess` below its outer
+        part, and smoothed, all at the network's own resolution.
 
         Args:
             dilation: in pixels of 64, whatever `sample_size` is.
             sigma: of the Gaussian, in pixels of 64; 0: none.
         """
-        probability = self._logits(images).float().sigmoid().amax(dim=1, keepdim=True)
-        gate = torch.maximum(probability, probability.flip(-1))
+        lungs = self._logits(images).float().sigmoid()
+        lungs = torch.maximum(lungs, lungs.flip(1, -1))
         scale = self.config.sample_size / 64
-        radius = round(dilation * scale)
-        gate = F.max_pool2d(gate, 2 * radius + 1, stride=1, padding=radius)
-        gate = gaussian_blur(gate, sigma * scale)
+        radius, depth = round(dilation * scale), round(self.config.recess * scale)
+        gate = F.max_pool2d(lungs, 2 * radius + 1, stride=1, padding=radius)
+        if depth:
+            lower = F.max_pool2d(F.pad(gate, (0, 0, depth, 0)), (depth + 1, 1), stride=1)
+            gate = torch.maximum(gate, lower * outer_part(lungs))
+        gate = gaussian_blur(gate.amax(dim=1, keepdim=True), sigma * scale)
         return resize(gate, images.shape[-2:]).clamp(0, 1)[:, 0]
 
     @torch.no_grad()
@@ -132,6 +148,21 @@ def gaussian_blur(images: torch.Tensor, sigma: float) -> torch.Tensor:
     kernel = kernel / kernel.sum()
     padded = F.pad(images, (radius,) * 4, mode="replicate")
     return F.conv2d(F.conv2d(padded, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))
+
+
+def outer_part(lungs: torch.Tensor) -> torch.Tensor:
+    """(B, 2, H, W) probabilities of the right and the left lung -> (B, 2, 1, W) weights of columns, soft at the edge.
+
+    1 in the columns from the outermost column of a lung inwards by `OUTER` of its width, and outside it; 0 elsewhere.
+    """
+    columns = (lungs > 0.5).any(dim=2)
+    x = torch.arange(lungs.shape[-1], device=lungs.device) + 0.5
+    low = torch.where(columns, x - 0.5, math.inf).amin(dim=2)
+    high = torch.where(columns, x + 0.5, -math.inf).amax(dim=2)
+    inwards = OUTER * (high - low)
+    distance = torch.stack([x - (low + inwards)[:, :1], (high - inwards)[:, 1:] - x], dim=1)
+    distance = distance.nan_to_num(math.inf)  # a lung that is not there has no outer part
+    return torch.sigmoid(-distance / (0.02 * lungs.shape[-1]))[:, :, None]
 
 
 def thirds(mask: torch.Tensor) -> torch.Tensor:

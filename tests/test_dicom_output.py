@@ -354,7 +354,7 @@ def test_the_command_line_prints_the_warnings(model, tmp_path, capsys):
     settings = ["--model", str(tmp_path / "model"), "--num-inference-steps", "20", "--noise-level", "300"]
     assert main(["detect", str(tmp_path / "images"), "--out", str(tmp_path / "out"), "--dicom", *settings]) == 0
     printed = capsys.readouterr().out
-    assert "1 images with warnings" in printed
+    assert "1 image with warnings" in printed
     assert "1 x not of the chest (BodyPartExamined HAND)" in printed and "1 x text burned into" in printed
     assert len(list((tmp_path / "out" / "dicom").iterdir())) == 6
 

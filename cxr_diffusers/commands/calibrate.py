@@ -10,6 +10,7 @@ from .options import (
     add_command,
     add_device_options,
     batch_size_of,
+    counted,
     keyword_options,
     open_pipeline,
 )
@@ -72,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
     text = f"pixels of healthy maps: {values[0]:g} to {values[-1]:g}, their quantiles {quantiles[0]} to {quantiles[-1]}"
     print(f"{text} (`detect --threshold healthy:0.99`)")
     for view, of_view in result.scores.by_view.items():
-        print(f"  {view}: {len(of_view)} images, {of_view[0]:.4g} to {of_view[-1]:.4g}")
+        print(f"  {view}: {counted(len(of_view), 'image')}, {of_view[0]:.4g} to {of_view[-1]:.4g}")
     if len(scores) < FEWEST:
         advice = f"threshold and p-values are coarse, {TRAINING_IMAGES} or more are recommended"
         print(f"warning: only {len(scores)} healthy images: {advice}", file=sys.stderr)

@@ -9,6 +9,7 @@ from .options import (
     add_command,
     add_device_options,
     add_shard_option,
+    counted,
     keyword_options,
     print_shard,
     shard_of,
@@ -76,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
     if summary is None:  # not the main process
         return 0
     counts = f"{summary['computed']} computed, {summary['kept']} already present, {summary['skipped']} skipped"
-    print(f"{summary['images']} images: {counts}. See {options.output}")
+    print(f"{counted(summary['images'], 'image')}: {counts}. See {options.output}")
     if summary["computed"]:
         print(f"all of them: {describe_plan(summary['images'], summary['seconds_per_image'], state.num_processes)}")
     if not shard.is_all:

@@ -12,6 +12,7 @@ from .options import (
     add_shard_option,
     batch_size_of,
     call_kwargs,
+    counted,
     keyword_options,
     open_pipeline,
     print_shard,
@@ -82,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
     earlier = summary["images"] - computed - len(failed)
     result = options.out / "results.csv" if shard.is_all else options.out
     print(
-        f"{summary['images']} images: {computed} computed{f' ({seconds:.2g} s each)' if computed else ''}, "
+        f"{counted(summary['images'], 'image')}: {computed} computed{f' ({seconds:.2g} s each)' if computed else ''}, "
         f"{earlier} were there, {len(failed)} failed. See {result}"
     )
     if shard.is_all:
@@ -107,6 +108,7 @@ def print_file_notes(summary: dict) -> None:
         print(f"no DICOM objects: {len(summary['without_dicom'])} of the images are no DICOM files")
     counts = Counter(warning for text in summary["warnings"].values() for warning in text.split("; "))
     if counts:
-        print(f"{len(summary['warnings'])} images with warnings (column `warnings`); their maps may be meaningless:")
+        warned = counted(len(summary["warnings"]), "image")
+        print(f"{warned} with warnings (column `warnings`); their maps may be meaningless:")
     for warning, count in counts.most_common():
         print(f"  {count} x {warning}")

@@ -13,6 +13,7 @@ from .options import (
     add_shard_option,
     batch_size_of,
     call_kwargs,
+    counted,
     open_pipeline,
     print_shard,
     shard_of,
@@ -127,7 +128,7 @@ def run(options: argparse.Namespace) -> int:
         print("See " + ", ".join(str(file) for file in files if file.is_file()))
         failed = sum(result.summary["n_failed"] for result in results.values())
         if failed:
-            print(f"left out: {failed} images, see `failed` in summary.json", file=sys.stderr)
+            print(f"left out: {counted(failed, 'image')}, see `failed` in summary.json", file=sys.stderr)
         return 1 if failed else 0
     return 0
 

@@ -164,6 +164,11 @@ def print_shard(options: argparse.Namespace, shard: "Shard", failed: int = 0, no
     print(f"  cxr-diffusers {shlex.join(arguments)}")
 
 
+def counted(number: int, noun: str) -> str:
+    """1, "image" -> "1 image"; 2, "image" -> "2 images"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def keyword_options(options: argparse.Namespace, function: Callable, **others: Any) -> dict[str, Any]:
     """The options that `function` has as keyword-only arguments, by name, and `others`, which take precedence."""
     parameters = inspect.signature(function).parameters.values()

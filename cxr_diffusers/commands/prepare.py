@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .options import add_command, add_shard_option, keyword_options, print_shard, shard_of
+from .options import add_command, add_shard_option, counted, keyword_options, print_shard, shard_of
 
 # the options that belong to one of the two ways alone, by their names in `options`
 OF_FOLDER = {"equalize": "--equalize", "image_format": "--format", "frontal_only": "--frontal-only"}
@@ -78,7 +78,7 @@ def pack(options: argparse.Namespace) -> int:
     unlabelled = [open_dataset(text) for text in getattr(options, "unlabelled", [])]
     failed = pack(dataset, options.output, **keyword_options(options, pack, unlabelled=unlabelled))
     images = len(dataset) + sum(map(len, unlabelled)) - len(failed)
-    print(f"{options.output}: {images} images, {options.output.stat().st_size / 1e6:.1f} MB")
+    print(f"{options.output}: {counted(images, 'image')}, {options.output.stat().st_size / 1e6:.1f} MB")
     for error in failed.values():
         print(f"left out: {error}", file=sys.stderr)
     return 1 if failed else 0

@@ -97,6 +97,22 @@ def test_the_recess_extends_the_outer_part_of_each_lung_downwards():
     assert added.any()
 
 
+class TwoDiscsAndAStrayPixel(TwoDiscs):
+    def _logits(self, images):
+        logits = super()._logits(images).clone()
+        logits[:, 0, 3, 15] = 9.0
+        return logits
+
+
+def test_a_stray_pixel_does_not_change_the_outer_part_of_a_lung():
+    images, bare = torch.zeros(1, 1, 32, 32), dict(dilation=0, sigma=0)
+    clean = TwoDiscs(**TOY, recess=8).eval().field(images, **bare)[0]
+    stray = TwoDiscsAndAStrayPixel(**TOY, recess=8).eval().field(images, **bare)[0]
+    same = torch.ones(32, 32, dtype=torch.bool)
+    same[3:8, 15:17] = False  # the pixel, its mirror image, and what lies below
+    torch.testing.assert_close(stray[same], clean[same])
+
+
 def test_an_image_without_lungs_has_no_recess():
     segmenter = toy_segmenter(recess=8)
     segmenter.conv_out.bias.data.fill_(-1e3)
@@ -143,7 +159,12 @@ def test_the_segmenter_is_unchanged_after_saving_and_loading(tmp_path):
 
 @pytest.mark.parametrize(
     ("wrong", "got"),
-    [(dict(sample_size=31), "31"), (dict(block_out_channels=(4, 7)), r"\(4, 7\)"), (dict(recess=-1), "-1")],
+    [
+        (dict(sample_size=31), "31"),
+        (dict(block_out_channels=(4, 7)), r"\(4, 7\)"),
+        (dict(recess=-1), "-1"),
+        (dict(recess="deep"), "'deep'"),
+    ],
 )
 def test_an_impossible_configuration_is_refused(wrong, got):
     with pytest.raises(ValueError, match=f"expected .*got {got}"):

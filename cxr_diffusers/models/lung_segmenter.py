@@ -42,8 +42,8 @@ class LungSegmenter(ModelMixin, ConfigMixin):
         recess: float = 0.0,
     ) -> None:
         super().__init__()
-        if not recess >= 0:
-            raise ValueError(f"expected a `recess` of 0 or more pixels, got {recess}")
+        if not (isinstance(recess, (int, float)) and 0 <= recess <= 64):
+            raise ValueError(f"expected a `recess` of 0 to 64 pixels, got {recess!r}")
         channels, reduction = tuple(block_out_channels), 2 ** (len(block_out_channels) - 1)
         if sample_size % reduction:
             raise ValueError(f"expected a `sample_size` that {reduction} divides, got {sample_size}")
@@ -155,7 +155,7 @@ def outer_part(lungs: torch.Tensor) -> torch.Tensor:
 
     1 in the columns from the outermost column of a lung inwards by `OUTER` of its width, and outside it; 0 elsewhere.
     """
-    columns = (lungs > 0.5).any(dim=2)
+    columns = main_piece(lungs > 0.5).any(dim=2)
     x = torch.arange(lungs.shape[-1], device=lungs.device) + 0.5
     low = torch.where(columns, x - 0.5, math.inf).amin(dim=2)
     high = torch.where(columns, x + 0.5, -math.inf).amax(dim=2)
@@ -163,6 +163,18 @@ def outer_part(lungs: torch.Tensor) -> torch.Tensor:
     distance = torch.stack([x - (low + inwards)[:, :1], (high - inwards)[:, 1:] - x], dim=1)
     distance = distance.nan_to_num(math.inf)  # a lung that is not there has no outer part
     return torch.sigmoid(-distance / (0.02 * lungs.shape[-1]))[:, :, None]
+
+
+def main_piece(mask: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) booleans -> of each mask, the connected piece where it is densest: stray pixels are left out."""
+    density = F.avg_pool2d(mask.float(), 9, stride=1, padding=4) * mask
+    seed = F.one_hot(density.flatten(2).argmax(dim=2), mask.shape[2] * mask.shape[3]).view(mask.shape)
+    piece = seed * mask.float()
+    for _ in range(
+        2 * max(mask.shape[2:])
+    ):  # enough for the way around a lung; no early end, which would break a graph
+        piece = F.max_pool2d(piece, 3, stride=1, padding=1) * mask
+    return piece > 0
 
 
 def thirds(mask: torch.Tensor) -> torch.Tensor:

@@ -266,14 +266,20 @@ def as_json(values: Any) -> Any:
 
 
 def plain(value: Any, otherwise: Callable[[Any], str] = str) -> Any:
-    """A value that JSON does not have: an array or tensor as [type, shape, digest of its content], else its text.
+    """An array, tensor or PIL image -> [type, shape, digest of its content]; any other value -> its text.
 
-    The text of a large array leaves most of it out.
+    For values that JSON does not have. The text of a large array leaves most of it out.
     """
+    if isinstance(value, Image.Image):
+        return [value.mode, list(value.size), hashlib.blake2b(value.tobytes(), digest_size=16).hexdigest()]
+    dtype = str(getattr(value, "dtype", ""))
     if hasattr(value, "detach"):
-        value = value.detach().float().cpu().numpy()
-    if isinstance(value, np.ndarray) and value.dtype != object:
-        return [str(value.dtype), list(value.shape), hashlib.blake2b(value.tobytes(), digest_size=16).hexdigest()]
+        value = value.detach().cpu()
+        value = (value.to_dense() if value.is_sparse or value.is_sparse_csr else value).resolve_conj()
+        value = (value.float() if dtype == "torch.bfloat16" else value).numpy()
+    if isinstance(value, np.ndarray):
+        content = repr(value.tolist()).encode() if value.dtype == object else value.tobytes()
+        return [dtype, list(value.shape), hashlib.blake2b(content, digest_size=16).hexdigest()]
     return otherwise(value)
 
 

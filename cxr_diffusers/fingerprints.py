@@ -52,8 +52,9 @@ def image_digest(key: str, row: Mapping) -> str:
     """Hash of `key` and the pixels of `row["image"]` (PIL image or array), independent of file name and location."""
     image = row["image"]
     layout = f"{image.mode} {image.size}" if hasattr(image, "mode") else f"{image.dtype} {image.shape}"
-    if palette := getattr(image, "palette", None):  # the pixels are indices of its colours
-        layout = f"{layout} {palette.mode} {bytes(palette.palette).hex()}"
+    if getattr(image, "mode", None) in ("P", "PA"):  # the pixels are indices of colours
+        image.load()  # before, the palette has another form
+        layout = f"{layout} {bytes(image.getpalette('RGB') or []).hex()}"
     content = f"{key} {layout}".encode() + image.tobytes()
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
@@ -62,10 +63,15 @@ DIGESTS: WeakKeyDictionary = WeakKeyDictionary()  # cache by pipeline; assumes t
 
 
 def weights_digest(pipeline: Any) -> str:
-    """Hash of all weights of a pipeline, converted to float32: independent of memory layout."""
+    """Hash of all weights of a pipeline, in float32 (independent of memory layout), and of its components' configs.
+
+    A lung gate with another `recess` gives other maps.
+    """
     if pipeline not in DIGESTS:
         digest = hashlib.blake2b(digest_size=16)
         for part, module in sorted(pipeline.components.items()):
+            config = {key: value for key, value in config_of(module).items() if key not in ("dtype", "torch_dtype")}
+            digest.update(f"{part} {json.dumps(config, sort_keys=True, default=plain)}".encode())
             for name, tensor in module.state_dict().items() if isinstance(module, torch.nn.Module) else ():
                 values = tensor.detach().float().cpu().contiguous().numpy()
                 digest.update(f"{part}.{name}".encode() + values.tobytes())

@@ -1,8 +1,7 @@
 """The number format in which networks compute, and where bfloat16 is fast."""
 
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -59,7 +58,9 @@ def use_dtype(pipeline: DiffusionPipeline, dtype: str = "auto") -> DiffusionPipe
             component.forward = plain
             if dtype != "float32":
                 component._autocast = (device.type, DTYPES[dtype])
-                component.forward = MethodType(forward_under_autocast, component)  # `deepcopy` binds it to the copy
+                component.forward = partial(
+                    forward_under_autocast, component
+                )  # `deepcopy` and pickle bind it to the copy
         if isinstance(component, torch.nn.Module) and device.type == "cpu":
             component.to(memory_format=torch.channels_last)  # convolutions take three quarters of the time
     return pipeline

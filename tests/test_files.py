@@ -1,5 +1,6 @@
 """Crash-safe writing, the settings of a folder, and names that every file system takes."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -112,3 +113,28 @@ def test_the_digest_of_an_image_depends_on_its_palette():
     assert image.tobytes() == other.tobytes()
     digests = [image_digest("", {"image": i}) for i in (image, image.copy(), other)]
     assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (torch.tensor([1.0], dtype=torch.float64), torch.tensor([1 + 1e-10], dtype=torch.float64)),
+        (torch.tensor([2**24]), torch.tensor([2**24 + 1])),
+        (torch.tensor([1 + 2j]), torch.tensor([1 + 3j])),
+        (torch.tensor([True]), torch.tensor([1])),
+        (torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([1.0])),
+        (torch.eye(3).to_sparse(), 2 * torch.eye(3).to_sparse()),
+        (np.array([None] * 2000), np.array([None] * 1999 + [1])),
+        (PIL.Image.new("L", (4, 4), 1), PIL.Image.new("L", (4, 4), 2)),
+    ],
+)
+def test_values_that_differ_are_different_settings(one, other):
+    assert as_json([one]) == as_json([copy.deepcopy(one)]) != as_json([other])
+
+
+def test_a_palette_image_has_one_digest_before_and_after_it_is_decoded(tmp_path):
+    PIL.Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4)).convert("P").save(tmp_path / "a.bmp")
+    opened, decoded = PIL.Image.open(tmp_path / "a.bmp"), PIL.Image.open(tmp_path / "a.bmp")
+    decoded.load()
+    first = image_digest("", {"image": opened})
+    assert first == image_digest("", {"image": opened}) == image_digest("", {"image": decoded})

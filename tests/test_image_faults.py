@@ -287,20 +287,36 @@ def pages(path, *kinds):
 
 
 def test_a_file_of_several_pages_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"a\.tif: expected one page, got 3"):
+    with pytest.raises(ValueError, match=r"a\.tif: expected one page, got several"):
         read_image(pages(tmp_path / "a.tif", 0, 0, 0))
     frames = [PIL.Image.fromarray((RAMP * i).astype(np.uint8)) for i in (1, 2, 3)]
     for suffix in ("gif", "png", "webp"):
         path = tmp_path / f"{suffix}.png"  # the content decides
         frames[0].save(path, format=suffix.upper(), save_all=True, append_images=frames[1:])
-        with pytest.raises(ValueError, match=f"{suffix}.png: expected one page, got 3"):
+        with pytest.raises(ValueError, match=f"{suffix}.png: expected one image, got an animation"):
             read_image(path)
 
 
 def test_thumbnails_and_transparency_masks_of_a_tiff_are_no_pages(tmp_path):
     assert np.array_equal(np.asarray(read_image(pages(tmp_path / "a.tif", 0, 1, 4))), RAMP * 4)
-    with pytest.raises(ValueError, match="expected one page, got 2"):
+    assert np.array_equal(np.asarray(read_image(pages(tmp_path / "alone.tif", 1))), RAMP * 4)
+    with pytest.raises(ValueError, match="expected one page, got several"):
         read_image(pages(tmp_path / "b.tif", 0, 1, 2))
+    with pytest.raises(ValueError, match="expected the image as the first page, got a thumbnail"):
+        read_image(pages(tmp_path / "c.tif", 1, 1))
+    with pytest.raises(ValueError, match="expected at most 16 thumbnails"):
+        read_image(pages(tmp_path / "d.tif", 0, *[1] * 20))
+
+
+def test_a_tiff_whose_next_page_lies_beyond_its_end_is_read(tmp_path):
+    path = write_tiff(tmp_path / "a.tif", (RAMP * 4).astype(np.uint8))
+    content = bytearray(path.read_bytes())
+    (begin,) = struct.unpack_from("<I", content, 4)
+    (count,) = struct.unpack_from("<H", content, begin)
+    assert struct.unpack_from("<I", content, begin + 2 + 12 * count) == (0,), "the offset of the next page"
+    struct.pack_into("<I", content, begin + 2 + 12 * count, 10**6)
+    path.write_bytes(content)
+    assert np.array_equal(np.asarray(read_image(path)), RAMP * 4)
 
 
 def test_the_previews_of_a_photograph_of_several_pictures_are_ignored(tmp_path):

@@ -1,6 +1,7 @@
 """Networks that compute in bfloat16: the same maps to a thousandth, the same weights and fingerprints."""
 
 import copy
+import pickle
 from inspect import signature
 
 import numpy as np
@@ -48,10 +49,11 @@ def test_a_pipeline_in_bfloat16_is_saved_as_it_was(tmp_path):
     assert weights_digest(load_pipeline(tmp_path / "saved")) == weights_digest(load_pipeline("cxr_fixed_point_gan_128"))
 
 
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda network: pickle.loads(pickle.dumps(network))])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_deep_copy_computes_with_its_own_weights(dtype):
+def test_a_copy_computes_with_its_own_weights(dtype, clone):
     network = use_dtype(load_pipeline("cxr_fixed_point_gan_128"), dtype).generator
-    twin = copy.deepcopy(network)
+    twin = clone(network)
     images, labels = torch.zeros(1, 1, 128, 128), torch.zeros(1, dtype=torch.long)
     with torch.no_grad():
         before = network(images, labels).sample

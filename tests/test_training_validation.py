@@ -116,6 +116,8 @@ def test_losses_of_other_validation_images_are_not_compared(chests, tmp_path):
     train_toy(tmp_path, chests, 3, save_every=1, measure=other)
     best = type(toy_unet()).from_pretrained(tmp_path / "best").state_dict()
     assert all(torch.equal(best[key], other.saved[0][key]) for key in best)
+    kept = type(toy_unet()).from_pretrained(tmp_path / "best_of_other_images").state_dict()
+    assert all(torch.equal(kept[key], first.saved[1][key]) for key in kept), "nothing is lost"
 
 
 def test_the_digest_of_the_validation_images_depends_on_each_of_them(chests):

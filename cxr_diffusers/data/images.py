@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 PIL_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 SUFFIXES = (*PIL_SUFFIXES, ".npy", *DICOM_SUFFIXES)
+SUB_PAGES = 330  # the TIFF tag of further pages
+MAX_PAGES = 16  # thumbnails and masks of a TIFF that are looked at: each costs time
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "GIF", "WEBP", "JPEG2000")  # other formats may start external programs
 
 NPY_MAGIC = b"\x93NUMPY"
@@ -106,9 +108,9 @@ def decode_image(content: bytes, draft: int | None = None) -> PIL.Image.Image:
         raise ValueError("cannot be read as an image (damaged or of another format)") from None
     with opened as image:
         check_pixel_count(image.width, image.height)
-        if image.format != "MPO" and (pages := count_pages(image)) > 1:  # after the first, an MPO has previews
-            raise ValueError(f"expected one page, got {pages}: save the one to be read as a file of its own")
-        if image.format in ("JPEG", "MPO"):
+        if image.format not in ("JPEG", "MPO"):  # behind its first image, an MPO has previews
+            check_single(content)
+        else:
             check_scans(content, image.width * image.height)
             if draft is not None:
                 image.draft("L", (draft, draft))
@@ -119,17 +121,39 @@ def decode_image(content: bytes, draft: int | None = None) -> PIL.Image.Image:
         return turned
 
 
-def count_pages(image: PIL.Image.Image) -> int:
-    """The pages of an open TIFF without its thumbnails and transparency masks, or the frames of an animation."""
-    pages = getattr(image, "n_frames", 1)
-    if pages == 1 or not isinstance(image, PIL.TiffImagePlugin.TiffImageFile):
-        return pages
-    auxiliary = 0
-    for page in range(1, pages):
-        image.seek(page)
-        auxiliary += bool(image.tag_v2.get(254, 0) & 0b101)  # NewSubfileType: reduced image, transparency mask
-    image.seek(0)
-    return pages - auxiliary
+def check_single(content: bytes) -> None:
+    """Refuse the bytes of an animation, and of a TIFF of several pages or whose first page is a thumbnail.
+
+    Thumbnails and transparency masks behind the first page are no pages; neither is what cannot be read.
+
+    Raises:
+        ValueError: see above.
+    """
+    with PIL.Image.open(io.BytesIO(content), formats=FORMATS) as image:  # apart: a page that fails spoils the others
+        if not isinstance(image, PIL.TiffImagePlugin.TiffImageFile):
+            if getattr(image, "is_animated", False):
+                raise ValueError("expected one image, got an animation: save one of its frames as a file of its own")
+            return
+        is_thumbnail, has_more = _is_auxiliary(image), SUB_PAGES in image.tag_v2
+        for page in range(1, MAX_PAGES + 1):
+            try:
+                image.seek(page)
+            except Exception:  # the end, or a page that cannot be read
+                break
+            has_more = True
+            if not _is_auxiliary(image):
+                raise ValueError("expected one page, got several: save the one to be read as a file of its own")
+            if page == MAX_PAGES:
+                raise ValueError(f"expected at most {MAX_PAGES} thumbnails and masks in a TIFF, got more")
+        if is_thumbnail and has_more:
+            raise ValueError(
+                "expected the image as the first page, got a thumbnail: save the image as a file of its own"
+            )
+
+
+def _is_auxiliary(page):
+    """NewSubfileType says: a reduced image, or a transparency mask."""
+    return bool(page.tag_v2.get(254, 0) & 0b101)
 
 
 def check_has_contrast(image: PIL.Image.Image | np.ndarray, path: Path | str) -> None:

@@ -149,7 +149,7 @@ def export_net(
     """
     check_packages(format)
     net = copy.deepcopy(net).cpu().float().eval()
-    vars(net).pop("forward", None)  # of `use_dtype`: under autocast, and with the weights of the original
+    vars(net).pop("forward", None)  # of `use_dtype`: under autocast
     size = net.config.sample_size
     if not isinstance(size, int):
         raise ValueError(f"expected a network for square images, got `sample_size={size!r}`")

@@ -289,10 +289,15 @@ class Run:
             log.write(self.step, seconds=round(self.seconds, 1), images=images, **values)
             self.accelerator.log(values, step=self.step)
             self.bar.write(f"step {self.step}: " + ", ".join(f"{name} {value:.5f}" for name, value in values.items()))
-            comparable = [line for line in log.lines() if line.get("images", images) == images]
+            lines, best = log.lines(), self.output_dir / "best"
+            comparable = [line for line in lines if line.get("images") == images]
+            if len(comparable) == 1 < len(lines) and best.is_dir():  # the first loss of these images
+                kept = new_name(self.output_dir / "best_of_other_images")
+                best.rename(kept)
+                self.bar.write(f"the validation images have changed: the best model so far is kept in {kept}")
             if values["validation_loss"] <= min(line["validation_loss"] for line in comparable):
-                (self.output_dir / "best").mkdir(exist_ok=True)
-                replace_into(self.output_dir / "best", lambda folder: self.save(unwrapped, folder))
+                best.mkdir(exist_ok=True)
+                replace_into(best, lambda folder: self.save(unwrapped, folder))
 
     def validate_average(self) -> None:
         """Call `validate` with averaged weights; its images go to the trackers."""
@@ -301,6 +306,12 @@ class Run:
         with averaged(self.accelerator, self.ema, self.model) as unwrapped:
             if self.is_main:
                 log_images(self.accelerator, self.validate(unwrapped, self.step), self.step)
+
+
+def new_name(path: Path) -> Path:
+    """`path`, or with a number behind it the first that does not exist."""
+    names = itertools.chain([path], (path.with_name(f"{path.name}_{i}") for i in itertools.count(2)))
+    return next(name for name in names if not name.exists())
 
 
 class ShuffledForever:

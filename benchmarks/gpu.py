@@ -31,6 +31,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from diffusers.training_utils import EMAModel
 from machine import describe_machine, markdown
 from PIL import Image
@@ -224,7 +225,7 @@ class Bench:
             return
         others = bytes_outside_arithmetic(self.unet, self.shape) / self.rates["copy"]
         products = self.flops / self.rates["bf16"]
-        name = "ceiling: products at the bf16 rate, each norm, sum and join one kernel at the copy rate"
+        name = "ceiling: products at the bf16 rate, each norm, sum, join and enlargement one kernel at the copy rate"
         yield "rates", [name, f"{products / (products + others):.1%}", "of the card's rate"]
 
     @torch.no_grad()
@@ -503,11 +504,12 @@ def capture(function):
 
 
 def bytes_outside_arithmetic(unet, shape):
-    """Bytes that the norms, sums and joins of a bfloat16 forward of one image read and write, at one kernel each.
+    """Bytes that norms, sums, joins and enlargements of a bfloat16 forward read and write for an image, a kernel each.
 
-    A norm reads its input twice, for the moments and to apply them together with SiLU, and writes once; a residual sum
-    reads both terms and writes; a join of skipped activations reads and writes. The rest, such as the embedding, is
-    small. Norm and sum could share one pass, which PyTorch's compiler does not do.
+    A norm reads its input twice, for the moments and to apply them together with SiLU (and with the embedding of the
+    timestep), and writes once; a residual sum reads both terms and writes; a join of skipped activations reads and
+    writes; an enlargement reads a quarter of what it writes. Norm and sum could share a pass, which PyTorch's
+    compiler does not do.
     """
     values = []
     with torch.device("meta"):
@@ -515,6 +517,8 @@ def bytes_outside_arithmetic(unet, shape):
         for module in twin.modules():
             if isinstance(module, (torch.nn.GroupNorm, ResnetBlock2D, Attention)):
                 module.register_forward_hook(lambda module, inputs, output: values.append(3 * output.numel()))
+            if isinstance(module, Upsample2D):
+                module.register_forward_hook(lambda module, inputs, output: values.append(output.numel() * 5 // 4))
         for resnet in (resnet for block in twin.up_blocks for resnet in block.resnets):
             resnet.register_forward_pre_hook(lambda module, inputs: values.append(2 * inputs[0].numel()))
         twin(torch.empty(1, *shape), torch.zeros(1), class_labels=torch.zeros(1).int())

@@ -275,12 +275,19 @@ def test_a_compiled_forward_with_channelwise_norms_is_the_same_network(tmp_path)
 def test_the_bytes_of_norms_sums_and_joins_are_counted():
     import gpu
 
-    blocks = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "block_out_channels": [8]}
-    unet = UNet2DModel(**blocks, layers_per_block=1, norm_num_groups=4, attention_head_dim=8, num_class_embeds=2)
+    def unet_of(levels):
+        down, up = ["DownBlock2D"] * levels, ["UpBlock2D"] * levels
+        blocks = {"down_block_types": down, "up_block_types": up, "block_out_channels": [8] * levels}
+        return UNet2DModel(**blocks, layers_per_block=1, norm_num_groups=4, attention_head_dim=8, num_class_embeds=2)
+
     # in activations of 8 channels; down 2 norms, middle 5, up 2 x (2 + 1), out 1; sums of 1, 2 and 2 blocks and of the
     # attention; 2 joins of 2 activations
     passes = 3 * (2 + 5 + 6 + 1) + 3 * (1 + 2 + 2 + 1) + 2 * 2 * 2
-    assert gpu.bytes_outside_arithmetic(unet, (3, 16, 16)) == passes * 8 * 16 * 16 * 2
+    assert gpu.bytes_outside_arithmetic(unet_of(1), (3, 16, 16)) == passes * 8 * 16 * 16 * 2
+    # with a second level, three quarters smaller: there as before, without the middle at the first; the way down and up
+    # adds 2 norms and a sum, 6 norms, 2 sums and 2 joins, and an enlargement
+    first, second = 3 * (2 + 6 + 1) + 3 * (1 + 2) + 2 * 2 * 2 + 5 / 4, 3 * (2 + 5 + 6) + 3 * (1 + 2 + 2 + 1) + 2 * 2 * 2
+    assert gpu.bytes_outside_arithmetic(unet_of(2), (3, 16, 16)) == (first + second / 4) * 8 * 16 * 16 * 2
 
 
 def test_a_measurement_that_fails_costs_no_other(tmp_path, monkeypatch):

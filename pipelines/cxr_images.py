@@ -27,9 +27,10 @@ def prepare_image(
             and inside the frame, so that neither a hot pixel nor the padding determines the range. "dtype" maps the
             range of the type (0..255, 0..65535; floats: [0, 1] or, if any value is negative, [-1, 1]) and keeps the
             exposure.
-        aspect: "pad" (bars in the darkest value, nothing lost), "crop" (centre square), "squash" (the sides are
-            stretched to a square, as guided-diffusion's CheXpert scripts do), or "keep" (no resizing: the image is
-            padded, or its centre is cut out: MRI slices of 240 pixels in a square of 256).
+        aspect: "pad" (bars in the darkest value, nothing lost), "edge" (the same, but the bars repeat the border of the
+            image), "crop" (centre square), "squash" (the sides are stretched to a square, as guided-diffusion's
+            CheXpert scripts do), or "keep" (no resizing: the image is padded, or its centre is cut out: MRI slices of
+            240 pixels in a square of 256).
         data_range: the model's values for black and white.
         num_channels: channels of the model; colour images become grey for one channel.
 
@@ -37,8 +38,8 @@ def prepare_image(
         TypeError: not a PIL image, an array or a tensor (but, for example, a path).
         ValueError: an unsupported shape, a NaN or an infinity, or an invalid option.
     """
-    if aspect not in ("pad", "crop", "squash", "keep"):
-        raise ValueError(f"expected `aspect` pad, crop, squash or keep, got {aspect!r}")
+    if aspect not in ("pad", "edge", "crop", "squash", "keep"):
+        raise ValueError(f"expected `aspect` pad, edge, crop, squash or keep, got {aspect!r}")
     if scaling not in ("minmax", "dtype"):
         raise ValueError(f"expected `scaling` minmax or dtype, got {scaling!r}")
     images = [_prepare_one(item, size, scaling, aspect, num_channels) for item in _split_images(image, num_channels)]
@@ -65,7 +66,7 @@ def frame(height: int, width: int, size: int, aspect: str) -> tuple[int, int, in
         return 0, 0, size, size
     if aspect == "keep":
         return (size - height) // 2, (size - width) // 2, height, width
-    fit = max if aspect == "pad" else min
+    fit = max if aspect in ("pad", "edge") else min
     scale = size / fit(height, width)
     h, w = max(1, round(height * scale)), max(1, round(width * scale))
     return (size - h) // 2, (size - w) // 2, h, w
@@ -135,7 +136,8 @@ def _prepare_one(image, size, scaling, aspect, num_channels):
         low, high = tensor.amin(dim=(1, 2), keepdim=True), tensor.amax(dim=(1, 2), keepdim=True)
         tensor = (tensor - low) / (high - low).clamp(min=1e-12)
     top, left = max(top, 0), max(left, 0)
-    return F.pad(tensor.clamp(0, 1), (left, size - tensor.shape[2] - left, top, size - tensor.shape[1] - top))
+    bars = (left, size - tensor.shape[2] - left, top, size - tensor.shape[1] - top)
+    return F.pad(tensor.clamp(0, 1), bars, mode="replicate" if aspect == "edge" else "constant")
 
 
 def _channels(image, num_channels):

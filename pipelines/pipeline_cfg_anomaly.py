@@ -53,7 +53,7 @@ class CFGAnomalyPipeline(ContractMixin, ViewsMixin, PortableMixin, DiffusionPipe
             id to name, since diffusers takes a list in a pipeline's config for a component.
         data_range: the UNet's values for black and white.
         scaling: "minmax" or "dtype", see `prepare_image`.
-        aspect: "pad", "crop", "squash" or "keep", see `prepare_image`.
+        aspect: "pad", "edge", "crop", "squash" or "keep", see `prepare_image`.
         settings: the checkpoint's own defaults of the call, any of `CFGAnomalyPipeline.ORIGINAL_SETTINGS`.
         map_threshold: the map value above which a pixel counts as abnormal, chosen on healthy validation images.
         has_null_label: False for a model that was trained without dropping labels (Wolleb's, OpenAI's): all its

@@ -23,7 +23,7 @@ class FixedPointGANPipeline(ContractMixin, PortableMixin, DiffusionPipeline):
         class_names: one name for each class, e.g. `["healthy", "pleural effusion"]`; kept in the config as a dict from
             id to name, since diffusers takes a list in a pipeline's config for a component.
         scaling: "minmax" or "dtype", see `prepare_image`.
-        aspect: "pad", "crop", "squash" or "keep", see `prepare_image`.
+        aspect: "pad", "edge", "crop", "squash" or "keep", see `prepare_image`.
         data_range: the generator's values for black and white: only [-1, 1], the range of its tanh.
         settings: the checkpoint's own defaults of the call: any of `FixedPointGANPipeline.ORIGINAL_SETTINGS`.
         map_threshold: the map value above which a pixel counts as abnormal, chosen on healthy validation images.

@@ -158,7 +158,7 @@ def test_the_coarser_grid_has_the_lesions_of_every_aspect_where_they_are():
         image[y : y + 16, x : x + 16], mask[:] = 200, 0
         mask[y : y + 16, x : x + 16] = 255
         dataset.append({"image": Image.fromarray(image), "mask": Image.fromarray(mask), "label": 1, "patient": f"p{i}"})
-    for aspect in ("pad", "crop", "squash", "keep"):
+    for aspect in ("pad", "edge", "crop", "squash", "keep"):
         full, coarse = (quick(OwnSquare(aspect), dataset, resolution=side) for side in (0, 36))
         assert value(full, "method", "pixel_ap") > 0.95, aspect
         assert value(coarse, "method", "pixel_ap") > 0.95, aspect

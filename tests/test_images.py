@@ -170,7 +170,7 @@ def extent(image):
 @pytest.mark.parametrize("size", [64, 300])
 def test_a_circle_stays_a_circle_unless_it_is_squashed(dtype, size):
     image = disc(120, 200, 40, dtype)
-    for aspect in ("pad", "crop"):
+    for aspect in ("pad", "edge", "crop"):
         fitted = fit_image(image, size, aspect)
         wide, high = extent(fitted)
         assert fitted.size == (size, size) and fitted.mode == image.mode
@@ -184,7 +184,7 @@ def test_shrinking_keeps_the_mean_so_no_pixel_is_skipped():
     assert np.asarray(fit_image(PIL.Image.fromarray(pixels), 16)).mean() == pytest.approx(pixels.mean(), abs=0.5)
 
 
-@pytest.mark.parametrize("aspect", ["pad", "crop", "squash"])
+@pytest.mark.parametrize("aspect", ["pad", "edge", "crop", "squash"])
 @pytest.mark.parametrize("shape", [(90, 200), (200, 90), (33, 33)])
 def test_boxes_and_masks_move_with_the_image(aspect, shape):
     height, width = shape
@@ -199,6 +199,19 @@ def test_boxes_and_masks_move_with_the_image(aspect, shape):
         assert np.allclose(result, [x, y, x + w, y + h], atol=1.01)
 
 
+def test_bars_repeat_the_border_of_the_image_but_not_that_of_a_mask():
+    pixels = np.random.default_rng(0).integers(60, 200, (16, 8), dtype=np.uint8)
+    image = PIL.Image.fromarray(pixels)
+    for square in (
+        np.asarray(fit_image(image, 16, "edge")),
+        prepare_image(image, 16, "dtype", "edge", (0, 255))[0, 0].round().numpy(),
+    ):
+        assert np.array_equal(square[:, 4:12], pixels)
+        assert (square[:, :4] == pixels[:, :1]).all() and (square[:, 12:] == pixels[:, -1:]).all()
+    mask = np.asarray(fit_mask(PIL.Image.fromarray(np.ones((16, 8), np.uint8)), 16, "edge"))
+    assert (mask[:, 4:12] == 255).all() and not mask[:, :4].any() and not mask[:, 12:].any()
+
+
 def test_a_box_that_the_crop_removes_is_left_out():
     assert fit_boxes([[0, 0, 10, 10]], 200, 100, 64, "crop") == []
     assert fit_boxes([[45, 0, 10, 10]], 200, 100, 64, "crop")[0][0] == 0  # half of it remains
@@ -208,7 +221,7 @@ def test_masks_of_zero_and_one_count_as_masks():
     assert set(np.unique(np.asarray(fit_mask(PIL.Image.fromarray(np.eye(8, dtype=np.uint8)), 8)))) == {0, 255}
 
 
-@pytest.mark.parametrize("aspect", ["pad", "squash"])
+@pytest.mark.parametrize("aspect", ["pad", "edge", "squash"])
 def test_a_region_that_is_smaller_than_a_pixel_of_the_copy_is_kept(aspect):
     mask = np.zeros((300, 600), np.uint8)
     mask[101:105, 401:405] = mask[150:200, 100:200] = 1
@@ -249,7 +262,7 @@ def test_pil_equalizes_by_another_formula_so_it_does_not_do():
     assert np.abs(difference).max() > 50
 
 
-@pytest.mark.parametrize("aspect", ["pad", "crop", "squash"])
+@pytest.mark.parametrize("aspect", ["pad", "edge", "crop", "squash"])
 def test_a_prepared_copy_has_the_grey_values_that_the_model_gets_from_the_original(aspect):
     y, x = np.mgrid[:300, :390]
     image = PIL.Image.fromarray((60 + 120 * (np.hypot(y - 150, x - 195) < 90)).astype(np.uint8))

@@ -348,7 +348,7 @@ def test_a_model_without_classes_is_refused(scheduler):
 # images in, maps out
 
 
-@pytest.mark.parametrize("aspect", ["pad", "crop", "squash", "keep"])
+@pytest.mark.parametrize("aspect", ["pad", "edge", "crop", "squash", "keep"])
 @pytest.mark.parametrize("shape", [(40, 60), (60, 40), (16, 16), (9, 23)])
 def test_a_restored_map_lies_on_the_image(aspect, shape):
     ramp = np.add.outer(np.linspace(0, 1, shape[0]), np.linspace(0, 1, shape[1])).astype(np.float32) / 2

@@ -73,7 +73,7 @@ def test_other_settings_need_another_folder_or_a_word(tmp_path):
     assert read_image(tmp_path / "out" / "a.png").size == (32, 32)
 
 
-@pytest.mark.parametrize("aspect", ["pad", "crop", "squash"])
+@pytest.mark.parametrize("aspect", ["pad", "edge", "crop", "squash"])
 def test_boxes_land_on_the_same_anatomy(tmp_path, aspect):
     pixels = np.zeros((60, 100), np.uint8)
     pixels[20:40, 45:65] = 255

@@ -23,7 +23,7 @@ def add(commands: Any) -> None:
     )
     prepare.add_argument("output", type=Path)
     prepare.add_argument("--size", type=int, default=256, help="side, in pixels (default: 256)")
-    prepare.add_argument("--aspect", choices=["pad", "crop", "squash"], default="pad", help="default: pad")
+    prepare.add_argument("--aspect", choices=["pad", "edge", "crop", "squash"], default="pad", help="default: pad")
     add_option = partial(prepare.add_argument, default=argparse.SUPPRESS)  # so that it shows which were given
     add_option("--equalize", action="store_true", help="histogram equalisation, as the original did")
     add_option("--format", dest="image_format", choices=["png", "jpg"], help="default: png")

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 PIL_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 SUFFIXES = (*PIL_SUFFIXES, ".npy", *DICOM_SUFFIXES)
+ASPECTS = ("pad", "edge", "crop", "squash")  # of `fit_image`
 SUB_PAGES = 330  # the TIFF tag of further pages
 MAX_PAGES = 16  # thumbnails and masks of a TIFF that are looked at: each costs time
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "GIF", "WEBP", "JPEG2000")  # other formats may start external programs
@@ -278,8 +279,9 @@ def fit_image(image: PIL.Image.Image, size: int, aspect: str = "pad") -> PIL.Ima
     Area means along a side that shrinks, bicubic along one that grows.
 
     Args:
-        aspect: "pad" (adds bars of the darkest pixel value, which keeps the range of grey values), "crop" (the centre)
-            or "squash" (changes the aspect ratio, as the preparation script of the original does).
+        aspect: "pad" (adds bars of the darkest pixel value, which keeps the range of grey values), "edge" (bars that
+            repeat the border of the image), "crop" (the centre) or "squash" (changes the aspect ratio, as the
+            preparation script of the original does).
     """
 
     def shrink(image, size):
@@ -293,7 +295,7 @@ def fit_mask(mask: PIL.Image.Image, size: int, aspect: str = "pad") -> PIL.Image
 
     Of a region that is too small for the pixels of the result, one is kept.
     """
-    return _fit(binary_mask(mask), size, aspect, PIL.Image.Resampling.NEAREST, shrink_mask, fill=lambda mask: 0)
+    return _fit(binary_mask(mask), size, aspect, PIL.Image.Resampling.NEAREST, shrink_mask, fill=None)
 
 
 def shrink_mask(mask: PIL.Image.Image, size: tuple[int, int]) -> PIL.Image.Image:
@@ -380,8 +382,8 @@ def _fit(image, size, aspect, grow, shrink, fill):
 
     if image.mode not in ("L", "I;16"):
         raise ValueError(f"expected an image of mode L or I;16, got {image.mode}")
-    if aspect not in ("pad", "crop", "squash"):
-        raise ValueError(f"expected `aspect` pad, crop or squash, got {aspect!r}")
+    if aspect not in ASPECTS:
+        raise ValueError(f"expected `aspect` among {', '.join(ASPECTS)}, got {aspect!r}")
     top, left, h, w = frame(image.height, image.width, size, aspect)
     dtype = np.uint8 if image.mode == "L" else np.uint16
     # 16 bits are resized as floats: exact, and bicubic overshoot is clipped instead of wrapped
@@ -391,9 +393,10 @@ def _fit(image, size, aspect, grow, shrink, fill):
     if dtype != np.uint8:
         resized = resized.round().clip(0, 65535).astype(dtype)
     top, left = max(top, 0), max(left, 0)
-    square = np.full((size, size), fill(resized), dtype)
-    square[top : top + resized.shape[0], left : left + resized.shape[1]] = resized
-    return PIL.Image.fromarray(square)
+    bars = ((top, size - resized.shape[0] - top), (left, size - resized.shape[1] - left))
+    if aspect == "edge" and fill:
+        return PIL.Image.fromarray(np.pad(resized, bars, mode="edge"))
+    return PIL.Image.fromarray(np.pad(resized, bars, constant_values=fill(resized) if fill else 0))
 
 
 def _unreadable(error):

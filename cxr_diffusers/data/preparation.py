@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 from ..files import keep_settings, remove_dead, write, write_csv, write_text
 from .boxes import PREPARED as SETTINGS
 from .copy_plans import NOT_COPIED, SourceJournal, line_of, plan_copy
+from .images import ASPECTS, fit_image, fit_mask, read_binary_mask, read_image
 from .images import equalize as equalize_image
-from .images import fit_image, fit_mask, read_binary_mask, read_image
 
 if TYPE_CHECKING:  # imports torch, which takes seconds
     from ..processes import Shard
@@ -58,7 +58,7 @@ def prepare(
     in skipped.csv, with the reason, and counted in prepare_summary.json.
 
     Args:
-        aspect: "pad", "crop" or "squash" (the original's), see `images.fit_image`.
+        aspect: "pad", "edge", "crop" or "squash" (the original's), see `images.fit_image`.
         equalize: histogram equalisation at full resolution before the resize (the original's), see `images.equalize`.
         image_format: "png" (16 bit stay 16 bit) or "jpg" (8 bit, quality 95).
         frontal_only: leave out CheXpert's lateral images (ChestX-ray14 and VinDr-CXR have none).
@@ -248,7 +248,7 @@ def _check(source_root, output_root, settings):
         raise NotADirectoryError(f"expected the folder of a data set, got {source_root}")
     if source_root.resolve() == output_root.resolve():
         raise ValueError(f"the copy would overwrite its source: give another folder than {source_root}")
-    choices = {"aspect": ("pad", "crop", "squash"), "image_format": ("png", "jpg")}
+    choices = {"aspect": ASPECTS, "image_format": ("png", "jpg")}
     for key, allowed in choices.items():
         if settings[key] not in allowed:
             raise ValueError(f"expected `{key}` {' or '.join(allowed)}, got {settings[key]!r}")

@@ -39,11 +39,13 @@ class PortableMixin(Base):
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
         folder = Path(save_directory)
         index = json.loads((folder / "model_index.json").read_text())
+        index.pop("_name_or_path", None)  # a local path; loading sets it anew
         index["_class_name"] = [copy_code(type(self), folder), type(self).__name__]
         for name, component in self.components.items():
             component = component._orig_mod if is_compiled_module(component) else component
             if component is not None and is_ours(component):
                 index[name][0] = copy_code(type(component), folder / name)
+            forget_path(folder / name / "config.json")
         write_atomically(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
 
     @classmethod
@@ -137,6 +139,14 @@ def copy_code(cls: type, folder: str | Path) -> str:
         stamped = write_stamped(name, source.with_name(f"{name}.py").read_text(), folder)
         code = code.replace(f"from .{name} import", f"from .{stamped} import")
     return write_stamped(source.stem, code, folder)
+
+
+def forget_path(config: Path) -> None:
+    """Take the local path that a component was loaded from out of its config, which may be published."""
+    if config.is_file():
+        values = json.loads(config.read_text())
+        if values.pop("_name_or_path", None) is not None:
+            write_atomically(config, json.dumps(values, indent=2) + "\n")
 
 
 def write_stamped(name: str, code: str, folder: str | Path) -> str:

@@ -17,6 +17,7 @@ from cxr_diffusers.data.images import (
     is_dicom,
     list_images,
     read_image,
+    split_images,
 )
 from cxr_diffusers.data.run_lengths import mask_image
 from cxr_diffusers.pipelines.cxr_images import prepare_image
@@ -210,6 +211,15 @@ def test_bars_repeat_the_border_of_the_image_but_not_that_of_a_mask():
         assert (square[:, :4] == pixels[:, :1]).all() and (square[:, 12:] == pixels[:, -1:]).all()
     mask = np.asarray(fit_mask(PIL.Image.fromarray(np.ones((16, 8), np.uint8)), 16, "edge"))
     assert (mask[:, 4:12] == 255).all() and not mask[:, :4].any() and not mask[:, 12:].any()
+
+
+def test_images_of_formats_that_are_not_read_from_folders_are_named(tmp_path, caplog):
+    for name in ("a.png", "b.gif", "c.webp", "d.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    images, skipped = split_images(tmp_path)
+    assert images == [tmp_path / "a.png"] and skipped == {tmp_path / "b.gif": ".gif", tmp_path / "c.webp": ".webp"}
+    assert list_images(tmp_path) == images
+    assert "left out 2 files of a format that is not read (1 .gif, 1 .webp)" in caplog.text
 
 
 def test_a_box_that_the_crop_removes_is_left_out():

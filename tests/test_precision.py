@@ -43,6 +43,12 @@ def test_a_pipeline_in_bfloat16_gives_the_map_of_float32(name):
     assert np.abs(again.anomaly_map - expected.anomaly_map).max() < 1e-3 * scale, "weights lie in another order"
 
 
+def test_a_saved_pipeline_does_not_tell_where_it_was_loaded_from(tmp_path):
+    load_pipeline("cxr_fixed_point_gan_128").save_pretrained(tmp_path / "saved")
+    configs = list((tmp_path / "saved").rglob("*.json"))
+    assert len(configs) > 2 and not any(str(CHECKPOINTS) in path.read_text() for path in configs)
+
+
 def test_a_pipeline_in_bfloat16_is_saved_as_it_was(tmp_path):
     pipeline = use_dtype(load_pipeline("cxr_fixed_point_gan_128"), "bfloat16")
     pipeline.save_pretrained(tmp_path / "saved")

@@ -81,7 +81,8 @@ def run(options: argparse.Namespace) -> int:
         return 0
     computed, failed, seconds = summary["computed"], summary["failed"], summary["seconds_per_image"]
     earlier = summary["images"] - computed - len(failed)
-    result = options.out / "results.csv" if shard.is_all else options.out
+    table = "results.csv" if computed or earlier else "failed.csv"
+    result = options.out / table if shard.is_all else options.out
     print(
         f"{counted(summary['images'], 'image')}: {computed} computed{f' ({seconds:.2g} s each)' if computed else ''}, "
         f"{earlier} were there, {len(failed)} failed. See {result}"

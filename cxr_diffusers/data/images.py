@@ -26,6 +26,7 @@ SUFFIXES = (*PIL_SUFFIXES, ".npy", *DICOM_SUFFIXES)
 ASPECTS = ("pad", "edge", "crop", "squash")  # of `fit_image`
 SUB_PAGES = 330  # the TIFF tag of further pages
 MAX_PAGES = 16  # thumbnails and masks of a TIFF that are looked at: each costs time
+UNREAD_SUFFIXES = (".gif", ".jp2", ".webp")  # of images, not read from folders: usually no radiographs
 FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "GIF", "WEBP", "JPEG2000")  # other formats may start external programs
 
 NPY_MAGIC = b"\x93NUMPY"
@@ -206,8 +207,8 @@ def array_to_image(array: np.ndarray) -> PIL.Image.Image:
 def list_images(folder: Path | str) -> list[Path]:
     """Sorted paths of all images below `folder`, among them DICOM files without extension, as a PACS exports them.
 
-    Skips hidden files and folders, and DICOM files without an image (reports, segmentations, presentation states); the
-    log lists the latter. Raises NotADirectoryError.
+    Skips hidden files and folders, DICOM files without an image (reports, segmentations, presentation states) and files
+    of `UNREAD_SUFFIXES`; the log lists the latter two. Raises NotADirectoryError.
     """
     images, skipped = split_images(folder)
     if skipped:
@@ -216,7 +217,10 @@ def list_images(folder: Path | str) -> list[Path]:
 
 
 def split_images(folder: Path | str) -> tuple[list[Path], dict[Path, str]]:
-    """(sorted image paths, {path: object type} of the DICOM files without an image, sorted by path)."""
+    """(sorted image paths, {path: reason} of what is left out, sorted by path).
+
+    That is, DICOM files without an image (the reason is their object type) and files of `UNREAD_SUFFIXES` (it is that).
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise NotADirectoryError(f"expected a folder of images, got {folder}")
@@ -228,6 +232,8 @@ def split_images(folder: Path | str) -> tuple[list[Path], dict[Path, str]]:
         suffix = path.suffix.lower()
         if suffix in PIL_SUFFIXES or suffix == ".npy":
             images.append(path)
+        elif suffix in UNREAD_SUFFIXES:
+            skipped[path] = suffix
         elif suffix in DICOM_SUFFIXES or _is_bare_dicom(path):
             object_type = non_radiograph_type(path) if os.path.isfile(path) else ""
             if object_type:
@@ -267,10 +273,20 @@ def walk(folder: Path | str) -> Iterator[tuple[str, list[str], list[str]]]:
 
 
 def describe_skipped(skipped: Mapping[Path, str]) -> str:
-    """{path: object type} -> "3 DICOM files without a radiograph (2 Enhanced SR Storage, 1 Segmentation Storage)"."""
-    counts = collections.Counter(skipped.values())
-    listing = ", ".join(f"{count} {object_type}" for object_type, count in sorted(counts.items()))
-    return f"{len(skipped)} DICOM file{'s' * (len(skipped) > 1)} without a radiograph ({listing})"
+    """{path: reason} -> "3 DICOM files without a radiograph (2 Enhanced SR Storage, 1 Segmentation Storage)".
+
+    Reasons are those of `split_images`.
+    """
+    parts = []
+    for is_dicom_type, what in (
+        (True, "DICOM file{} without a radiograph"),
+        (False, "file{} of a format that is not read"),
+    ):
+        kinds = [kind for kind in skipped.values() if is_dicom_type != (kind in UNREAD_SUFFIXES)]
+        if kinds:
+            listing = ", ".join(f"{count} {kind}" for kind, count in sorted(collections.Counter(kinds).items()))
+            parts.append(f"{len(kinds)} {what.format('s' * (len(kinds) > 1))} ({listing})")
+    return ", ".join(parts)
 
 
 def fit_image(image: PIL.Image.Image, size: int, aspect: str = "pad") -> PIL.Image.Image:

@@ -251,7 +251,7 @@ class Detection:
                     if file.error:
                         self.fail(file, file.error)
                 writing += self.compute([file for file in batch if not file.error], writers)
-                while len(writing) > 2 * batch_size:
+                while writing and (len(writing) > 2 * batch_size or writing[0][2].done()):
                     self.finish(*writing.popleft())
             while writing:
                 self.finish(*writing.popleft())

@@ -25,9 +25,19 @@ TEMPORARY = re.compile(rf"\..+?\.{MACHINE}(\d+)(?:\.old)?\.tmp")  # the last num
 
 
 def cache_folder(name: str) -> Path:
-    """`name` in the cache: $CXR_DIFFUSERS_CACHE, else $XDG_CACHE_HOME/cxr_diffusers, else ~/.cache/cxr_diffusers."""
+    """`name` in the cache: $CXR_DIFFUSERS_CACHE, else $XDG_CACHE_HOME/cxr_diffusers, else ~/.cache/cxr_diffusers.
+
+    It is created. Raises OSError, which names the variable, if that fails.
+    """
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("CXR_DIFFUSERS_CACHE") or Path(home, "cxr_diffusers")) / name
+    folder = Path(os.environ.get("CXR_DIFFUSERS_CACHE") or Path(home, "cxr_diffusers")) / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(
+            f"expected a cache that can be written, got {folder} ({error.strerror}): set CXR_DIFFUSERS_CACHE"
+        ) from None
+    return folder
 
 
 def save_png(image: Any, path: Path | str) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from cxr_diffusers.files import (
     as_json,
+    cache_folder,
     check_settings,
     keep_settings,
     new_file,
@@ -138,3 +139,12 @@ def test_a_palette_image_has_one_digest_before_and_after_it_is_decoded(tmp_path)
     decoded.load()
     first = image_digest("", {"image": opened})
     assert first == image_digest("", {"image": opened}) == image_digest("", {"image": decoded})
+
+
+def test_a_cache_that_cannot_be_made_names_the_variable(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CXR_DIFFUSERS_CACHE", str(tmp_path / "file"))
+    with pytest.raises(OSError, match="expected a cache that can be written, got .*file.*: set CXR_DIFFUSERS_CACHE"):
+        cache_folder("exports")
+    monkeypatch.setenv("CXR_DIFFUSERS_CACHE", str(tmp_path / "new"))
+    assert cache_folder("exports").is_dir()

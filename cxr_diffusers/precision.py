@@ -58,9 +58,8 @@ def use_dtype(pipeline: DiffusionPipeline, dtype: str = "auto") -> DiffusionPipe
             component.forward = plain
             if dtype != "float32":
                 component._autocast = (device.type, DTYPES[dtype])
-                component.forward = partial(
-                    forward_under_autocast, component
-                )  # `deepcopy` and pickle bind it to the copy
+                # `deepcopy` and pickle bind it to the copy
+                component.forward = partial(forward_under_autocast, component)
         if isinstance(component, torch.nn.Module) and device.type == "cpu":
             component.to(memory_format=torch.channels_last)  # convolutions take three quarters of the time
     return pipeline

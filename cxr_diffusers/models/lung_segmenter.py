@@ -8,9 +8,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-OUTER = (
-    0.4  # the share of a lung's width, from the chest wall inwards, below which the costophrenic recess is looked for
-)
+OUTER = 0.4  # share of a lung's width, from the chest wall inwards, below which `recess` opens the gate
 
 
 class LungSegmenter(ModelMixin, ConfigMixin):
@@ -170,9 +168,8 @@ def main_piece(mask: torch.Tensor) -> torch.Tensor:
     density = F.avg_pool2d(mask.float(), 9, stride=1, padding=4) * mask
     seed = F.one_hot(density.flatten(2).argmax(dim=2), mask.shape[2] * mask.shape[3]).view(mask.shape)
     piece = seed * mask.float()
-    for _ in range(
-        2 * max(mask.shape[2:])
-    ):  # enough for the way around a lung; no early end, which would break a graph
+    # enough steps for the way around a lung; an early end would break a compiled graph
+    for _ in range(2 * max(mask.shape[2:])):
         piece = F.max_pool2d(piece, 3, stride=1, padding=1) * mask
     return piece > 0
 

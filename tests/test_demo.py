@@ -107,7 +107,7 @@ def write_refused(folder):
         "cut.png": "cannot be read as an image",
         "photo.png": "a colour image",
         "blank.png": "got one value in all 8,100 pixels",
-        "dust.png": "is blank",
+        "dust.png": "cannot be a radiograph: it has 2 grey values",
         "small.png": "are too few",
         "long.png": "too long for a chest",
         "large.dcm": "more than the limit of 40 megapixels",

@@ -51,8 +51,8 @@ def read_upload(path: Path | str, max_megapixels: float = MAX_MEGAPIXELS) -> Upl
         reason = str(error).removeprefix(f"{path}: ").replace(str(path), path.name)
         raise ValueError(f"{path.name} cannot be read as an image: {reason[:200]}") from None
     check_has_contrast(image, path.name)
-    if is_blank(image):
-        raise ValueError(f"{path.name} is blank: nearly all pixels have the same value.")
+    if reason := why_blank(image):
+        raise ValueError(f"{path.name} cannot be a radiograph: {reason}.")
     return Upload(image, path.name, warnings)
 
 
@@ -120,8 +120,11 @@ def colour_warnings(path: Path) -> list[str]:
     return []
 
 
-def is_blank(image: PIL.Image.Image) -> bool:
-    """True for a grey PIL image of fewer than 8 values, or with 98 % of its pixels within 2 % of its maximum."""
+def why_blank(image: PIL.Image.Image) -> str:
+    """Why a grey PIL image has no content, or "": under 8 values, or 98 % of the pixels within 2 % of the maximum."""
     array = np.asarray(image)
+    values = len(np.unique(array))
+    if values < 8:
+        return f"it has {values} grey value{'s' * (values != 1)}"
     low, high = np.quantile(array[:: max(1, array.shape[0] // 512), :: max(1, array.shape[1] // 512)], [0.01, 0.99])
-    return bool(len(np.unique(array)) < 8 or high - low <= 0.02 * max(float(array.max()), 1))
+    return "nearly all of its pixels have the same value" if high - low <= 0.02 * max(float(array.max()), 1) else ""

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from cxr_diffusers import LungSegmenter, build_dataset, load_table, read_image
+from cxr_diffusers import LungSegmenter, build_dataset, load_pipeline, load_table, read_image
 from cxr_diffusers.data import list_images
+from cxr_diffusers.fingerprints import checkpoint_digest, weights_digest
+from cxr_diffusers.models.lung_segmenter import main_piece
 from cxr_diffusers.pipelines.cxr_images import prepare_image
 from cxr_diffusers.training.lungs import LungImages, augment_lungs, paint_opacities, split_lungs
 from cxr_diffusers.training.script import run_program
@@ -113,6 +116,15 @@ def test_a_stray_pixel_does_not_change_the_outer_part_of_a_lung():
     torch.testing.assert_close(stray[same], clean[same])
 
 
+def test_the_main_piece_is_the_densest_of_those_that_touch_at_sides_or_corners():
+    mask = torch.zeros(1, 2, 24, 24, dtype=torch.bool)
+    mask[0, 0, 2:12, 2:12] = True
+    mask[0, 0, 12, 12] = mask[0, 0, 13, 13] = True  # at corners
+    expected = mask.clone()
+    mask[0, 0, 20:22, 2:20] = True  # another piece, long and thin
+    assert torch.equal(main_piece(mask), expected) and not main_piece(mask)[0, 1].any()
+
+
 def test_an_image_without_lungs_has_no_recess():
     segmenter = toy_segmenter(recess=8)
     segmenter.conv_out.bias.data.fill_(-1e3)
@@ -125,6 +137,20 @@ def test_every_shipped_gate_reaches_into_the_recess():
     assert shipped.config.recess == 3
     for folder in SHIPPED.parent.glob("*/lung_segmenter"):
         assert LungSegmenter.from_pretrained(folder).config.recess == 3, folder
+    image = prepare_image(read_image(SAMPLES[0]), 64)
+    plain = LungSegmenter.from_pretrained(SHIPPED, recess=0.0)
+    added = shipped.field(image) - plain.field(image)
+    assert added.min() > -1e-6 and added.max() > 0.2
+    assert added[:, :32].max() < 0.01, "only the lower half of the chest changes"
+
+
+def test_the_gate_is_part_of_a_models_digests(tmp_path):
+    shutil.copytree(SHIPPED.parent / "cxr_pyramid_128", tmp_path / "model")
+    before = checkpoint_digest(tmp_path / "model"), weights_digest(load_pipeline(tmp_path / "model"))
+    path = tmp_path / "model" / "lung_segmenter" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "recess": 20.0}))
+    after = checkpoint_digest(tmp_path / "model"), weights_digest(load_pipeline(tmp_path / "model"))
+    assert before[0] != after[0] and before[1] != after[1], "healthy scores of one gate are not those of another"
 
 
 def test_zones_are_two_lungs_and_their_thirds():

@@ -277,16 +277,15 @@ def describe_skipped(skipped: Mapping[Path, str]) -> str:
 
     Reasons are those of `split_images`.
     """
-    parts = []
-    for is_dicom_type, what in (
-        (True, "DICOM file{} without a radiograph"),
-        (False, "file{} of a format that is not read"),
-    ):
-        kinds = [kind for kind in skipped.values() if is_dicom_type != (kind in UNREAD_SUFFIXES)]
-        if kinds:
-            listing = ", ".join(f"{count} {kind}" for kind, count in sorted(collections.Counter(kinds).items()))
-            parts.append(f"{len(kinds)} {what.format('s' * (len(kinds) > 1))} ({listing})")
-    return ", ".join(parts)
+    unread = [reason for reason in skipped.values() if reason in UNREAD_SUFFIXES]
+    dicom = [reason for reason in skipped.values() if reason not in UNREAD_SUFFIXES]
+    parts = [(dicom, "DICOM file", "without a radiograph"), (unread, "file", "of a format that is not read")]
+    return ", ".join(
+        f"{len(reasons)} {noun}{'s' * (len(reasons) > 1)} {what} "
+        f"({', '.join(f'{count} {reason}' for reason, count in sorted(collections.Counter(reasons).items()))})"
+        for reasons, noun, what in parts
+        if reasons
+    )
 
 
 def fit_image(image: PIL.Image.Image, size: int, aspect: str = "pad") -> PIL.Image.Image:
